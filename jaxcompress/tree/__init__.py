@@ -1,0 +1,1 @@
+"""Where things are: the leaf protocol, names, layouts, methods, rules."""

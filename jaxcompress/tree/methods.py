@@ -1,0 +1,142 @@
+"""Methods by name: registration, partial application, and recipes as strings."""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from jaxcompress.types import Method
+
+Selection = Literal["weights", "codes", "floats"]
+_METHODS: dict[str, Method] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What the tree room must know of a method.
+
+    `selects`: which leaves it takes as a whole recipe. "weights": kernels and
+    embeddings, and the weights inside leaves standing there, of 4 096 elements or
+    more; "codes": integer arrays inside leaves; "floats": every floating-point array.
+    `traceable`: output shapes depend on shapes and options only, so it may be jitted.
+    """
+
+    selects: Selection
+    traceable: bool
+
+
+def method(
+    *, selects: Selection = "weights", traceable: bool = True
+) -> Callable[[Method], Method]:
+    """Registers `f(x, moments=None, *, options) -> leaf` under its name.
+
+    The decorated function called without `x` returns a partial, so that
+    `symmetric(bits=4)` is a recipe. A host method raises on tracers, naming itself.
+    """
+
+    def register(function: Method) -> Method:
+        name = function.__name__
+        allowed = _options(function)
+
+        @functools.wraps(function)
+        def call(x: Any = None, moments: Any = None, **options: Any) -> Any:
+            _check_options(name, options, allowed)
+            if x is None:
+                return functools.partial(call, **options)
+            if not traceable and _traced(x):
+                raise TypeError(
+                    f"{name} is a host method: the shapes it returns depend on values, "
+                    "so it can't run under jit, vmap or scan. Call it, or compress, "
+                    "outside; what it returns runs inside"
+                )
+            return function(x, moments, **options)
+
+        call.traits = Traits(selects, traceable)
+        call.__signature__ = inspect.signature(function)
+        if name in _METHODS and _METHODS[name].__module__ != function.__module__:
+            raise ValueError(f"a method named {name} exists: {_METHODS[name]}")
+        _METHODS[name] = call
+        return call
+
+    return register
+
+
+def traits(f: Method) -> Traits:
+    """The traits of a method, looked up through partials; a plain function's default.
+
+    A function of the user's own counts as a host method on weights: it always works.
+    """
+    while isinstance(f, functools.partial):
+        f = f.func
+    return getattr(f, "traits", Traits("weights", False))
+
+
+def describe(f: Method) -> str:
+    """`name(option=value, ...)`, the string form of a method: parse(describe(f)) == f."""
+    options: dict[str, Any] = {}
+    while isinstance(f, functools.partial):
+        options = {**f.keywords, **options}
+        f = f.func
+    inside = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"{getattr(f, '__name__', type(f).__name__)}({inside})"
+
+
+def parse(text: str) -> Method:
+    """The method a string such as `"symmetric(bits=4, block=64)"` names.
+
+    Values are Python literals; nothing is evaluated.
+
+    Raises:
+      ValueError: not of that form, or an unknown method or option; names known ones.
+    """
+    wrong = f"{text!r} is not a method; write name(option=value, ...)"
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"{wrong}, for instance 'symmetric(bits=4)'") from error
+    call = node if isinstance(node, ast.Call) else None
+    target = call.func if call else node
+    if not isinstance(target, ast.Name) or (call and call.args):
+        raise ValueError(f"{wrong}; options are given by name")
+    if target.id not in _METHODS:
+        raise ValueError(f"unknown method {target.id!r}; {_known(target.id, _METHODS)}")
+    options = {}
+    for keyword in call.keywords if call else ():
+        try:
+            options[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError as error:
+            raise ValueError(f"{wrong}; {keyword.arg} is not a literal") from error
+    return functools.partial(_METHODS[target.id](), **_checked(target.id, options))
+
+
+def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    _check_options(name, options, _options(_METHODS[name]))
+    return options
+
+
+def _options(function: Method) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _check_options(name: str, options: dict[str, Any], allowed: dict) -> None:
+    for option in options:
+        if option not in allowed:
+            raise ValueError(
+                f"{name} has no option {option!r}; {_known(option, allowed)}"
+            )
+
+
+def _known(name: str | None, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(sorted(known)) or 'none'}"
+
+
+def _traced(x: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))

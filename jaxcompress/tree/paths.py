@@ -1,0 +1,175 @@
+"""Names of the leaves of a tree, and a walk that sees inside leaf types."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.tree.leaves import Leaf, data_fields
+
+KERNEL, EMBEDDING = "kernel", "embedding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One addressable array of a tree, with what its place says about it.
+
+    `value` is an array, or a lossless leaf standing for one. `depth` counts the leaf
+    types it lies inside: 0 for an array of the original tree. `weight`: it is a kernel
+    or an embedding, or a weight inside a leaf that stands there. `root` is the name of
+    the outermost leaf or array it belongs to. `moments` are those of its inputs.
+    """
+
+    name: str
+    value: Any
+    depth: int
+    weight: bool
+    embedding: bool
+    root: str
+    moments: Any = None
+
+
+def key_name(key: Any) -> str:
+    """One step of a JAX key path as text: dict key, index or attribute."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The named children of one pytree node, and the treedef that rebuilds it."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda x: x is not node
+    )
+    named = [("/".join(key_name(key) for key in path), child) for path, child in flat]
+    return named, treedef
+
+
+def map_entries(
+    function: Callable[[Entry], Any], params: Any, moments: Any = None
+) -> Any:
+    """The tree with every entry's value replaced by `function(entry)`.
+
+    `moments` maps names of dense kernels to their `Moments`; inside a leaf they follow
+    where they still mean something (`Leaf.inner_moments`).
+    """
+    moments = moments or {}
+
+    def walk(node: Any, name: str, depth: int, root: str | None, **place: Any) -> Any:
+        if isinstance(node, Leaf) and not node.lossless:
+            root = name if root is None else root
+            if depth == 0:
+                place["moments"] = moments.get(name)
+            changed = {}
+            for field in data_fields(node):
+                child = getattr(node, field)
+                if child is None:
+                    continue
+                inner = {
+                    "weight": place["weight"] and field in node.weights,
+                    "embedding": place["embedding"],
+                    "moments": inner_moments(node, field, place["moments"]),
+                }
+                below = name if is_transparent(node) else join(name, field)
+                changed[field] = walk(child, below, depth + 1, root, **inner)
+            return dataclasses.replace(node, **changed)
+        named, treedef = ([], None) if isinstance(node, Leaf) else children(node)
+        if treedef is None or (len(named) == 1 and named[0][1] is node):
+            if depth == 0:
+                place["moments"] = moments.get(name)
+            return function(Entry(name, node, depth, root=root or name, **place))
+        rebuilt = []
+        for key, child in named:
+            inner = dict(place)
+            if depth == 0:
+                last = key.rsplit("/", 1)[-1]
+                inner["embedding"] = last == EMBEDDING
+                inner["weight"] = place["weight"] or last in (KERNEL, EMBEDDING)
+            rebuilt.append(walk(child, join(name, key), depth, root, **inner))
+        return jax.tree.unflatten(treedef, rebuilt)
+
+    start = {"weight": False, "embedding": False, "moments": None}
+    return walk(params, "", 0, None, **start)
+
+
+def entries(params: Any, moments: Any = None) -> list[Entry]:
+    """Every addressable array of the tree, in order."""
+    found: list[Entry] = []
+
+    def keep(entry: Entry) -> Any:
+        found.append(entry)
+        return entry.value
+
+    map_entries(keep, params, moments)
+    return found
+
+
+def leaf_names(params: Any) -> list[str]:
+    """Names that recipe patterns match: path components joined by "/".
+
+    A leaf's data fields are components too (`mlp/kernel/codes`), except inside a
+    lossless leaf, which stands for one array, and inside `Reshaped`, which adds none.
+    """
+    return [entry.name for entry in entries(params)]
+
+
+def roots(params: Any) -> Iterator[tuple[str, Any]]:
+    """Name and value of every outermost leaf or array, in order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda x: isinstance(x, Leaf)
+    )
+    for path, value in flat:
+        yield "/".join(key_name(key) for key in path), value
+
+
+def is_transparent(leaf: Leaf) -> bool:
+    """A leaf with a single data field called `inner` adds nothing to names."""
+    return data_fields(leaf) == ("inner",)
+
+
+def inner_moments(leaf: Leaf, field: str, moments: Any) -> Any:
+    """Moments of the inputs of a leaf's field, given those of the leaf's inputs."""
+    if moments is None or field not in leaf.weights:
+        return None
+    return leaf.inner_moments(field, moments)
+
+
+def join(name: str, key: str) -> str:
+    return f"{name}/{key}" if name and key else name or key
+
+
+def is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def partition(params: Any) -> tuple[Any, Any]:
+    """Splits a tree into `(trainable, frozen)`, each with None in the other's places.
+
+    Floating-point arrays train (dense weights, scales, factors); integer and boolean
+    arrays (codes, masks, tables) and whatever lossless leaves hold are frozen, so that
+    no optimizer sees them. `combine(trainable, frozen)` gives the tree back.
+    """
+
+    def split(keep_trainable: bool) -> Any:
+        def pick(x: Any) -> Any:
+            if isinstance(x, Leaf):
+                return jax.tree.map(lambda _: None, x) if keep_trainable else x
+            return x if is_float(x) == keep_trainable else None
+
+        lossless = lambda x: isinstance(x, Leaf) and x.lossless  # noqa: E731
+        return jax.tree.map(pick, params, is_leaf=lossless)
+
+    return split(True), split(False)
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """The tree that `partition` split; traceable."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a,
+        trainable,
+        frozen,
+        is_leaf=lambda x: x is None,
+    )

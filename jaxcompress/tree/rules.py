@@ -1,0 +1,315 @@
+"""`compress`: a recipe decides which method takes which leaf."""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.tree import layouts
+from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.leaves import Leaf, dense, is_leaf, nbytes
+from jaxcompress.tree.methods import describe, parse, traits
+from jaxcompress.tree.paths import Entry, entries, is_float, map_entries, roots
+from jaxcompress.types import Method, Params
+
+SMALLEST = 4096  # elements; below it a kernel is not worth a method by default
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Recipes applied one after the other; names are recomputed after each."""
+
+    stages: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafReport:
+    """What `compress` did to one leaf. Bytes are of arrays really held in memory.
+
+    `bits_per_weight` counts scales and tables too. `relative_error` is the Frobenius
+    norm of the change over that of the original; None where nothing changed. `reason`
+    says why a leaf was left alone, and is empty where it was not.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    method: str
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    relative_error: float | None
+    reason: str
+
+
+def chain(*stages: Any) -> Chain:
+    """A recipe made of recipes: `chain("svd(rank=64)", "symmetric(bits=4)")`.
+
+    Each stage is a recipe of its own over the names that the stage before it left:
+    after the first, `mlp/kernel/left` and `mlp/kernel/right` stand for `mlp/kernel`.
+    """
+    flat: list[Any] = []
+    for stage in stages:
+        flat.extend(stage.stages if isinstance(stage, Chain) else [stage])
+    return Chain(tuple(flat))
+
+
+def compress(
+    params: Params,
+    recipe: Any,
+    moments: Mapping[str, Any] | None = None,
+    *,
+    layout: Mapping[str, Layout] | None = None,
+    report: bool = False,
+) -> Any:
+    """Replaces the leaves that a recipe selects by what its methods return.
+
+    Pure, and traceable where its methods are. Leaves that no rule selects are the
+    identical arrays. One compilation serves all leaves of one shape.
+
+    Args:
+      params: pytree of arrays and leaves, nested dicts as Flax makes them.
+      recipe: a method (`symmetric(bits=4)`), or its string, for the leaves it takes by
+        default; or an ordered list of `(pattern, method | string | None)`: the first
+        pattern that fully matches a leaf's name (`leaf_names`) decides, None keeps it;
+        or a `chain` of recipes.
+      moments: `Moments` by kernel name, for methods that need them.
+      layout: `Layout` by kernel name, from `layout(model, params, batch)`; needed for
+        kernels of more than two axes.
+      report: return `(params, [LeafReport, ...])` instead.
+
+    Raises:
+      ValueError: a pattern that matches nothing, an unknown method or option, a kernel
+        whose layout is unknown, NaN or Inf in a selected weight; names the leaf.
+      TypeError: a host method under a trace.
+    """
+    stages = chain(recipe).stages
+    done: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
+    small = params
+    for stage in stages:
+        small = _run(small, stage, moments, layout or {}, done, reasons)
+    if not report:
+        return small
+    return small, leaf_reports(params, small, done, reasons)
+
+
+def leaf_reports(
+    before: Params,
+    after: Params,
+    methods: Mapping[str, Sequence[str]] | None = None,
+    reasons: Mapping[str, str] | None = None,
+) -> list[LeafReport]:
+    """One `LeafReport` per outermost leaf of `before`, beside the same of `after`."""
+    methods, reasons = methods or {}, reasons or {}
+    later = dict(roots(after))
+    reports = []
+    for name, old in roots(before):
+        new, count = later[name], max(1, old.size)
+        same = new is old
+        reports.append(
+            LeafReport(
+                name=name,
+                shape=tuple(old.shape),
+                method=" > ".join(methods.get(name, ())),
+                bytes_before=nbytes(old),
+                bytes_after=nbytes(new),
+                bits_per_weight=8 * nbytes(new) / count,
+                relative_error=None if same else relative_error(old, new),
+                reason="" if name in methods else reasons.get(name, "unchanged"),
+            )
+        )
+    return reports
+
+
+def relative_error(old: Any, new: Any) -> float:
+    """Frobenius norm of the change over that of the original; 0 where both vanish."""
+    return float(_relative_error(old, new))
+
+
+@jax.jit
+def _relative_error(old: Any, new: Any) -> jax.Array:
+    a, b = dense(old).astype(jnp.float32), dense(new).astype(jnp.float32)
+    norm = jnp.linalg.norm(a.ravel())
+    error = jnp.linalg.norm((a - b).ravel())
+    return jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), error)
+
+
+def _run(
+    params: Params,
+    stage: Any,
+    moments: Mapping[str, Any] | None,
+    layout: Mapping[str, Layout],
+    done: dict[str, list[str]],
+    reasons: dict[str, str],
+) -> Params:
+    choices, why = choose(params, stage)
+    for name in layout.keys() - {name for name, _ in roots(params)}:
+        raise ValueError(
+            f"the layout names {name!r}, which the tree does not have; "
+            "make it from the same parameters"
+        )
+
+    def replace(entry: Entry) -> Any:
+        f = choices.get(entry.name)
+        if f is None:
+            reasons.setdefault(entry.root, why[entry.name])
+            return entry.value
+        done.setdefault(entry.root, []).append(describe(f))
+        try:
+            return _apply(f, entry, layout)
+        except (ValueError, TypeError) as error:
+            message = str(error)
+            if message.startswith(entry.name):
+                raise
+            raise type(error)(f"{entry.name}: {message}") from error
+
+    small = map_entries(replace, params, moments)
+    for name, methods in done.items():
+        done[name] = list(dict.fromkeys(methods))
+    return small
+
+
+def choose(params: Params, stage: Any) -> tuple[dict[str, Method], dict[str, str]]:
+    """The method of each selected entry, and why each other entry is left alone."""
+    found = entries(params)
+    choices: dict[str, Method] = {}
+    why: dict[str, str] = {}
+    if isinstance(stage, str) or callable(stage):
+        f = parse(stage) if isinstance(stage, str) else stage
+        for entry in found:
+            why[entry.name] = _refused(entry, traits(f).selects)
+            if not why[entry.name]:
+                choices[entry.name] = f
+        return choices, why
+    names = [entry.name for entry in found]
+    rules = [_rule(rule) for rule in stage]
+    for pattern, _ in rules:
+        if not any(pattern.fullmatch(name) for name in names):
+            near = difflib.get_close_matches(pattern.pattern, names, n=3, cutoff=0.0)
+            raise ValueError(
+                f"the pattern {pattern.pattern!r} matches no leaf; the nearest names "
+                f"are {', '.join(near)}. leaf_names(params) lists all {len(names)}"
+            )
+    for name in names:
+        why[name] = "no rule matches it"
+        for pattern, f in rules:
+            if pattern.fullmatch(name):
+                why[name] = f"kept by the rule {pattern.pattern!r}"
+                if f is not None:
+                    choices[name] = f
+                break
+    return choices, why
+
+
+def _rule(rule: Any) -> tuple[re.Pattern[str], Method | None]:
+    if not isinstance(rule, tuple | list) or len(rule) != 2:
+        raise ValueError(
+            f"{rule!r} is not a rule; write (pattern, method), (pattern, string) or "
+            "(pattern, None)"
+        )
+    pattern, f = rule
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a pattern: {error}") from error
+    if not (f is None or isinstance(f, str) or callable(f)):
+        raise ValueError(f"{pattern!r}: {f!r} is not a method, a string or None")
+    return compiled, parse(f) if isinstance(f, str) else f
+
+
+def _refused(entry: Entry, selects: str) -> str:
+    """Why a method leaves an entry alone by default; empty where it takes it."""
+    if selects == "codes":
+        whole = jnp.issubdtype(entry.value.dtype, jnp.integer) and entry.depth > 0
+        coded = isinstance(entry.value, Leaf) and type(entry.value).__name__ == "Coded"
+        return "" if whole and not coded else "not integer codes inside a leaf"
+    if not is_float(entry.value):
+        return "not floating point"
+    if selects == "floats":
+        return "" if not isinstance(entry.value, Leaf) else "coded already"
+    if not entry.weight:
+        return "not a kernel or an embedding"
+    if entry.value.ndim < 2 or entry.value.size < SMALLEST:
+        return f"fewer than {SMALLEST} weights"
+    return ""
+
+
+def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
+    x = dense(entry.value)
+    if traits(f).selects != "weights":
+        return _call(f, x, entry.moments)
+    if not is_float(x):
+        raise ValueError(
+            f"{describe(f)} takes floating-point weights, this is {x.dtype}; "
+            "narrow the pattern, or put (pattern, None) before it"
+        )
+    _check_finite(x)
+    if entry.depth:
+        if x.ndim < 2:
+            raise ValueError(_needs_matrix(f, x))
+        return _call(f, x, entry.moments)
+    kind = layout.get(entry.name)
+    if kind is None and x.ndim == 2:
+        kind = layouts.ROWS if entry.embedding else layouts.DENSE
+    if x.ndim < 2:
+        raise ValueError(_needs_matrix(f, x))
+    if kind is None:
+        raise ValueError(
+            f"shape {x.shape} has {x.ndim} axes, and which are inputs, outputs or "
+            "stacked layers is unknown; pass layout=layout(model, params, batch)"
+        )
+    layouts.check_layout(entry.name, x.shape, kind)
+    small = _call(f, layouts.matricize(x, kind), entry.moments)
+    return layouts.restore(small, x.shape, kind)
+
+
+def _needs_matrix(f: Method, x: jax.Array) -> str:
+    return (
+        f"{describe(f)} needs a matrix, this has shape {x.shape}; narrow the pattern, "
+        "or put (pattern, None) for it before"
+    )
+
+
+def _call(f: Method, x: jax.Array, moments: Any) -> Any:
+    if not traits(f).traceable:
+        return f(x, moments)
+    options = {}
+    while isinstance(f, functools.partial):
+        options = {**f.keywords, **options}
+        f = f.func
+    try:
+        hash(key := tuple(sorted(options.items())))
+    except TypeError:
+        return f(x, moments, **options)
+    return _jitted(x, moments, f, key)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _jitted(x: jax.Array, moments: Any, f: Method, options: tuple) -> Any:
+    return f(x, moments, **dict(options))
+
+
+def _check_finite(x: jax.Array) -> None:
+    if isinstance(x, jax.core.Tracer) or isinstance(x, jax.ShapeDtypeStruct):
+        return
+    bad = int(_count_bad(x))
+    if bad:
+        raise ValueError(
+            f"{bad} of {x.size} weights are NaN or infinite; repair the checkpoint, or "
+            "keep this leaf with a rule (pattern, None)"
+        )
+
+
+@jax.jit
+def _count_bad(x: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
+
+
+def is_compressed(params: Params) -> bool:
+    """Whether any leaf of the tree is a leaf type."""
+    return any(map(is_leaf, jax.tree.leaves(params, is_leaf=is_leaf)))
