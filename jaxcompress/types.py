@@ -5,7 +5,7 @@ Axis legend, used in every docstring: `...` stack axes (layers of a scanned mode
 consecutive inputs that share a scale, `batch`, `tokens`, `vocabulary`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Params = Any  # a pytree of arrays and leaves: nested dicts, as Flax makes them
@@ -13,4 +13,4 @@ Masks = Any  # a pytree like Params: boolean arrays, None where a leaf stays den
 Batch = Mapping[str, Any]  # arrays whose first axis is the batch; optional "mask"
 Method = Callable[..., Any]  # f(x, moments=None, *, options) -> leaf
 Rule = tuple[str, "Method | str | None"]  # full-match pattern on the name, method
-Recipe = "Method | str | Sequence[Rule] | Chain"  # what `compress` accepts
+Recipe = Any  # a method, its string, a list of rules, or a chain: what `compress` takes

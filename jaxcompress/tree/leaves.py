@@ -96,7 +96,7 @@ def static(**options: Any) -> Any:
 
 
 def leaf(cls: type) -> type:
-    """Class decorator: a frozen dataclass, a pytree node, known by its name to files."""
+    """Makes a class a frozen dataclass and a pytree node that files know by its name."""
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     known = _REGISTRY.get(cls.__name__)
     if known is not None and known.__qualname__ + known.__module__ != (

@@ -77,7 +77,7 @@ def traits(f: Method) -> Traits:
 
 
 def describe(f: Method) -> str:
-    """`name(option=value, ...)`, the string form of a method: parse(describe(f)) == f."""
+    """The string form of a method, `name(option=value, ...)`, which `parse` reads."""
     options: dict[str, Any] = {}
     while isinstance(f, functools.partial):
         options = {**f.keywords, **options}

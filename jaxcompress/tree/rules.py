@@ -295,7 +295,7 @@ def _jitted(x: jax.Array, moments: Any, f: Method, options: tuple) -> Any:
 
 
 def _check_finite(x: jax.Array) -> None:
-    if isinstance(x, jax.core.Tracer) or isinstance(x, jax.ShapeDtypeStruct):
+    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
         return
     bad = int(_count_bad(x))
     if bad:
