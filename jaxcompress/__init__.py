@@ -1,16 +1,45 @@
 """Pure functions that make Flax language models small, and exact again."""
 
+from jaxcompress import models
+from jaxcompress import tokenization
+from jaxcompress.calibration.collect import collect_moments
+from jaxcompress.calibration.moments import Moments
+from jaxcompress.calibration.moments import moments_from_covariance
+from jaxcompress.entropy.floats import CodedFloats
+from jaxcompress.entropy.floats import code_floats
+from jaxcompress.entropy.integers import Coded
+from jaxcompress.entropy.integers import entropy_code
+from jaxcompress.entropy.packing import Packed
+from jaxcompress.evaluation import compare
+from jaxcompress.evaluation import evaluate
+from jaxcompress.quantization.grids import Quantized
+from jaxcompress.quantization.learned import learned
+from jaxcompress.quantization.mixed import mixed_channels
+from jaxcompress.quantization.nearest import asymmetric
+from jaxcompress.quantization.nearest import sign_split
+from jaxcompress.quantization.nearest import symmetric
+from jaxcompress.quantization.second_order import gptq
+from jaxcompress.running.streaming import streaming
+from jaxcompress.storage.container import load
+from jaxcompress.storage.container import open
+from jaxcompress.storage.container import save
+from jaxcompress.storage.container import verify
+from jaxcompress.storage.orbax import restore_orbax
+from jaxcompress.storage.orbax import save_orbax
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaves import (
-    Leaf,
-    Mixed,
-    Reshaped,
-    Sum,
-    leaf,
-    materialize,
-    nbytes,
-    static,
-)
+from jaxcompress.tree.leaves import Leaf
+from jaxcompress.tree.leaves import Mixed
+from jaxcompress.tree.leaves import Reshaped
+from jaxcompress.tree.leaves import Sum
+from jaxcompress.tree.leaves import leaf
+from jaxcompress.tree.leaves import materialize
+from jaxcompress.tree.leaves import nbytes
+from jaxcompress.tree.leaves import static
 from jaxcompress.tree.methods import method
-from jaxcompress.tree.paths import combine, leaf_names, partition
-from jaxcompress.tree.rules import chain, compress
+from jaxcompress.tree.paths import combine
+from jaxcompress.tree.paths import leaf_names
+from jaxcompress.tree.paths import partition
+from jaxcompress.tree.rules import LeafReport
+from jaxcompress.tree.rules import chain
+from jaxcompress.tree.rules import compress
+from jaxcompress.tree.tracing import layout

@@ -8,6 +8,8 @@ of the data without making them lie.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import jax
@@ -15,6 +17,12 @@ import jax.numpy as jnp
 from flax.core import meta
 
 _REGISTRY: dict[str, type["Leaf"]] = {}
+
+# What a leaf passes through where a layer asks for its array; `running.streaming` sets
+# it for the length of one module call, per thread.
+before_use: ContextVar[Callable[["Leaf"], "Leaf"] | None] = ContextVar(
+    "before_use", default=None
+)
 
 
 class Leaf(meta.AxisMetadata):
@@ -65,7 +73,9 @@ class Leaf(meta.AxisMetadata):
         return moments
 
     def unbox(self) -> jax.Array:
-        return self.materialize()
+        """The dense array for the layer that asks: Flax calls it, through `param`."""
+        prepare = before_use.get()
+        return (self if prepare is None else prepare(self)).materialize()
 
     def replace_boxed(self, val: Any) -> Any:
         """A transformation that writes a value back gets a dense weight."""
@@ -96,7 +106,7 @@ def static(**options: Any) -> Any:
 
 
 def leaf(cls: type) -> type:
-    """Makes a class a frozen dataclass and a pytree node that files know by its name."""
+    """Makes a class a frozen dataclass and a pytree node, known to files by name."""
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     known = _REGISTRY.get(cls.__name__)
     if known is not None and known.__qualname__ + known.__module__ != (
@@ -119,6 +129,11 @@ def leaf_type(name: str) -> type[Leaf]:
 
 def is_leaf(x: Any) -> bool:
     return isinstance(x, Leaf)
+
+
+def is_box(x: Any) -> bool:
+    """Whether it is Flax's own metadata around a parameter, as `nn.Partitioned`."""
+    return isinstance(x, meta.AxisMetadata) and not isinstance(x, Leaf)
 
 
 def data_fields(cls: type[Leaf] | Leaf) -> tuple[str, ...]:
@@ -196,31 +211,44 @@ def take_columns(x: Any, indices: jax.Array) -> jax.Array:
 
 @leaf
 class Mixed(Leaf):
-    """Some outputs of a kernel kept finer than the others.
+    """Some channels of a kernel kept finer than the others.
 
-    Invariant: `order` `[..., outputs]` is a permutation; output `order[i]` is column i
-    of `[kept, rest]`, two weights `[..., inputs, *]` of any leaf type.
+    Invariant: `order` `[..., channels]` is a permutation along `axis`: -1 for outputs,
+    -2 for inputs. Channel `order[i]` is slice i of `[kept, rest]`, two weights of any
+    leaf type, `[..., inputs, *]` or `[..., *, outputs]`.
     """
 
     kept: Any
     rest: Any
     order: jax.Array
+    axis: int = static(default=-1)
 
     weights: ClassVar[tuple[str, ...]] = ("kept", "rest")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.rest.shape[:-1] + self.order.shape[-1:]
+        *stack, inputs, outputs = self.rest.shape
+        channels = self.order.shape[-1]
+        if self.axis == -1:
+            return (*stack, inputs, channels)
+        return (*stack, channels, outputs)
 
     @property
     def dtype(self) -> Any:
         return self.rest.dtype
 
+    def inner_moments(self, field: str, moments: Any) -> Any:
+        """Those of the whole layer for a part of its outputs; none for some inputs."""
+        del field
+        return moments if self.axis == -1 else None
+
     def materialize(self) -> jax.Array:
         rest = dense(self.rest)
-        both = jnp.concatenate([dense(self.kept).astype(rest.dtype), rest], axis=-1)
+        kept = dense(self.kept).astype(rest.dtype)
+        both = jnp.concatenate([kept, rest], axis=self.axis)
         where = jnp.argsort(self.order, axis=-1).astype(jnp.int32)
-        return jnp.take_along_axis(both, where[..., None, :], axis=-1)
+        where = where[..., None, :] if self.axis == -1 else where[..., :, None]
+        return jnp.take_along_axis(both, where, axis=self.axis)
 
 
 @leaf

@@ -101,15 +101,19 @@ def parse(text: str) -> Method:
         raise ValueError(f"{wrong}, for instance 'symmetric(bits=4)'") from error
     call = node if isinstance(node, ast.Call) else None
     target = call.func if call else node
-    if not isinstance(target, ast.Name) or (call and call.args):
+    keywords = call.keywords if call else []
+    named = all(keyword.arg for keyword in keywords)
+    if not isinstance(target, ast.Name) or not named or (call and call.args):
         raise ValueError(f"{wrong}; options are given by name")
     if target.id not in _METHODS:
         raise ValueError(f"unknown method {target.id!r}; {_known(target.id, _METHODS)}")
-    options = {}
-    for keyword in call.keywords if call else ():
+    options: dict[str, Any] = {}
+    for keyword in keywords:
+        if keyword.arg in options:
+            raise ValueError(f"{text!r}: {keyword.arg} is given twice")
         try:
             options[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{wrong}; {keyword.arg} is not a literal") from error
     return functools.partial(_METHODS[target.id](), **_checked(target.id, options))
 

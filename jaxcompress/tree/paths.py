@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.tree.leaves import Leaf, data_fields
+from jaxcompress.tree.leaves import Leaf, data_fields, is_box
 
 KERNEL, EMBEDDING = "kernel", "embedding"
 
@@ -40,10 +40,15 @@ def key_name(key: Any) -> str:
 
 
 def children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """The named children of one pytree node, and the treedef that rebuilds it."""
+    """The named children of one pytree node, and the treedef that rebuilds it.
+
+    A metadata box such as `nn.Partitioned` adds nothing to the name of what it holds.
+    """
     flat, treedef = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda x: x is not node
     )
+    if is_box(node):
+        return [("", child) for _, child in flat], treedef
     named = [("/".join(key_name(key) for key in path), child) for path, child in flat]
     return named, treedef
 
@@ -75,6 +80,8 @@ def map_entries(
                 }
                 below = name if is_transparent(node) else join(name, field)
                 changed[field] = walk(child, below, depth + 1, root, **inner)
+            if all(new is getattr(node, field) for field, new in changed.items()):
+                return node
             return dataclasses.replace(node, **changed)
         named, treedef = ([], None) if isinstance(node, Leaf) else children(node)
         if treedef is None or (len(named) == 1 and named[0][1] is node):
@@ -84,11 +91,13 @@ def map_entries(
         rebuilt = []
         for key, child in named:
             inner = dict(place)
-            if depth == 0:
+            if depth == 0 and not is_box(node):
                 last = key.rsplit("/", 1)[-1]
                 inner["embedding"] = last == EMBEDDING
-                inner["weight"] = place["weight"] or last in (KERNEL, EMBEDDING)
+                inner["weight"] = last in (KERNEL, EMBEDDING)
             rebuilt.append(walk(child, join(name, key), depth, root, **inner))
+        if all(new is old for new, (_, old) in zip(rebuilt, named, strict=True)):
+            return node
         return jax.tree.unflatten(treedef, rebuilt)
 
     start = {"weight": False, "embedding": False, "moments": None}
@@ -116,13 +125,16 @@ def leaf_names(params: Any) -> list[str]:
     return [entry.name for entry in entries(params)]
 
 
-def roots(params: Any) -> Iterator[tuple[str, Any]]:
+def roots(params: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Name and value of every outermost leaf or array, in order."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda x: isinstance(x, Leaf)
-    )
-    for path, value in flat:
-        yield "/".join(key_name(key) for key in path), value
+    if isinstance(params, Leaf):
+        yield name, params
+        return
+    for key, child in children(params)[0]:
+        if child is params:
+            yield name, params
+        else:
+            yield from roots(child, join(name, key))
 
 
 def is_transparent(leaf: Leaf) -> bool:

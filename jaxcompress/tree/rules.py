@@ -186,6 +186,11 @@ def choose(params: Params, stage: Any) -> tuple[dict[str, Method], dict[str, str
             if not why[entry.name]:
                 choices[entry.name] = f
         return choices, why
+    if not isinstance(stage, list | tuple):
+        raise ValueError(
+            f"{stage!r} is not a recipe; give a method, its string, a list of "
+            "(pattern, method) or a chain of these"
+        )
     names = [entry.name for entry in found]
     rules = [_rule(rule) for rule in stage]
     for pattern, _ in rules:

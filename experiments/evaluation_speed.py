@@ -1,0 +1,101 @@
+"""How fast does our float32 model evaluate text, beside transformers with PyTorch?
+
+The same weights, windows of tokens and machine; one window through each in turn, for
+several rounds, so that other work on the machine slows both alike. Reports medians of
+wall and processor time, and speed ratios (above 1: ours is faster), as medians of the
+rounds' ratios. Needs torch and transformers:
+
+    python experiments/evaluation_speed.py SmolLM2.gguf text.txt
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from smollm2_parity import in_transformers, text_windows, torch_losses, window_losses
+
+from jaxcompress.models.loading import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str
+    text: str
+    fraction: float = 0.2  # of the text, counted from its end
+    windows: int = 8  # rounds: one window in each
+    tokens: int = 512  # in a window
+    batch: int = 1  # windows at a time
+    scan: bool = False
+    output: str = ""  # a file of JSON lines to append to
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and processor seconds of a call."""
+    wall, processor = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Seconds per batch of windows of both, and their ratios."""
+    import torch
+
+    model, params, tokenizer = load(config.model, scan=config.scan, dtype=jnp.float32)
+    wanted = dataclasses.replace(config, windows=config.windows * config.batch)
+    windows = text_windows(tokenizer, wanted)
+    windows = windows.reshape(-1, config.batch, config.tokens)
+    reference = in_transformers(model, params, tokenizer)
+
+    def ours(window):
+        return window_losses(model, params, window).block_until_ready()
+
+    first = np.asarray(ours(windows[0]))  # compiles
+    difference = np.abs(first - torch_losses(reference, windows[0])).max()
+    rounds = []
+    for window in windows:
+        mine = timed(lambda window=window: ours(window))
+        theirs = timed(lambda window=window: torch_losses(reference, window))
+        rounds.append((*mine, *theirs))
+    wall, processor, their_wall, their_processor = np.array(rounds).T
+    result = {
+        "experiment": "evaluation_speed",
+        "scan": config.scan,
+        "batch": config.batch,
+        "tokens": config.tokens,
+        "rounds": len(rounds),
+        "seconds": float(np.median(wall)),
+        "seconds_transformers": float(np.median(their_wall)),
+        "processor_seconds": float(np.median(processor)),
+        "processor_seconds_transformers": float(np.median(their_processor)),
+        "ratio": float(np.median(their_wall / wall)),
+        "ratio_processor": float(np.median(their_processor / processor)),
+        "largest_loss_difference": float(difference),
+        "device": jax.devices()[0].device_kind,
+        "torch_threads": torch.get_num_threads(),
+        "versions": {x: metadata.version(x) for x in ("jax", "torch", "transformers")},
+    }
+    if config.output:
+        with open(config.output, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("text")
+    for field in dataclasses.fields(Config)[2:]:
+        if isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=type(field.default), default=field.default
+            )
+    print(json.dumps(run(Config(**vars(parser.parse_args()))), indent=2))

@@ -1,0 +1,117 @@
+"""Does our float32 SmolLM2 have the perplexity that Hugging Face transformers gives it?
+
+Loads a model (SmolLM2's `.gguf` file, dequantized, or anything `models.load` takes),
+writes it out as a Hugging Face directory, has transformers load that, and evaluates
+both on the same windows of tokens from the end of a text. Needs torch, transformers:
+
+    python experiments/smollm2_parity.py SmolLM2.gguf text.txt
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.models.huggingface import export_huggingface
+from jaxcompress.models.loading import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str
+    text: str
+    fraction: float = 0.2  # of the text, counted from its end
+    windows: int = 16
+    tokens: int = 512  # in a window
+    output: str = ""  # a file of JSON lines to append to
+
+
+def text_windows(tokenizer: Any, config: Config) -> np.ndarray:
+    """Tokens [windows, tokens] of the last part of the text, one after another."""
+    text = Path(config.text).read_text(encoding="utf-8")
+    last = text[int(len(text) * (1 - config.fraction)) :]
+    wanted = config.windows * config.tokens
+    ids = np.asarray(tokenizer.encode(last), np.int32)
+    if len(ids) < config.tokens:
+        raise ValueError(f"{config.text}: {len(ids)} tokens, a window is more")
+    ids = ids[: min(wanted, len(ids) // config.tokens * config.tokens)]
+    return ids.reshape(-1, config.tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def window_losses(model, params, tokens):
+    """Nats per predicted token, float32 [windows, tokens - 1]."""
+    logits = model.apply({"params": params}, tokens[:, :-1])
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+def torch_losses(reference, tokens: np.ndarray) -> np.ndarray:
+    """The same from a transformers model."""
+    import torch
+
+    ids = torch.asarray(tokens, dtype=torch.long)
+    with torch.inference_mode():
+        logits = reference(ids[:, :-1], use_cache=False).logits.float()
+        scores = torch.log_softmax(logits, dim=-1)
+        return -scores.gather(-1, ids[:, 1:, None])[..., 0].numpy()
+
+
+def in_transformers(model, params, tokenizer) -> Any:
+    """The model as transformers loads it from our export."""
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as directory:
+        export_huggingface(directory, model, params, tokenizer)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32
+        ).eval()
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Both perplexities and how far they, and single losses, are apart."""
+    start = time.perf_counter()
+    model, params, tokenizer = load(config.model, dtype=jnp.float32)
+    windows = text_windows(tokenizer, config)
+    reference = in_transformers(model, params, tokenizer)
+    ours = np.concatenate([window_losses(model, params, w[None]) for w in windows])
+    theirs = np.concatenate([torch_losses(reference, w[None]) for w in windows])
+    perplexity = float(np.exp(ours.mean(dtype=np.float64)))
+    wanted = float(np.exp(theirs.mean(dtype=np.float64)))
+    result = {
+        "experiment": "smollm2_parity",
+        "windows": len(windows),
+        "tokens": config.tokens,
+        "perplexity": perplexity,
+        "perplexity_transformers": wanted,
+        "relative_difference": perplexity / wanted - 1,
+        "largest_loss_difference": float(np.abs(ours - theirs).max()),
+        "seconds": time.perf_counter() - start,
+        "device": jax.devices()[0].device_kind,
+        "versions": {x: metadata.version(x) for x in ("jax", "torch", "transformers")},
+    }
+    if config.output:
+        with open(config.output, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("text")
+    for field in dataclasses.fields(Config)[2:]:
+        parser.add_argument(
+            f"--{field.name}", type=type(field.default), default=field.default
+        )
+    print(json.dumps(run(Config(**vars(parser.parse_args()))), indent=2))

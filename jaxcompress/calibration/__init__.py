@@ -1,0 +1,1 @@
+"""What the inputs of each kernel look like on real batches."""

@@ -1,0 +1,237 @@
+"""`collect_moments`: the moments of every kernel's inputs, over real batches."""
+
+import difflib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.progress import Progress, TimeElapsedColumn
+
+from jaxcompress.calibration.moments import Moments
+from jaxcompress.tree.layouts import check_layout
+from jaxcompress.tree.leaves import dense
+from jaxcompress.tree.paths import EMBEDDING, KERNEL, is_float, roots
+from jaxcompress.tree.program import Sums, Use, trace_uses
+from jaxcompress.tree.rules import SMALLEST
+from jaxcompress.tree.tracing import flat_weights, model_function
+from jaxcompress.types import Params
+
+Select = str | Callable[[str], bool] | None
+
+
+def collect_moments(
+    model: Any,
+    params: Params,
+    batches: Iterable[Any],
+    *,
+    select: Select = None,
+    progress: bool = False,
+) -> dict[str, Moments]:
+    """The `Moments` of the inputs of each selected kernel, by the kernel's name.
+
+    Reads the traced program, so it needs nothing of the model: looped, scanned and
+    rematerialized layers, attention, NNX, convolutions (windows are the inputs; groups
+    of channels share one set of moments) and embeddings (`tokens` counts the rows read)
+    are all seen. Activations are summed where they arise and never stored. Memory: for
+    each kernel `4 * inputs**2` bytes, twice while a batch is added. Sums are float32 or
+    wider, products in the highest precision of the device. Batches of one shape share
+    one compilation.
+
+    Args:
+      model: a Linen module or a function of `(params, batch)`, as for `layout`.
+      params: pytree of arrays and leaves; a compressed leaf counts as one kernel.
+      batches: iterable of batches, as for `layout`. If a batch is a dict with "mask",
+        `[batch]` or `[batch, tokens]`, positions where it is 0 do not count. Inputs of
+        a kernel whose axes begin with (batch, ...) and have a later axis of `tokens`
+        are masked by position, likewise where both axes are merged into one; inputs of
+        whole examples (pooled, or one step of a recurrent layer) count where any
+        position of the example is real.
+      select: pattern that fully matches names, or a function of a name; by default
+        floating-point kernels and embeddings of 4 096 weights or more. Only arrays of
+        two axes or more have inputs.
+      progress: show a bar with the time that remains.
+
+    Raises:
+      ValueError: nothing selected, no batches, a selected weight whose inputs were
+        never seen, inputs that are NaN or infinite, a mask that does not fit.
+      TypeError: `batches` is one batch.
+    """
+    if isinstance(batches, Mapping):
+        raise TypeError("batches is one dict; pass an iterable of them: [batch]")
+    function = model_function(model)
+    names = selected(params, select)
+    shapes, rebuild = flat_weights(params)
+
+    order: dict[str, None] = {}  # names as the model uses them
+
+    def visit(use: Use, mask: Any) -> dict[str, jax.Array]:
+        order[use.name] = None
+        check_layout(use.name, shapes[use.name].shape, use.layout)
+        return _row_sums(use, shapes[use.name].shape, mask)
+
+    def sums(params: Params, batch: Any) -> Sums:
+        weights = {name: dense(x) for name, x in roots(params)}
+        mask = batch.get("mask") if isinstance(batch, Mapping) else None
+        return trace_uses(
+            lambda weights, batch: function(rebuild(weights), batch),
+            weights,
+            batch,
+            functools.partial(visit, mask=mask),
+            tagged=names,
+        )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(total: dict[str, Moments], params: Params, batch: Any) -> Any:
+        more = _averages(sums(params, batch))
+        return {n: m + more[n] if n in more else m for n, m in total.items()}
+
+    total = None
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, disable=not progress) as bar:
+        size = len(batches) if hasattr(batches, "__len__") else None
+        task = bar.add_task("compiling the calibration", total=size)
+        for batch in batches:
+            if total is None:
+                found = jax.eval_shape(sums, params, batch)
+                _check_seen(names, found)
+                empty = jax.eval_shape(_averages, found)
+                total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
+            total = add(total, params, batch)
+            if progress:
+                jax.block_until_ready(total)
+            bar.update(task, advance=1, description="calibrating")
+    if total is None:
+        raise ValueError("there are no batches; pass at least one")
+    for name in order:
+        _check_finite(name, total[name])
+    return {name: total[name] for name in order}
+
+
+def selected(params: Params, select: Select = None) -> list[str]:
+    """Names of the weights whose moments are wanted, as `collect_moments` says.
+
+    Raises ValueError where there are none.
+    """
+    arrays = {name: x for name, x in roots(params) if x.ndim > 1 and is_float(x)}
+    if select is None:
+        kinds = {KERNEL, EMBEDDING}
+        names = [
+            name
+            for name, x in arrays.items()
+            if kinds & set(name.split("/")) and x.size >= SMALLEST
+        ]
+    elif callable(select):
+        names = [name for name in arrays if select(name)]
+    else:
+        names = [name for name in arrays if re.fullmatch(select, name)]
+    if not names:
+        wanted = select if isinstance(select, str) else "kernel"
+        near = difflib.get_close_matches(wanted, arrays, n=3, cutoff=0.0)
+        raise ValueError(
+            f"no weight is selected by {select!r} (None: kernels and embeddings of "
+            f"{SMALLEST} weights or more); the nearest of the {len(arrays)} arrays of "
+            f"two axes or more are {', '.join(near)}"
+        )
+    return names
+
+
+def _row_sums(use: Use, shape: tuple[int, ...], mask: Any) -> dict[str, jax.Array]:
+    """Sums over the rows of one use, stack axes first."""
+    x, stack = use.inputs, use.inputs.shape[: use.stack]
+    rows = x.shape[use.stack :] if use.lookup else x.shape[use.stack : -1]
+    real = _real_rows(use.name, rows, mask)
+    if use.lookup:
+        size = shape[use.layout.outputs[0]]
+        count = functools.partial(_count_rows, real=real, size=size)
+        for _ in stack:
+            count = jax.vmap(count)
+        return {"tokens": count(x.reshape(*stack, -1))}
+    x = x.reshape(*stack, -1, x.shape[-1])
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if mask is not None:  # where, not a product: padding may hold NaN
+        x = jnp.where(jnp.expand_dims(real, (*range(len(stack)), -1)), x, 0)
+    batch = tuple(range(len(stack)))
+    second = jax.lax.dot_general(
+        x,
+        x,
+        (((len(stack),), (len(stack),)), (batch, batch)),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    count = jnp.broadcast_to(real.sum(dtype=jnp.float32), stack)
+    return {"count": count, "sum": x.sum(-2), "second": second}
+
+
+def _count_rows(rows: jax.Array, real: jax.Array, size: int) -> jax.Array:
+    rows = jnp.where(rows < 0, size, rows)  # outside, and not counted from the end
+    return jnp.zeros(size).at[rows].add(real.astype(jnp.float32), mode="drop")
+
+
+def _real_rows(name: str, rows: tuple[int, ...], mask: Any) -> jax.Array:
+    """Whether each row is real, flat; `rows` are the axes before the inputs."""
+    if mask is None:
+        return jnp.ones(math.prod(rows), bool)
+    mask = mask > 0
+    wrong = ValueError(
+        f"{name}: its inputs have axes {rows} before the last, and the mask of shape "
+        f"{mask.shape} does not say which of them are padding; drop the mask and leave "
+        "the padding out of the batches, or this weight out with select"
+    )
+    if mask.ndim not in (1, 2) or not rows:
+        raise wrong
+    if mask.ndim == 2 and rows[0] == mask.size and rows[0] != mask.shape[0]:
+        mask, where = mask.reshape(-1), (0,)
+    elif rows[0] != mask.shape[0]:
+        raise wrong
+    elif mask.ndim == 2 and mask.shape[1] in rows[1:]:
+        where = (0, 1 + rows[1:].index(mask.shape[1]))
+    else:
+        mask, where = mask.reshape(mask.shape[0], -1).any(1), (0,)
+    others = [axis for axis in range(len(rows)) if axis not in where]
+    return jnp.broadcast_to(jnp.expand_dims(mask, others), rows).reshape(-1)
+
+
+def _averages(sums: Sums) -> dict[str, Moments]:
+    found = {}
+    for name, named in sums.items():
+        tokens = named.get("tokens")
+        if "second" not in named:
+            found[name] = Moments(tokens.sum(-1), tokens=tokens)
+            continue
+        count = named["count"]
+        scale = 1 / jnp.maximum(count, 1)  # a batch of padding alone
+        found[name] = Moments(
+            count=count,
+            mean=named["sum"] * scale[..., None],
+            second=named["second"] * scale[..., None, None],
+            tokens=tokens,
+        )
+    return found
+
+
+def _check_seen(names: list[str], found: Mapping[str, Any]) -> None:
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(
+            f"the inputs of {', '.join(missing)} were never seen: the model does not "
+            "use them on these batches, or not by a plain product, convolution or "
+            "lookup (a weight that is normalized, scaled or sliced first is not "
+            "recognized). Leave them out with select"
+        )
+
+
+def _check_finite(name: str, moments: Moments) -> None:
+    if moments.second is not None and not bool(_all_finite(moments)):
+        raise ValueError(
+            f"{name}: its inputs are NaN or infinite on these batches; check the "
+            "batches and the weights before it (names are checked in the order of the "
+            "model, so this is the first)"
+        )
+
+
+@jax.jit
+def _all_finite(moments: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(moments)]))

@@ -1,0 +1,207 @@
+"""`Moments`: what a method may know about the inputs of a kernel."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Averages over tokens of a kernel's inputs `x`, and how many tokens they are.
+
+    A commutative monoid under `+`, which weighs by `count`; `empty_moments` is its
+    identity. A pytree of float32 or wider arrays; leading axes `...` are the stack axes
+    of the kernel. `mean` and `second` are None for an embedding that is only looked up;
+    the other fields are None where they are not known. Not centred: the covariance is
+    `covariance`, the sum of `x x^T` is `count * second`.
+    """
+
+    count: jax.Array  # [...] tokens seen; padding does not count
+    mean: jax.Array | None = None  # [..., inputs] average of x
+    second: jax.Array | None = None  # [..., inputs, inputs] average of x x^T
+    drifted: jax.Array | None = None  # same of x', the compressed prefix's inputs
+    cross: jax.Array | None = None  # [..., inputs, inputs] average of x x'^T
+    tokens: jax.Array | None = None  # [..., rows] times each embedding row was read
+
+    @property
+    def norms(self) -> jax.Array:
+        """Root mean square of each input, `[..., inputs]`."""
+        diagonal = jnp.diagonal(self.second, axis1=-2, axis2=-1)
+        return jnp.sqrt(jnp.maximum(diagonal, 0))
+
+    @property
+    def covariance(self) -> jax.Array:
+        """Central second moment, `[..., inputs, inputs]`."""
+        return self.second - self.mean[..., :, None] * self.mean[..., None, :]
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """The moments of both sets of tokens; traceable.
+
+        Raises ValueError where one side knows a field that the other does not.
+        """
+        if not isinstance(other, Moments):
+            return NotImplemented
+        total = self.count + other.count
+        share = other.count / jnp.where(total > 0, total, 1)  # both may be empty
+        merged: dict[str, Any] = {"count": total}
+        for field in dataclasses.fields(self)[1:]:
+            a, b = getattr(self, field.name), getattr(other, field.name)
+            if (a is None) != (b is None):
+                raise ValueError(
+                    f"only one side of the sum of moments has {field.name!r}; add "
+                    "moments collected in the same way"
+                )
+            if a is not None and a.shape != b.shape:
+                raise ValueError(
+                    f"moments of different kernels: {field.name!r} has shape {a.shape} "
+                    f"and {b.shape}"
+                )
+            if a is None:
+                merged[field.name] = None
+            elif field.name == "tokens":
+                merged[field.name] = a + b
+            else:
+                weight = jnp.expand_dims(share, tuple(range(share.ndim, a.ndim)))
+                merged[field.name] = a + (b - a) * weight.astype(a.dtype)
+        return Moments(**merged)
+
+    def psum(self, axis_name: Any) -> "Moments":
+        """The moments of all devices of a mapped axis (`shard_map`, `pmap`, `vmap`)."""
+        total = jax.lax.psum(self.count, axis_name)
+        share = self.count / jnp.where(total > 0, total, 1)  # all may be empty
+        merged: dict[str, Any] = {"count": total}
+        for field in dataclasses.fields(self)[1:]:
+            x = getattr(self, field.name)
+            if x is not None and field.name != "tokens":
+                weight = jnp.expand_dims(share, tuple(range(share.ndim, x.ndim)))
+                x = x * weight.astype(x.dtype)
+            merged[field.name] = None if x is None else jax.lax.psum(x, axis_name)
+        return Moments(**merged)
+
+    def project(self, weight: jax.Array) -> "Moments":
+        """The moments of `x @ weight`, for a `weight` `[..., inputs, outputs]`."""
+        wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+        changed: dict[str, Any] = {"tokens": None}
+        if self.mean is not None:
+            mean = _matmul(self.mean[..., None, :], wide)
+            changed["mean"] = mean.squeeze(-2)
+        for name in ("second", "drifted", "cross"):
+            matrix = getattr(self, name)
+            if matrix is not None:
+                left = _matmul(jnp.swapaxes(wide, -1, -2), matrix)
+                changed[name] = _matmul(left, wide)
+        return dataclasses.replace(self, **changed)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def empty_moments(
+    inputs: int, *, stack: tuple[int, ...] = (), dtype: Any = jnp.float32
+) -> Moments:
+    """The moments of no tokens: the identity of `+` for those of one kernel."""
+    return Moments(
+        count=jnp.zeros(stack, dtype),
+        mean=jnp.zeros((*stack, inputs), dtype),
+        second=jnp.zeros((*stack, inputs, inputs), dtype),
+    )
+
+
+def moments_from_covariance(covariance: jax.Array, *, count: float = 1.0) -> Moments:
+    """The moments of inputs of mean zero and this covariance; for synthetic studies.
+
+    Args:
+      covariance: `[..., inputs, inputs]`, symmetric; kept in float32 or wider.
+      count: tokens it stands for when it is added to other moments.
+
+    Raises:
+      ValueError: not square, not symmetric, or not finite.
+    """
+    covariance = jnp.asarray(covariance)
+    wide = jnp.promote_types(covariance.dtype, jnp.float32)
+    covariance = covariance.astype(wide)
+    if covariance.ndim < 2 or covariance.shape[-1] != covariance.shape[-2]:
+        raise ValueError(
+            f"a covariance is [..., inputs, inputs], this has shape {covariance.shape}"
+        )
+    if not isinstance(covariance, jax.core.Tracer):
+        gap = jnp.max(jnp.abs(covariance - jnp.swapaxes(covariance, -1, -2)))
+        largest = jnp.max(jnp.abs(covariance))
+        if not math.isfinite(largest):
+            raise ValueError("the covariance has NaN or infinite entries")
+        if gap > 1e-4 * largest:
+            raise ValueError(
+                f"the covariance is not symmetric: entries differ by {float(gap):.3g} "
+                f"where the largest is {float(largest):.3g}; pass (c + c.T) / 2"
+            )
+    return Moments(
+        count=jnp.full(covariance.shape[:-2], count, wide),
+        mean=jnp.zeros(covariance.shape[:-1], wide),
+        second=covariance,
+    )
+
+
+def require(
+    moments: Any, x: jax.Array, method: str, *, fields: tuple[str, ...] = ("second",)
+) -> Moments:
+    """The moments, once they are known to be there and to fit `x`.
+
+    Args:
+      moments: what the method was given.
+      x: the weight, `[..., inputs, outputs]`.
+      method: name of the method, for the message.
+      fields: fields of `Moments` that the method reads.
+
+    Raises:
+      ValueError: no moments, a field that is None, or shapes that do not fit.
+    """
+    if moments is None:
+        raise ValueError(
+            f"{method} needs moments of the inputs and got none; pass "
+            "moments=collect_moments(model, params, batches)"
+        )
+    if not isinstance(moments, Moments):
+        raise ValueError(
+            f"{method} needs Moments, this is a {type(moments).__name__}; make them "
+            "with collect_moments or moments_from_covariance"
+        )
+    stack, inputs, outputs = x.shape[:-2], x.shape[-2], x.shape[-1]
+    square = (*stack, inputs, inputs)
+    wanted = {
+        "count": stack,
+        "mean": (*stack, inputs),
+        "second": square,
+        "drifted": square,
+        "cross": square,
+        "tokens": (*stack, outputs),
+    }
+    for name in fields:
+        value = getattr(moments, name)
+        if value is None:
+            raise ValueError(f"{method} needs the moments' {name!r}: {_ABSENT[name]}")
+        if tuple(value.shape) != wanted[name]:
+            raise ValueError(
+                f"{method}: the moments' {name!r} has shape {tuple(value.shape)}, and "
+                f"a weight [..., inputs, outputs] of shape {tuple(x.shape)} needs "
+                f"{wanted[name]}; collect them with the same model and parameters"
+            )
+    return moments
+
+
+_LOOKED_UP = (
+    "an embedding that is only looked up has no inputs to average; keep it with a rule "
+    "(pattern, None), or give it a method that needs no moments"
+)
+_ABSENT = {
+    "count": "make them with collect_moments",
+    "mean": _LOOKED_UP,
+    "second": _LOOKED_UP,
+    "drifted": "compress with compress_blockwise, which measures the drift",
+    "cross": "compress with compress_blockwise, which measures the drift",
+    "tokens": "only an embedding that is looked up has token counts",
+}

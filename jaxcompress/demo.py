@@ -1,0 +1,135 @@
+"""The first thing to run: the reference model at 8, 4, 3 and 2 bits, measured."""
+
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcompress import reporting, storage
+from jaxcompress.evaluation import Apply, Report, compare, windows
+from jaxcompress.models.generation import generate
+from jaxcompress.models.loading import load
+from jaxcompress.models.saved import save_model
+from jaxcompress.models.transformer import stack_layers
+from jaxcompress.running.decoding import decoded
+from jaxcompress.tree.leaves import materialize
+from jaxcompress.tree.rules import chain, compress
+from jaxcompress.types import Params
+
+RECIPES = (
+    "symmetric(bits=8)",
+    "symmetric(bits=4, block=64, search=True)",
+    "symmetric(bits=3, block=64, search=True)",
+    "symmetric(bits=2, block=64, full_range=True, search=True)",
+)
+SHOWN = 1  # the recipe whose text is printed
+PROMPT = "def read_lines(path):\n"
+LENGTH, BATCH = 512, 2
+
+
+def heldout_text() -> str:
+    """The packaged text that the reference model has not seen in training."""
+    data = resources.files("jaxcompress.models") / "data" / "heldout.txt"
+    return data.read_text(encoding="utf-8")
+
+
+def run(
+    folder: Path,
+    *,
+    limit: int = 32,
+    recipes: tuple[str, ...] = RECIPES,
+    say: Callable[..., None] = print,
+) -> list[dict[str, Any]]:
+    """Compresses the reference model by each recipe, saves, loads, checks and compares.
+
+    Args:
+      folder: where the files are written; it must exist.
+      limit: windows of held-out text to compare on.
+      recipes: methods for all large kernels and embeddings.
+      say: what prints tables and lines.
+
+    Returns:
+      The rows of the table. Raises ValueError where a file does not come back bit for
+      bit.
+    """
+    start = time.perf_counter()
+    model, params, tokenizer = load("reference", scan=False)
+    scanned = model.clone(scan=True)
+    weights = reporting.weight_count(params)
+    say(f"reference model: {reporting.grouped(weights)} weights, {model.layers} layers")
+    ids = tokenizer.encode(heldout_text())
+    batches = windows(
+        ids, LENGTH, BATCH, token_bytes=tokenizer.token_bytes(ids), limit=limit
+    )
+    dense_path = folder / "reference-float32.safetensors"
+    save_model(dense_path, model, params, tokenizer)
+    rows, texts, report = [], [], None
+    for i, recipe in enumerate(recipes):
+        small = compress(params, chain(recipe, "entropy_code()", "code_floats()"))
+        path = folder / f"reference-{recipe.split('bits=')[1][0]}bit.safetensors"
+        save_model(path, model, small, tokenizer, {"recipe": recipe})
+        storage.verify(path)
+        loaded = load(path)[1]
+        if not same_bits(small, loaded):
+            raise ValueError(f"{path} did not come back bit for bit; please report it")
+        report = compare(
+            Apply(scanned),
+            stack_layers(params),
+            stack_layers(decoded(loaded)),
+            reporting.track(batches, recipe),
+        )
+        rows.append(row(recipe, path, loaded, report))
+        if i == SHOWN:
+            texts.append(sample(scanned, loaded, tokenizer))
+    first = {
+        "recipe": "float32",
+        **dict.fromkeys(rows[0]),
+        **{"file bytes": dense_path.stat().st_size, "bits/weight": 32.0},
+        "perplexity": report.dense.perplexity,
+        "bits/byte": report.dense.bits_per_byte,
+    }
+    rows.insert(0, first | {"recipe": "float32"})
+    say("", reporting.table(rows), "")
+    say(f"{report.tokens} tokens of held-out text; every file came back bit for bit")
+    texts.insert(0, sample(scanned, params, tokenizer))
+    for name, text in zip(("before", "after "), texts, strict=False):
+        say(f"{name} {PROMPT.strip()} -> {text!r}")
+    seconds = time.perf_counter() - start
+    say(f"{seconds:.0f} s")
+    return rows
+
+
+def row(recipe: str, path: Path, params: Params, report: Report) -> dict[str, Any]:
+    """A row of the table: what one recipe's file takes, and what it costs."""
+    size = reporting.measure(params, path)
+    return {
+        "recipe": recipe,
+        "file bytes": size.file_bytes,
+        "bits/weight": size.bits_per_weight,
+        "perplexity": report.small.perplexity,
+        "bits/byte": report.small.bits_per_byte,
+        "KL": report.kl,
+        "top-1 the same": report.agreement,
+    }
+
+
+def sample(model: Any, params: Params, tokenizer: Any) -> str:
+    """A line of text from the scanned model, with the parameters of the looped one."""
+    dense = jax.jit(materialize)(params)
+    text = generate(model, stack_layers(dense), tokenizer, PROMPT, max_tokens=24)
+    return text
+
+
+def same_bits(left: Params, right: Params) -> bool:
+    """Whether two trees have the same structure and the same bytes in every array."""
+    (a, here), (b, there) = jax.tree.flatten(left), jax.tree.flatten(right)
+    return here == there and all(
+        x.dtype == y.dtype
+        and x.shape == y.shape
+        and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(a, b, strict=True)
+    )

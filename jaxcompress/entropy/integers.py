@@ -1,0 +1,365 @@
+"""Integer arrays at their entropy: `Coded`, and the method that makes it."""
+
+import dataclasses
+import math
+from types import ModuleType
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcompress.entropy import files, rans
+from jaxcompress.entropy.packing import (
+    Packed,
+    pack,
+    pack_bits,
+    packed_bytes,
+    packed_rows,
+    packing_axis,
+    unpack_bits,
+)
+from jaxcompress.entropy.plans import Plan, plan
+from jaxcompress.tree.leaves import Leaf, leaf, static
+from jaxcompress.tree.methods import method
+
+__all__ = ["Coded", "Packed", "entropy_code", "pack"]
+
+ALLOWANCE = 128  # bytes: what a coded array's longer entry in a file's header takes
+LANES_TOGETHER = 64  # of several slices, decoded in one loop
+PART = 1 << 24  # symbols coded at a time, to bound memory
+
+
+@leaf
+class Coded(Leaf):
+    """One integer array `[..., *trailing]`, each slice of it coded on its own.
+
+    Invariant: every data array has the stack axes in front, and a slice of all of them
+    is the `Coded` of a slice. Symbol `i` of a slice is step `i // lanes` of lane
+    `i % lanes`; no lanes means that every code of a slice is its base.
+
+    The words of the longest slice set the size in memory; `stored` leaves the padding
+    of the others out.
+
+    Args:
+      words: uint16 `[..., words]`; offsets: int32 `[..., lanes + 1]`; states: uint32
+        `[..., lanes]`: a `rans.Stream` per slice.
+      frequencies: uint16 `[..., contexts, columns]`.
+      base: int32 `[...]`, added to the codes in bytes; None for whole codes.
+      symbols: int32 `[..., contexts, columns]`, values of the columns; None where
+        column and value are the same.
+      low: uint8, the `low_bits` lowest bits of each code, packed; or None.
+      contexts: uint8 `[..., *trailing]`, any trailing size may be 1; or None.
+      width: bits per code of a coded byte, which holds `8 // width` codes lying side
+        by side along the inputs; 0 where whole codes are coded.
+      escape: 16-bit words behind a symbol of the last column: its value, verbatim.
+    """
+
+    words: jax.Array
+    offsets: jax.Array
+    states: jax.Array
+    frequencies: jax.Array
+    base: jax.Array | None
+    symbols: jax.Array | None
+    low: jax.Array | None
+    contexts: jax.Array | None
+    trailing: tuple[int, ...] = static()
+    kind: str = static()
+    width: int = static()
+    escape: int = static()
+    low_bits: int = static()
+
+    lossless: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.states.shape[:-1] + self.trailing
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.kind)
+
+    def materialize(self) -> jax.Array:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+            return _slices(self)
+        return _decoded(_roomy(self))
+
+    def on_host(self) -> np.ndarray:
+        """The array, decoded by NumPy; ValueError where the stream is damaged."""
+        return _codes(jax.tree.map(np.asarray, self), np)
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """What a file holds: all but raw bits and contexts in one `stream` of bytes."""
+        arrays = {"stream": np.frombuffer(files.write(self), np.uint8)}
+        if self.low is not None:
+            arrays["low"] = np.asarray(self.low)
+        if self.contexts is not None:
+            arrays["contexts"] = np.asarray(self.contexts)
+        return arrays
+
+    @classmethod
+    def restored(cls, arrays: dict[str, np.ndarray], static: dict[str, Any]) -> "Coded":
+        """Undoes `stored`, given the static fields; ValueError if they do not fit."""
+        return cls(**files.read(arrays, static))
+
+
+@method(selects="codes", traceable=False)
+def entropy_code(
+    codes: jax.Array,
+    moments: Any = None,
+    *,
+    contexts: jax.Array | None = None,
+    stack: int | None = None,
+) -> Any:
+    """Codes integers at their order-0 entropy; the result materializes bit for bit.
+
+    Slices along the stack axes have their own tables and streams. Returns the smallest
+    in a file of: `Coded`, `Packed`, and the array as it came.
+
+    Args:
+      codes: bool or integers of up to 32 bits, `[..., inputs, outputs]`.
+      moments: not used.
+      contexts: integers in `[0, 255]` that choose the table of each code; axes as
+        `codes`, stack axes alike, other sizes alike or 1. They are stored with the
+        codes, and dropped where they do not pay.
+      stack: number of leading stack axes; all but the last two if not given.
+
+    Raises:
+      TypeError: codes are not integers of up to 32 bits.
+      ValueError: contexts or stack do not fit the codes.
+
+    Source: rANS, see `rans`; tables are static, one per slice and context.
+    """
+    del moments
+    array = np.asarray(codes)
+    kind = jnp.dtype(array.dtype)
+    if not (kind == np.bool_ or kind.kind in "iu") or kind.itemsize > 4:
+        raise TypeError(
+            f"entropy_code takes integers of up to 32 bits, not {kind}; "
+            "code_floats takes floating-point arrays"
+        )
+    stack = max(0, array.ndim - 2) if stack is None else stack
+    if array.size == 0 or array.ndim == 0:
+        return codes
+    if not 0 <= stack < array.ndim:
+        raise ValueError(
+            f"stack={stack} for codes of shape {array.shape}: at least one axis must "
+            "be left to each slice"
+        )
+    lead, trailing = array.shape[:stack], array.shape[stack:]
+    if contexts is not None:
+        contexts = _checked(np.asarray(contexts), array.shape, stack)
+    slices = array.astype(np.uint32 if kind == np.uint32 else np.int32)
+    slices = slices.view(np.int32).reshape(-1, *trailing)
+    spread = None
+    if contexts is not None:
+        spread = np.broadcast_to(contexts, array.shape).reshape(slices.shape)
+    coded = _coded(plan(slices, spread), lead, trailing, kind.name, slices, contexts)
+    size = ALLOWANCE + stored_bytes(coded)
+    bits = 8 * kind.itemsize
+    if slices.min() >= 0:
+        bits = min(bits, int(slices.max()).bit_length() or 1)
+    packed = packed_bytes(array.shape, bits)
+    if size < min(packed, array.nbytes):
+        return coded
+    return pack(array, bits) if packed < array.nbytes else codes
+
+
+def stored_bytes(x: Any) -> int:
+    """Bytes of the arrays of a leaf, or of an array, in a file."""
+    leaves = jax.tree.leaves(x, is_leaf=lambda part: isinstance(part, Coded))
+    return sum(
+        sum(array.nbytes for array in part.stored().values())
+        if isinstance(part, Coded)
+        else part.nbytes
+        for part in leaves
+    )
+
+
+def _checked(contexts: np.ndarray, shape: tuple[int, ...], stack: int) -> np.ndarray:
+    fits = contexts.ndim == len(shape) and all(
+        have == want or (have == 1 and axis >= stack)
+        for axis, (have, want) in enumerate(zip(contexts.shape, shape, strict=True))
+    )
+    if not fits:
+        raise ValueError(
+            f"contexts of shape {contexts.shape} do not fit codes of shape {shape} "
+            f"with {stack} stack axes; sizes must agree, or be 1 behind the stack"
+        )
+    if contexts.dtype.kind not in "iub" or contexts.min() < 0 or contexts.max() > 255:
+        raise ValueError("contexts must be integers in [0, 255]")
+    return contexts.astype(np.uint8)
+
+
+def _coded(
+    made: Plan,
+    lead: tuple[int, ...],
+    trailing: tuple[int, ...],
+    kind: str,
+    codes: np.ndarray,
+    contexts: np.ndarray | None,
+) -> Coded:
+    """The leaf of a plan: all slices coded together, padded to the longest."""
+    view, lanes = made.view, made.lanes
+    slices, count = made.columns.shape
+    tables, width = made.frequencies.shape[1:]
+    raw = view.numbers if made.escape else None
+    words, offsets, states = [], [], []
+    per = max(1, PART // count)
+    for first in range(0, slices if lanes else 0, per):
+        part = slice(first, first + per)
+        frequencies = made.frequencies[part]
+        here = frequencies.shape[0]
+        rest = -count % lanes
+        likely = frequencies[:, 0].argmax(axis=-1)[:, None]
+        columns = np.append(made.columns[part], np.repeat(likely, rest, 1), axis=1)
+        stream = rans.encode(
+            _by_step(columns, lanes),
+            frequencies.reshape(-1, width),
+            _filled(view.contexts, part, lanes),
+            lane_tables=np.repeat(np.arange(here) * tables, lanes),
+            raw=_filled(raw, part, lanes),
+            escape=made.escape,
+        )
+        starts = stream.starts.reshape(here, lanes)
+        places = np.append(starts, stream.ends[lanes - 1 :: lanes, None], axis=1)
+        words += [stream.words[row[0] : row[-1]] for row in places]
+        offsets.append(places - places[:, :1])
+        states.append(stream.states.reshape(here, lanes))
+    low = None
+    if view.low_bits:
+        mask = np.int32((1 << view.low_bits) - 1)
+        axis = packing_axis(trailing, view.low_bits)
+        low = pack_bits((codes & mask).view(np.uint32), view.low_bits, axis=axis)
+        low = _lead(low, lead)
+    padded = np.zeros((slices, max((row.size for row in words), default=0)), np.uint16)
+    for i, row in enumerate(words):
+        padded[i, : row.size] = row
+    none = np.zeros((slices, 0), np.uint32)
+    offsets = np.concatenate(offsets) if lanes else np.zeros((slices, 1), np.int32)
+    stacked = (
+        padded,
+        offsets.astype(np.int32),
+        np.concatenate(states) if lanes else none,
+        made.frequencies,
+        view.base,
+        made.symbols,
+    )
+    data = [None if x is None else _lead(x, lead) for x in stacked]
+    if view.contexts is None:
+        contexts = None
+    elif contexts is not None:
+        contexts = jnp.asarray(contexts)
+    return Coded(
+        *data, low, contexts, trailing, kind, view.width, made.escape, view.low_bits
+    )
+
+
+def _lead(x: np.ndarray, lead: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(x.reshape(lead + x.shape[1:]))
+
+
+def _by_step(x: Any, lanes: int) -> Any:
+    """`[slices, steps * lanes]` as `[steps, slices * lanes]`."""
+    slices = x.shape[0]
+    x = x.reshape(slices, -1, lanes).swapaxes(0, 1)
+    return x.reshape(-1, slices * lanes)
+
+
+def _filled(x: np.ndarray | None, part: slice, lanes: int) -> np.ndarray | None:
+    """An array like the columns, zeros where lanes are filled up."""
+    if x is None:
+        return None
+    return _by_step(np.pad(x[part], [(0, 0), (0, -x.shape[1] % lanes)]), lanes)
+
+
+def _codes(coded: Coded, xp: ModuleType) -> Any:
+    """The array of a leaf, by JAX or by NumPy."""
+    lead, trailing = coded.states.shape[:-1], coded.trailing
+    slices, lanes = math.prod(lead), coded.states.shape[-1]
+    axis, shape = packing_axis(trailing, coded.width or coded.low_bits), list(trailing)
+    if coded.width:
+        shape[axis] = packed_rows(coded.width, trailing[axis])
+    count = math.prod(shape)
+    if lanes:
+        tables, width = coded.frequencies.shape[-2:]
+        words = coded.words.reshape(-1)
+        moved = np.arange(slices, dtype=np.int32) * coded.words.shape[-1]
+        offsets = coded.offsets.reshape(slices, lanes + 1) + moved[:, None]
+        contexts = coded.contexts
+        if contexts is not None:
+            contexts = xp.broadcast_to(contexts, lead + trailing)
+            contexts = contexts.reshape(slices, count)
+            contexts = xp.pad(contexts, [(0, 0), (0, -count % lanes)])
+            contexts = _by_step(contexts, lanes)
+        symbols = coded.symbols
+        decode = rans.decode if xp is jnp else rans.decode_on_host
+        out = decode(
+            rans.Stream(
+                words,
+                offsets[:, :-1].reshape(-1),
+                offsets[:, 1:].reshape(-1),
+                coded.states.reshape(-1),
+            ),
+            coded.frequencies.reshape(slices * tables, width),
+            None if symbols is None else symbols.reshape(slices * tables, width),
+            contexts,
+            steps=-(-count // lanes),
+            escape=coded.escape,
+            lane_tables=np.repeat(np.arange(slices, dtype=np.int32) * tables, lanes),
+        )
+        out = out.reshape(-1, slices, lanes).swapaxes(0, 1)
+        out = out.reshape(slices, -1)[:, :count].reshape((*lead, *shape))
+    else:
+        out = xp.zeros((*lead, *shape), xp.uint8)
+    if coded.width:
+        out = out.astype(xp.uint8)
+        if coded.width < 8:
+            out = unpack_bits(out, coded.width, trailing[axis], axis=axis)
+        narrow = np.dtype(coded.kind).itemsize == 1
+        wide = xp.uint8 if narrow else xp.int32
+        base = coded.base.reshape(lead + (1,) * len(trailing))
+        out = out.astype(wide) + base.astype(wide)
+    elif coded.low_bits:
+        low = unpack_bits(
+            coded.low, coded.low_bits, trailing[axis], axis=axis, dtype="int32"
+        )
+        out = (out << np.int32(coded.low_bits)) | low
+    return out.astype(coded.kind)
+
+
+@jax.jit
+def _decoded(coded: Coded) -> jax.Array:
+    return _slices(coded)
+
+
+def _slices(coded: Coded) -> jax.Array:
+    """All slices, some at a time: faster on a CPU, whose cache holds few tables."""
+    lead, lanes = coded.states.shape[:-1], coded.states.shape[-1]
+    if not lead:
+        return _codes(coded, jnp)
+    count = math.prod(lead)
+    flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(lead) :]), coded)
+    together = max(1, LANES_TOGETHER // max(1, lanes))
+    out = lax.map(lambda one: _codes(one, jnp), flat, batch_size=together)
+    return out.reshape(lead + coded.trailing)
+
+
+def _roomy(coded: Coded) -> Coded:
+    """Words and tables filled up to sizes that many leaves share: fewer compilations.
+
+    What is filled up is never used.
+    """
+    words = max(64, coded.words.shape[-1] - 1)
+    filled = {"words": _padded(coded.words, 1 << words.bit_length())}
+    if coded.symbols is None:
+        filled["frequencies"] = _padded(coded.frequencies, 256)
+    return dataclasses.replace(coded, **filled)
+
+
+def _padded(x: jax.Array, size: int) -> Any:
+    room = [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]
+    if isinstance(x, jax.Array) and len(x.devices()) > 1:
+        return jnp.pad(x, room)
+    return np.pad(np.asarray(x), room)  # compiles nothing

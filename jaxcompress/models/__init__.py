@@ -1,0 +1,17 @@
+"""Flax reference models, and how to load, run and write them."""
+
+from jaxcompress.models.generation import generate
+from jaxcompress.models.huggingface import export_huggingface
+from jaxcompress.models.loading import load
+from jaxcompress.models.saved import save_model
+from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
+
+__all__ = [
+    "Transformer",
+    "export_huggingface",
+    "generate",
+    "load",
+    "save_model",
+    "stack_layers",
+    "unstack_layers",
+]

@@ -1,0 +1,118 @@
+"""The Transformer's parameters out of somebody else's named tensors, one at a time."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxcompress.models.transformer import Transformer
+from jaxcompress.types import Params
+
+Modules = Mapping[str, str]  # our module's path -> theirs; "layer" holds a {}
+
+_SHOWN = 5  # names in an error message
+
+
+def parameter_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the looped model, in order.
+
+    Raises ValueError where the model's settings contradict each other.
+    """
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    if model.scan:  # refuses layers that differ
+        jax.eval_shape(model.init, jax.random.key(0), tokens)
+    looped = model.clone(scan=False)
+    variables = jax.eval_shape(looped.init, jax.random.key(0), tokens)
+    flat = flatten_dict(variables["params"], sep="/")
+    return {name: leaf.shape for name, leaf in flat.items()}
+
+
+def foreign_name(name: str, modules: Modules) -> str:
+    """What a file calls our parameter: `layer_3/mlp/up_proj/kernel` by its modules."""
+    *path, leaf = name.split("/")
+    suffix = "bias" if leaf == "bias" else "weight"
+    if match := re.fullmatch(r"layer_(\d+)", path[0]):
+        prefix = modules["layer"].format(match[1])
+        return f"{prefix}.{modules['/'.join(path[1:])]}.{suffix}"
+    return f"{modules['/'.join(path)]}.{suffix}"
+
+
+def assemble(
+    model: Transformer,
+    available: Iterable[str],
+    fetch: Callable[[str, str], np.ndarray],
+    modules: Modules,
+    *,
+    ignorable: str = "(?!)",
+    dtype: Any = None,
+    source: str,
+) -> Params:
+    """The model's parameters, looped or scanned as `model.scan` says.
+
+    `available` are the tensors the file has, `fetch(theirs, ours)` reads one in the
+    file's own orientation: kernels [outputs, inputs], which are transposed here.
+    Tensors whose names fully match the pattern `ignorable` are left where they are;
+    `dtype=None` keeps the type of each. Besides the result, one tensor is held at a
+    time (one stack of tensors where the model is scanned). Raises ValueError naming
+    missing tensors, surplus tensors, and a tensor of the wrong shape.
+    """
+    shapes = parameter_shapes(model)
+    theirs = {name: foreign_name(name, modules) for name in shapes}
+    available = set(available)
+    missing = sorted(set(theirs.values()) - available)
+    surplus = sorted(
+        name
+        for name in available - set(theirs.values())
+        if not re.fullmatch(ignorable, name)
+    )
+    if missing or surplus:
+        raise ValueError(
+            f"{source} does not fit its configuration: "
+            f"{_listed('missing', missing)}, {_listed('surplus', surplus)}. "
+            "The file is incomplete, or describes another architecture"
+        )
+
+    def read(name: str) -> np.ndarray:
+        array = fetch(theirs[name], name)
+        if name.endswith("/kernel"):
+            array = array.T
+        if array.shape != shapes[name]:
+            wanted, found = shapes[name], array.shape
+            if name.endswith("/kernel"):
+                wanted, found = wanted[::-1], found[::-1]
+            raise ValueError(
+                f"{source}: tensor {theirs[name]} has shape {found}; its configuration "
+                f"makes it {wanted}"
+            )
+        return array if dtype is None else array.astype(dtype)
+
+    params = {}
+    for name in shapes:
+        place = re.fullmatch(r"layer_(\d+)/(.+)", name)
+        if not model.scan or not place:
+            params[name] = jnp.asarray(read(name))
+        elif place[1] == "0":
+            params[f"layers/{place[2]}"] = _stack(
+                read, [f"layer_{i}/{place[2]}" for i in range(model.layers)]
+            )
+    return unflatten_dict(params, sep="/")
+
+
+def _stack(read: Callable[[str], np.ndarray], names: list[str]) -> jax.Array:
+    first = read(names[0])
+    stacked = np.empty((len(names), *first.shape), first.dtype)
+    stacked[0] = first
+    for i, name in enumerate(names[1:], start=1):
+        stacked[i] = read(name)
+    return jnp.asarray(stacked)
+
+
+def _listed(what: str, names: list[str]) -> str:
+    if not names:
+        return f"nothing {what}"
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{what}: {', '.join(names[:_SHOWN])}{more}"

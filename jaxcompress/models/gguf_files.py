@@ -1,0 +1,216 @@
+"""GGUF files, llama.cpp's format: configuration, weights of any type, tokenizer.
+
+Source: the GGUF specification and llama.cpp's converter, github.com/ggml-org: names of
+metadata and tensors, and the order of rows that each architecture's rotation expects.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.models.assembly import assemble
+from jaxcompress.models.gguf_tokenizers import tokenizer_from
+from jaxcompress.models.transformer import Transformer, rope_frequencies
+from jaxcompress.tokenization import Tokenizer
+from jaxcompress.types import Params
+
+MODULES = {
+    "embed": "token_embd",
+    "final_norm": "output_norm",
+    "head": "output",
+    "layer": "blk.{}",
+    "attention_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    **{f"attention/{x}_norm": f"attn_{x}_norm" for x in "qk"},
+    **{f"attention/{x}_proj": f"attn_{x}" for x in "qkv"},
+    "attention/o_proj": "attn_output",
+    **{f"mlp/{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+}
+ROPE_FACTORS = "rope_freqs.weight"
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+INTERLEAVED = ("llama", "mistral")  # rotate pairs (2i, 2i + 1), not (i, i + D/2)
+
+# Llama 3's scaling arrives as a tensor of factors; these are the constants behind it.
+LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def read_gguf(
+    path: str | Path, *, scan: bool = False, dtype: Any = None
+) -> tuple[Transformer, Params, Tokenizer | None]:
+    """Model, parameters and tokenizer of a `.gguf` file.
+
+    Every weight is dequantized, to float32 unless `dtype` says otherwise. Mistral and
+    SmolLM2 files call themselves "llama". Raises ModuleNotFoundError without the
+    `gguf` package, ValueError on an architecture, metadata or a tensor that is not
+    understood, naming it.
+    """
+    reader = _open(path)
+    metadata = _metadata(reader)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    model = transformer_from(metadata, tensors).clone(scan=scan)
+    interleaved = metadata["general.architecture"] in INTERLEAVED
+
+    def fetch(name: str, ours: str) -> np.ndarray:
+        array = dequantize(tensors[name])
+        if interleaved and "/q_proj/" in ours:
+            return _halves(array, model.head_size)
+        if interleaved and "/k_proj/" in ours:
+            return _halves(array, model.head_size)
+        return array
+
+    params = assemble(
+        model,
+        tensors,
+        fetch,
+        MODULES,
+        ignorable=ROPE_FACTORS,
+        dtype=jnp.float32 if dtype is None else dtype,
+        source=str(path),
+    )
+    return model, params, tokenizer_from(metadata)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """A `.gguf` file's metadata, the chat template included, but not its tokens."""
+    metadata = _metadata(_open(path))
+    return {key: x for key, x in metadata.items() if not isinstance(x, list)}
+
+
+def dequantize(tensor: Any) -> np.ndarray:
+    """The float32 array a GGUF tensor stands for, rows first as NumPy has them."""
+    from gguf import quants
+
+    try:
+        return quants.dequantize(tensor.data, tensor.tensor_type)
+    except RuntimeError as error:  # its way to say that a type is unknown
+        raise ValueError(
+            f"tensor {tensor.name} is stored as {tensor.tensor_type.name}, which the "
+            "gguf package does not dequantize; update it, or convert the file to F16"
+        ) from error
+
+
+def transformer_from(
+    metadata: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> Transformer:
+    """The Transformer that a file's metadata, and which tensors it has, describe."""
+    kind = metadata.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        raise ValueError(
+            f"GGUF architecture {kind!r} is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+
+    def get(key: str, *default: Any) -> Any:
+        name = f"{kind}.{key}"
+        if name not in metadata and not default:
+            raise ValueError(f"the GGUF file lacks {name}; it is incomplete")
+        value = metadata.get(name, *default)
+        return tuple(value) if isinstance(value, list) else value
+
+    if get("expert_count", 0):
+        raise ValueError(
+            f"{get('expert_count')} experts in every layer: mixtures of experts are "
+            "not supported"
+        )
+    width, heads = get("embedding_length"), get("attention.head_count")
+    head_size = get("attention.key_length", None)
+    if head_size is None:
+        head_size = width // (heads if isinstance(heads, int) else heads[0])
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, head_size) != head_size:
+            raise ValueError(
+                f"{kind}.{key} is {get(key)}, but heads have {head_size} dimensions; "
+                "only equal sizes are supported"
+            )
+    theta = float(get("rope.freq_base", 10000.0))
+    return Transformer(
+        vocab_size=int(tensors["token_embd.weight"].shape[-1])
+        if "token_embd.weight" in tensors
+        else len(metadata.get("tokenizer.ggml.tokens", ())),
+        width=width,
+        layers=get("block_count"),
+        heads=heads,
+        kv_heads=get("attention.head_count_kv", heads),
+        head_size=head_size,
+        mlp_width=get("feed_forward_length"),
+        rope_theta=theta,
+        rope_scaling=_rope_scaling(get, tensors, head_size, theta),
+        norm_eps=_shortest(get("attention.layer_norm_rms_epsilon", 1e-6)),
+        tied="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        out_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        sliding_window=get("attention.sliding_window", None) or None,
+    )
+
+
+def _rope_scaling(get, tensors, head_size, theta):
+    if ROPE_FACTORS in tensors:
+        return _llama3_scaling(dequantize(tensors[ROPE_FACTORS]), head_size, theta)
+    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", 0.0)
+    if kind == "none" or not factor:
+        factor = get("rope.scale_linear", 1.0)  # what old files call it
+        kind = "none" if factor == 1.0 else "linear"
+    if kind == "none":
+        return None
+    options = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        length = get("rope.scaling.original_context_length", get("context_length"))
+        options["original_max_position_embeddings"] = length
+        if scale := get("rope.scaling.attn_factor", 0.0):
+            options["attention_factor"] = scale
+    return tuple(sorted(options.items()))
+
+
+def _llama3_scaling(factors: np.ndarray, head_size: int, theta: float) -> tuple:
+    """The settings of Llama 3's scaling that give these factors [head_size / 2]."""
+    plain, _ = rope_frequencies(head_size, theta)
+    options = {"rope_type": "llama3", "factor": _shortest(factors.max()), **LLAMA3}
+    scaling = tuple(sorted(options.items()))
+    scaled, _ = rope_frequencies(head_size, theta, scaling)
+    if factors.shape != plain.shape or not np.allclose(plain / scaled, factors, 1e-4):
+        raise ValueError(
+            f"{ROPE_FACTORS} of shape {factors.shape}, up to {factors.max():g}, are "
+            "not the factors of Llama 3's scaling of an 8192-token context; load the "
+            "model from its Hugging Face directory"
+        )
+    return scaling
+
+
+def _halves(array: np.ndarray, head_size: int) -> np.ndarray:
+    """Rows of each head from pairs (2i, 2i + 1) to halves (i, i + D/2)."""
+    pairs = array.reshape(-1, head_size // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def _shortest(x: Any) -> float:
+    """The shortest decimal that float32 rounds to x: 1e-05, not 9.999999747e-06."""
+    return float(str(np.float32(x)))
+
+
+def _open(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        from gguf import GGUFReader
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reading .gguf files needs the gguf package: "
+            "pip install 'jaxcompress[models]'"
+        ) from error
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file: {error}") from error
+
+
+def _metadata(reader: Any) -> dict[str, Any]:
+    return {key: field.contents() for key, field in reader.fields.items()}

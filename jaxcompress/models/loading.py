@@ -1,0 +1,69 @@
+"""One way in: a model, its parameters and its tokenizer, from wherever they are."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxcompress.models.gguf_files import read_gguf
+from jaxcompress.models.huggingface import read_huggingface
+from jaxcompress.models.saved import load_reference, load_saved
+from jaxcompress.models.transformer import Transformer
+from jaxcompress.tokenization import Tokenizer
+from jaxcompress.types import Params
+
+REFERENCE = "reference"
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+_NOT_NEEDED = ["consolidated*", "*/*"]  # the same weights again, in other formats
+
+
+def load(
+    name_or_path: str | Path, *, scan: bool | None = None, dtype: Any = None
+) -> tuple[Transformer, Params, Tokenizer | None]:
+    """Model, parameters and tokenizer of a language model; weights stay as stored.
+
+    `name_or_path` is "reference" (the small model shipped with the package), a file of
+    `save_model`, a `.gguf` file, a Hugging Face directory, or a name on its hub
+    ("owner/name"). `scan=True` stacks the layers for one compiled loop, None keeps them
+    as a file of ours has them and does not stack others. `dtype` casts dense weights;
+    None keeps the stored type, except that GGUF and the reference model give float32.
+    The tokenizer is None where there is none. Raises FileNotFoundError or ValueError
+    that say what was found.
+    """
+    if str(name_or_path) == REFERENCE:
+        return load_reference(scan=scan, dtype=dtype)
+    path = Path(name_or_path)
+    if path.suffix == ".gguf":
+        return read_gguf(path, scan=bool(scan), dtype=dtype)
+    if not path.is_dir():
+        if path.is_file() or path.suffix == ".safetensors":  # its shards, perhaps
+            return load_saved(path, scan=scan, dtype=dtype)
+        path = _download(str(name_or_path))
+    return read_huggingface(path, scan=bool(scan), dtype=dtype)
+
+
+def _download(name: str) -> Path:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise FileNotFoundError(
+            f"no file or directory {name!r}, and not a hub name (owner/name) or "
+            f"{REFERENCE!r}"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"no directory {name!r}; fetching it from the hub needs huggingface_hub: "
+            "pip install 'jaxcompress[hub]', or pass a directory"
+        ) from error
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_NEEDED
+            )
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"no directory {name!r}, and the hub did not give it "
+            f"({str(error).splitlines()[0]}); download it elsewhere and pass the "
+            "directory"
+        ) from error

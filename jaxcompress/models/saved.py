@@ -1,0 +1,142 @@
+"""A model in one file of ours: parameters, settings and tokenizer together."""
+
+import dataclasses
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress import tokenization
+from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
+from jaxcompress.storage import container
+from jaxcompress.tokenization import Tokenizer
+from jaxcompress.tree.leaves import Leaf, is_leaf, materialize
+from jaxcompress.types import Params
+
+ARCHITECTURE = "architecture"  # the key in a file's metadata
+_FLAX_FIELDS = ("parent", "name")
+
+
+def save_model(
+    path: str | Path,
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model, compressed or not, to one file that `load_saved` reads back.
+
+    The file holds the tree `{"params": ..., "tokenizer": uint8 [bytes]}`; the model's
+    settings join `metadata` (JSON values) under "architecture". Raises ValueError where
+    `metadata` has such a key already.
+    """
+    metadata = dict(metadata or {})
+    if ARCHITECTURE in metadata:
+        raise ValueError(
+            f"metadata has an entry {ARCHITECTURE!r}, which is written here from the "
+            "model; rename it"
+        )
+    tree = {"params": params}
+    if tokenizer is not None:
+        tree["tokenizer"] = np.frombuffer(tokenizer.to_bytes(), np.uint8)
+    metadata[ARCHITECTURE] = describe(model)
+    container.save(path, tree, metadata=metadata)
+
+
+def load_saved(
+    path: str | Path, *, scan: bool | None = None, dtype: Any = None
+) -> tuple[Transformer, Params, Tokenizer | None]:
+    """Model, parameters and tokenizer (or None) from a file of `save_model`.
+
+    `scan=None` keeps the layers as they were saved. `dtype` casts dense floating-point
+    arrays; compressed leaves keep theirs. Raises ValueError where the file holds
+    parameters only, or an unknown architecture.
+    """
+    with container.open(path) as file:
+        metadata = file.metadata
+    if ARCHITECTURE not in metadata:
+        raise ValueError(
+            f"{path} holds parameters without a model; read them with "
+            "jaxcompress.load, or write the file with models.save_model"
+        )
+    model = rebuild(metadata[ARCHITECTURE])
+    tree = container.load(path)
+    params, tokenizer = tree["params"], None
+    if "tokenizer" in tree:
+        tokenizer = tokenization.from_bytes(np.asarray(tree["tokenizer"]).tobytes())
+    if scan is not None and scan != model.scan:
+        params = stack_layers(params) if scan else unstack_layers(params)
+        model = model.clone(scan=scan)
+    return model, params if dtype is None else cast(params, dtype), tokenizer
+
+
+def load_reference(
+    *, scan: bool | None = None, dtype: Any = None
+) -> tuple[Transformer, Params, Tokenizer | None]:
+    """The reference model shipped with the package, dense, in float32 by default.
+
+    The stored weights are bfloat16, coded without loss.
+    """
+    packed = resources.files("jaxcompress.models") / "data" / "reference.safetensors"
+    with resources.as_file(packed) as path:
+        if not path.exists():
+            raise FileNotFoundError(
+                "this installation has no reference model; install the package from "
+                "its wheel or repository, with its data files"
+            )
+        model, params, tokenizer = load_saved(path)
+    params = cast(materialize(params), jnp.float32 if dtype is None else dtype)
+    if scan is not None and scan != model.scan:
+        params = stack_layers(params) if scan else unstack_layers(params)
+        model = model.clone(scan=scan)
+    return model, params, tokenizer
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Dense floating-point arrays in another type; compressed leaves as they are."""
+
+    def one(x):
+        keep = isinstance(x, Leaf) or not jnp.issubdtype(x.dtype, jnp.floating)
+        return x if keep else x.astype(dtype)
+
+    return jax.tree.map(one, params, is_leaf=is_leaf)
+
+
+def describe(model: Transformer) -> dict[str, Any]:
+    """The settings of a model as JSON values; `rebuild` is the inverse."""
+    settings = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name not in _FLAX_FIELDS
+    }
+    settings["dtype"] = jnp.dtype(model.dtype).name
+    return {"type": type(model).__name__, **settings}
+
+
+def rebuild(description: Mapping[str, Any]) -> Transformer:
+    """The model that `describe` described.
+
+    Raises ValueError on another type of model and on settings this version lacks.
+    """
+    settings = dict(description)
+    kind = settings.pop("type", None)
+    if kind != Transformer.__name__:
+        raise ValueError(
+            f"the file holds a model of type {kind!r}; known: {Transformer.__name__}"
+        )
+    known = {field.name for field in dataclasses.fields(Transformer)}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(
+            f"the file's model has settings this version does not know: {unknown}; "
+            "update jaxcompress"
+        )
+    settings["dtype"] = jnp.dtype(settings["dtype"])
+    return Transformer(**{key: _tuples(value) for key, value in settings.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,253 @@
+"""Grids: which values a code stands for, and the leaf that holds codes and steps.
+
+A grid is two elementwise functions. They broadcast, so they serve a kernel
+`[..., inputs, outputs]` with its steps spread over the inputs, or one row `[outputs]`
+of it with that row's steps.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.entropy.integers import Packed, pack
+from jaxcompress.tree.leaves import Leaf, dense, leaf, static, take_columns
+
+Block = int | str | None  # inputs per step; None: all of one output; "tensor": all
+Bits = int | tuple[int, int]  # per code; of the positive and the negative side
+
+
+class Steps(NamedTuple):
+    """What a grid is stretched by, float32 but for the integer zero point.
+
+    `scale` is the distance of neighbouring values, on the positive side only where
+    there is a `negative_scale`; `zero_point` is the code that stands for zero.
+    """
+
+    scale: jax.Array
+    zero_point: jax.Array | None = None
+    negative_scale: jax.Array | None = None
+
+
+class Grid(NamedTuple):
+    """`encode(x, steps, bits)` gives unsigned codes, `decode` float32 values.
+
+    `width(bits)` is the number of bits a code is stored in.
+    """
+
+    encode: Callable[[jax.Array, Steps, Any], jax.Array]
+    decode: Callable[[jax.Array, Steps, Any], jax.Array]
+    width: Callable[[Any], int]
+
+
+def _encode_symmetric(x: jax.Array, steps: Steps, bits: int) -> jax.Array:
+    if bits == 1:
+        return x >= 0
+    half = 2 ** (bits - 1)
+    return jnp.clip(jnp.round(x / steps.scale), -half, half - 1) + half
+
+
+def _decode_symmetric(codes: jax.Array, steps: Steps, bits: int) -> jax.Array:
+    codes = codes.astype(jnp.int32)
+    codes = 2 * codes - 1 if bits == 1 else codes - 2 ** (bits - 1)
+    return codes.astype(jnp.float32) * steps.scale
+
+
+def _encode_asymmetric(x: jax.Array, steps: Steps, bits: int) -> jax.Array:
+    zero = steps.zero_point.astype(jnp.float32)
+    return jnp.clip(jnp.round(x / steps.scale) + zero, 0, 2**bits - 1)
+
+
+def _decode_asymmetric(codes: jax.Array, steps: Steps, bits: int) -> jax.Array:
+    del bits
+    offset = codes.astype(jnp.int32) - steps.zero_point.astype(jnp.int32)
+    return offset.astype(jnp.float32) * steps.scale
+
+
+def _encode_sign_split(x: jax.Array, steps: Steps, bits: tuple[int, int]) -> jax.Array:
+    lowest, highest = 1 - 2 ** bits[1], 2 ** bits[0] - 1
+    scale = jnp.where(x > 0, steps.scale, steps.negative_scale)
+    return jnp.clip(jnp.round(x / scale), lowest, highest) - lowest
+
+
+def _decode_sign_split(
+    codes: jax.Array, steps: Steps, bits: tuple[int, int]
+) -> jax.Array:
+    codes = codes.astype(jnp.int32) - (2 ** bits[1] - 1)
+    scale = jnp.where(codes > 0, steps.scale, steps.negative_scale)
+    return codes.astype(jnp.float32) * scale
+
+
+def _sign_split_width(bits: tuple[int, int]) -> int:
+    return (2 ** bits[0] + 2 ** bits[1] - 2).bit_length()
+
+
+GRIDS: dict[str, Grid] = {
+    "symmetric": Grid(_encode_symmetric, _decode_symmetric, int),
+    "asymmetric": Grid(_encode_asymmetric, _decode_asymmetric, int),
+    "sign_split": Grid(_encode_sign_split, _decode_sign_split, _sign_split_width),
+}
+
+
+def encode(x: jax.Array, steps: Steps, *, grid: str, bits: Bits) -> jax.Array:
+    """The unsigned codes, uint8, of the grid values nearest to `x`; traceable.
+
+    `steps` must broadcast against `x` (`spread`), and be what will be stored: codes of
+    a step that is rounded afterwards are not the nearest any more.
+    """
+    codes = GRIDS[grid].encode(x.astype(jnp.float32), steps, bits)
+    return codes.astype(jnp.uint8)
+
+
+def decode(codes: jax.Array, steps: Steps, *, grid: str, bits: Bits) -> jax.Array:
+    """The values, float32, that codes stand for; traceable.
+
+    One product per value, so that `jit` cannot round differently.
+    """
+    return GRIDS[grid].decode(codes, steps, bits)
+
+
+def spread(steps: Steps, block: Block, inputs: int) -> Steps:
+    """Steps `[..., blocks, outputs]` repeated to broadcast against all `inputs`."""
+
+    def repeat(step: jax.Array | None) -> jax.Array | None:
+        if step is None or step.shape[-2] == 1:
+            return step
+        *lead, blocks, outputs = step.shape
+        wide = jnp.broadcast_to(step[..., None, :], (*lead, blocks, block, outputs))
+        return wide.reshape((*lead, blocks * block, outputs))[..., :inputs, :]
+
+    return Steps(*map(repeat, steps))
+
+
+@leaf
+class Quantized(Leaf):
+    """A weight `[..., inputs, outputs]` as codes on a grid and the grid's steps.
+
+    Invariant: codes are unsigned, below `2^width` of the grid; the steps are
+    `[..., blocks, outputs]`, one block per `block` consecutive inputs, the last one
+    possibly shorter (`block=None`: one block; `"tensor"`: steps are `[..., 1, 1]`).
+    No step is zero, except that of an all-zero block at one bit, which is all it needs.
+
+    Args:
+      codes: `Packed`, or another leaf or array of integers, `[..., inputs, outputs]`.
+      scale: floating point; its sign may be negative. Read as float32.
+      zero_point: integers of the same shape, or None.
+      negative_scale: scale of the negative side, or None.
+      grid: a name in `GRIDS`.
+      bits: per code; for `sign_split` those of the two sides.
+      block: inputs that share a step, None, or "tensor".
+      kind: name of the dtype of the weight.
+    """
+
+    codes: Any
+    scale: Any
+    zero_point: Any
+    negative_scale: Any
+    grid: str = static()
+    bits: Bits = static()
+    block: Block = static()
+    kind: str = static()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.kind)
+
+    @property
+    def steps(self) -> Steps:
+        """The steps as `decode` takes them: dense, scales in float32."""
+        scale, zero, negative = map(
+            dense, (self.scale, self.zero_point, self.negative_scale)
+        )
+        if negative is not None:
+            negative = negative.astype(jnp.float32)
+        return Steps(scale.astype(jnp.float32), zero, negative)
+
+    def materialize(self) -> jax.Array:
+        steps = spread(self.steps, self.block, self.shape[-2])
+        values = decode(dense(self.codes), steps, grid=self.grid, bits=self.bits)
+        return round_to(values, self.kind).astype(self.kind)
+
+    def take_columns(self, indices: jax.Array) -> jax.Array:
+        """`materialize()[:, indices]` of a 2-D leaf, reading only those columns."""
+        flat = jnp.ravel(indices)
+        columns = dataclasses.replace(
+            self,
+            codes=_columns(self.codes, flat),
+            scale=_columns(self.scale, flat),
+            zero_point=_columns(self.zero_point, flat),
+            negative_scale=_columns(self.negative_scale, flat),
+        )
+        values = columns.materialize()
+        return values.reshape(values.shape[:1] + jnp.shape(indices))
+
+
+def _columns(x: Any, indices: jax.Array) -> Any:
+    if x is None or x.shape[-1] == 1:
+        return x
+    if isinstance(x, Packed):
+        packed = jnp.take(x.packed, indices, axis=-1)
+        return dataclasses.replace(x, packed=packed)
+    return take_columns(x, indices)
+
+
+def quantized(
+    codes: jax.Array,
+    steps: Steps,
+    *,
+    grid: str,
+    bits: Bits,
+    block: Block,
+    dtype: Any,
+    scale_dtype: Any = jnp.float32,
+) -> Quantized:
+    """The leaf of codes `[..., inputs, outputs]` and steps `[..., blocks, outputs]`.
+
+    Codes are packed; so are zero points where that saves bytes. The scales must be
+    exact in `scale_dtype` (`round_to`), for the codes were chosen for them. Traceable.
+
+    Raises:
+      ValueError: steps whose shape does not fit the codes and the block.
+    """
+    width = GRIDS[grid].width(bits)
+    *lead, inputs, outputs = codes.shape
+    blocks = -(-inputs // block) if isinstance(block, int) else 1
+    shape = (*lead, blocks, 1 if block == "tensor" else outputs)
+    for name, step in zip(Steps._fields, steps, strict=True):
+        if step is not None and step.shape != shape:
+            raise ValueError(
+                f"{name} has shape {step.shape}; codes {codes.shape} in blocks of "
+                f"{block!r} need {shape}"
+            )
+    zero, negative = steps.zero_point, steps.negative_scale
+    if zero is not None:
+        zero = zero.astype(jnp.uint8)
+        smaller = pack(zero, width)
+        zero = smaller if smaller.packed.size < zero.size else zero
+    return Quantized(
+        codes=pack(codes, width),
+        scale=steps.scale.astype(scale_dtype),
+        zero_point=zero,
+        negative_scale=None if negative is None else negative.astype(scale_dtype),
+        grid=grid,
+        bits=bits,
+        block=block,
+        kind=jnp.dtype(dtype).name,
+    )
+
+
+def round_to(x: jax.Array, dtype: Any) -> jax.Array:
+    """float32 values rounded to those of bfloat16 or float16, still float32.
+
+    A cast there and back does not do it under `jit`: XLA drops the pair. float16 is
+    left to the cast, for rounding by `reduce_precision` would flush its subnormals.
+    """
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return x
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

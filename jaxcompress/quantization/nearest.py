@@ -1,0 +1,310 @@
+"""Round to nearest: steps from the weights alone, codes by rounding."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.quantization.grids import (
+    Block,
+    Quantized,
+    Steps,
+    decode,
+    encode,
+    quantized,
+    round_to,
+    spread,
+)
+from jaxcompress.tree.methods import method
+
+# Steps that each dtype holds exactly, also after a product with any code.
+SMALLEST_STEP = {"float32": 2.0**-120, "bfloat16": 2.0**-120, "float16": 2.0**-14}
+LARGEST_STEP = {"float32": 2.0**120, "bfloat16": 2.0**120, "float16": 2.0**15}
+# Above 1 too: on the symmetric grid a larger step saves the clipped positive end.
+FACTORS = np.array([100, *range(30, 100, 2), *range(102, 122, 2)], np.float32) / 100
+
+
+@method()
+def symmetric(
+    x: jax.Array,
+    moments: Any = None,
+    *,
+    bits: int,
+    block: Block = None,
+    full_range: bool = False,
+    search: bool = False,
+    scale_dtype: str = "bfloat16",
+) -> Quantized:
+    """Rounds to multiples of a step, `2^bits` of them around zero.
+
+    With `S = max|x|` of a block the step is `S / 2^(bits - 1)` and the code
+    `round(x / step)`, clipped to `[-2^(bits - 1), 2^(bits - 1) - 1]`: the error is at
+    most half a step, except at the clipped positive end, where it is up to a whole one.
+    One bit is plus or minus the mean magnitude of the block. A block holding NaN or
+    Inf, or weights that `scale_dtype` cannot reach, comes back as NaN.
+
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`.
+      moments: not used.
+      bits: 1 to 8 per weight.
+      block: inputs that share a step, the last block may be shorter; None: one step
+        per output; "tensor": one for the matrix.
+      full_range: the sign of the largest magnitude picks the side that is not
+        clipped (its step is negative where that is the positive one). Worth most at
+        2 and 3 bits.
+      search: the step of least squared error among factors 0.3 to 1.2 of the above.
+      scale_dtype: "bfloat16" (the default: 16 / block bits per weight, and the range
+        of float32), "float32" or "float16" (steps below 2^-14 are raised to it). Codes
+        are chosen for the step as stored.
+
+    Raises:
+      ValueError: an option out of range; says what is allowed.
+      TypeError: weights that are not floating point.
+    """
+    del moments
+    check_bits("symmetric", bits, 8)
+    _check(x, "symmetric", block, scale_dtype)
+    return _nearest(x, "symmetric", bits, block, full_range, search, scale_dtype)
+
+
+@method()
+def asymmetric(
+    x: jax.Array,
+    moments: Any = None,
+    *,
+    bits: int,
+    block: Block = None,
+    search: bool = False,
+    scale_dtype: str = "bfloat16",
+) -> Quantized:
+    """Rounds to `2^bits` even steps from the smallest to the largest weight.
+
+    The range of a block always includes zero, and the zero point is an integer code,
+    so that zero is exact and the error at most half a step (a little more at the ends
+    where the stored step came out smaller). It is stored beside the scale, and costs
+    `bits / block` bits per weight more than `symmetric`; options and errors are its.
+    """
+    del moments
+    check_bits("asymmetric", bits, 8)
+    _check(x, "asymmetric", block, scale_dtype)
+    return _nearest(x, "asymmetric", bits, block, False, search, scale_dtype)
+
+
+@method()
+def sign_split(
+    x: jax.Array,
+    moments: Any = None,
+    *,
+    bits: tuple[int, int],
+    block: Block = None,
+    search: bool = False,
+    scale_dtype: str = "bfloat16",
+) -> Quantized:
+    """Rounds positive and negative weights each to its own step; zero is exact.
+
+    With `S` the largest magnitude of a side and `N` its bits, the step is `S / 2^N`
+    and magnitudes are clipped to `2^N - 1` steps. Codes take
+    `ceil(log2(2^N_p + 2^N_n - 1))` bits, so `bits=(3, 3)` is the 4-bit form; two scales
+    are stored per block, twice those of `symmetric`, whose other options and errors
+    these are.
+
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`.
+      moments: not used.
+      bits: 1 to 7 of the positive and of the negative side.
+      block: as in `symmetric`.
+      search: each side by itself, as in `symmetric`.
+      scale_dtype: as in `symmetric`.
+    """
+    del moments
+    if not isinstance(bits, tuple | list) or len(bits) != 2:
+        raise ValueError(
+            f"sign_split takes bits=(positive, negative), not {bits!r}; (3, 3) makes "
+            "4-bit codes"
+        )
+    for side in bits:
+        check_bits("sign_split", side, 7)
+    _check(x, "sign_split", block, scale_dtype)
+    return _nearest(x, "sign_split", tuple(bits), block, False, search, scale_dtype)
+
+
+def check_bits(name: str, bits: Any, most: int) -> None:
+    """Raises ValueError where `bits` is not an integer from 1 to `most`."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= most:
+        raise ValueError(f"{name} takes an integer of 1 to {most} bits, not {bits!r}")
+
+
+def _check(x: jax.Array, name: str, block: Block, scale_dtype: str) -> None:
+    whole = isinstance(block, int) and not isinstance(block, bool) and block >= 1
+    if not (whole or block is None or block == "tensor"):
+        raise ValueError(
+            f"{name} takes a block of one or more inputs, None (per output) or "
+            f"'tensor', not {block!r}"
+        )
+    if scale_dtype not in SMALLEST_STEP:
+        raise ValueError(
+            f"{name} stores scales in {', '.join(sorted(SMALLEST_STEP))}, "
+            f"not {scale_dtype!r}"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} takes floating-point weights, not {x.dtype}")
+    if x.ndim < 2 or not x.shape[-2]:
+        raise ValueError(
+            f"{name} takes weights [..., inputs, outputs] of one input or more, not "
+            f"shape {x.shape}; reshape a vector to [inputs, 1]"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def _nearest(
+    x: jax.Array,
+    grid: str,
+    bits: Any,
+    block: Block,
+    full_range: bool,
+    search: bool,
+    scale_dtype: str,
+) -> Quantized:
+    blocks = split(x.astype(jnp.float32), block)
+    stored = functools.partial(store_step, dtype=scale_dtype)
+    if grid == "symmetric" and bits == 1:
+        count = block_sizes(x.shape[-2], x.shape[-1], block)
+        count = count.reshape((1,) * (x.ndim - 2) + (-1, 1))
+        # No step to divide by, so that an all-zero block may keep the scale zero.
+        mean = jnp.sum(jnp.abs(blocks), axis=-2) / count
+        steps = Steps(jnp.where(mean == 0, 0, stored(mean)))
+    elif grid == "symmetric":
+        steps = _symmetric_steps(blocks, bits, full_range, search, stored)
+    elif grid == "asymmetric":
+        steps = _asymmetric_steps(blocks, bits, search, stored)
+    else:
+        positive = _side_step(jnp.maximum(blocks, 0), bits[0], search, stored)
+        negative = _side_step(jnp.maximum(-blocks, 0), bits[1], search, stored)
+        steps = Steps(positive, negative_scale=negative)
+    wide = spread(steps, block, x.shape[-2])
+    return quantized(
+        encode(x, wide, grid=grid, bits=bits),
+        steps,
+        grid=grid,
+        bits=bits,
+        block=block,
+        dtype=x.dtype,
+        scale_dtype=scale_dtype,
+    )
+
+
+def _symmetric_steps(
+    blocks: jax.Array, bits: int, full_range: bool, search: bool, stored: Callable
+) -> Steps:
+    high, low = _ends(blocks)
+    step = jnp.maximum(high, -low) / 2 ** (bits - 1)
+
+    def steps(factor: Any) -> Steps:
+        size = stored(step * factor)
+        return Steps(jnp.where(high > -low, -size, size) if full_range else size)
+
+    if not search:
+        return steps(1)
+    return steps(_best_factor(blocks, steps, "symmetric", bits))
+
+
+def _asymmetric_steps(
+    blocks: jax.Array, bits: int, search: bool, stored: Callable
+) -> Steps:
+    high, low = _ends(blocks)
+    most = 2**bits - 1
+
+    def steps(factor: Any) -> Steps:
+        step = stored((high / most - low / most) * factor)
+        zero = jnp.clip(jnp.round(-low * factor / step), 0, most)
+        return Steps(step, zero)
+
+    if not search:
+        return steps(1)
+    return steps(_best_factor(blocks, steps, "asymmetric", bits))
+
+
+def _side_step(
+    magnitudes: jax.Array, bits: int, search: bool, stored: Callable
+) -> jax.Array:
+    """The step of one side `[..., blocks, columns]` of the sign-split grid."""
+    step = jnp.max(magnitudes, axis=-2, initial=0) / 2**bits
+
+    def steps(factor: Any) -> Steps:
+        size = stored(step * factor)
+        return Steps(size, negative_scale=size)
+
+    if not search:
+        return steps(1).scale
+    best = _best_factor(magnitudes, steps, "sign_split", (bits, 1))
+    return steps(best).scale
+
+
+def _ends(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Largest and smallest weight per block, zero included."""
+    high = jnp.max(blocks, axis=-2, initial=0)
+    return high, jnp.min(blocks, axis=-2, initial=0)
+
+
+def _best_factor(
+    blocks: jax.Array, steps: Callable[[Any], Steps], grid: str, bits: Any
+) -> jax.Array:
+    """The factor of least squared error per block; 1 where none is better.
+
+    One candidate at a time, so that no more than the weights themselves is held.
+    """
+    unit = jnp.abs(steps(1).scale)[
+        ..., None, :
+    ]  # so that no square over- or underflows
+
+    def better(best: tuple, factor: jax.Array) -> tuple[tuple, None]:
+        least, chosen = best
+        wide = jax.tree.map(lambda step: step[..., None, :], steps(factor))
+        codes = encode(blocks, wide, grid=grid, bits=bits)
+        values = decode(codes, wide, grid=grid, bits=bits)
+        error = jnp.sum(jnp.square((blocks - values) / unit), axis=-2)
+        wins = error < least
+        return (jnp.where(wins, error, least), jnp.where(wins, factor, chosen)), None
+
+    start = jnp.full_like(unit[..., 0, :], jnp.inf), jnp.ones_like(unit[..., 0, :])
+    (_, chosen), _ = jax.lax.scan(better, start, FACTORS)
+    return chosen
+
+
+def store_step(step: jax.Array, *, dtype: str) -> jax.Array:
+    """The nearest step above zero that `dtype` holds, in float32; 1 for zero.
+
+    Steps too large for it, NaN and Inf become NaN: integer codes would hide them.
+    """
+    kept = jnp.maximum(step, SMALLEST_STEP[dtype])
+    if dtype == "float16":
+        kept = jax.lax.reduce_precision(kept, exponent_bits=5, mantissa_bits=10)
+    kept = jnp.where(step == 0, 1, round_to(kept, dtype))
+    return jnp.where(step <= LARGEST_STEP[dtype], kept, jnp.nan)
+
+
+def split(x: jax.Array, block: Block) -> jax.Array:
+    """Weights `[..., inputs, outputs]` as `[..., blocks, block, columns]`.
+
+    The last block is filled up with zeros; "tensor" is one block of one column.
+    """
+    *lead, inputs, outputs = x.shape
+    if block == "tensor":
+        return x.reshape((*lead, 1, inputs * outputs, 1))
+    size = inputs if block is None else min(block, inputs)
+    blocks = -(-inputs // size)
+    gap = blocks * size - inputs
+    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, gap), (0, 0)])
+    return x.reshape((*lead, blocks, size, outputs))
+
+
+def block_sizes(inputs: int, outputs: int, block: Block) -> np.ndarray:
+    """Weights that share a step, per block: all equal but for the last."""
+    if block == "tensor":
+        return np.array([inputs * outputs])
+    size = inputs if block is None else min(block, inputs)
+    starts = np.arange(0, inputs, size)
+    return np.minimum(size, inputs - starts)

@@ -1,0 +1,298 @@
+"""Tables and progress: measured numbers as text, and as JSON lines.
+
+A size here is the length of a file or the bytes of arrays really held; nothing is an
+estimate.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jaxcompress.tree.leaves import nbytes
+from jaxcompress.tree.paths import roots
+from jaxcompress.tree.rules import LeafReport
+from jaxcompress.types import Params
+
+QUIET = 10.0  # seconds between lines of progress where there is no terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What parameters take: `weights` counts numbers of the dense model.
+
+    `memory_bytes` are of the arrays held after loading, `file_bytes` of the file or
+    files, header and checksums included.
+    """
+
+    weights: int
+    memory_bytes: int
+    file_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits in the file per weight of the dense model."""
+        return 8 * self.file_bytes / self.weights
+
+
+def measure(params: Params, *paths: str | Path) -> Size:
+    """The size of parameters in memory, and of the files they are stored in."""
+    return Size(
+        weights=weight_count(params),
+        memory_bytes=nbytes(params),
+        file_bytes=sum(Path(path).stat().st_size for path in paths),
+    )
+
+
+def weight_count(params: Params) -> int:
+    """Numbers in the dense form of a tree; works on `eval_shape` too."""
+    return sum(math.prod(value.shape) for _, value in roots(params))
+
+
+# Tables.
+
+
+def table(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, Callable[[Any], str]] | None = None,
+    *,
+    title: str | None = None,
+) -> Table:
+    """A table of rows, one column per key; numbers stand right, missing ones are "-".
+
+    `columns` maps the keys to show, in order, to what formats their values; by default
+    all keys of the first row, with `brief`.
+    """
+    columns = columns or dict.fromkeys(rows[0] if rows else (), brief)
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for key in columns:
+        text = all(isinstance(row.get(key, ""), str) for row in rows)
+        made.add_column(key, justify="left" if text else "right", overflow="fold")
+    for row in rows:
+        cells = (
+            "-" if row.get(key) is None else form(row[key])
+            for key, form in columns.items()
+        )
+        made.add_row(*cells)
+    return made
+
+
+def leaf_table(
+    reports: Sequence[LeafReport],
+    stored: Mapping[str, int] | None = None,
+    *,
+    largest: int = 12,
+) -> Table:
+    """What happened to each leaf: the largest ones, the rest in one row, the total.
+
+    Bits per weight are those in memory; `stored` are bytes in a file by leaf name.
+    """
+    order = sorted(reports, key=lambda report: -report.bytes_before)
+    shown, rest = order[:largest], order[largest:]
+    made = Table(box=None, pad_edge=False)
+    for name in ("leaf", "shape", "method"):
+        made.add_column(name, overflow="fold")
+    columns = ("bytes before", "in memory", "bits/weight", "in file", "error")
+    for name in columns if stored else columns[:3] + columns[4:]:
+        made.add_column(name, justify="right", no_wrap=True)
+    for report in shown:
+        error = report.relative_error
+        made.add_row(
+            report.name,
+            "x".join(map(str, report.shape)),
+            report.method or f"none: {report.reason}",
+            *_amounts([report], stored),
+            "-" if error is None else f"{error:.4f}",
+        )
+    if rest:
+        made.add_row(f"{len(rest)} more", "", _methods(rest), *_amounts(rest, stored))
+    made.add_section()
+    made.add_row(f"{len(order)} leaves", "", "", *_amounts(order, stored))
+    return made
+
+
+def _methods(reports: Sequence[LeafReport]) -> str:
+    counts: dict[str, int] = {}
+    for report in reports:
+        method = report.method or "none"
+        counts[method] = counts.get(method, 0) + 1
+    return ", ".join(f"{method} ({count})" for method, count in counts.items())
+
+
+def _amounts(
+    reports: Sequence[LeafReport], stored: Mapping[str, int] | None
+) -> list[str]:
+    before = sum(report.bytes_before for report in reports)
+    after = sum(report.bytes_after for report in reports)
+    weights = sum(math.prod(report.shape) for report in reports)
+    cells = [grouped(before), grouped(after), f"{8 * after / max(1, weights):.3f}"]
+    if stored:
+        cells.append(grouped(sum(stored.get(report.name, 0) for report in reports)))
+    return cells
+
+
+def comparison_lines(report: Any) -> list[str]:
+    """The numbers of an `evaluation.Report`, a line each, with their units."""
+    rows = []
+    for key, unit in (
+        ("perplexity", "per token"),
+        ("loss", "nats per token"),
+        ("bits_per_byte", "bits per byte"),
+        ("accuracy", "of tokens"),
+    ):
+        dense, small = getattr(report.dense, key), getattr(report.small, key)
+        if small is not None:
+            name = key.replace("_", " ")
+            rows.append(f"{name:14} {small:<10.6g} against {dense:.6g} {unit}")
+    error = report.kl_standard_error
+    spread = "" if error is None else f" +- {error:.2g}"
+    rows.append(f"{'KL':14} {report.kl:.4g}{spread} nats per token")
+    rows.append(f"{'top-1 the same':14} {report.agreement:.4f} of tokens")
+    rows.append(f"{'tokens':14} {report.tokens} in {report.windows} windows")
+    return rows
+
+
+def brief(value: Any) -> str:
+    """A value with about four digits; integers with thousands apart."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return grouped(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def grouped(value: int) -> str:
+    """An integer with a thin gap between thousands: `12 345 678`."""
+    return f"{value:,}".replace(",", " ")
+
+
+def render(*tables: Table | str, width: int = 110) -> str:
+    """Tables and lines as plain text, no colors, at most `width` characters wide."""
+    console = Console(width=width, no_color=True, highlight=False, markup=False)
+    with console.capture() as capture:
+        for item in tables:
+            console.print(item)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def append_lines(path: str | Path, rows: Iterable[Any]) -> None:
+    """Appends rows (dicts or dataclasses) to a file of JSON lines.
+
+    NaN and infinity, which JSON lacks, become null.
+    """
+    with open(path, "a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(plain(row), allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings, sequences and NumPy numbers as JSON knows them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def peak_memory() -> int | None:
+    """Most bytes this process has held so far; None where the system does not say."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+# Progress.
+
+
+@contextlib.contextmanager
+def waiting(label: str, stream: TextIO | None = None) -> Iterator[None]:
+    """Shows on a terminal that something is being done, and for how long already."""
+    console = Console(file=stream or sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        progress.add_task(label, total=None)
+        yield
+
+
+def track(
+    items: Iterable[Any],
+    label: str,
+    *,
+    total: int | None = None,
+    unit: str = "batches",
+    amount: Callable[[Any], int] = lambda item: 1,
+    stream: TextIO | None = None,
+) -> Iterator[Any]:
+    """Passes items on and shows how far their user is, at what rate, for how long yet.
+
+    The first item, whose use usually compiles, is shown as compiling and is no part
+    of the rate. On a terminal it is a bar; elsewhere a line every 10 seconds.
+
+    Args:
+      items: what to iterate over, usually batches.
+      label: what is being done.
+      total: how many items; by default their length, unknown without one.
+      unit: what the rate counts, `amount(item)` of it for each item.
+      stream: where to write, by default the standard error.
+    """
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    console = Console(file=stream or sys.stderr)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[state]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    start = said = time.monotonic()
+    first, counted, done = start, 0, 0
+    with progress:
+        task = progress.add_task(label, total=total, state="compiling")
+        for item in items:
+            yield item
+            done, now = done + 1, time.monotonic()
+            if done == 1:
+                first = now
+            else:
+                counted += amount(item)
+            state = _state(done, total, counted / max(now - first, 1e-9), unit)
+            if total is not None and done > 1:
+                left = (now - first) / (done - 1) * (total - done)
+                state += f", {clock(left)} left"
+            state += f", {clock(now - start)} so far"
+            progress.update(task, completed=done, state=state)
+            if not console.is_terminal and now - said >= QUIET:
+                said = now
+                print(f"{label}: {state}", file=stream or sys.stderr, flush=True)
+
+
+def _state(done: int, total: int | None, rate: float, unit: str) -> str:
+    state = f"{done}/{'?' if total is None else total}"
+    return state if done < 2 else f"{state}, {brief(rate)} {unit}/s"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

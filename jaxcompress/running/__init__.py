@@ -1,0 +1,1 @@
+"""Running models on compressed parameters, without touching the models."""

@@ -1,0 +1,113 @@
+"""Running a Linen model with about one dequantized layer in memory at a time."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.module import InterceptorContext
+
+from jaxcompress.tree.leaves import Leaf, before_use
+
+
+@contextlib.contextmanager
+def streaming() -> Iterator[None]:
+    """Keeps the peak memory of `model.apply` on compressed parameters low.
+
+    Inside it, every module call makes the stored weights it uses wait for its
+    activation, so that XLA cannot dequantize a layer before its input exists, and
+    `nn.Embed` reads only the rows it looks up. The outputs are those of a plain
+    `apply`. It acts while a function is *traced*: enter it inside the jitted function,
+    or around its first call. Subclasses of `nn.Embed` are materialized whole.
+
+    ```python
+    @jax.jit
+    def forward(small, tokens):
+        with jc.streaming():
+            return model.apply({"params": small}, tokens)
+    ```
+    """
+    with nn.intercept_methods(_stream):
+        yield
+
+
+def _stream(
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: InterceptorContext,
+) -> Any:
+    activation = _traced_array((args, kwargs))
+    if activation is None or context.method_name == "setup":
+        return call(*args, **kwargs)
+    if type(context.module) is nn.Embed:
+        result = _embed(context.module, context.method_name, activation)
+        if result is not None:
+            return result
+    token = before_use.set(functools.partial(_after, activation))
+    try:
+        return call(*args, **kwargs)
+    finally:
+        before_use.reset(token)
+
+
+def _traced_array(tree: Any) -> jax.Array | None:
+    """The first array of real numbers under trace: what the call waits for."""
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.core.Tracer) and x.size and jnp.isrealobj(x):
+            return x
+    return None
+
+
+def _after(activation: jax.Array, stored: Leaf) -> Leaf:
+    """The same leaf, bit for bit, not available before the activation is.
+
+    A barrier on both says so. XLA for CPUs keeps it only since jax 0.11, and without
+    it orders the work as it likes, so there the stored arrays really depend on a zero
+    that it cannot know.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier((activation, stored))[1]
+    zero = _zero_after(jax.lax.stop_gradient(activation))
+
+    def wait(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return x * (1 + zero).astype(x.dtype)
+        return x ^ zero.astype(x.dtype)
+
+    return jax.tree.map(wait, stored)
+
+
+@jax.custom_batching.custom_vmap
+def _zero_after(activation: jax.Array) -> jax.Array:
+    first = activation[(0,) * activation.ndim].astype(jnp.int32)
+    return first & jax.lax.optimization_barrier(jnp.int32(0))
+
+
+@_zero_after.def_vmap
+def _zero_after_all(
+    size: int, batched: list[bool], activation: jax.Array
+) -> tuple[jax.Array, bool]:
+    """One zero for all examples: the weights they share must not be batched."""
+    del size
+    return _zero_after(activation[0] if batched[0] else activation), False
+
+
+def _embed(embed: nn.Embed, method: str, x: jax.Array) -> jax.Array | None:
+    """`embed.<method>(x)` from a stored table; None where Flax's own code is to run."""
+    table = embed.get_variable("params", "embedding")
+    if not isinstance(table, Leaf) or embed.num_embeddings == 1:
+        return None
+    if method == "attend":
+        weights = _after(x, table).materialize()
+        x, weights = embed.promote_dtype(x, weights, dtype=embed.dtype)
+        return jnp.dot(x, weights.T)
+    if method != "__call__" or not jnp.issubdtype(x.dtype, jnp.integer):
+        return None
+    # Flax gives NaN for a token outside the table; a gather of codes would hide it.
+    known = jnp.take(jnp.ones(embed.num_embeddings, bool), x, fill_value=False)
+    rows = jnp.where(known[..., None], table.take_rows(x), jnp.nan)
+    return embed.promote_dtype(rows, dtype=embed.dtype, inexact=False)[0]

@@ -1,0 +1,298 @@
+"""Parameters in one `.safetensors` file, or in shards with an index, bit for bit.
+
+The arrays lie in the file as `tensors` says; the tree (`manifest`), the user's
+metadata and the versions are JSON texts in its `__metadata__`.
+"""
+
+import difflib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcompress.storage import manifest, shards
+from jaxcompress.storage.manifest import FileDamaged
+from jaxcompress.storage.tensors import (
+    FORMAT,
+    VERSION,
+    TensorFile,
+    beside,
+    damaged,
+    stored_as,
+    to_json,
+    write,
+)
+from jaxcompress.types import Params
+
+
+def save(
+    path: str | os.PathLike,
+    params: Params,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes parameters to a file from which `load` gives the same tree, bit for bit.
+
+    Leaf types and their static fields, dicts, lists, tuples, None, dtypes and shapes
+    are kept; other mappings come back as dicts. Same parameters, metadata and
+    versions give the same bytes. The file is written beside `path` and renamed: an
+    error leaves an old file as it was. One array is on the host at a time.
+
+    Args:
+      path: of the file. Where the arrays take more than `max_shard_bytes`, shards
+        `name-00001-of-0000N.safetensors` and `name.safetensors.index.json` stand
+        beside it instead, and `path` still loads.
+      params: the tree.
+      metadata: what to keep beside the tree, for instance the recipe; JSON, so tuples
+        come back as lists.
+      max_shard_bytes: bytes of arrays in a file; a larger array has its own.
+
+    Raises:
+      TypeError: the tree holds something that files do not keep, such as a Python
+        number; or metadata that JSON does not know.
+      ValueError: an array is not of this host alone: `save_orbax` saves those.
+    """
+    path = os.path.realpath(path)
+    node, slots = manifest.encode(params, compact=True)
+    try:
+        user = to_json({} if metadata is None else dict(metadata))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata must be JSON: {error}") from error
+    about = {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "metadata": user,
+        "tree": to_json(node),
+        "versions": to_json(versions()),
+    }
+    parts = shards.split(slots, max_shard_bytes)
+    if len(parts) > 1:
+        shards.save(path, parts, about)
+        return
+    with beside(path) as file:
+        write(file, slots, about)
+    shards.remove(path)
+
+
+def load(path: str | os.PathLike, *, numpy: bool = False) -> Params:
+    """The parameters that `save` wrote, bit for bit; every byte read is checked.
+
+    Memory: the result and one leaf more. Arrays go to the default device; 64-bit
+    arrays stay NumPy arrays unless `jax_enable_x64` is set, as JAX would round them.
+
+    Args:
+      path: what `save` was given, or an index of shards.
+      numpy: leave every array on the host, as a NumPy array.
+
+    Raises:
+      FileDamaged: the file is not what was written; says what and where.
+      ValueError: not a file of `save`, or of a newer format; an unknown leaf type.
+    """
+    with open(path) as file:
+        return jax.tree.map(lambda name: file.read(name, numpy=numpy), file.tree)
+
+
+def open(path: str | os.PathLike) -> "StoredParams":
+    """A file of `save`, to read leaf by leaf: `open(path)["layer_0/mlp/kernel"]`.
+
+    Reads and checks what describes the tree; an array is read, and checked, when it is
+    asked for. Use it in a `with` statement, or call `close()`.
+
+    Raises: as `load`.
+    """
+    return StoredParams(path)
+
+
+def verify(path: str | os.PathLike) -> dict[str, int]:
+    """Checks every byte of a file, or of all shards, with little memory.
+
+    Returns the `format_version` and the numbers of `files`, `leaves` (outermost leaf
+    types and arrays), `arrays` and `bytes` (of the files).
+
+    Raises: as `load`.
+    """
+    with open(path) as stored:
+        files = stored.files()
+        for file in files:
+            for name in file.spans:
+                file.check(name)
+        return {
+            "format_version": VERSION,
+            "files": len(files),
+            "leaves": len(stored.names),
+            "arrays": sum(len(file.spans) for file in files),
+            "bytes": stored.index_bytes + sum(file.size for file in files),
+        }
+
+
+class StoredParams:
+    """Parameters in a file; made by `open`.
+
+    Attributes:
+      path: of the file, or of the index of shards.
+      names: of the outermost leaves and arrays, in order; "/" and "~" in a key are
+        written ~1 and ~0.
+      tree: the tree with these names in the places of the leaves.
+      metadata: what `save` was given.
+      versions: of the packages that wrote the file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        index = shards.index_path(self.path)
+        self._files: dict[str, TensorFile] = {}
+        self._shards = None
+        self.index_bytes = 0
+        if index is None:
+            file = TensorFile(self.path)
+            self._files[""] = file
+            about, names = file.metadata, file.spans.keys()
+            if "shard" in about:
+                file.close()
+                raise ValueError(
+                    f"{self.path} is shard {about['shard']}; load the file ending in "
+                    f"{shards.SUFFIX} beside it"
+                )
+        else:
+            self.path = index
+            self._shards = shards.Index(index)
+            self.index_bytes = self._shards.size
+            about, names = self._shards.about, self._shards.files.keys()
+        try:
+            self._describe(about, set(names))
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, name: str) -> Any:
+        """The leaf or array of this name, on the default device."""
+        return self.read(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._nodes
+
+    def __enter__(self) -> "StoredParams":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, name: str, *, numpy: bool = False) -> Any:
+        """The leaf or array of this name.
+
+        Raises:
+          KeyError: no such name; says the nearest.
+          FileDamaged: its bytes are not those written.
+        """
+        node, path = self._find(name)
+        try:
+            leaf = manifest.decode(node, self._read, path)
+        except KeyError as error:
+            raise ValueError(f"{self.path}: {name}: {error.args[0]}") from error
+        except FileDamaged as error:
+            raise self._in_file(error) from error
+        return jax.block_until_ready(jax.tree.map(_host if numpy else _device, leaf))
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that the arrays of one leaf take in the file."""
+        spans = [self._file_of(x).spans[x] for x, _, _ in self._arrays(name)]
+        return sum(span.stop - span.start for span in spans)
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...], str]:
+        """Type, dense shape and dense dtype of one leaf, without reading it."""
+        node, _ = self._find(name)
+        if "array" in node:
+            return "array", tuple(node["shape"]), node["array"]
+        dtype, shape = node.get("dense", ("", ()))
+        return node["leaf"], tuple(shape), dtype
+
+    def files(self) -> list[TensorFile]:
+        """All files, opened and checked against each other."""
+        if self._shards is not None:
+            for file in sorted(set(self._shards.files.values())):
+                self._open(file)
+        return list(self._files.values())
+
+    def _find(self, name: str) -> tuple[Any, manifest.Path]:
+        if name not in self._nodes:
+            near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.0)
+            raise KeyError(f"{self.path} has no leaf {name!r}; near: {', '.join(near)}")
+        return self._nodes[name]
+
+    def _arrays(self, name: str) -> list[tuple[str, str, tuple[int, ...]]]:
+        return list(manifest.arrays(*self._find(name)))
+
+    def _read(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        return self._file_of(name).read(name, dtype, shape)
+
+    def _file_of(self, name: str) -> TensorFile:
+        return self._open("" if self._shards is None else self._shards.files[name])
+
+    def _open(self, file: str) -> TensorFile:
+        if file not in self._files:
+            self._files[file] = self._shards.open(file)
+            self._compare(self._files[file])
+        return self._files[file]
+
+    def _describe(self, about: Mapping[str, str], names: set[str]) -> None:
+        """Reads the texts that describe the tree, and compares it with the arrays."""
+        try:
+            node = json.loads(about["tree"])
+            self.metadata = json.loads(about["metadata"])
+            self.versions = json.loads(about["versions"])
+            found = list(manifest.arrays(node))
+            self.tree, self._nodes = manifest.outline(node)
+        except FileDamaged as error:
+            raise self._in_file(error) from error
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise damaged(self.path, f"its metadata lack a tree ({error})") from error
+        self.names = list(self._nodes)
+        self._wanted = {name: stored_as(*kind) for name, *kind in found}
+        for name in self._wanted.keys() ^ names:
+            where = "tree" if name in self._wanted else "file"
+            raise damaged(self.path, f"only its {where} has the array {name!r}")
+        for file in self._files.values():
+            self._compare(file)
+
+    def _compare(self, file: TensorFile) -> None:
+        for name, span in file.spans.items():
+            if self._wanted[name] != (span.code, span.shape):
+                raise damaged(
+                    file.path,
+                    f"{name} is {span.code} {span.shape}, the tree says "
+                    f"{self._wanted[name]}",
+                )
+
+    def _in_file(self, error: FileDamaged) -> FileDamaged:
+        text = str(error)
+        return error if text.startswith(self.path) else damaged(self.path, text)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a file names as its writers."""
+    found = {}
+    for package in ("jaxcompress", "jax", "flax"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _host(x: Any) -> np.ndarray:
+    return np.asarray(x)
+
+
+def _device(x: Any) -> Any:
+    if isinstance(x, jax.Array) or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+        return x
+    return jax.device_put(x)

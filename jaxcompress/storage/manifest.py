@@ -1,0 +1,352 @@
+"""A tree of arrays and leaves as JSON; the arrays themselves are kept elsewhere.
+
+A node of the JSON is `null` (None), or an object of one of these forms:
+
+    {"dict": [[key, node], ...]}    {"list": [node, ...]}    {"tuple": [node, ...]}
+    {"array": dtype, "shape": [size, ...]}
+    {"leaf": type, "fields": {field: node}, "static": {field: value}}
+    {"leaf": type, "stored": {name: node}, "static": {field: value}}
+
+A leaf also tells the `"dense"` dtype and shape of what it stands for. The last form is
+that of a leaf type with `stored() -> dict` and a class method `restored(arrays,
+static) -> leaf`, which keeps arrays in files that are shorter than its fields. An
+array is called by its path, joined by "/".
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.tree.leaves import Leaf, data_fields, leaf_type, static_fields
+
+DTYPES = frozenset(
+    (
+        *("bool", "int2", "int4", "int8", "int16", "int32", "int64"),
+        *("uint2", "uint4", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+        *("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn"),
+        *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+        "float4_e2m1fn",
+    )
+)
+_LARGEST = 2**63  # elements; no file holds more
+
+Path = tuple[str, ...]
+
+
+class FileDamaged(ValueError):
+    """A file is not what was written: altered, cut short, or inconsistent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One array of a tree: its dtype's name, its shape, and how to get it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fetch: Callable[[], Any]
+
+
+def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
+    """The tree as a JSON node, and its arrays by name; holds no copies.
+
+    Containers are dicts (other mappings, as `FrozenDict`, come back as dicts), lists,
+    tuples and None. Keys of a dict are strings or integers; their order is not kept.
+
+    Args:
+      params: the tree.
+      compact: keep what `stored()` gives of a leaf type that has it, not its fields.
+
+    Raises:
+      TypeError: the tree holds something else, or a static field that is not what its
+        leaf type declares; names it.
+    """
+    slots: dict[str, Slot] = {}
+    latest: list[Any] = [None, None]  # a leaf and what it stored: made once in a row
+
+    def stored(x: Leaf) -> dict[str, Any]:
+        if latest[0] is not x:
+            latest[:] = x, x.stored()
+        return latest[1]
+
+    def array(x: Any, path: Path, fetch: Callable[[], Any]) -> Any:
+        name = join(path)
+        _check_array(name, x)
+        shape = tuple(int(size) for size in x.shape)
+        slots[name] = Slot(x.dtype.name, shape, fetch)
+        return {"array": x.dtype.name, "shape": list(shape)}
+
+    def leaf(x: Leaf, path: Path) -> Any:
+        cls = _registered(x, path)
+        static = {}
+        for field in dataclasses.fields(cls):
+            if field.metadata.get("static"):
+                value = getattr(x, field.name)
+                _check_static(join((*path, field.name)), field, value)
+                static[field.name] = _static_to_json(value)
+        node = {"leaf": cls.__name__, **_dense(x), "static": static}
+        if compact and hasattr(cls, "stored"):
+            node["stored"] = {
+                key: array(value, (*path, key), lambda key=key: stored(x)[key])
+                for key, value in sorted(stored(x).items())
+            }
+        else:
+            node["fields"] = {
+                key: walk(getattr(x, key), (*path, key)) for key in data_fields(cls)
+            }
+        return node
+
+    def walk(x: Any, path: Path) -> Any:
+        if x is None:
+            return None
+        if isinstance(x, Leaf):
+            return leaf(x, path)
+        if isinstance(x, Mapping):
+            keys = _sorted_keys(x, path)
+            return {"dict": [[key, walk(x[key], (*path, str(key)))] for key in keys]}
+        if type(x) in (list, tuple):
+            items = [walk(child, (*path, str(i))) for i, child in enumerate(x)]
+            return {type(x).__name__: items}
+        return array(x, path, lambda: x)
+
+    return walk(params, ()), slots
+
+
+def decode(
+    node: Any, read: Callable[[str, str, tuple[int, ...]], Any], path: Path = ()
+) -> Any:
+    """The tree of a JSON node; `read(name, dtype, shape)` gives its arrays.
+
+    Raises:
+      FileDamaged: the node is not of a known form, or contradicts its leaf type.
+      KeyError: the leaf type is not registered; names the known ones.
+    """
+    kind, children = inside(node, path)
+    if kind == "array":
+        return read(join(path), node["array"], tuple(node["shape"]))
+    below = [(key, decode(child, read, (*path, str(key)))) for key, child in children]
+    if kind == "none":
+        return None
+    if kind == "dict":
+        return dict(below)
+    if kind in ("list", "tuple"):
+        values = [value for _, value in below]
+        return values if kind == "list" else tuple(values)
+    cls = leaf_type(node["leaf"])
+    static = _static_of(cls, node, path)
+    if kind == "stored" and not hasattr(cls, "restored"):
+        raise _wrong(path, f"{cls.__name__} has no restored()")
+    if kind == "fields" and {key for key, _ in below} != set(data_fields(cls)):
+        have, want = sorted(key for key, _ in below), sorted(data_fields(cls))
+        raise _wrong(path, f"the fields {have}, a {cls.__name__} has {want}")
+    try:
+        if kind == "stored":
+            made = cls.restored(dict(below), static)
+        else:
+            made = cls(**dict(below), **static)
+        stands = _dense(made).get("dense")
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise _wrong(path, f"{cls.__name__}: {error}") from error
+    if node.get("dense", stands) != stands:
+        raise _wrong(path, f"it stands for {stands}, not {node['dense']}")
+    return made
+
+
+def inside(node: Any, path: Path) -> tuple[str, list[tuple[Any, Any]]]:
+    """The kind of a node, checked, and its named children."""
+    if node is None:
+        return "none", []
+    match node:
+        case {"array": str(dtype), "shape": list(shape)} if len(node) == 2:
+            sizes = all(type(n) is int and 0 <= n < _LARGEST for n in shape)
+            if dtype in DTYPES and sizes:
+                return "array", []
+        case {"dict": list(items)} if len(node) == 1:
+            pairs = all(type(i) is list and len(i) == 2 for i in items)
+            known = pairs and all(type(key) in (str, int) for key, _ in items)
+            if known and len({key for key, _ in items}) == len(items):
+                return "dict", [(key, child) for key, child in items]
+        case {"list": list(items)} | {"tuple": list(items)} if len(node) == 1:
+            return next(iter(node)), list(enumerate(items))
+        case {"leaf": str(), "static": dict()}:
+            kind = "stored" if "stored" in node else "fields"
+            rest = node.keys() - {"leaf", "static", kind, "dense"}
+            if not rest and type(node.get(kind)) is dict:
+                return kind, list(node[kind].items())
+    raise _wrong(path, f"not a node: {str(node)[:80]}")
+
+
+def arrays(node: Any, path: Path = ()) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of every array of a JSON node, checked."""
+    kind, children = inside(node, path)
+    if kind == "array":
+        yield join(path), node["array"], tuple(node["shape"])
+    for key, child in children:
+        yield from arrays(child, (*path, str(key)))
+
+
+def outline(node: Any) -> tuple[Any, dict[str, tuple[Any, Path]]]:
+    """The tree with the names of outermost leaves and arrays in their places.
+
+    Beside it, by name, the node and the path of each.
+    """
+    found: dict[str, tuple[Any, Path]] = {}
+
+    def walk(node: Any, path: Path) -> Any:
+        kind, children = inside(node, path)
+        if kind == "none":
+            return None
+        if kind not in ("dict", "list", "tuple"):
+            found[join(path)] = node, path
+            return join(path)
+        below = [(key, walk(child, (*path, str(key)))) for key, child in children]
+        if kind == "dict":
+            return dict(below)
+        values = [value for _, value in below]
+        return values if kind == "list" else tuple(values)
+
+    return walk(node, ()), found
+
+
+def join(path: Path) -> str:
+    """The name of a path; "/" and "~" in a step are written ~1 and ~0 (RFC 6901)."""
+    return "/".join(step.replace("~", "~0").replace("/", "~1") for step in path)
+
+
+def _wrong(path: Path, why: str) -> FileDamaged:
+    return FileDamaged(f"{join(path) or 'the tree'}: {why}")
+
+
+def _sorted_keys(x: Any, path: Path) -> list[Any]:
+    keys = list(x)
+    odd = [key for key in keys if type(key) not in (str, int)]
+    if odd or len({type(key) for key in keys}) > 1:
+        raise TypeError(
+            f"{join(path) or 'the tree'}: keys {keys[:5]} of a dict; files keep dicts "
+            "whose keys are all strings, or all integers"
+        )
+    return sorted(keys)
+
+
+def _check_array(name: str, x: Any) -> None:
+    where = name or "the tree"
+    if type(x) in (bool, int, float, complex, str):
+        raise TypeError(
+            f"{where} is the Python {type(x).__name__} {x!r}; store it as an array, "
+            "jnp.asarray(x), or in the metadata"
+        )
+    if isinstance(x, jax.core.Tracer) or not isinstance(
+        x, jax.Array | np.ndarray | np.generic
+    ):
+        raise TypeError(
+            f"{where} is a {type(x).__module__}.{type(x).__qualname__}; files keep "
+            "concrete arrays and leaf types in dicts, lists and tuples. Convert it "
+            "(flax.nnx.to_pure_dict, flax.serialization.to_state_dict, meta.unbox)"
+        )
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        raise TypeError(f"{where} holds random keys; store jax.random.key_data(x)")
+    if x.dtype.name not in DTYPES:
+        raise TypeError(f"{where} has dtype {x.dtype}; files keep numbers and booleans")
+
+
+def _registered(x: Leaf, path: Path) -> type[Leaf]:
+    cls = type(x)
+    try:
+        known = leaf_type(cls.__name__)
+    except KeyError:
+        known = None
+    if known is not cls:
+        raise TypeError(
+            f"{join(path)}: {cls} is not registered; decorate it with @leaf"
+        )
+    return cls
+
+
+def _dense(x: Leaf) -> dict[str, Any]:
+    """The dtype and shape a leaf stands for; half of a partitioned leaf has none."""
+    try:
+        return {"dense": [jnp.dtype(x.dtype).name, [int(size) for size in x.shape]]}
+    except (AttributeError, TypeError, IndexError):
+        return {}
+
+
+def _check_static(name: str, field: dataclasses.Field, value: Any) -> None:
+    if not _is_static(value):
+        raise TypeError(
+            f"{name} is {value!r} of {type(value)}; static fields are int, float, str, "
+            "bool, None or tuples of these"
+        )
+    if not _conforms(value, field.type):
+        raise TypeError(f"{name} is {value!r}; its leaf type declares {field.type}")
+
+
+def _is_static(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_static, value))
+    return value is None or type(value) in (int, float, str, bool)
+
+
+def _conforms(value: Any, hint: Any) -> bool:
+    """Whether a static value is of its annotated type; unknown annotations pass."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_conforms(value, each) for each in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if hint is tuple or origin is tuple:
+        if type(value) is not tuple:
+            return False
+        if len(inner) == 2 and inner[1] is ...:
+            return all(_conforms(each, inner[0]) for each in value)
+        fits = not inner or len(inner) == len(value)
+        return fits and all(map(_conforms, value, inner))
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, str, bool):
+        return type(value) is hint
+    return value is None if hint in (None, types.NoneType) else True
+
+
+def _static_to_json(value: Any) -> Any:
+    if type(value) is tuple:
+        return [_static_to_json(each) for each in value]
+    finite = type(value) is not float or np.isfinite(value)
+    return value if finite else {"float": repr(value)}
+
+
+def _static_from_json(value: Any) -> Any:
+    if type(value) is list:
+        return tuple(_static_from_json(each) for each in value)
+    if type(value) is dict and value.get("float") in ("nan", "inf", "-inf"):
+        return float(value["float"])
+    return value
+
+
+def _static_of(cls: type[Leaf], node: Any, path: Path) -> dict[str, Any]:
+    found = {key: _static_from_json(x) for key, x in node["static"].items()}
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("static") and field.name in found:
+            try:
+                _check_static(field.name, field, found[field.name])
+            except TypeError as error:
+                raise _wrong(path, str(error)) from error
+    optional = {f.name for f in dataclasses.fields(cls) if _has_default(f)}
+    missing = set(static_fields(cls)) - found.keys() - optional
+    surplus = found.keys() - set(static_fields(cls))
+    if missing or surplus:
+        raise _wrong(
+            path,
+            f"static fields {sorted(found)}, {cls.__name__} has "
+            f"{sorted(static_fields(cls))}",
+        )
+    return found
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING

@@ -1,0 +1,230 @@
+"""Orbax checkpoints of compressed parameters, for several hosts.
+
+The checkpoint has two items: `arrays`, nested dicts of the arrays under the steps of
+their paths, and `tree`, the JSON of `manifest`, from which leaf types and static fields
+come back. Orbax writes both beside and renames; the JSON is written by process 0.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from jaxcompress.storage import manifest
+from jaxcompress.types import Params
+
+FORMAT, VERSION = "jaxcompress", 1
+
+# Dtypes that Orbax does not save, or only lately, and what holds their values exactly.
+_HELD_AS = {
+    "int2": "int8",
+    "uint2": "uint8",
+    "uint4": "uint8",
+    "float4_e2m1fn": "float32",
+    "float8_e4m3": "uint8",  # its bits
+}
+
+Place = Callable[[str, tuple[int, ...]], Sharding]
+
+
+def save_orbax(path: str | os.PathLike, params: Params) -> None:
+    """Saves parameters, sharded over any number of hosts, as an Orbax checkpoint.
+
+    On several hosts every process calls it, with arrays sharded over all of them or
+    with equal arrays of its own. Leaf types are kept field by field, without the
+    shorter form that `save` has for some.
+
+    Args:
+      path: a directory that does not exist; on several hosts, one that all see.
+      params: the tree; what it may hold is what `save` takes.
+
+    Raises:
+      TypeError: the tree holds something that files do not keep.
+      ValueError: the directory exists.
+    """
+    import orbax.checkpoint as ocp
+
+    node, slots = manifest.encode(params, compact=False)
+    about = {"format": FORMAT, "format_version": VERSION, "tree": node}
+    items = {"tree": ocp.args.JsonSave(about)}
+    # Orbax refuses empty arrays; the tree says all there is to say about them.
+    arrays = {
+        k: _held(slot.fetch()) for k, slot in slots.items() if 0 not in slot.shape
+    }
+    if arrays:
+        items["arrays"] = ocp.args.PyTreeSave(_nested(arrays))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(_absolute(path), args=ocp.args.Composite(**items))
+
+
+def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
+    """The parameters that `save_orbax` saved; no target is needed.
+
+    64-bit arrays come back as NumPy arrays unless `jax_enable_x64` is set.
+
+    Args:
+      path: the directory.
+      sharding: where arrays go: one `Sharding`; a function of an array's name and
+        shape that returns one; or a tree of them, a prefix of the parameters. Names are
+        those of arrays in leaves too (`mlp/kernel/codes`), and so are shapes. Without
+        it: the default device; on several hosts, a copy on every device.
+
+    Raises:
+      FileNotFoundError: no such checkpoint.
+      ValueError: not a checkpoint of `save_orbax`, or of a newer format; a sharding
+        that does not fit an array, named.
+    """
+    import orbax.checkpoint as ocp
+
+    path = _absolute(path)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        node = _tree(checkpointer, path)
+        place = _place(node, sharding)
+        target, how = {}, {}
+        for name, dtype, shape in manifest.arrays(node):
+            if 0 in shape:
+                continue
+            held = jnp.dtype(_HELD_AS.get(dtype, dtype))
+            target[name] = jax.ShapeDtypeStruct(shape, held)
+            if jax.dtypes.canonicalize_dtype(held) != held:
+                how[name] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=held)
+            else:
+                how[name] = ocp.ArrayRestoreArgs(
+                    dtype=held, global_shape=shape, sharding=place(name, shape)
+                )
+        found = {}
+        if target:
+            arrays = ocp.args.PyTreeRestore(_nested(target), restore_args=_nested(how))
+            args = ocp.args.Composite(arrays=arrays)
+            found = checkpointer.restore(path, args=args)["arrays"]
+
+    def read(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
+        if name not in target:
+            x = np.zeros(shape, jnp.dtype(dtype))
+            is_wide = jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
+            return x if is_wide else jax.device_put(x, place(name, shape))
+        x = found
+        for step in name.split("/"):
+            x = x[step]
+        return _freed(x, dtype)
+
+    return manifest.decode(node, read)
+
+
+def _absolute(path: str | os.PathLike) -> str:
+    path = os.fspath(path)
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _tree(checkpointer: Any, path: str) -> Any:
+    """The JSON node of a checkpoint's tree."""
+    import orbax.checkpoint as ocp
+
+    args = ocp.args.Composite(tree=ocp.args.JsonRestore())
+    try:
+        about = checkpointer.restore(path, args=args)["tree"]
+    except KeyError:
+        about = None
+    if type(about) is not dict or about.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: not a checkpoint of save_orbax; restore it with Orbax"
+        )
+    if about.get("format_version") != VERSION:
+        raise ValueError(
+            f"{path}: of format {about.get('format_version')}, this jaxcompress reads "
+            f"{VERSION}; update it"
+        )
+    return about.get("tree")
+
+
+def _held(x: Any) -> Any:
+    """An array as Orbax takes it, in the same places."""
+    if isinstance(x, jax.Array) and x.is_fully_addressable and jax.process_count() > 1:
+        x = np.asarray(x)  # every host has its own: process 0 writes it
+    held = _HELD_AS.get(x.dtype.name)
+    if held is None:
+        return np.asarray(x) if isinstance(x, np.generic) else x
+    if x.dtype.name == "float8_e4m3":
+        bits = jax.lax.bitcast_convert_type
+        return bits(x, jnp.uint8) if isinstance(x, jax.Array) else x.view(np.uint8)
+    return x.astype(jnp.dtype(held))
+
+
+def _freed(x: Any, dtype: str) -> Any:
+    """The array that `_held` changed."""
+    if x.dtype.name == dtype:
+        return x
+    if dtype == "float8_e4m3":
+        return jax.lax.bitcast_convert_type(x, jnp.dtype(dtype))
+    return x.astype(jnp.dtype(dtype))
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Names joined by "/" as dicts in dicts."""
+    root: dict[str, Any] = {}
+    for name, value in flat.items():
+        *steps, last = name.split("/")
+        inner = root
+        for step in steps:
+            inner = inner.setdefault(step, {})
+        inner[last] = value
+    return root
+
+
+def _place(node: Any, sharding: Any) -> Place:
+    """Where the array of a name and shape goes."""
+    if sharding is None:
+        everywhere = _everywhere()
+        return lambda name, shape: everywhere
+    if isinstance(sharding, Sharding):
+        choose: Place = lambda name, shape: sharding  # noqa: E731
+    elif callable(sharding):
+        choose = sharding
+    else:
+        named = _spread(node, sharding)
+        choose = lambda name, shape: named[name]  # noqa: E731
+
+    def place(name: str, shape: tuple[int, ...]) -> Sharding:
+        chosen = choose(name, shape)
+        try:
+            chosen.shard_shape(shape)
+        except (ValueError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{name} {shape} can't be placed as {chosen}: {error}. Pass a function "
+                "of the name and shape, and replicate small arrays: PartitionSpec()"
+            ) from error
+        return chosen
+
+    return place
+
+
+def _everywhere() -> Sharding:
+    if jax.process_count() == 1:
+        return jax.device_put(np.float32(0)).sharding
+    mesh = Mesh(np.asarray(jax.devices()), ("all",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _spread(node: Any, tree: Any) -> dict[str, Sharding]:
+    """The sharding of each array by its name, from a prefix of the parameters."""
+    names: dict[int, str] = {}
+    held = []
+
+    def read(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
+        held.append(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+        names[id(held[-1])] = name
+        return held[-1]
+
+    params = manifest.decode(node, read)
+    found: dict[str, Sharding] = {}
+
+    def assign(sharding: Sharding, below: Any) -> None:
+        for x in jax.tree.leaves(below):
+            found[names[id(x)]] = sharding
+
+    jax.tree.map(assign, tree, params, is_leaf=lambda x: isinstance(x, Sharding))
+    return found

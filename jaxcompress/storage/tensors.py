@@ -1,0 +1,387 @@
+"""One file of named, checksummed arrays, which any reader of .safetensors can read.
+
+    8 bytes   length of the header, little-endian
+    header    JSON: {"__metadata__": {key: text}, name: {dtype, shape, data_offsets}},
+              padded with spaces to a multiple of 8
+    data      the arrays one behind another, wide dtypes first, so that all are aligned
+    seal      the last array, `__checksums__`, uint8 `[arrays + 2, 16]`: BLAKE2b
+              digests of each array's bytes in order of the data, of everything before
+              the data, and of the rows above
+
+So every byte of the file is under a digest, and a header is trusted before it is
+parsed. The digests detect damage, not forgery. Dtypes the format lacks are stored as
+bytes (`U8`, `[bytes]`); who reads them must know better.
+"""
+
+import builtins
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.storage.manifest import FileDamaged, Slot
+
+SEAL = "__checksums__"
+FORMAT = "jaxcompress"
+VERSION = 1
+DIGEST = 16  # bytes
+CHUNK = 1 << 22  # bytes read at a time where an array need not be held
+LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors package too
+
+CODES = {
+    "bool": "BOOL",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+_NAMES = {code: name for name, code in CODES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Where an array lies: dtype code of the format, shape, and bytes of the file."""
+
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    digest: bytes
+
+
+def stored_as(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Dtype code and shape under which the format holds an array."""
+    if dtype in CODES:
+        return CODES[dtype], shape
+    return "U8", (math.prod(shape) * jnp.dtype(dtype).itemsize,)
+
+
+def count_bytes(slot: Slot) -> int:
+    """Bytes of an array in a file."""
+    return math.prod(slot.shape) * jnp.dtype(slot.dtype).itemsize
+
+
+def write(file: BinaryIO, slots: Mapping[str, Slot], metadata: dict[str, str]) -> bytes:
+    """Writes arrays, one in memory at a time; returns the digest that seals the file.
+
+    Same arrays and metadata, same bytes.
+    """
+    order = sorted(slots, key=lambda name: (-_width(slots[name]), name))
+    for name in order:
+        if name in (SEAL, "__metadata__"):
+            raise ValueError(
+                f"an array can't be called {name}: the file needs the name"
+            )
+    head = _header(order, slots, metadata)
+    file.write(head)
+    rows = []
+    for name in order:
+        data = _bytes_of(name, slots[name])
+        file.write(data)
+        rows.append(digest(data))
+    rows.append(digest(head))
+    rows.append(digest(b"".join(rows)))
+    file.write(b"".join(rows))
+    return rows[-1]
+
+
+def _header(
+    order: list[str], slots: Mapping[str, Slot], metadata: dict[str, str]
+) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name in order:
+        slot = slots[name]
+        code, shape = stored_as(slot.dtype, slot.shape)
+        stop = start + count_bytes(slot)
+        entries[name] = _entry(code, shape, start, stop)
+        start = stop
+    rows = len(order) + 2
+    entries[SEAL] = _entry("U8", (rows, DIGEST), start, start + rows * DIGEST)
+    text = to_json(entries).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > LONGEST_HEADER:
+        raise ValueError(
+            f"the header takes {len(text)} bytes, readers accept {LONGEST_HEADER}; "
+            "save fewer leaves per file or less metadata"
+        )
+    return len(text).to_bytes(8, "little") + text
+
+
+def _entry(code: str, shape: tuple[int, ...], start: int, stop: int) -> dict[str, Any]:
+    return {"dtype": code, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+def _width(slot: Slot) -> int:
+    return jnp.dtype(slot.dtype).itemsize if slot.dtype in CODES else 1
+
+
+def _bytes_of(name: str, slot: Slot) -> memoryview:
+    """The array's bytes, little-endian, in order."""
+    x = slot.fetch()
+    if isinstance(x, jax.Array):
+        if not x.is_fully_addressable:
+            raise ValueError(
+                f"{name} is spread over several hosts; save it with save_orbax"
+            )
+        x = x.copy()  # NumPy's view of a jax.Array lives as long as the array
+    x = np.asarray(x, order="C")
+    x = x.astype(x.dtype.newbyteorder("<"), copy=False)
+    if x.dtype.name != slot.dtype or x.shape != slot.shape:
+        raise ValueError(
+            f"{name} was {slot.dtype} {slot.shape} and is {x.dtype} {x.shape} now; "
+            "stored() must give the same arrays at every call"
+        )
+    return memoryview(x.reshape(-1).view(np.uint8))
+
+
+class TensorFile:
+    """A file of arrays open for reading; every byte read is checked.
+
+    Attributes: `path`, `size` (bytes), `metadata` (text by key), `spans` (`Span` by
+    name, in order of the data), `seal` (the digest that seals the file).
+
+    Raises:
+      FileDamaged: any byte of the header or the checksums is not what was written.
+      ValueError: another program's file, or one of a newer format.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._file = builtins.open(self.path, "rb", buffering=0)  # noqa: SIM115
+        try:
+            self.size = os.fstat(self._file.fileno()).st_size
+            self.metadata, self.spans, self.seal = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def read(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """An array of its own memory, checked."""
+        span = self.spans[name]
+        if stored_as(dtype, shape) != (span.code, span.shape):
+            raise self._damaged(
+                f"{name} is {span.code} {span.shape}, not {dtype} {shape}"
+            )
+        data = np.empty(span.stop - span.start, np.uint8)
+        self._fill(span.start, memoryview(data))
+        if digest(data) != span.digest:
+            raise self._damaged(f"the bytes of {name} are not those written")
+        return data.view(jnp.dtype(dtype)).reshape(shape)
+
+    def check(self, name: str) -> None:
+        """Checks an array without holding it."""
+        span, state = self.spans[name], hashlib.blake2b(digest_size=DIGEST)
+        buffer = memoryview(bytearray(min(CHUNK, span.stop - span.start)))
+        for start in range(span.start, span.stop, CHUNK):
+            part = buffer[: min(CHUNK, span.stop - start)]
+            self._fill(start, part)
+            state.update(part)
+        if state.digest() != span.digest:
+            raise self._damaged(f"the bytes of {name} are not those written")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _fill(self, start: int, buffer: memoryview) -> None:
+        self._file.seek(start)
+        while len(buffer):
+            count = self._file.readinto(buffer)
+            if not count:
+                raise self._damaged(f"it ends at byte {self._file.tell()}")
+            buffer = buffer[count:]
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        buffer = bytearray(stop - start)
+        self._fill(start, memoryview(buffer))
+        return bytes(buffer)
+
+    def _read_header(self) -> tuple[dict[str, str], dict[str, Span], bytes]:
+        if self.size < 8:
+            raise self._damaged(f"it has {self.size} bytes")
+        length = int.from_bytes(self._bytes(0, 8), "little")
+        if length > min(self.size - 8, LONGEST_HEADER):
+            raise self._damaged(
+                f"its header claims {length} bytes of {self.size}; either it is no "
+                ".safetensors file, or damaged"
+            )
+        head = self._bytes(0, 8 + length)
+        tail = self._bytes(max(8 + length, self.size - 2 * DIGEST), self.size)
+        if tail[:DIGEST] != digest(head):
+            raise self._explain(head[8:])
+        entries = _json_object(head[8:])
+        if entries is None:
+            raise self._damaged("its header is not JSON")
+        metadata = entries.pop("__metadata__", None)
+        if type(metadata) is not dict or metadata.get("format") != FORMAT:
+            raise self._foreign()
+        self._check_version(metadata)
+        if not all(type(text) is str for text in metadata.values()):
+            raise self._damaged("its metadata are not text")
+        spans = self._spans(entries, 8 + length)
+        return metadata, spans, tail[DIGEST:]
+
+    def _spans(self, entries: dict[str, Any], start: int) -> dict[str, Span]:
+        """The arrays in order, without the seal; each begins where the last ended."""
+        for name, entry in entries.items():
+            if not _is_entry(entry):
+                raise self._damaged(f"the header says of {name}: {str(entry)[:80]}")
+        order = sorted(entries, key=lambda name: entries[name]["data_offsets"])
+        order.sort(key=lambda name: name == SEAL)
+        rows = len(order) + 1
+        seal = entries.get(SEAL, {"shape": None, "dtype": None})
+        if seal["shape"] != [rows, DIGEST] or seal["dtype"] != "U8":
+            raise self._damaged(f"its checksums are {seal}, for {rows - 2} arrays")
+        digests = self._bytes(max(0, self.size - rows * DIGEST), self.size)
+        if digest(digests[:-DIGEST]) != digests[-DIGEST:]:
+            raise self._damaged("its checksums are not those written")
+        spans, end = {}, 0
+        for row, name in enumerate(order):
+            entry = entries[name]
+            first, last = entry["data_offsets"]
+            width = jnp.dtype(_NAMES[entry["dtype"]]).itemsize
+            if first != end or last - first != width * math.prod(entry["shape"]):
+                raise self._damaged(
+                    f"{name}, {entry['dtype']} {entry['shape']}, can't lie at bytes "
+                    f"{first} to {last} behind {end}"
+                )
+            spans[name] = Span(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                start + first,
+                start + last,
+                digests[row * DIGEST : (row + 1) * DIGEST],
+            )
+            end = last
+        if start + end != self.size:
+            raise self._damaged(
+                f"it has {self.size} bytes, its header says {start + end}"
+            )
+        del spans[SEAL]
+        return spans
+
+    def _explain(self, header: bytes) -> ValueError:
+        """Why a header that is not under the seal is wrong, as far as can be told."""
+        entries = _json_object(header) or {}
+        metadata = entries.get("__metadata__")
+        ours = type(metadata) is dict and metadata.get("format") == FORMAT
+        if not ours and FORMAT.encode() not in header:
+            return self._foreign()
+        if ours:
+            self._check_version(metadata)
+        seal = entries.get(SEAL)
+        if _is_entry(seal):
+            wanted = 8 + len(header) + seal["data_offsets"][1]
+            if wanted != self.size:
+                return self._damaged(f"it has {self.size} bytes of {wanted}")
+        return self._damaged("its header or checksums are not those written")
+
+    def _check_version(self, metadata: dict[str, Any]) -> None:
+        version = metadata.get("format_version")
+        if type(version) is str and version.isdecimal() and len(version) < 9:
+            if int(version) > VERSION:
+                raise ValueError(
+                    f"{self.path}: written in format {version}, this jaxcompress reads "
+                    f"up to {VERSION}; update it (or get the file again, if damaged)"
+                )
+            if int(version) == VERSION:
+                return
+        raise self._damaged(f"its format version is {version!r}")
+
+    def _foreign(self) -> ValueError:
+        return ValueError(
+            f"{self.path}: not written by jaxcompress.save (or damaged); "
+            "jaxcompress.models.load reads checkpoints of other programs"
+        )
+
+    def _damaged(self, why: str) -> FileDamaged:
+        return damaged(self.path, why)
+
+
+def damaged(path: str, why: str) -> FileDamaged:
+    return FileDamaged(f"{path}: damaged: {why}; get the file again, or save it again")
+
+
+def digest(data: Any) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST).digest()
+
+
+def to_json(value: Any) -> str:
+    """The one way JSON is written here; ValueError for NaN and infinities."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _json_object(text: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if type(value) is dict else None
+
+
+def _is_entry(entry: Any) -> bool:
+    match entry:
+        case {
+            "dtype": str(code),
+            "shape": list(shape),
+            "data_offsets": [int(first), int(last)],
+        } if len(entry) == 3:
+            sizes = all(type(size) is int and size >= 0 for size in shape)
+            return sizes and code in _NAMES and 0 <= first <= last
+    return False
+
+
+@contextmanager
+def beside(path: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once it is whole and on the disk.
+
+    Written under another name in the same directory; an error removes it and leaves
+    what was at `path` as it was.
+    """
+    temporary = temporary_beside(path)
+    try:
+        with builtins.open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    sync_directory(path)
+
+
+def temporary_beside(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
+
+
+def sync_directory(path: str) -> None:
+    """Puts a rename on the disk, where a directory can be synchronized."""
+    if os.name != "posix":
+        return
+    handle = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

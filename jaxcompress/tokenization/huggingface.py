@@ -1,0 +1,104 @@
+"""Tokenizers of other people's models: Hugging Face's tokenizer.json."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json with the interface of our own tokenizers.
+
+    `decode(encode(text)) == text` holds where the file normalizes nothing away, as for
+    the byte-level ones of SmolLM2, Llama 3 and Qwen. Like the original, text that
+    spells a special token is encoded as that token. The package `tokenizers` is needed.
+    """
+
+    def __init__(self, text: str, *, bos: str | None = None, eos: str | None = None):
+        import tokenizers  # only for models from elsewhere
+
+        if "model" not in _object(text):
+            raise ValueError("not a tokenizer.json: it holds no model")
+        self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._contents = {"tokenizer": text, "bos": bos, "eos": eos}
+        self.vocab_size = max(self._tokenizer.get_vocab(True).values(), default=-1) + 1
+        self.bos_id = self._special("bos", bos)
+        self.eos_id = self._special("eos", eos)
+        self.digest = hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without begin or end marks."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens spelled out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_bytes(self, ids: Sequence[int]) -> np.ndarray:
+        """UTF-8 bytes of text each id stands for, int32; special tokens have none."""
+        return self._lengths[np.asarray(ids, np.int64)]
+
+    def to_bytes(self) -> bytes:
+        """The file's text with the begin and end marks, which `from_bytes` reads."""
+        return json.dumps(self._contents, sort_keys=True).encode()
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        contents = json.loads(self._contents["tokenizer"])
+        byte_level = "ByteLevel" in _types(contents.get("decoder"))
+        added = self._tokenizer.get_added_tokens_decoder()
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for piece, i in self._tokenizer.get_vocab(True).items():
+            if i in added:
+                text = "" if added[i].special else added[i].content
+                lengths[i] = len(text.encode())
+            elif byte_level:  # one character stands for one byte
+                lengths[i] = len(piece)
+            elif _BYTE_PIECE.fullmatch(piece):
+                lengths[i] = 1
+            else:
+                piece = piece.removeprefix("##").replace("\u2581", " ")
+                lengths[i] = len(piece.encode())
+        return lengths
+
+    def _special(self, kind: str, token: str | None) -> int | None:
+        if token is None:
+            return None
+        i = self._tokenizer.token_to_id(token)
+        if i is None:
+            raise ValueError(f"the {kind} token {token!r} is not in the vocabulary")
+        return i
+
+
+def from_huggingface_json(
+    text: str, *, bos: str | None = None, eos: str | None = None
+) -> HuggingFaceTokenizer:
+    """Tokenizer from the text of a tokenizer.json.
+
+    The file does not say which tokens begin and end a text: name them, as they stand in
+    tokenizer_config.json, `bos` only where the model wants its texts to begin with it.
+    Raises ValueError where the text is no tokenizer or a mark is not in the vocabulary.
+    """
+    return HuggingFaceTokenizer(text, bos=bos, eos=eos)
+
+
+def _object(text: str) -> dict:
+    try:
+        contents = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a tokenizer.json: {error}") from error
+    return contents if isinstance(contents, dict) else {}
+
+
+def _types(part) -> set[str]:
+    """Names of a decoder and of the decoders in it."""
+    if not part:
+        return set()
+    return {part["type"]}.union(*map(_types, part.get("decoders", ())))

@@ -1,0 +1,272 @@
+"""Reading a traced program: where each weight is multiplied, and by what.
+
+JAX turns any model into a list of primitive operations. `trace_uses` runs that list
+with every weight tagged by its name and by what its axes hold; the tag follows the
+weight through casts, transposes, reshapes and calls, to the products that consume it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.tags import Weight, moved, sliced, tag
+from jaxcompress.tree.uses import Use, uses_of
+
+Sums = dict[str, dict[str, jax.Array]]  # per weight: named sums over tokens
+
+# Several operands, as many results: each tag stays.
+_EACH = {"optimization_barrier", "device_put"}
+# Calls of a program on the operands: read it in their place.
+_CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "checkpoint",
+    "remat",
+    "remat2",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+}
+
+
+Visit = Callable[[Use], dict[str, jax.Array]]
+
+
+def trace_uses(
+    function: Callable[..., Any],
+    weights: Mapping[str, jax.Array],
+    arguments: Any,
+    visit: Visit,
+    *,
+    tagged: Sequence[str] | None = None,
+) -> Sums:
+    """Runs `function(weights, arguments)`, calling `visit` at every use of a weight.
+
+    Traceable. What `visit` returns, sums over the `...` axes of `Use.inputs`, is added
+    up over all uses of a weight, over calls and loops; a scan over stacked weights
+    stacks it.
+
+    Args:
+      function: of a dict of dense weights and any pytree.
+      weights: dense arrays by name.
+      arguments: pytree of arrays.
+      visit: function of a `Use`; stack axes lead in each array that it returns.
+      tagged: names of the weights to follow; all by default.
+
+    Raises:
+      ValueError: a weight used in two ways that no one layout describes.
+    """
+    closed = jax.make_jaxpr(function)(dict(weights), arguments)
+    names = sorted(weights)  # the order in which a dict is flattened
+    follow = set(names if tagged is None else tagged)
+    tags: list[Weight | None] = [
+        tag(name, weights[name].shape) if name in follow else None for name in names
+    ]
+    values = [weights[name] for name in names] + jax.tree.leaves(arguments)
+    tags += [None] * (len(values) - len(tags))
+    return _Reader(visit, {}).run(closed, values, tags)[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    visit: Visit
+    layouts: dict[str, Layout]  # of the weights met so far
+
+    def run(self, closed: Any, values: Sequence, tags: Sequence) -> tuple:
+        """Results, their tags, and sums of a program on tagged values."""
+        jaxpr, consts = closed.jaxpr, closed.consts
+        value_of: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        value_of.update(zip(jaxpr.invars, values, strict=True))
+        tag_of: dict[Any, Weight | None] = dict(zip(jaxpr.invars, tags, strict=True))
+        sums: Sums = {}
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, core.Literal) else value_of[v]
+
+        def read_tag(v: Any) -> Weight | None:
+            return None if isinstance(v, core.Literal) else tag_of.get(v)
+
+        for eqn in jaxpr.eqns:
+            inputs = [read(v) for v in eqn.invars]
+            found = [read_tag(v) for v in eqn.invars]
+            if any(found):
+                results, after, more = self.step(eqn, inputs, found)
+                _add(sums, more)
+                tag_of.update(zip(eqn.outvars, after, strict=True))
+            else:
+                results = _bind(eqn, inputs)
+            value_of.update(zip(eqn.outvars, results, strict=True))
+        results = [read(v) for v in jaxpr.outvars]
+        return results, [read_tag(v) for v in jaxpr.outvars], sums
+
+    def step(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
+        """Results, their tags, and sums of one operation that reads a weight."""
+        name = eqn.primitive.name
+        if name in _CALLS and (inner := _called(eqn)) is not None:
+            return self.run(inner, values, tags)
+        if name == "scan":
+            return self.scan(eqn, values, tags)
+        if name == "while":
+            return self.loop(eqn, values, tags)
+        if name == "cond":
+            return self.branch(eqn, values, tags)
+        sums: Sums = {}
+        for use in uses_of(eqn, values, tags):
+            first = self.layouts.setdefault(use.name, use.layout)
+            if first != use.layout:
+                raise ValueError(
+                    f"{use.name}: one use of this weight has {first}, another has "
+                    f"{use.layout}, and no one matrix serves both; give each use a "
+                    "weight of its own, or leave this one dense"
+                )
+            _add(sums, {use.name: self.visit(use)})
+        results = _bind(eqn, values)
+        if name in _EACH and len(results) == len(tags):
+            return results, list(tags), sums
+        return results, [moved(eqn, tags[0], results[0])] * len(results), sums
+
+    def scan(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
+        params, inner = eqn.params, _closed(eqn.params["jaxpr"])
+        consts, carries = _scan_sizes(params, len(values))
+        xs = values[consts + carries :]
+        kept = _unchanged(inner.jaxpr, tags[consts : consts + carries], consts)
+        below = [*tags[:consts], *kept, *map(sliced, tags[consts + carries :])]
+        stacked = {t.name for t in tags[consts + carries :] if t is not None}
+
+        def body(state: Any, x: Any) -> Any:
+            carry, totals = state
+            results, _, sums = self.run(inner, [*values[:consts], *carry, *x], below)
+            each = {k: v for k, v in sums.items() if k in stacked}
+            _add(totals, {k: v for k, v in sums.items() if k not in stacked})
+            return (results[:carries], totals), (results[carries:], each)
+
+        carry = values[consts : consts + carries]
+        first = [jax.tree.map(_first, x) for x in xs]
+        totals: Sums = {}
+        if any(t is not None and t.name not in stacked for t in below):
+            shapes = jax.eval_shape(lambda c, x: body((c, {}), x)[0][1], carry, first)
+            totals = _zeros(shapes)
+        (carry, totals), (ys, each) = jax.lax.scan(
+            body,
+            (carry, totals),
+            xs,
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        _add(totals, each)
+        return [*carry, *ys], [*kept, *([None] * len(ys))], totals
+
+    def loop(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
+        params = eqn.params
+        test, inner = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
+        split = params["cond_nconsts"]
+        start = split + params["body_nconsts"]
+        count = params["body_nconsts"]
+        kept = _unchanged(inner.jaxpr, tags[start:], count)
+        below = [*tags[split:start], *kept]
+
+        def body(state: Any) -> Any:
+            carry, totals = state
+            results, _, sums = self.run(inner, [*values[split:start], *carry], below)
+            _add(totals, sums)
+            return results, totals
+
+        def again(state: Any) -> jax.Array:
+            return core.jaxpr_as_fun(test)(*values[:split], *state[0])[0]
+
+        carry = values[start:]
+        shapes = jax.eval_shape(lambda c: body((c, {}))[1], carry)
+        carry, totals = jax.lax.while_loop(again, body, (carry, _zeros(shapes)))
+        return list(carry), kept, totals
+
+    def branch(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
+        branches = [_closed(b) for b in eqn.params["branches"]]
+        index, *operands = values
+
+        def run(branch: Any) -> Callable[..., tuple[list, Sums]]:
+            def call(*operands: Any) -> tuple[list, Sums]:
+                results, _, sums = self.run(branch, operands, tags[1:])
+                return results, sums
+
+            return call
+
+        zeros: Sums = {}
+        for branch in branches:
+            _, shapes = jax.eval_shape(run(branch), *operands)
+            for name, named in _zeros(shapes).items():
+                zeros.setdefault(name, {}).update(named)
+
+        def padded(branch: Any) -> Callable[..., tuple[list, Sums]]:
+            def call(*operands: Any) -> tuple[list, Sums]:
+                results, sums = run(branch)(*operands)
+                _add(sums, zeros)
+                return results, sums
+
+            return call
+
+        results, sums = jax.lax.switch(index, [padded(b) for b in branches], *operands)
+        return results, [None] * len(results), sums
+
+
+def _add(sums: Sums, more: Sums) -> None:
+    for name, named in more.items():
+        here = sums[name] = dict(sums.get(name, {}))
+        for key, value in named.items():
+            here[key] = here[key] + value if key in here else value
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _first(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+
+# What differs between versions of JAX.
+
+
+def _bind(eqn: Any, values: Sequence) -> list:
+    """The results of one operation."""
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    # Older versions (0.7.2) return functions to call beside the parameters.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    results = eqn.primitive.bind(*functions, *values, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _closed(jaxpr: Any) -> Any:
+    """An inner program with its constants: remat holds it without."""
+    if isinstance(jaxpr, core.ClosedJaxpr):
+        return jaxpr
+    return core.ClosedJaxpr(jaxpr, ())
+
+
+def _called(eqn: Any) -> Any:
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in eqn.params:
+            return _closed(eqn.params[key])
+    return None
+
+
+def _scan_sizes(params: Mapping[str, Any], count: int) -> tuple[int, int]:
+    """How many operands of a scan are constants and carries; the rest is scanned."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # From jax 0.12 the operands' structure stands in their place.
+    consts, carry, _ = params["ft_in"].update(range(count)).unpack()
+    return len(list(consts)), len(list(carry))
+
+
+def _unchanged(jaxpr: Any, tags: Sequence, consts: int) -> list[Weight | None]:
+    """The tags of the carries that a loop hands on as they are."""
+    pairs = zip(tags, jaxpr.invars[consts:], jaxpr.outvars, strict=False)
+    return [t if into is out else None for t, into, out in pairs]

@@ -1,0 +1,235 @@
+"""The command line, in this process, on a tiny model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcompress import storage
+from jaxcompress.cli import main
+from jaxcompress.cli.commands import stages_of
+from jaxcompress.cli.parser import parser
+from jaxcompress.models.loading import load
+from jaxcompress.models.saved import save_model
+from jaxcompress.models.transformer import Transformer
+from jaxcompress.running.decoding import decoded
+from jaxcompress.tokenization import train
+from jaxcompress.tree.leaves import Leaf
+from jaxcompress.tree.methods import describe
+
+TEXT = (
+    "A tree falls in the forest and a bird writes down how it sounded. The sound was "
+    "short, the note is long; 17 words became 170.\n"
+) * 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny dense model, and a text."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = train([TEXT], kind="bpe", vocab_size=320)
+    model = Transformer(
+        vocab_size=tokenizer.vocab_size,
+        width=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_size=16,
+        mlp_width=64,
+    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 4), np.int32))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: random.normal(0, 0.1, x.shape).astype(np.float32), shapes["params"]
+    )
+    save_model(folder / "dense.safetensors", model, params, tokenizer)
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*arguments, code=0):
+        assert main(arguments) == code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err  # progress may be there
+        return err if code else out
+
+    return run
+
+
+def test_compress_writes_a_model_that_loads(run, folder):
+    out = run(
+        "compress",
+        "dense.safetensors",
+        "small.safetensors",
+        "--recipe",
+        "symmetric(bits=4, block=32)",
+        "--text",
+        "text.txt",
+        "--length",
+        "64",
+        "--batch",
+        "4",
+        "--json",
+        "rows.jsonl",
+    )
+    size = (folder / "small.safetensors").stat().st_size
+    row = json.loads((folder / "rows.jsonl").read_text().splitlines()[-1])
+    assert row["file_bytes"] == size
+    assert f"{size:,}".replace(",", " ") in out
+    assert row["bits_per_weight"] == pytest.approx(8 * size / row["weights"])
+    assert "layer_0/mlp/up_proj/kernel" in out and "symmetric(bits=4, block=32)" in out
+    assert row["text"]["kl"] > 0 and row["text"]["dense"]["loss"] > 0
+    _, params, tokenizer = load(folder / "small.safetensors")
+    assert isinstance(params["layer_0"]["mlp"]["up_proj"]["kernel"], Leaf)
+    assert tokenizer.decode(tokenizer.encode("bird")) == "bird"
+
+    out = run("evaluate", "small.safetensors", "--text", "text.txt", "--length", "64")
+    found = dict(line.rsplit(maxsplit=1) for line in out.splitlines())
+    small = row["text"]["small"]
+    assert float(found["perplexity"]) == pytest.approx(small["perplexity"], rel=1e-4)
+    assert float(found["bits per byte"]) == pytest.approx(
+        small["bits_per_byte"], rel=1e-4
+    )
+    assert int(found["tokens"]) == row["text"]["tokens"]
+
+    against = ("--against", "dense.safetensors", "--json", "rows.jsonl")
+    text = ("--text", "text.txt", "--length", "64", "--batch", "4")
+    out = run("evaluate", "small.safetensors", *text, *against)
+    assert "KL" in out and "top-1" in out
+    row = json.loads((folder / "rows.jsonl").read_text().splitlines()[-1])
+    assert row["small"]["loss"] == pytest.approx(small["loss"], rel=1e-4)
+
+    out = run("inspect", "small.safetensors")
+    assert "params/layer_1/attention/q_proj/kernel" in out
+    assert "symmetric(bits=4, block=32)" in out and "Quantized" in out
+
+    out = run("verify", "small.safetensors")
+    assert f"{size:,}".replace(",", " ") in out
+
+    out = run("generate", "small.safetensors", "--prompt", "A tree", "--tokens", "5")
+    assert out.startswith("A tree")
+    sampled = ("--temperature", "1", "--top-k", "9", "--seed", "3")
+    again = [
+        run("generate", "small.safetensors", "--prompt", "A", "--tokens", "5", *sampled)
+        for _ in range(2)
+    ]
+    assert again[0] == again[1]
+
+
+def test_coding_makes_the_file_smaller_and_changes_no_bit(run, folder):
+    arguments = (
+        "compress",
+        "dense.safetensors",
+        "--recipe",
+        ".*kernel=symmetric(bits=3)",
+    )
+    arguments += ("--recipe", ".*embedding=symmetric(bits=3)")
+    run(*arguments, "coded.safetensors")
+    run(*arguments, "plain.safetensors", "--no-coding")
+    sizes = [(folder / f"{x}.safetensors").stat().st_size for x in ("coded", "plain")]
+    assert sizes[0] < sizes[1]
+    coded, plain = (load(folder / f"{x}.safetensors")[1] for x in ("coded", "plain"))
+    assert jax.tree.structure(coded) != jax.tree.structure(plain)
+    coded, plain = decoded(coded), decoded(plain)
+    assert jax.tree.structure(coded) == jax.tree.structure(plain)
+    jax.tree.map(np.testing.assert_array_equal, coded, plain)
+
+
+def test_dry_run_gives_the_sizes_and_writes_nothing(run, folder):
+    recipe = ("--recipe", ".*mlp.*kernel=symmetric(bits=4)", "--no-coding")
+    out = run("compress", "dense.safetensors", "none.safetensors", "--dry-run", *recipe)
+    assert not (folder / "none.safetensors").exists()
+    run("compress", "dense.safetensors", "some.safetensors", *recipe, "--json", "x")
+    row = json.loads((folder / "x").read_text())
+    for key in ("memory_bytes_before", "memory_bytes_after"):
+        assert f"{row[key]:,}".replace(",", " ") in out
+
+
+def test_recipe_options_make_rules_and_stages():
+    stages = stages_of(
+        [
+            "layer_(0|1)/.*=symmetric(bits=8)",
+            ".*embed.*=None",
+            "symmetric(bits=4)",
+            ".*codes=entropy_code",
+        ]
+    )
+    assert len(stages) == 3
+    (pattern, method), (embed, kept) = stages[0]
+    assert pattern == "layer_(0|1)/.*" and describe(method) == "symmetric(bits=8)"
+    assert (embed, kept) == (".*embed.*", None)
+    assert describe(stages[1]) == "symmetric(bits=4)"
+    assert [pattern for pattern, _ in stages[2]] == [".*codes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "absent.gguf", "out"], "absent.gguf"),
+        (["compress", "dense.safetensors", "no/such/folder/out"], "no directory"),
+        (
+            ["compress", "dense.safetensors", "out", "--recipe", "symetric(bits=4)"],
+            "did",
+        ),
+        (
+            ["compress", "dense.safetensors", "out", "--recipe", "symmetric(bits=9)"],
+            "9",
+        ),
+        (["compress", "dense.safetensors", "out", "--recipe", "x=symmetric()"], "'x'"),
+        (["evaluate", "dense.safetensors", "--text", "absent.txt"], "absent.txt"),
+        (["inspect", "text.txt"], "text.txt"),
+        (["verify", "text.txt"], "text.txt"),
+        (["generate", "dense.safetensors", "--prompt", "a", "--tokens", "0"], "0"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(run, arguments, message):
+    err = run(*arguments, code=2)
+    assert err.count("\n") == 1 and message in err and "Traceback" not in err
+
+
+def test_a_damaged_file_is_refused(run, folder):
+    data = bytearray((folder / "dense.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "damaged.safetensors").write_bytes(data)
+    assert "damaged" in run("verify", "damaged.safetensors", code=2)
+
+
+def test_models_of_different_tokenizers_are_not_compared(run, folder):
+    model, params, _ = load(folder / "dense.safetensors")
+    other = train([TEXT.upper()], kind="bpe", vocab_size=320)
+    save_model(folder / "other.safetensors", model, params, other)
+    against = ("--against", "dense.safetensors", "--text", "text.txt")
+    assert "tokenizers" in run("evaluate", "other.safetensors", *against, code=2)
+
+
+def test_debug_shows_the_traceback(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(FileNotFoundError):
+        main(["verify", "absent.safetensors", "--debug"])
+
+
+def test_every_command_has_an_example(capsys):
+    names = ("compress", "evaluate", "generate", "inspect", "verify", "demo")
+    for name in names:
+        with pytest.raises(SystemExit) as stop:
+            parser().parse_args([name, "--help"])
+        assert stop.value.code == 0
+        assert f"example:\n  python -m jaxcompress {name}" in capsys.readouterr().out
+
+
+def test_the_file_written_names_its_recipe(run, folder):
+    run(
+        "compress",
+        "dense.safetensors",
+        "named.safetensors",
+        "--recipe",
+        "symmetric(bits=2)",
+    )
+    with storage.open(folder / "named.safetensors") as stored:
+        assert stored.metadata["recipe"] == ["symmetric(bits=2)"]

@@ -1,0 +1,63 @@
+"""What the README and the notebooks say runs."""
+
+import pathlib
+import re
+
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+FAST = {"WINDOWS": 2}  # what replaces the numbers of the cell tagged "parameters"
+
+
+def code_of(notebook):
+    """The source of a notebook's code cells, without installation and shell lines."""
+    cells = []
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type != "code":
+            continue
+        lines = [x for x in cell.source.splitlines() if not x.startswith(("%", "!"))]
+        source = "\n".join(lines)
+        if "parameters" in cell.metadata.get("tags", ()):
+            for name, value in FAST.items():
+                source = re.sub(rf"(?m)^{name} = \S+", f"{name} = {value}", source)
+        cells.append(source)
+    return cells
+
+
+def first_example():
+    """The README's first block of Python."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_readme_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(first_example(), "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out
+
+
+def test_readme_example_is_short():
+    lines = [line for line in first_example().splitlines() if line.strip()]
+    assert len(lines) <= 12
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "notebook"}
+    for i, source in enumerate(code_of(notebook)):
+        exec(compile(source, f"{notebook.name}, code cell {i}", "exec"), names)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_clean(notebook):
+    found = nbformat.read(notebook, as_version=4)
+    nbformat.validate(found)
+    code = [cell for cell in found.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert "colab-badge.svg" in found.cells[0].source
+    assert f"colab/{notebook.name}" in found.cells[0].source
+    installs = [cell for cell in code if "pip install" in cell.source]
+    assert len(installs) == 1 and installs[0].source.count("\n") == 0
