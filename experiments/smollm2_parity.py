@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import subprocess
 import tempfile
 import time
 from importlib import metadata
@@ -32,7 +33,8 @@ class Config:
     fraction: float = 0.2  # of the text, counted from its end
     windows: int = 16
     tokens: int = 512  # in a window
-    output: str = ""  # a file of JSON lines to append to
+    fast: bool = False  # two short windows
+    results: str = "experiments/results/smollm2_parity.jsonl"
 
 
 def text_windows(tokenizer: Any, config: Config) -> np.ndarray:
@@ -81,6 +83,8 @@ def in_transformers(model, params, tokenizer) -> Any:
 def run(config: Config) -> dict[str, Any]:
     """Both perplexities and how far they, and single losses, are apart."""
     start = time.perf_counter()
+    if config.fast:
+        config = dataclasses.replace(config, windows=2, tokens=64)
     model, params, tokenizer = load(config.model, dtype=jnp.float32)
     windows = text_windows(tokenizer, config)
     reference = in_transformers(model, params, tokenizer)
@@ -97,21 +101,39 @@ def run(config: Config) -> dict[str, Any]:
         "relative_difference": perplexity / wanted - 1,
         "largest_loss_difference": float(np.abs(ours - theirs).max()),
         "seconds": time.perf_counter() - start,
-        "device": jax.devices()[0].device_kind,
-        "versions": {x: metadata.version(x) for x in ("jax", "torch", "transformers")},
     }
-    if config.output:
-        with open(config.output, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+    return record(result, config.results)
+
+
+def record(result: dict[str, Any], path: str) -> dict[str, Any]:
+    """Append a result, with what it was measured on, as one line of JSON."""
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    packages = ("jax", "flax", "torch", "transformers")
+    result |= {
+        "commit": done.stdout.strip(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: metadata.version(name) for name in packages},
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
     return result
 
 
+def parse(config_type: type, description: str) -> Any:
+    """A configuration from the command line: fields without a default come first."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    for field in dataclasses.fields(config_type):
+        if field.default is dataclasses.MISSING:
+            parser.add_argument(field.name)
+        elif isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            kind = type(field.default)
+            parser.add_argument(f"--{field.name}", type=kind, default=field.default)
+    return config_type(**vars(parser.parse_args()))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("text")
-    for field in dataclasses.fields(Config)[2:]:
-        parser.add_argument(
-            f"--{field.name}", type=type(field.default), default=field.default
-        )
-    print(json.dumps(run(Config(**vars(parser.parse_args()))), indent=2))
+    print(json.dumps(run(parse(Config, __doc__)), indent=2))

@@ -10,6 +10,7 @@ from jaxcompress.entropy.floats import code_floats
 from jaxcompress.entropy.integers import Coded
 from jaxcompress.entropy.integers import entropy_code
 from jaxcompress.entropy.packing import Packed
+from jaxcompress.entropy.packing import pack
 from jaxcompress.evaluation import compare
 from jaxcompress.evaluation import evaluate
 from jaxcompress.quantization.grids import Quantized
@@ -24,6 +25,7 @@ from jaxcompress.storage.container import load
 from jaxcompress.storage.container import open
 from jaxcompress.storage.container import save
 from jaxcompress.storage.container import verify
+from jaxcompress.storage.manifest import FileDamaged
 from jaxcompress.storage.orbax import restore_orbax
 from jaxcompress.storage.orbax import save_orbax
 from jaxcompress.tree.layouts import Layout

@@ -58,7 +58,7 @@ def run(
     """
     start = time.perf_counter()
     model, params, tokenizer = load("reference", scan=False)
-    scanned = model.clone(scan=True)
+    scanned, dense = model.clone(scan=True), stack_layers(params)
     weights = reporting.weight_count(params)
     say(f"reference model: {reporting.grouped(weights)} weights, {model.layers} layers")
     ids = tokenizer.encode(heldout_text())
@@ -76,15 +76,11 @@ def run(
         loaded = load(path)[1]
         if not same_bits(small, loaded):
             raise ValueError(f"{path} did not come back bit for bit; please report it")
-        report = compare(
-            Apply(scanned),
-            stack_layers(params),
-            stack_layers(decoded(loaded)),
-            reporting.track(batches, recipe),
-        )
+        ready = stack_layers(decoded(loaded))
+        report = compare(Apply(scanned), dense, ready, reporting.track(batches, recipe))
         rows.append(row(recipe, path, loaded, report))
         if i == SHOWN:
-            texts.append(sample(scanned, loaded, tokenizer))
+            texts.append(sample(scanned, ready, tokenizer))
     first = {
         "recipe": "float32",
         **dict.fromkeys(rows[0]),
@@ -95,7 +91,7 @@ def run(
     rows.insert(0, first | {"recipe": "float32"})
     say("", reporting.table(rows), "")
     say(f"{report.tokens} tokens of held-out text; every file came back bit for bit")
-    texts.insert(0, sample(scanned, params, tokenizer))
+    texts.insert(0, sample(scanned, dense, tokenizer))
     for name, text in zip(("before", "after "), texts, strict=False):
         say(f"{name} {PROMPT.strip()} -> {text!r}")
     seconds = time.perf_counter() - start
@@ -118,10 +114,9 @@ def row(recipe: str, path: Path, params: Params, report: Report) -> dict[str, An
 
 
 def sample(model: Any, params: Params, tokenizer: Any) -> str:
-    """A line of text from the scanned model, with the parameters of the looped one."""
+    """What the model writes after the prompt; materialized once, not for each token."""
     dense = jax.jit(materialize)(params)
-    text = generate(model, stack_layers(dense), tokenizer, PROMPT, max_tokens=24)
-    return text
+    return generate(model, dense, tokenizer, PROMPT, max_tokens=24)
 
 
 def same_bits(left: Params, right: Params) -> bool:

@@ -21,8 +21,8 @@ METHODS = [
     "symmetric(bits=2, block=25, full_range=True, search=True)",
     "symmetric(bits=1, block='tensor')",
     "asymmetric(bits=3, block=25)",
-    "sign_split(bits=(3, 3), search=True)",
-    "symmetric(bits=4) > entropy_code()",
+    "sign_split(bits=(3, 3))",
+    "sign_split(bits=(3, 3)) > entropy_code()",
     "code_floats()",
     "asymmetric(bits=3, block=16) > entropy_code() > code_floats()",
 ]
@@ -243,5 +243,5 @@ def test_a_parameter_sharded_over_two_devices_gives_the_same(method):
 
 def test_lossless_stages_change_no_bit():
     assert contents(dense("code_floats()")) == contents(parameters())
-    coded = contents(dense("symmetric(bits=4) > entropy_code()"))
-    assert coded == contents(dense("symmetric(bits=4)"))
+    coded = contents(dense("sign_split(bits=(3, 3)) > entropy_code()"))
+    assert coded == contents(dense("sign_split(bits=(3, 3))"))

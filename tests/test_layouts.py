@@ -214,6 +214,7 @@ LOST = {
     "an axis with two roles": lambda w, x: jnp.einsum(
         "bij,ijo->bio", x.reshape(5, 2, 2), w.reshape(2, 2, 6)
     ),
+    "tiled": lambda w, x: x.repeat(2, 1) @ jnp.broadcast_to(w, (2, 4, 6)).reshape(8, 6),
     "cut across axes": lambda w, x: x[:, :3] @ w.reshape(3, 8),
 }
 

@@ -208,6 +208,14 @@ def test_other_readers_can_read_it(path):
     found = safetensors.numpy.load_file(path)
     seal = found.pop(tensors.SEAL)
     assert seal.shape == (len(tree) + 2, 16)
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    assert start % 8 == 0
+    header = json.loads(raw[8:start])
+    order = sorted(tree, key=lambda dtype: (-tree[dtype].itemsize, dtype))
+    assert [*header][1:-1] == [f"layer/{dtype}" for dtype in order]
+    for dtype, x in tree.items():
+        assert header[f"layer/{dtype}"]["data_offsets"][0] % x.itemsize == 0
     for dtype, x in tree.items():
         assert found[f"layer/{dtype}"].tobytes() == x.tobytes()
         assert found[f"layer/{dtype}"].dtype == x.dtype
@@ -528,9 +536,11 @@ def test_shards_that_do_not_belong_together(path, tmp_path):
     check_same(storage.load(path), tree)
     index = tmp_path / "x.safetensors.index.json"
     raw = index.read_bytes()
+    damages = [raw + b" ", raw[:-1], raw.replace(b'":', b'": ', 1)]
     for place in range(0, len(raw), 23):
-        damaged = bytearray(raw)
-        damaged[place] ^= 1 << (place % 8)
+        damages.append(bytearray(raw))
+        damages[-1][place] ^= 1 << (place % 8)
+    for damaged in damages:
         index.write_bytes(damaged)
         with pytest.raises(ValueError, match=str(index)):
             storage.load(path)

@@ -56,6 +56,7 @@ def small(request):
 
 
 every = pytest.mark.parametrize("small", RECIPES, indirect=True)
+some = pytest.mark.parametrize("small", ["packed", "nested"], indirect=True)
 packed = pytest.mark.parametrize("small", ["packed"], indirect=True)
 
 
@@ -178,31 +179,26 @@ def test_gradients_refuse_integers(small):
 
 @every
 def test_adamw_with_decay_leaves_codes_alone(small):
-    x, optimizer = batch(small), optax.adamw(1e-2, weight_decay=0.1)
+    optimizer = optax.adamw(1e-3, weight_decay=0.1)
     trainable, frozen = jc.partition(small)
-    state = optimizer.init(trainable)
+    before = small["kernel"].materialize()
 
     @jax.jit
     def step(trainable, state):
         def loss(trainable):
-            return jnp.square(forward(jc.combine(trainable, frozen), x)).mean()
+            return jc.combine(trainable, frozen)["kernel"].materialize().sum()
 
-        value, gradient = jax.value_and_grad(loss)(trainable)
-        updates, state = optimizer.update(gradient, state, trainable)
-        return optax.apply_updates(trainable, updates), state, value
+        updates, state = optimizer.update(jax.grad(loss)(trainable), state, trainable)
+        return optax.apply_updates(trainable, updates), state
 
-    values = []
-    for _ in range(3):
-        trainable, state, value = step(trainable, state)
-        values.append(float(value))
+    trainable, _ = step(*step(trainable, optimizer.init(trainable)))
     trained = jc.combine(trainable, frozen)
-    assert values[-1] < values[0]
+    assert codes(small)
     chex.assert_trees_all_equal(codes(trained), codes(small))
-    moved = np.abs(trained["kernel"].materialize() - small["kernel"].materialize())
-    assert moved.max() > 1e-3
+    assert trained["kernel"].materialize().sum() < before.sum() - 0.01
 
 
-@every
+@some
 def test_pmap_over_layers(small):
     x = batch(small)
     pairs = jax.tree.map(lambda a: a.reshape(2, LAYERS // 2, *a.shape[1:]), small)
@@ -216,7 +212,7 @@ def mesh():
     return jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
 
-@every
+@some
 def test_shard_map_over_examples_and_over_layers(small):
     x, devices = batch(small), mesh()
     spec = PartitionSpec("data")

@@ -59,11 +59,8 @@ def read_gguf(
 
     def fetch(name: str, ours: str) -> np.ndarray:
         array = dequantize(tensors[name])
-        if interleaved and "/q_proj/" in ours:
-            return _halves(array, model.head_size)
-        if interleaved and "/k_proj/" in ours:
-            return _halves(array, model.head_size)
-        return array
+        rotated = "/q_proj/" in ours or "/k_proj/" in ours
+        return _halves(array, model.head_size) if rotated and interleaved else array
 
     params = assemble(
         model,

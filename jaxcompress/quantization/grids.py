@@ -191,7 +191,7 @@ class Quantized(Leaf):
 def _columns(x: Any, indices: jax.Array) -> Any:
     if x is None or x.shape[-1] == 1:
         return x
-    if isinstance(x, Packed):
+    if isinstance(x, Packed) and x.axis == -2:
         packed = jnp.take(x.packed, indices, axis=-1)
         return dataclasses.replace(x, packed=packed)
     return take_columns(x, indices)

@@ -11,6 +11,7 @@ from jaxcompress.tree.leaves import Leaf
 from jaxcompress.types import Params
 
 COLUMNS = 256  # of a table of bytes, at most
+LARGE = 1 << 21  # codes; fewer are decoded by NumPy sooner than XLA compiles
 
 
 def decoded(params: Params) -> Params:
@@ -25,13 +26,18 @@ def decoded(params: Params) -> Params:
         return isinstance(x, Leaf) and x.lossless
 
     def one(x: Any) -> Any:
-        if not lossless(x):
-            return x
-        return _materialize(
-            jax.tree.map(_roomy, x, is_leaf=lambda y: isinstance(y, Coded))
-        )
+        x = jax.tree.map(_opened, x, is_leaf=lambda y: isinstance(y, Coded))
+        return _materialize(x) if lossless(x) else x
 
     return jax.tree.map(one, params, is_leaf=lossless)
+
+
+def _opened(x: Any) -> Any:
+    if not isinstance(x, Coded):
+        return x
+    if x.size < LARGE:
+        return jnp.asarray(x.on_host())
+    return _materialize(_roomy(x))
 
 
 @jax.jit
@@ -39,14 +45,12 @@ def _materialize(leaf: Leaf) -> jax.Array:
     return leaf.materialize()
 
 
-def _roomy(x: Any) -> Any:
-    """A coded array with words and tables filled up to sizes that many others share.
+def _roomy(x: Coded) -> Coded:
+    """The same with words and tables filled up to sizes that many others share.
 
     Streams differ in length from leaf to leaf, and each length would compile anew.
     What is filled up is never read.
     """
-    if not isinstance(x, Coded):
-        return x
     words = x.words.shape[-1]
     filled = {"words": _filled(x.words, 1 << max(words - 1, 1).bit_length())}
     if x.symbols is None:

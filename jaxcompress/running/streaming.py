@@ -65,9 +65,9 @@ def _traced_array(tree: Any) -> jax.Array | None:
 def _after(activation: jax.Array, stored: Leaf) -> Leaf:
     """The same leaf, bit for bit, not available before the activation is.
 
-    A barrier on both says so. XLA for CPUs keeps it only since jax 0.11, and without
-    it orders the work as it likes, so there the stored arrays really depend on a zero
-    that it cannot know.
+    A barrier on both says so. XLA for CPUs did not order its work by barriers up to
+    jax 0.10 (it does in 0.12), so there the stored arrays really depend on a zero that
+    the compiler cannot know.
     """
     if jax.default_backend() != "cpu":
         return jax.lax.optimization_barrier((activation, stored))[1]

@@ -136,8 +136,9 @@ class _Reader:
         params, inner = eqn.params, _closed(eqn.params["jaxpr"])
         consts, carries = _scan_sizes(params, len(values))
         xs = values[consts + carries :]
-        kept = _unchanged(inner.jaxpr, tags[consts : consts + carries], consts)
-        below = [*tags[:consts], *kept, *map(sliced, tags[consts + carries :])]
+        # A carry may change; one that does not, JAX has made a constant.
+        below = tags[:consts] + [None] * carries
+        below += map(sliced, tags[consts + carries :])
         stacked = {t.name for t in tags[consts + carries :] if t is not None}
 
         def body(state: Any, x: Any) -> Any:
@@ -162,16 +163,14 @@ class _Reader:
             unroll=params["unroll"],
         )
         _add(totals, each)
-        return [*carry, *ys], [*kept, *([None] * len(ys))], totals
+        return [*carry, *ys], [None] * (carries + len(ys)), totals
 
     def loop(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         params = eqn.params
         test, inner = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
         split = params["cond_nconsts"]
         start = split + params["body_nconsts"]
-        count = params["body_nconsts"]
-        kept = _unchanged(inner.jaxpr, tags[start:], count)
-        below = [*tags[split:start], *kept]
+        below = tags[split:start] + [None] * len(tags[start:])
 
         def body(state: Any) -> Any:
             carry, totals = state
@@ -185,7 +184,7 @@ class _Reader:
         carry = values[start:]
         shapes = jax.eval_shape(lambda c: body((c, {}))[1], carry)
         carry, totals = jax.lax.while_loop(again, body, (carry, _zeros(shapes)))
-        return list(carry), kept, totals
+        return list(carry), [None] * len(carry), totals
 
     def branch(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         branches = [_closed(b) for b in eqn.params["branches"]]
@@ -264,9 +263,3 @@ def _scan_sizes(params: Mapping[str, Any], count: int) -> tuple[int, int]:
     # From jax 0.12 the operands' structure stands in their place.
     consts, carry, _ = params["ft_in"].update(range(count)).unpack()
     return len(list(consts)), len(list(carry))
-
-
-def _unchanged(jaxpr: Any, tags: Sequence, consts: int) -> list[Weight | None]:
-    """The tags of the carries that a loop hands on as they are."""
-    pairs = zip(tags, jaxpr.invars[consts:], jaxpr.outvars, strict=False)
-    return [t if into is out else None for t, into, out in pairs]
