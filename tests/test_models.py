@@ -12,7 +12,7 @@ import pytest
 from jaxcompress import tokenization
 from jaxcompress.models import Transformer, stack_layers, unstack_layers
 from jaxcompress.models.generation import _step, generate, sample
-from jaxcompress.models.transformer import rope_frequencies
+from jaxcompress.models.rope import rope_frequencies
 
 TINY = Transformer(
     vocab_size=40,

@@ -15,7 +15,8 @@ import sentencepiece
 KINDS = ("bpe", "unigram", "char", "word")
 SPACE = "\u2581"  # stands for a space inside a piece
 # What SentencePiece would take for something else goes in as bytes: the space symbol
-# itself, names of control and byte pieces, and what UTF-8 cannot hold.
+# itself, words that spell a control or byte piece (they are taken for it in 0.2.0), and
+# what UTF-8 cannot hold.
 _VERBATIM = re.compile(f"(?:[{SPACE}\ud800-\udfff]|<unk>|</?s>|<0x[0-9A-F]{{2}}>)+")
 _CHUNK = 4000  # bytes of text in one training sentence
 

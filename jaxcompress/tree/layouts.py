@@ -33,9 +33,9 @@ def check_layout(name: str, shape: tuple[int, ...], layout: Layout) -> None:
             f"{name}: {layout} does not cover the axes of shape {shape} once each; "
             "make it with layout(model, params, batch)"
         )
-    if layout.stack not in ((), (0,)):
+    if layout.stack != tuple(range(len(layout.stack))):
         raise ValueError(
-            f"{name}: stack axes {layout.stack}; only axis 0 can hold stacked layers. "
+            f"{name}: stack axes {layout.stack}; stacked layers must lie along axis 0. "
             "Use variable_axes={'params': 0} in nn.scan or nn.vmap"
         )
 
