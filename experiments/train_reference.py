@@ -134,12 +134,12 @@ def initial_params(model: Transformer, seed: int):
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Muon for the layers' kernels, Adam for the rest; the rate is applied outside."""
 
+    def dimension(path, x):
+        kernel = path[0].key.startswith("layer_") and x.ndim == 2
+        return optax.contrib.MuonDimensionNumbers() if kernel else None
+
     def dimensions(params):
-        flat = flatten_dict(params)
-        for path, x in flat.items():
-            kernel = path[0].startswith("layer_") and x.ndim == 2
-            flat[path] = optax.contrib.MuonDimensionNumbers() if kernel else None
-        return unflatten_dict(flat)
+        return jax.tree_util.tree_map_with_path(dimension, params)
 
     return optax.contrib.muon(
         1.0,

@@ -1,7 +1,6 @@
 """The first thing to run: the reference model at 8, 4, 3 and 2 bits, measured."""
 
 import time
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ def run(
     *,
     limit: int = 32,
     recipes: tuple[str, ...] = RECIPES,
-    say: Callable[..., None] = print,
 ) -> list[dict[str, Any]]:
     """Compresses the reference model by each recipe, saves, loads, checks and compares.
 
@@ -50,7 +48,6 @@ def run(
       folder: where the files are written; it must exist.
       limit: windows of held-out text to compare on.
       recipes: methods for all large kernels and embeddings.
-      say: what prints tables and lines.
 
     Returns:
       The rows of the table. Raises ValueError where a file does not come back bit for
@@ -60,7 +57,9 @@ def run(
     model, params, tokenizer = load("reference", scan=False)
     scanned, dense = model.clone(scan=True), stack_layers(params)
     weights = reporting.weight_count(params)
-    say(f"reference model: {reporting.grouped(weights)} weights, {model.layers} layers")
+    _say(
+        f"reference model: {reporting.grouped(weights)} weights, {model.layers} layers"
+    )
     ids = tokenizer.encode(heldout_text())
     batches = windows(
         ids, LENGTH, BATCH, token_bytes=tokenizer.token_bytes(ids), limit=limit
@@ -79,7 +78,7 @@ def run(
         ready = stack_layers(decoded(loaded))
         report = compare(Apply(scanned), dense, ready, reporting.track(batches, recipe))
         rows.append(row(recipe, path, loaded, report))
-        if i == SHOWN:
+        if i == min(SHOWN, len(recipes) - 1):
             texts.append(sample(scanned, ready, tokenizer))
     first = {
         "recipe": "float32",
@@ -89,14 +88,18 @@ def run(
         "bits/byte": report.dense.bits_per_byte,
     }
     rows.insert(0, first | {"recipe": "float32"})
-    say("", reporting.table(rows), "")
-    say(f"{report.tokens} tokens of held-out text; every file came back bit for bit")
+    _say("", reporting.table(rows), "")
+    _say(f"{report.tokens} tokens of held-out text; every file came back bit for bit")
     texts.insert(0, sample(scanned, dense, tokenizer))
     for name, text in zip(("before", "after "), texts, strict=False):
-        say(f"{name} {PROMPT.strip()} -> {text!r}")
+        _say(f"{name} {PROMPT.strip()} -> {text!r}")
     seconds = time.perf_counter() - start
-    say(f"{seconds:.0f} s")
+    _say(f"{seconds:.0f} s")
     return rows
+
+
+def _say(*items: Any) -> None:
+    print(reporting.render(*items), flush=True)
 
 
 def row(recipe: str, path: Path, params: Params, report: Report) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -173,8 +174,13 @@ def grouped(value: int) -> str:
     return f"{value:,}".replace(",", " ")
 
 
-def render(*tables: Table | str, width: int = 110) -> str:
-    """Tables and lines as plain text, no colors, at most `width` characters wide."""
+def render(*tables: Table | str, width: int | None = None) -> str:
+    """Tables and lines as plain text, no colors, at most `width` characters wide.
+
+    By default that of the terminal, at least 80, or 120 where there is none.
+    """
+    if width is None:
+        width = max(80, shutil.get_terminal_size((120, 24)).columns)
     console = Console(width=width, no_color=True, highlight=False, markup=False)
     with console.capture() as capture:
         for item in tables:

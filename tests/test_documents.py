@@ -6,6 +6,8 @@ import re
 import nbformat
 import pytest
 
+from jaxcompress import demo
+
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 FAST = {"WINDOWS": 2}  # what replaces the numbers of the cell tagged "parameters"
@@ -41,6 +43,19 @@ def test_readme_example_runs(tmp_path, monkeypatch, capsys):
 def test_readme_example_is_short():
     lines = [line for line in first_example().splitlines() if line.strip()]
     assert len(lines) <= 12
+
+
+def test_demo_runs(tmp_path, capsys):
+    rows = demo.run(tmp_path, limit=2, recipes=("symmetric(bits=4, block=64)",))
+    assert [row["recipe"] for row in rows] == [
+        "float32",
+        "symmetric(bits=4, block=64)",
+    ]
+    dense, small = rows
+    assert small["file bytes"] < dense["file bytes"] / 6
+    assert 0 < small["KL"] < 0.2
+    assert dense["bits/byte"] < small["bits/byte"] < 1.05 * dense["bits/byte"]
+    assert "bit for bit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -140,9 +140,21 @@ def test_partition_and_combine(small):
     assert not any("scale" in name or "bias" in name for name in frozen_names)
 
 
-def test_coded_floats_are_frozen_whole():
-    tree = {"scale": jc.code_floats(jnp.ones((64, 64), jnp.bfloat16))}
-    assert isinstance(tree["scale"], jc.CodedFloats)
+@jc.leaf
+class Exact(jc.Leaf):
+    """Two halves of an array: what a lossless leaf may hold."""
+
+    top: jax.Array
+    bottom: jax.Array
+
+    lossless = True
+
+    def materialize(self):
+        return jnp.concatenate([self.top, self.bottom], axis=-2)
+
+
+def test_lossless_leaves_are_frozen_whole():
+    tree = {"scale": Exact(jnp.ones((2, 3)), jnp.zeros((1, 3)))}
     trainable, frozen = jc.partition(tree)
     assert not jax.tree.leaves(trainable)
     chex.assert_trees_all_equal(jc.combine(trainable, frozen), tree)

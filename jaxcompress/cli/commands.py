@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -331,12 +330,11 @@ def verify(options: argparse.Namespace) -> None:
 
 def demo_(options: argparse.Namespace) -> None:
     if options.out:
-        demo.run(Path(options.out), limit=options.windows, say=_print)
+        demo.run(Path(options.out), limit=options.windows)
         return
     with tempfile.TemporaryDirectory() as folder:
-        demo.run(Path(folder), limit=options.windows, say=_print)
+        demo.run(Path(folder), limit=options.windows)
 
 
 def _print(*items: Any) -> None:
-    width = max(80, shutil.get_terminal_size((120, 24)).columns)
-    print(reporting.render(*items, width=width), flush=True)
+    print(reporting.render(*items), flush=True)
