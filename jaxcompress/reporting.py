@@ -4,7 +4,6 @@ A size here is the length of a file or the bytes of arrays really held; nothing 
 estimate.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from jaxcompress.tree.leaves import nbytes
@@ -224,18 +223,6 @@ def peak_memory() -> int | None:
 
 
 # Progress.
-
-
-@contextlib.contextmanager
-def waiting(label: str, stream: TextIO | None = None) -> Iterator[None]:
-    """Shows on a terminal that something is being done, and for how long already."""
-    console = Console(file=stream or sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        progress.add_task(label, total=None)
-        yield
 
 
 def track(

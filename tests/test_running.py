@@ -161,7 +161,7 @@ def test_partitioned_boxes_keep_their_names_and_run():
 def test_embedding_keeps_flax_semantics():
     model = nn.Embed(ROWS, WIDTH, dtype=jnp.bfloat16)
     params = model.init(jax.random.key(0), TOKENS)["params"]
-    small = jc.compress(params, [("embedding", symmetric(bits=8))])
+    small = jc.compress(params, [("embedding", symmetric(bits=8, block="tensor"))])
     tokens = jnp.array([[0, 3, -1], [ROWS - 1, ROWS, 5]])
     want = applied(model)(jc.materialize(small), tokens)
     got = applied(model, streaming)(small, tokens)

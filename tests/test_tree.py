@@ -541,3 +541,16 @@ def test_every_leaf_type_of_the_package_has_an_example():
 
     ours = {c.__name__ for c in below(jc.Leaf) if re.match("jaxcompress", c.__module__)}
     assert ours <= set(EXAMPLES)
+
+
+def test_progress_passes_over_the_leaves_a_stage_takes():
+    seen = []
+
+    def note(names):
+        for name in names:
+            seen.append(name)
+            yield name
+
+    params = {"a": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
+    jc.compress(params, jc.chain("symmetric(bits=4)", "entropy_code()"), progress=note)
+    assert seen == ["a/kernel", "a/kernel/codes"]

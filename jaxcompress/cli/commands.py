@@ -40,6 +40,10 @@ RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>None|[A-Za-z_]\w*(\(.*\))?)")
 PER_LAYER = ("heads", "kv_heads", "mlp_width", "sliding_window")
 
 
+def _progress(label: str) -> Any:
+    return functools.partial(reporting.track, label=label, unit="leaves")
+
+
 def compress_(options: argparse.Namespace) -> None:
     stages = stages_of(options.recipe or ["symmetric(bits=8)"])
     if options.dry_run:
@@ -54,12 +58,12 @@ def compress_(options: argparse.Namespace) -> None:
     model, params, tokenizer = load(options.model, scan=False)
     seconds["load"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    with reporting.waiting("compressing"):
-        small, reports = compress(params, chain(*stages), report=True)
+    small, reports = compress(
+        params, chain(*stages), report=True, progress=_progress("compressing")
+    )
     coded = small
     if not options.no_coding:
-        with reporting.waiting("coding"):
-            coded = compress(small, chain(*CODING))
+        coded = compress(small, chain(*CODING), progress=_progress("coding"))
         held = {name: nbytes(value) for name, value in roots(coded)}
         reports = [
             dataclasses.replace(

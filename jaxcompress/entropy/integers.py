@@ -71,6 +71,7 @@ class Coded(Leaf):
     low_bits: int = static()
 
     lossless: ClassVar[bool] = True
+    entropy_coded: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:

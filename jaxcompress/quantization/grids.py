@@ -245,8 +245,9 @@ def quantized(
 def round_to(x: jax.Array, dtype: Any) -> jax.Array:
     """float32 values rounded to those of bfloat16 or float16, still float32.
 
-    A cast there and back does not do it under `jit`: XLA drops the pair. float16 is
-    left to the cast, for rounding by `reduce_precision` would flush its subnormals.
+    A cast there and back need not do it under `jit`: XLA may drop the pair where excess
+    precision is allowed. float16 is left to the cast, for rounding by
+    `reduce_precision` would flush its subnormals.
     """
     if jnp.dtype(dtype) != jnp.bfloat16:
         return x

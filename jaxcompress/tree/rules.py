@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,7 @@ def compress(
     *,
     layout: Mapping[str, Layout] | None = None,
     report: bool = False,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> Any:
     """Replaces the leaves that a recipe selects by what its methods return.
 
@@ -81,6 +82,8 @@ def compress(
       layout: `Layout` by kernel name, from `layout(model, params, batch)`; needed for
         kernels of more than two axes.
       report: return `(params, [LeafReport, ...])` instead.
+      progress: wraps the list of names that a stage works on, one by one as it comes
+        to them; `tqdm.tqdm`, say.
 
     Raises:
       ValueError: a pattern that matches nothing, an unknown method or option, a kernel
@@ -92,7 +95,7 @@ def compress(
     reasons: dict[str, str] = {}
     small = params
     for stage in stages:
-        small = _run(small, stage, moments, layout or {}, done, reasons)
+        small = _run(small, stage, moments, layout or {}, progress, done, reasons)
     if not report:
         return small
     return small, leaf_reports(params, small, done, reasons)
@@ -128,12 +131,12 @@ def leaf_reports(
 
 def relative_error(old: Any, new: Any) -> float:
     """Frobenius norm of the change over that of the original; 0 where both vanish."""
-    return float(_relative_error(old, new))
+    return float(_relative_error(dense(old), dense(new)))
 
 
 @jax.jit
-def _relative_error(old: Any, new: Any) -> jax.Array:
-    a, b = dense(old).astype(jnp.float32), dense(new).astype(jnp.float32)
+def _relative_error(old: jax.Array, new: jax.Array) -> jax.Array:
+    a, b = old.astype(jnp.float32), new.astype(jnp.float32)
     norm = jnp.linalg.norm(a.ravel())
     error = jnp.linalg.norm((a - b).ravel())
     return jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), error)
@@ -144,6 +147,7 @@ def _run(
     stage: Any,
     moments: Mapping[str, Any] | None,
     layout: Mapping[str, Layout],
+    progress: Callable[[list[str]], Iterable[str]],
     done: dict[str, list[str]],
     reasons: dict[str, str],
 ) -> Params:
@@ -154,11 +158,14 @@ def _run(
             "make it from the same parameters"
         )
 
+    turns = iter(progress(list(choices)))
+
     def replace(entry: Entry) -> Any:
         f = choices.get(entry.name)
         if f is None:
             reasons.setdefault(entry.root, why[entry.name])
             return entry.value
+        next(turns, None)
         done.setdefault(entry.root, []).append(describe(f))
         try:
             return _apply(f, entry, layout)
@@ -169,6 +176,8 @@ def _run(
             raise type(error)(f"{entry.name}: {message}") from error
 
     small = map_entries(replace, params, moments)
+    for _ in turns:
+        pass
     for name, methods in done.items():
         done[name] = list(dict.fromkeys(methods))
     return small
@@ -231,7 +240,7 @@ def _refused(entry: Entry, selects: str) -> str:
     """Why a method leaves an entry alone by default; empty where it takes it."""
     if selects == "codes":
         whole = jnp.issubdtype(entry.value.dtype, jnp.integer) and entry.depth > 0
-        coded = isinstance(entry.value, Leaf) and type(entry.value).__name__ == "Coded"
+        coded = isinstance(entry.value, Leaf) and entry.value.entropy_coded
         return "" if whole and not coded else "not integer codes inside a leaf"
     if not is_float(entry.value):
         return "not floating point"

@@ -1,0 +1,17 @@
+"""Fewer weights per kernel: products of thin matrices, cores and factors."""
+
+from jaxcompress.factorization.cp import CP, cp
+from jaxcompress.factorization.ranks import plan_ranks
+from jaxcompress.factorization.svd import LowRank, energies, svd
+from jaxcompress.factorization.tucker import Tucker, tucker
+
+__all__ = [
+    "CP",
+    "LowRank",
+    "Tucker",
+    "cp",
+    "energies",
+    "plan_ranks",
+    "svd",
+    "tucker",
+]

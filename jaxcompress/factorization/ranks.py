@@ -1,0 +1,244 @@
+"""`plan_ranks`: the ranks of all layers from one budget."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcompress.factorization.svd import check_damping, energies, svd
+from jaxcompress.tree import layouts
+from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.leaves import dense
+from jaxcompress.tree.paths import Entry, entries
+from jaxcompress.tree.rules import choose
+from jaxcompress.types import Params, Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spectrum:
+    """What each size of one leaf costs and loses.
+
+    `costs` (bytes, increasing) and `losses` (decreasing) of rank 1, 2, ... as long as
+    that saves bytes, and last of the dense leaf.
+    """
+
+    name: str
+    costs: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def dense(self) -> int:
+        """The index that stands for the leaf as it is."""
+        return len(self.costs) - 1
+
+
+def plan_ranks(
+    params: Params,
+    *,
+    budget: float | int,
+    moments: Mapping[str, Any] | None = None,
+    layout: Mapping[str, Layout] | None = None,
+    pattern: str | None = None,
+    relative: bool | None = None,
+    damping: float = 1e-3,
+) -> list[Rule]:
+    """A recipe with the rank of each leaf that loses least within a budget.
+
+    The next bytes always go where they save most loss; the loss of a leaf being convex
+    in its rank, that is the best there is but for the last few bytes. A leaf that no
+    rank makes smaller, and one for which factors would not pay, stays dense. Never
+    worse than the same fraction for every leaf.
+
+    Args:
+      params: pytree of arrays and leaves; concrete.
+      budget: what the planned leaves may take together: a fraction of their bytes now
+        (a float, above 0 and at most 1), or bytes (an int). In one dtype a fraction of
+        bytes is one of weights. A leaf takes a rank of one at least.
+      moments: by kernel name. With them the loss is the layers' expected squared
+        output, else the squared weights; the ranks are for `svd` weighted likewise.
+      layout: by kernel name, as for `compress`.
+      pattern: plan the leaves whose names it fully matches; None: those that a method
+        takes by default.
+      relative: count each leaf's loss as a fraction of what its all-zero weights would
+        lose. None: where there are no moments, since weights of different layers
+        compare badly.
+      damping: of the second moments, as in `svd`.
+
+    Returns:
+      Rules `(exact name, "svd(rank=...)" | None)`, a recipe for `compress` or a stage
+      of a `chain`.
+
+    Raises:
+      ValueError: a budget out of range or too small for ranks of one, a leaf without
+        moments where others have them, a layout that is missing.
+      TypeError: params under a trace.
+    """
+    check_damping("plan_ranks", damping)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
+        raise TypeError(
+            "plan_ranks reads values on the host, so it can't run under jit, vmap or "
+            "scan; plan outside and use the recipe inside"
+        )
+    stage = svd(rank=1) if pattern is None else [(pattern, svd(rank=1))]
+    chosen, _ = choose(params, stage)
+    found = [entry for entry in entries(params, moments) if entry.name in chosen]
+    if not found:
+        raise ValueError(
+            "plan_ranks finds no kernel or embedding of 4096 weights or more; choose "
+            "leaves with pattern=..."
+        )
+    weighted = moments is not None
+    relative = not weighted if relative is None else relative
+    leaves = [
+        _spectrum(entry, layout or {}, weighted, relative, damping) for entry in found
+    ]
+    total = sum(int(leaf.costs[-1]) for leaf in leaves)
+    least = sum(int(leaf.costs[0]) for leaf in leaves)
+    limit = _limit(budget, total)
+    if limit < least:
+        raise ValueError(
+            f"the budget of {limit} bytes is below the {least} that the smallest ranks "
+            f"take; the {len(leaves)} leaves take {total} now. Give at least "
+            f"{least / total:.4f}, or plan fewer leaves with pattern=..."
+        )
+    picks = min(
+        (_greedy(leaves, limit), _uniform(leaves, limit)),
+        key=lambda picks: _total(leaves, picks),
+    )
+    options = f"weighted={weighted}" + (f", damping={damping!r}" if weighted else "")
+    return [
+        (
+            re.escape(leaf.name),
+            None if pick == leaf.dense else f"svd(rank={pick + 1}, {options})",
+        )
+        for leaf, pick in zip(leaves, picks, strict=True)
+    ]
+
+
+def _limit(budget: float | int, total: int) -> int:
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if isinstance(budget, int) and number and budget > 0:
+        return min(budget, total)
+    if number and 0 < budget <= 1:
+        return int(budget * total)
+    raise ValueError(
+        "plan_ranks takes a budget as a fraction of bytes kept (a float above 0 and at "
+        f"most 1) or as bytes (an int above 0), not {budget!r}"
+    )
+
+
+def _spectrum(
+    entry: Entry,
+    layout: Mapping[str, Layout],
+    weighted: bool,
+    relative: bool,
+    damping: float,
+) -> _Spectrum:
+    x = _matrix(entry, layout)
+    inputs, outputs = x.shape[-2:]
+    if weighted and getattr(entry.moments, "second", None) is None:
+        raise ValueError(
+            f"{entry.name}: no second moment of its inputs, and a plan by loss can't "
+            "weigh it against the others; choose the leaves that have one with "
+            "pattern=..., or plan without moments"
+        )
+    try:
+        gains = energies(x, entry.moments, weighted=weighted, damping=damping)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{entry.name}: {error}") from error
+    gains = np.asarray(gains, np.float64)
+    if not np.isfinite(gains).all():
+        raise ValueError(
+            f"{entry.name}: the weights are not finite, or the moments not positive "
+            f"definite with damping={damping!r}; raise it, for instance to 0.01"
+        )
+    gains = gains.reshape((-1, gains.shape[-1])).sum(axis=0)
+    copies = x.size // (inputs * outputs) * x.dtype.itemsize
+    saving = (inputs * outputs - 1) // (inputs + outputs)  # the largest rank that saves
+    after = np.cumsum(gains[::-1])[::-1]  # the loss with none but the first i ranks
+    losses = np.append(after[1 : saving + 1], 0.0)
+    if relative and after[0] > 0:
+        losses = losses / after[0]
+    ranks = np.arange(1, saving + 1, dtype=np.int64)
+    costs = np.append(ranks * (inputs + outputs), inputs * outputs) * copies
+    return _Spectrum(entry.name, costs, losses)
+
+
+def _matrix(entry: Entry, layout: Mapping[str, Layout]) -> jax.Array:
+    """The entry as a method sees it, `[..., inputs, outputs]`."""
+    x = dense(entry.value)
+    kind = layout.get(entry.name)
+    if kind is None and x.ndim == 2 and not entry.depth:
+        kind = layouts.ROWS if entry.embedding else layouts.DENSE
+    if x.ndim < 2 or (kind is None and not entry.depth):
+        raise ValueError(
+            f"{entry.name}: shape {x.shape} is not a matrix; pass layout=layout(model, "
+            "params, batch) for kernels of more axes, or narrow the pattern"
+        )
+    if entry.depth:
+        return x
+    layouts.check_layout(entry.name, x.shape, kind)
+    return layouts.matricize(x, kind)
+
+
+def _total(leaves: list[_Spectrum], picks: list[int]) -> float:
+    return sum(leaf.losses[p] for leaf, p in zip(leaves, picks, strict=True))
+
+
+def _hull(costs: np.ndarray, losses: np.ndarray) -> list[int]:
+    """Indices of the lower convex hull: the sizes worth taking, from the smallest."""
+    kept: list[int] = []
+    for i in range(len(costs)):
+        while len(kept) > 1:
+            a, b = kept[-2:]
+            # b lies on or above the line from a to i
+            here = (losses[b] - losses[a]) * (costs[i] - costs[a])
+            if here < (losses[i] - losses[a]) * (costs[b] - costs[a]):
+                break
+            kept.pop()
+        kept.append(i)
+    return kept
+
+
+def _greedy(leaves: list[_Spectrum], limit: int) -> list[int]:
+    """The index of each leaf: steepest step first, then what still fits."""
+    picks = [0] * len(leaves)
+    left = limit - sum(int(leaf.costs[0]) for leaf in leaves)
+    steps = []
+    for number, leaf in enumerate(leaves):
+        hull = _hull(leaf.costs, leaf.losses)
+        for a, b in itertools.pairwise(hull):
+            cost = int(leaf.costs[b] - leaf.costs[a])
+            steps.append(((leaf.losses[b] - leaf.losses[a]) / cost, number, b, cost))
+    full: set[int] = set()
+    for slope, number, index, cost in sorted(steps):
+        if slope == 0 or number in full:
+            continue
+        if cost > left:
+            full.add(number)
+            continue
+        picks[number], left = index, left - cost
+    for number in sorted(full):  # a step that did not fit, in part
+        leaf = leaves[number]
+        reach = leaf.costs[picks[number]] + left
+        index = int(np.searchsorted(leaf.costs, reach, side="right")) - 1
+        left -= int(leaf.costs[index] - leaf.costs[picks[number]])
+        picks[number] = index
+    return picks
+
+
+def _uniform(leaves: list[_Spectrum], limit: int) -> list[int]:
+    """The same fraction for every leaf; the smallest ranks where those cost more."""
+    fixed = sum(int(leaf.costs[0]) for leaf in leaves if leaf.dense == 0)
+    total = sum(int(leaf.costs[-1]) for leaf in leaves) - fixed
+    share = (limit - fixed) / total if total else 1
+    picks = []
+    for leaf in leaves:
+        reach = np.searchsorted(leaf.costs, share * leaf.costs[-1], side="right")
+        picks.append(max(0, int(reach) - 1))
+    cost = sum(int(leaf.costs[p]) for leaf, p in zip(leaves, picks, strict=True))
+    return picks if cost <= limit else [0] * len(leaves)

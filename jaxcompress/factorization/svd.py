@@ -1,0 +1,374 @@
+"""A kernel as the product of two thin ones: plain and activation-weighted SVD."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.calibration.feedback import damped, each_slice, float64
+from jaxcompress.calibration.moments import Moments, require
+from jaxcompress.tree.leaves import Leaf, dense, leaf, take_columns
+from jaxcompress.tree.methods import method
+
+LARGE = 2048  # smaller sides get the exact decomposition unless told otherwise
+
+Weighted = Literal["auto"] | bool
+Statistics = tuple[jax.Array | None, jax.Array | None]  # second or drifted; cross
+
+
+class Sketch(NamedTuple):
+    """How the randomized decomposition finds the range of a matrix."""
+
+    oversampling: int
+    power_iterations: int
+    seed: int
+
+
+@leaf
+class LowRank(Leaf):
+    """A weight that is a product, summed in float32 or wider.
+
+    Invariant: `left` is `[..., inputs, rank]` and `right` `[..., rank, outputs]`, both
+    weights of any leaf type, with the same stack axes. The dtype is that of `left`.
+    """
+
+    left: Any
+    right: Any
+
+    weights: ClassVar[tuple[str, ...]] = ("left", "right")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.left.shape[:-1], self.right.shape[-1])
+
+    @property
+    def dtype(self) -> Any:
+        return self.left.dtype
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[-2]
+
+    def inner_moments(self, field: str, moments: Moments) -> Moments:
+        """`left` has the inputs of the whole; those of `right` are `x @ left`."""
+        if field == "left":
+            return dataclasses.replace(moments, tokens=None)
+        return moments.project(dense(self.left))
+
+    def materialize(self) -> jax.Array:
+        return multiply(dense(self.left), dense(self.right))
+
+    def take_columns(self, indices: jax.Array) -> jax.Array:
+        """`materialize()[:, indices]` of a 2-D leaf, from those columns of `right`."""
+        columns = take_columns(self.right, indices)
+        flat = columns.reshape((columns.shape[0], -1))
+        product = multiply(dense(self.left), flat)
+        return product.reshape((product.shape[0], *columns.shape[1:]))
+
+
+def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
+    """`left @ right` in float32 or wider, in the dtype of `left`."""
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    product = jnp.matmul(
+        left.astype(wide), right.astype(wide), precision=jax.lax.Precision.HIGHEST
+    )
+    return product.astype(left.dtype)
+
+
+@method()
+def svd(
+    x: jax.Array,
+    moments: Moments | None = None,
+    *,
+    rank: int | None = None,
+    keep: float | None = None,
+    energy: float | None = None,
+    weighted: Weighted = "auto",
+    damping: float = 1e-3,
+    randomized: Weighted = "auto",
+    oversampling: int = 16,
+    power_iterations: int = 4,
+    seed: int = 0,
+) -> LowRank:
+    """The product of two thin matrices nearest to the weights.
+
+    Nearest in squared weights, or, weighted, in the layer's expected squared output
+    `tr(D^T S D)`, `D` the change and `S` the damped second moment of the inputs; with
+    drifted moments, to the outputs of the original layer on the original inputs. Both
+    are optimal, and the loss is the sum of the squared singular values left out, up to
+    the rounding of the factors to the dtype of `x`. The singular values are shared
+    evenly between the factors.
+
+    A rank of `inputs * outputs / (inputs + outputs)` or more saves nothing; it is
+    allowed, because what follows may (a coarser grid for the factors).
+
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`.
+      moments: of the inputs, where weighted.
+      rank: 1 to `min(inputs, outputs)`; give exactly one of rank, keep and energy.
+      keep: fraction of the number of weights that the factors may have, above 0 and at
+        most 1; rounded down, to a rank of one at least.
+      energy: the least rank that keeps this fraction of the sum of squared singular
+        values (in every matrix of a stack), above 0 and at most 1. It depends on
+        values, so it can't be traced; see also `plan_ranks`.
+      weighted: "auto": where there are moments with a second moment.
+      damping: added to the diagonal of the second moment, as a fraction of its mean;
+        0 to 1. Moments of fewer tokens than inputs need it. Where the matrix is not
+        positive definite even so, the factors are NaN.
+      randomized: look for the leading singular vectors in a random subspace, faster
+        and nearly optimal. "auto": where both sides are 2048 or more and the subspace
+        is at most a quarter of that. Never with `energy`.
+      oversampling: dimensions of that subspace beyond the rank.
+      power_iterations: passes that turn it towards the leading vectors.
+      seed: of the random subspace.
+
+    Raises:
+      ValueError: an option out of range, moments missing where `weighted=True` or of
+        another shape.
+      TypeError: weights that are not floating point; `energy` under a trace.
+
+    Source: Eckart and Young 1936; whitening as in SVD-LLM (arXiv 2403.07378); Halko,
+    Martinsson, Tropp 2011 (arXiv 0909.4061), algorithm 4.4.
+    """
+    check_weights("svd", x)
+    check_damping("svd", damping)
+    second, cross = statistics("svd", x, moments, weighted)
+    inputs, outputs = x.shape[-2:]
+    if sum(option is not None for option in (rank, keep, energy)) != 1:
+        raise ValueError(
+            "svd takes exactly one of rank, keep and energy, not "
+            f"rank={rank!r}, keep={keep!r}, energy={energy!r}"
+        )
+    if energy is not None:
+        rank = _rank_of_energy(x, second, cross, energy=energy, damping=damping)
+    elif keep is not None:
+        check_fraction("svd", "keep", keep)
+        rank = max(1, int(keep * inputs * outputs / (inputs + outputs)))
+    check_count("svd", "rank", rank, min(inputs, outputs))
+    sketch = None
+    if _is_randomized(randomized, rank + oversampling, x.shape) and energy is None:
+        check_count("svd", "oversampling", oversampling, inputs + outputs, least=0)
+        check_count("svd", "power_iterations", power_iterations, 100, least=0)
+        sketch = Sketch(oversampling, power_iterations, seed)
+    one = functools.partial(_factors, rank=rank, damping=damping, sketch=sketch)
+    left, right = one_by_one(one, x, second, cross)
+    return LowRank(left, right)
+
+
+def energies(
+    x: jax.Array,
+    moments: Moments | None = None,
+    *,
+    weighted: Weighted = "auto",
+    damping: float = 1e-3,
+) -> jax.Array:
+    """What each rank is worth: squared singular values, largest first; traceable.
+
+    The sum of the last ones is the loss of `svd` without them, in squared weights or in
+    the layer's expected squared output. Arguments and errors are those of `svd`.
+
+    Returns:
+      `[..., min(inputs, outputs)]`, float32.
+    """
+    check_weights("energies", x)
+    check_damping("energies", damping)
+    second, cross = statistics("energies", x, moments, weighted)
+    return _energies(x, second, cross, damping=damping)
+
+
+def statistics(
+    name: str, x: jax.Array, moments: Moments | None, weighted: Weighted
+) -> Statistics:
+    """The second moment to weight by, and the cross moment where inputs drifted.
+
+    Nones where the loss is that of the weights. Raises ValueError where the moments do
+    not fit or are needed and missing.
+    """
+    if weighted not in (True, False, "auto"):
+        raise ValueError(
+            f"{name} takes weighted=True, False or 'auto', not {weighted!r}"
+        )
+    looked_up = isinstance(moments, Moments) and moments.second is None
+    if not weighted or (weighted == "auto" and (moments is None or looked_up)):
+        return None, None
+    if getattr(moments, "drifted", None) is not None:
+        found = require(moments, x, name, fields=("drifted", "cross"))
+        return found.drifted, found.cross
+    return require(moments, x, name).second, None
+
+
+def whiten(
+    x: jax.Array, second: jax.Array, cross: jax.Array | None, damping: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Coordinates in which the layer's loss is a sum of squares; float64 throughout.
+
+    Returns:
+      `(target, factor, unit)`: weights W lose `unit * |factor^T W - target|^2` plus
+      what no W can change. `factor` is lower triangular `[inputs, inputs]`, of mean
+      square one per row, so that targets are of the size of the weights.
+    """
+    safe = damped(second, damping)
+    unit = jnp.mean(jnp.diagonal(safe))
+    factor = jnp.linalg.cholesky(safe / unit)
+    if cross is None:
+        return jnp.matmul(factor.T, x), factor, unit
+    # The best weights on the drifted inputs, damped towards x; see `corrected_target`.
+    pull = jnp.matmul(cross.T + (safe - second), x) / unit
+    return jax.scipy.linalg.solve_triangular(factor, pull, lower=True), factor, unit
+
+
+def unwhiten(factor: jax.Array, x: jax.Array) -> jax.Array:
+    """`factor^-T x`: back from the coordinates of `whiten`, `[inputs, *]`."""
+    return jax.scipy.linalg.solve_triangular(factor, x, lower=True, trans=1)
+
+
+def one_by_one(function: Callable[..., Any], *arrays: jax.Array | None) -> Any:
+    """`function` of every slice over the stack axes, and over those of a `vmap`.
+
+    Under `vmap` too, because batching a product in float64 happens outside the context
+    that allows it, and would round it to float32.
+    """
+    return each_slice(jax.custom_batching.sequential_vmap(function), *arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "damping", "sketch"))
+def _factors(
+    x: jax.Array,
+    second: jax.Array | None,
+    cross: jax.Array | None,
+    *,
+    rank: int,
+    damping: float,
+    sketch: Sketch | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Left and right factors of one slice."""
+    probes = None
+    if sketch is not None:
+        # Drawn out here: inside, the keys would be lowered outside the context.
+        dimensions = min(rank + sketch.oversampling, *x.shape)
+        key = jax.random.key(sketch.seed)
+        probes = jax.random.normal(key, (x.shape[1], dimensions), jnp.float32)
+    with float64(True):
+        wide, seen, both = _widen(x, second, cross)
+        if seen is not None:
+            wide, factor, _ = whiten(wide, seen, both, damping)
+        if probes is None:
+            u, values, vt = jnp.linalg.svd(wide, full_matrices=False)
+        else:
+            u, values, vt = _sketched(
+                wide, probes.astype(jnp.float64), sketch.power_iterations
+            )
+        root = jnp.sqrt(values[:rank])
+        left, right = u[:, :rank] * root[None, :], root[:, None] * vt[:rank]
+        if seen is not None:
+            left = unwhiten(factor, left)
+        return left.astype(x.dtype), right.astype(x.dtype)
+
+
+def _widen(*arrays: jax.Array | None) -> list[jax.Array | None]:
+    return [None if a is None else a.astype(jnp.float64) for a in arrays]
+
+
+def _sketched(
+    x: jax.Array, probes: jax.Array, power_iterations: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Singular triples of `x` within the images of random `probes` `[outputs, *]`."""
+    basis, _ = jnp.linalg.qr(x @ probes)
+
+    def towards_the_leading(_: int, basis: jax.Array) -> jax.Array:
+        back, _ = jnp.linalg.qr(x.T @ basis)
+        return jnp.linalg.qr(x @ back)[0]
+
+    basis = jax.lax.fori_loop(0, power_iterations, towards_the_leading, basis)
+    u, values, vt = jnp.linalg.svd(basis.T @ x, full_matrices=False)
+    return basis @ u, values, vt
+
+
+@functools.partial(jax.jit, static_argnames=("damping",))
+def _energies(
+    x: jax.Array,
+    second: jax.Array | None,
+    cross: jax.Array | None,
+    *,
+    damping: float,
+) -> jax.Array:
+    def one(x: jax.Array, second: Any, cross: Any) -> jax.Array:
+        with float64(True):
+            wide, seen, both = _widen(x, second, cross)
+            unit = jnp.ones((), jnp.float64)
+            if seen is not None:
+                wide, _, unit = whiten(wide, seen, both, damping)
+            if wide.shape[0] > wide.shape[1]:
+                wide = wide.T
+            # Squares are wanted, so the Gram matrix loses nothing and is small.
+            values = jnp.linalg.eigvalsh(wide @ wide.T)[::-1]
+            return (jnp.maximum(values, 0) * unit).astype(jnp.float32)
+
+    return one_by_one(one, x, second, cross)
+
+
+def _rank_of_energy(
+    x: jax.Array,
+    second: jax.Array | None,
+    cross: jax.Array | None,
+    *,
+    energy: float,
+    damping: float,
+) -> int:
+    check_fraction("svd", "energy", energy)
+    if any(isinstance(a, jax.core.Tracer) for a in (x, second, cross)):
+        raise TypeError(
+            "svd with energy is a host method: the rank it finds depends on values, so "
+            "it can't run under jit, vmap or scan. Give rank or keep, or use it outside"
+        )
+    values = np.asarray(_energies(x, second, cross, damping=damping), np.float64)
+    kept = np.cumsum(values, axis=-1)
+    enough = kept >= energy * kept[..., -1:]
+    return 1 + int(np.max(np.argmax(enough, axis=-1)))
+
+
+def _is_randomized(option: Weighted, dimensions: int, shape: tuple[int, ...]) -> bool:
+    if option not in (True, False, "auto"):
+        raise ValueError(f"svd takes randomized=True, False or 'auto', not {option!r}")
+    if option == "auto":
+        side = min(shape[-2:])
+        return side >= LARGE and 4 * dimensions <= side
+    return bool(option)
+
+
+def check_weights(name: str, x: jax.Array) -> None:
+    """Raises where `x` is not floating-point `[..., inputs, outputs]`, not empty."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} takes floating-point weights, not {x.dtype}")
+    if x.ndim < 2 or not x.size:
+        raise ValueError(
+            f"{name} takes weights [..., inputs, outputs] that are not empty, not "
+            f"shape {x.shape}"
+        )
+
+
+def check_damping(name: str, damping: float) -> None:
+    if not 0 <= damping < 1:
+        raise ValueError(f"{name} takes a damping from 0 to 1, not {damping!r}")
+
+
+def check_fraction(name: str, option: str, value: Any) -> None:
+    """Raises ValueError where `value` is not above 0 and at most 1."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:
+        raise ValueError(
+            f"{name} takes {option} above 0 and at most 1, a fraction, not {value!r}"
+        )
+
+
+def check_count(
+    name: str, option: str, value: Any, most: int, *, least: int = 1
+) -> None:
+    """Raises ValueError where `value` is not an integer from `least` to `most`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not least <= value <= most:
+        raise ValueError(f"{name} takes {option}={least} to {most} here, not {value!r}")

@@ -1,0 +1,263 @@
+"""A kernel of three axes or more as a small core, each axis multiplied out of it."""
+
+import functools
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.calibration.feedback import float64
+from jaxcompress.calibration.moments import Moments
+from jaxcompress.factorization.svd import (
+    Statistics,
+    Weighted,
+    check_count,
+    check_damping,
+    check_weights,
+    one_by_one,
+    statistics,
+    unwhiten,
+    whiten,
+)
+from jaxcompress.tree.leaves import Leaf, dense, leaf, static
+from jaxcompress.tree.methods import method
+
+Sizes = tuple[int, ...]
+
+
+@leaf
+class Tucker(Leaf):
+    """A weight `[..., inputs, outputs]` whose inputs or outputs unfold into axes.
+
+    Invariant: `core` is `[..., *ranks]`, one axis per entry of `factors`; `factors[i]`
+    is `[..., size, rank]` of axis i, or None where that axis is not reduced. The first
+    `inputs` axes fold into the inputs of the weight, the others into its outputs. The
+    dtype is that of the core.
+    """
+
+    core: Any
+    factors: tuple[Any, ...]
+    inputs: int = static()  # how many of the axes
+
+    weights: ClassVar[tuple[str, ...]] = ("core", "factors")
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes of the unfolded axes."""
+        kept = self.core.shape[-len(self.factors) :]
+        pairs = zip(self.factors, kept, strict=True)
+        return tuple(size if f is None else f.shape[-2] for f, size in pairs)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        stack = self.core.shape[: -len(self.factors)]
+        inputs, outputs = self.sizes[: self.inputs], self.sizes[self.inputs :]
+        return (*stack, math.prod(inputs), math.prod(outputs))
+
+    @property
+    def dtype(self) -> Any:
+        return self.core.dtype
+
+    def inner_moments(self, field: str, moments: Any) -> None:
+        """Neither the core nor a factor meets the layer's inputs by itself: none."""
+        del field, moments
+
+    def materialize(self) -> jax.Array:
+        core = dense(self.core)
+        value = core.astype(jnp.promote_types(core.dtype, jnp.float32))
+        for axis, factor in enumerate(self.factors):
+            if factor is not None:
+                matrix = dense(factor).astype(value.dtype)
+                value = multiply_axis(value, matrix, axis - len(self.factors))
+        return value.reshape(self.shape).astype(core.dtype)
+
+
+@method()
+def tucker(
+    x: jax.Array,
+    moments: Moments | None = None,
+    *,
+    ranks: tuple[int | None, ...],
+    sizes: Sizes | None = None,
+    sweeps: int = 5,
+    weighted: Weighted = "auto",
+    damping: float = 1e-3,
+) -> Tucker:
+    """A core of the given ranks, and a factor with orthonormal columns per axis.
+
+    Starts from the leading singular vectors of each unfolding (the higher-order SVD,
+    whose squared error is at most the sum over axes of the squared singular values left
+    out) and improves one axis after the other with the others fixed; the error never
+    grows. With the ranks None at a window's axes it is the Tucker-2 form of a
+    convolution. A leaf with more weights than the kernel is allowed, and saves nothing.
+
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`; stacked layers are factorized
+        one by one.
+      moments: of the inputs, where weighted.
+      ranks: per axis, 1 to its size, or None: the axis is kept as it is.
+      sizes: of three axes or more into which the inputs, then the outputs unfold:
+        (width, heads, head size) of a query kernel, (heads, head size, width) of an
+        output projection, (height, width, channels, features) of a convolution.
+      sweeps: over all axes after the start; 0 is the higher-order SVD.
+      weighted: the loss is the layer's expected squared output instead of squared
+        weights, as in `svd`; only where the inputs are a single axis. "auto": where
+        they are and there are moments.
+      damping: of the second moment, as in `svd`.
+
+    Raises:
+      ValueError: no sizes, or sizes that do not multiply to the inputs and outputs, a
+        rank out of range, moments missing where `weighted=True`.
+      TypeError: weights that are not floating point.
+
+    Source: De Lathauwer, De Moor, Vandewalle 2000, "A multilinear singular value
+    decomposition" and "On the best rank-1 and rank-(R1, ..., RN) approximation";
+    Tucker-2 for convolutions as in Kim et al. 2016 (arXiv 1511.06530).
+    """
+    check_weights("tucker", x)
+    check_damping("tucker", damping)
+    check_count("tucker", "sweeps", sweeps, 10**6, least=0)
+    sizes, inputs = unfolded("tucker", x, sizes)
+    if not isinstance(ranks, tuple | list) or len(ranks) != len(sizes):
+        raise ValueError(
+            f"tucker takes a rank or None for each of the {len(sizes)} axes {sizes}, "
+            f"not {ranks!r}"
+        )
+    for axis, (rank, size) in enumerate(zip(ranks, sizes, strict=True)):
+        if rank is not None:
+            check_count("tucker", f"ranks[{axis}]", rank, size)
+    second, cross = axis_statistics("tucker", x, moments, weighted, inputs)
+    one = functools.partial(
+        _core_and_factors,
+        ranks=tuple(ranks),
+        sizes=sizes,
+        sweeps=sweeps,
+        damping=damping,
+    )
+    core, factors = one_by_one(one, x, second, cross)
+    return Tucker(core, factors, inputs)
+
+
+def unfolded(name: str, x: jax.Array, sizes: Any) -> tuple[Sizes, int]:
+    """The sizes, checked, and how many of the axes are inputs.
+
+    Raises ValueError where there are none or they do not fit `x`, saying what would.
+    """
+    inputs, outputs = x.shape[-2:]
+    wanted = (
+        f"pass sizes=(...), three or more whose products are the {inputs} inputs and "
+        f"then the {outputs} outputs, for instance (inputs, heads, head size)"
+    )
+    if sizes is None:
+        raise ValueError(
+            f"{name} needs to know how the matrix unfolds into axes; {wanted}. For a "
+            "matrix as it stands use svd"
+        )
+    whole = isinstance(sizes, tuple | list) and all(
+        isinstance(size, int | np.integer) and size >= 1 for size in sizes
+    )
+    if whole and len(sizes) >= 3:
+        for count in range(1, len(sizes)):
+            folded = math.prod(sizes[:count]), math.prod(sizes[count:])
+            if folded == (inputs, outputs):
+                return tuple(int(size) for size in sizes), count
+    raise ValueError(f"{name} can't use sizes={sizes!r}; {wanted}")
+
+
+def axis_statistics(
+    name: str, x: jax.Array, moments: Any, weighted: Weighted, inputs: int
+) -> Statistics:
+    """As `statistics`, for a weight whose inputs unfold into `inputs` axes."""
+    if inputs > 1 and weighted == "auto":
+        weighted = False
+    if inputs > 1 and weighted:
+        raise ValueError(
+            f"{name} can be weighted only where the inputs are a single axis, here "
+            f"they are {inputs}; pass weighted=False, or use svd"
+        )
+    return statistics(name, x, moments, weighted)
+
+
+@functools.partial(jax.jit, static_argnames=("ranks", "sizes", "sweeps", "damping"))
+def _core_and_factors(
+    x: jax.Array,
+    second: jax.Array | None,
+    cross: jax.Array | None,
+    *,
+    ranks: tuple[int | None, ...],
+    sizes: Sizes,
+    sweeps: int,
+    damping: float,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    with float64(True):
+        tensor, root = axis_whiten(x, second, cross, sizes, damping)
+        reduced = [axis for axis, rank in enumerate(ranks) if rank is not None]
+        factors = {i: leading_vectors(tensor, i, ranks[i]) for i in reduced}
+
+        def sweep(_: int, factors: dict[int, jax.Array]) -> dict[int, jax.Array]:
+            for i in reduced:
+                others = {j: factors[j] for j in reduced if j != i}
+                part = _project(tensor, others)
+                factors = {**factors, i: leading_vectors(part, i, ranks[i])}
+            return factors
+
+        factors = jax.lax.fori_loop(0, sweeps, sweep, factors)
+        core = _project(tensor, factors)
+        if root is not None and 0 in factors:
+            factors = {**factors, 0: unwhiten(root, factors[0])}
+        elif root is not None:
+            flat = unwhiten(root, core.reshape((core.shape[0], -1)))
+            core = flat.reshape(core.shape)
+        kept = (factors.get(axis) for axis in range(len(sizes)))
+        kept = tuple(None if f is None else f.astype(x.dtype) for f in kept)
+        return core.astype(x.dtype), kept
+
+
+def axis_whiten(
+    x: jax.Array,
+    second: jax.Array | None,
+    cross: jax.Array | None,
+    sizes: Sizes,
+    damping: float,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The unfolded weight in float64, and the factor by which axis 0 is whitened."""
+    wide, root = x.astype(jnp.float64), None
+    if second is not None:
+        seen = second.astype(jnp.float64)
+        both = None if cross is None else cross.astype(jnp.float64)
+        wide, root, _ = whiten(wide, seen, both, damping)
+    return wide.reshape(sizes), root
+
+
+def unfold(tensor: jax.Array, axis: int) -> jax.Array:
+    """`[size of the axis, all others in order]`."""
+    return jnp.moveaxis(tensor, axis, 0).reshape((tensor.shape[axis], -1))
+
+
+def leading_vectors(tensor: jax.Array, axis: int, rank: int) -> jax.Array:
+    """Leading left singular vectors of an unfolding, `[size, rank]`, orthonormal."""
+    matrix = unfold(tensor, axis)
+    _, vectors = jnp.linalg.eigh(matrix @ matrix.T)
+    return vectors[:, ::-1][:, :rank]
+
+
+def multiply_axis(tensor: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+    """`matrix` `[..., new, old]` applied along a negative axis of `[..., *axes]`.
+
+    The leading axes of both are the same stack.
+    """
+    lead = matrix.ndim - 2
+    moved = jnp.moveaxis(tensor, axis, lead)
+    flat = moved.reshape((*moved.shape[: lead + 1], -1))
+    product = jnp.matmul(matrix, flat, precision=jax.lax.Precision.HIGHEST)
+    unfolded = product.reshape((*product.shape[:-1], *moved.shape[lead + 1 :]))
+    return jnp.moveaxis(unfolded, lead, axis)
+
+
+def _project(tensor: jax.Array, factors: dict[int, jax.Array]) -> jax.Array:
+    """The tensor in the coordinates of orthonormal factors, by axis."""
+    for axis, factor in factors.items():
+        tensor = multiply_axis(tensor, factor.T, axis - tensor.ndim)
+    return tensor

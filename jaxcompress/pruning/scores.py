@@ -1,0 +1,292 @@
+"""What each weight is worth; pruning by it, with nothing made up for."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.calibration.moments import Moments, require
+from jaxcompress.pruning.masks import Choice, choice, select
+from jaxcompress.pruning.sparse import Sparse, sparse
+from jaxcompress.tree import layouts
+from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.leaves import dense, is_leaf
+from jaxcompress.tree.methods import method
+from jaxcompress.tree.paths import Entry, entries, is_float, map_entries
+from jaxcompress.tree.rules import SMALLEST
+from jaxcompress.types import Params
+
+
+def _shapes_known(options: Mapping[str, Any]) -> bool:
+    return options.get("threshold") is None
+
+
+@method(traceable=_shapes_known)
+def magnitude(
+    x: jax.Array,
+    moments: Any = None,
+    *,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+    pattern: str | None = None,
+    scope: Literal["leaf", "row"] = "leaf",
+) -> Sparse:
+    """Keeps the weights of largest magnitude; of equal ones the first.
+
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`.
+      moments: not used.
+      sparsity: fraction of the weights to drop, at least 0 and below 1. The number
+        kept is rounded, and exact.
+      threshold: drop those of this magnitude or less instead; 0 drops what is zero
+        already. How many stay depends on values, so not under `jit`.
+      pattern: "2:4" or any N:M, N of M consecutive inputs of each output stay (no
+        sparsity is given); or blocks of inputs and outputs, "16x16", by their norm.
+      scope: weights compete within their "leaf" (each slice of a stack) or "row" (one
+        output; a row of the weight matrix as papers write it).
+
+    Raises:
+      ValueError: an option out of range, or a pattern that does not divide the weights.
+      TypeError: weights that are not floating point; a threshold under `jit`.
+    """
+    del moments
+    score = _magnitudes(x, "magnitude")
+    if threshold is None:
+        return _kept(
+            x,
+            score,
+            choice(
+                x.shape, "magnitude", sparsity=sparsity, pattern=pattern, scope=scope
+            ),
+        )
+    if sparsity is not None or pattern is not None:
+        raise ValueError(
+            "magnitude takes a threshold, or a sparsity or pattern, not both"
+        )
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not number or not 0 <= threshold < math.inf:
+        raise ValueError(f"magnitude takes a threshold of 0 or more, not {threshold!r}")
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            "how many weights a threshold keeps is not known under jit, vmap or scan; "
+            "call magnitude outside, or give a sparsity"
+        )
+    return sparse(x, score > threshold)
+
+
+@method()
+def wanda(
+    x: jax.Array,
+    moments: Moments | None = None,
+    *,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    scope: Literal["leaf", "row"] = "row",
+) -> Sparse:
+    """Keeps the weights of largest magnitude times root mean square of their input.
+
+    Those of one output compete, as published. An input that is always zero makes its
+    weights worth nothing. Drifted moments, if known, are the inputs.
+
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`.
+      moments: of the inputs; the diagonal of `second`, or of `drifted`.
+      sparsity: fraction of the weights to drop; not with an N:M pattern.
+      pattern: as in `magnitude`; blocks need `scope="leaf"`.
+      scope: "row" (one output) or "leaf", as in `magnitude`.
+
+    Raises:
+      ValueError: no moments, moments that do not fit, an option out of range.
+
+    Source: Sun et al. 2023, "A simple and effective pruning approach for large language
+    models" (arXiv 2306.11695, section 3).
+    """
+    score = _magnitudes(x, "wanda") * _norms(second_of(x, moments, "wanda"))
+    chosen = choice(x.shape, "wanda", sparsity=sparsity, pattern=pattern, scope=scope)
+    return _kept(x, score, chosen)
+
+
+def second_of(x: jax.Array, moments: Any, name: str) -> jax.Array:
+    """Second moment of the inputs the pruned layer will see, drifted if known."""
+    drifted = getattr(moments, "drifted", None) is not None
+    field = "drifted" if drifted else "second"
+    return getattr(require(moments, x, name, fields=(field,)), field)
+
+
+def check_weights(x: jax.Array, name: str) -> None:
+    """Raises where `x` is not floating point, or not `[..., inputs, outputs]`."""
+    if not is_float(x):
+        raise TypeError(f"{name} takes floating-point weights, not {x.dtype}")
+    if x.ndim < 2 or not x.size:
+        raise ValueError(
+            f"{name} takes weights [..., inputs, outputs] of one or more each, not "
+            f"shape {x.shape}; reshape a vector to [inputs, 1]"
+        )
+
+
+def kept_weights(x: jax.Array, mask: jax.Array, chosen: Choice) -> Sparse:
+    """The leaf of the weights `x` that a choice's mask keeps; traceable."""
+    return sparse(
+        x,
+        mask,
+        kept=chosen.count(x.shape[-2]),
+        by_output=chosen.by_output,
+        block=chosen.size if chosen.among == "block" else (1, 1),
+    )
+
+
+def _kept(x: jax.Array, score: jax.Array, chosen: Choice) -> Sparse:
+    return kept_weights(jnp.asarray(x), select(score, chosen), chosen)
+
+
+def _magnitudes(x: jax.Array, name: str) -> jax.Array:
+    check_weights(x, name)
+    return jnp.abs(x.astype(jnp.float32))
+
+
+def _norms(second: jax.Array) -> jax.Array:
+    """Root mean square of each input, `[..., inputs, 1]`."""
+    diagonal = jnp.diagonal(second, axis1=-2, axis2=-1)
+    return jnp.sqrt(jnp.maximum(diagonal, 0)).astype(jnp.float32)[..., :, None]
+
+
+# Scores over trees: (params, gradients) -> arrays, None where a leaf is not scored.
+
+
+def magnitude_scores(
+    params: Params, gradients: Any = None, *, names: str | None = None
+) -> Any:
+    """The magnitude of each weight, float32; traceable.
+
+    Args:
+      params: the tree; what is compressed already is not scored.
+      gradients: not used.
+      names: pattern that must fully match the names of the leaves to be scored; None:
+        kernels and embeddings of 4 096 weights or more.
+
+    Returns:
+      The tree with arrays of its shapes, None where a leaf is not scored.
+
+    Raises:
+      ValueError: the pattern matches no floating-point array.
+    """
+    del gradients
+    return _scored(params, names, lambda entry: jnp.abs(_wide(entry.value)))
+
+
+def taylor_scores(
+    params: Params, gradients: Any = None, *, names: str | None = None
+) -> Any:
+    """How much the loss moves, to first order, if a weight goes: |weight * gradient|.
+
+    Args:
+      params: the tree.
+      gradients: of the loss, same tree; averaged over batches by the caller.
+      names: as in `magnitude_scores`.
+
+    Raises:
+      ValueError: no gradients, or none of the shape of a scored leaf.
+
+    Source: Molchanov et al. 2016 (arXiv 1611.06440, section 2.2).
+    """
+    if gradients is None:
+        raise ValueError(
+            "taylor_scores needs gradients; an optimizer passes them on where it is "
+            "called as update(gradients, state, params, gradients=gradients)"
+        )
+    slopes = {entry.name: entry.value for entry in entries(gradients)}
+
+    def score(entry: Entry) -> jax.Array:
+        slope = slopes.get(entry.name)
+        if slope is None or slope.shape != entry.value.shape:
+            raise ValueError(
+                f"{entry.name}: the gradient has shape {getattr(slope, 'shape', None)} "
+                f"and the weight {entry.value.shape}; pass those of the same tree"
+            )
+        return jnp.abs(_wide(entry.value) * _wide(slope))
+
+    return _scored(params, names, score)
+
+
+def wanda_scores(
+    params: Params,
+    moments: Mapping[str, Moments],
+    *,
+    layout: Mapping[str, Layout] | None = None,
+    names: str | None = None,
+) -> Any:
+    """Magnitude times root mean square of the input; None where no inputs are known.
+
+    Args:
+      params: the tree.
+      moments: by kernel name, from `collect_moments`.
+      layout: `Layout` by name; needed for kernels of more than two axes.
+      names: as in `magnitude_scores`.
+
+    Raises:
+      ValueError: no leaf has moments, moments do not fit, or a layout is missing.
+    """
+    layout = layout or {}
+
+    def score(entry: Entry) -> jax.Array | None:
+        known = moments.get(entry.name)
+        if known is None or (known.second is None and known.drifted is None):
+            return None
+        x = entry.value
+        kind = layout.get(entry.name)
+        if kind is None and x.ndim == 2:
+            kind = layouts.ROWS if entry.embedding else layouts.DENSE
+        if kind is None:
+            raise ValueError(
+                f"{entry.name}: shape {x.shape} has {x.ndim} axes, and which are "
+                "inputs is unknown; pass layout=layout(model, params, batch)"
+            )
+        layouts.check_layout(entry.name, x.shape, kind)
+        matrix = layouts.matricize(x, kind)
+        second = second_of(matrix, known, entry.name)
+        product = jnp.abs(_wide(matrix)) * _norms(second)
+        return dense(layouts.restore(product, x.shape, kind))
+
+    scores = _scored(params, names, score)
+    if not jax.tree.leaves(scores):
+        raise ValueError(
+            "no leaf to be scored has moments of its inputs; collect them with the "
+            "same model and parameters"
+        )
+    return scores
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def _scored(
+    params: Params, names: str | None, score: Callable[[Entry], jax.Array | None]
+) -> Any:
+    plain = jax.tree.map(lambda x: None if is_leaf(x) else x, params, is_leaf=is_leaf)
+    found = 0
+
+    def one(entry: Entry) -> jax.Array | None:
+        nonlocal found
+        if names is None:
+            chosen = entry.weight and entry.value.ndim >= 2
+            chosen = chosen and entry.value.size >= SMALLEST
+        else:
+            chosen = re.fullmatch(names, entry.name) is not None
+        if not chosen or not is_float(entry.value):
+            return None
+        found += 1
+        return score(entry)
+
+    scores = map_entries(one, plain)
+    if not found:
+        raise ValueError(
+            f"no dense kernel or embedding of {SMALLEST} weights or more to score; "
+            "give names"
+            if names is None
+            else f"the pattern {names!r} matches no dense floating-point array"
+        )
+    return scores
