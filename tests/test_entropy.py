@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import jaxcompress as jc
 from jaxcompress.entropy import (
     Coded,
     CodedFloats,
@@ -530,3 +531,17 @@ def test_floats_that_do_not_shrink_are_left_alone():
         code_floats(noise)
     with pytest.raises(TypeError, match="code_floats is a host method"):
         jax.jit(code_floats)(jnp.ones((9, 9)))
+
+
+def test_stacked_vectors_are_coded_layer_by_layer():
+    scales = jnp.asarray(
+        np.random.default_rng(0).standard_normal((3, 4096)), jnp.bfloat16
+    )
+    params = {"norm": {"scale": scales}, "bias": scales[0]}
+    coded = jc.compress(params, "code_floats()")
+    assert isinstance(coded["norm"]["scale"], jc.CodedFloats)
+    assert isinstance(coded["bias"], jc.CodedFloats)
+    _, layers = jax.lax.scan(
+        lambda carry, leaf: (carry, leaf.materialize()), 0, coded["norm"]["scale"]
+    )
+    np.testing.assert_array_equal(layers, scales)

@@ -35,6 +35,9 @@ def wide(x):
     return np.asarray(jc.materialize(x), np.float64)
 
 
+MATRIX = random(INPUTS, OUTPUTS)
+
+
 def correlated(inputs, seed=0, tokens=200):
     """Inputs `[tokens, inputs]` of very different sizes that depend on each other."""
     rows = random(tokens, inputs, seed=seed).astype(np.float64)
@@ -67,8 +70,9 @@ def test_svd_is_the_truncated_decomposition():
     np.testing.assert_allclose(wide(leaf), best, atol=2e-6)
     np.testing.assert_allclose(squared(x, leaf), sum(values[RANK:] ** 2), rtol=1e-6)
     np.testing.assert_allclose(energies(x), values**2, rtol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(leaf.left, axis=0) ** 2, values[:RANK])
-    np.testing.assert_allclose(np.linalg.norm(leaf.right, axis=1) ** 2, values[:RANK])
+    for factor in (wide(leaf.left).T, wide(leaf.right)):
+        norms = np.sum(factor**2, axis=1)
+        np.testing.assert_allclose(norms, values[:RANK], rtol=1e-6)
     assert leaf.shape == x.shape and leaf.dtype == x.dtype and leaf.rank == RANK
     assert jc.nbytes(leaf) == 4 * RANK * (INPUTS + OUTPUTS)
 
@@ -109,6 +113,16 @@ def test_dead_inputs_and_few_tokens():
     nothing = jc.moments_from_covariance(jnp.zeros((INPUTS, INPUTS)))
     same = svd(x, nothing, rank=12)
     np.testing.assert_allclose(wide(same), wide(svd(x, rank=12)), atol=1e-5)
+
+
+def test_moments_that_are_none_show():
+    second = 2 * jnp.ones((INPUTS, INPUTS)) - jnp.eye(INPUTS)  # no inputs have these
+    moments = jc.moments_from_covariance(second)
+    assert np.isnan(wide(svd(MATRIX, moments, rank=RANK))).all()
+    with pytest.raises(ValueError, match=r"^kernel: .* not positive definite"):
+        plan_ranks(
+            {"kernel": MATRIX}, budget=0.5, moments={"kernel": moments}, pattern=".*"
+        )
 
 
 def test_drifted_moments_move_the_target():
@@ -165,7 +179,7 @@ def test_energy_finds_the_smallest_rank():
     assert svd(x, energy=1.0).rank <= INPUTS
     rows = correlated(INPUTS)
     assert svd(x[1], moments_of(rows), energy=0.9).rank < wanted[1]
-    with pytest.raises(TypeError, match="svd with energy is a host method"):
+    with pytest.raises(TypeError, match=r"svd.* is a host method"):
         jax.jit(svd(energy=0.9))(x)
 
 
@@ -174,16 +188,17 @@ def test_keep_is_a_fraction_of_the_weights():
     weights = leaf.left.size + leaf.right.size
     assert weights <= 0.5 * INPUTS * OUTPUTS < weights + INPUTS + OUTPUTS
     assert svd(random(INPUTS, OUTPUTS), keep=1e-9).rank == 1
+    assert svd(random(INPUTS, OUTPUTS), keep=0.4).rank == RANK  # 0.4 * 15
 
 
-def test_the_randomized_decomposition_is_nearly_optimal(monkeypatch):
+def test_the_randomized_decomposition_is_nearly_optimal():
     x = random(96, 128) * np.geomspace(1, 0.01, 128, dtype=np.float32)
     options = {"rank": 8, "oversampling": 4}
     best = squared(x, svd(x, randomized=False, rank=8))
     once = svd(x, randomized=True, **options)
-    assert best < squared(x, once) < 1.001 * best
+    assert best < squared(x, once) < 1.01 * best
     rough = svd(x, randomized=True, power_iterations=0, **options)
-    assert squared(x, rough) > 1.01 * best
+    assert squared(x, rough) > 1.05 * best
     again = svd(x, randomized=True, **options)
     np.testing.assert_array_equal(once.left, again.left)
     other = svd(x, randomized=True, seed=1, **options)
@@ -217,13 +232,13 @@ def test_bfloat16_weights_have_bfloat16_factors():
 
 
 def test_all_zero_weights():
-    x = jnp.zeros((12, 30))
+    x, small = jnp.zeros((INPUTS, OUTPUTS)), jnp.zeros((12, 30))
     for leaf in (
-        svd(x, rank=3),
+        svd(x, rank=RANK),
         svd(x, energy=0.5),
-        svd(x, moments_of(correlated(12)), rank=3),
-        tucker(x, ranks=(2, 2, 2), sizes=SIZES),
-        cp(x, rank=2, sizes=SIZES),
+        svd(x, moments_of(correlated(INPUTS)), rank=RANK),
+        tucker(small, ranks=(5, 4, 3), sizes=SIZES),
+        cp(small, rank=4, sizes=SIZES),
     ):
         np.testing.assert_array_equal(wide(leaf), 0)
 
@@ -296,11 +311,9 @@ def test_full_ranks_are_exact_and_none_keeps_an_axis():
     half = tucker(x, ranks=(5, None, 3), sizes=SIZES)
     assert half.factors[1] is None and half.core.shape == (5, 6, 3)
     assert half.sizes == SIZES and half.shape == (12, 30)
-    same = tucker(x, ranks=(5, 6, 3), sizes=SIZES)
-    np.testing.assert_allclose(wide(half), wide(same), atol=1e-5)
     other = tucker(x.reshape(72, 5), ranks=(5, 6, 3), sizes=SIZES)
-    assert other.inputs == 2
-    np.testing.assert_allclose(wide(other).reshape(12, 30), wide(same), atol=1e-5)
+    assert other.inputs == 2 and other.shape == (72, 5)
+    np.testing.assert_allclose(wide(other).reshape(12, 30), wide(half), atol=1e-5)
 
 
 @pytest.mark.parametrize("first", [4, None])
@@ -341,12 +354,11 @@ def test_cp_recovers_a_tensor_of_its_rank(init):
 
 def test_cp_loses_less_with_more_terms_and_sweeps():
     x = random(12, 30)
-    ranks = [squared(x, cp(x, rank=r, sizes=SIZES, sweeps=30)) for r in (2, 8, 30)]
-    assert ranks[0] > 1.2 * ranks[1] > 1.44 * ranks[2]
-    short = squared(x, cp(x, rank=8, sizes=SIZES, sweeps=1))
-    assert short > 1.01 * ranks[1]
-    best = np.sum(np.linalg.svd(x, compute_uv=False)[8:] ** 2)
-    assert ranks[1] > best  # it is a matrix of that rank at most
+    few = squared(x, cp(x, rank=4, sizes=SIZES))
+    many = squared(x, cp(x, rank=30, sizes=SIZES))
+    assert few > 1.01 * np.sum(np.linalg.svd(x, compute_uv=False)[4:] ** 2)
+    assert few < 0.9 * np.sum(x**2) and many < 0.1 * few
+    assert squared(x, cp(x, rank=4, sizes=SIZES, sweeps=1)) > 1.01 * few
 
 
 def test_degenerate_cp_stays_finite():
@@ -371,14 +383,14 @@ def test_degenerate_cp_stays_finite():
 def test_weighted_cp():
     x, rows = random(12, 30), correlated(12)
     losses = [
-        output_loss(x, cp(x, moments, rank=8, sizes=SIZES, sweeps=30), rows)
+        output_loss(x, cp(x, moments, rank=4, sizes=SIZES), rows)
         for moments in (moments_of(rows), None)
     ]
     assert losses[0] < 0.8 * losses[1]
 
 
 @pytest.mark.parametrize(
-    "f", [cp(rank=3, sizes=SIZES), tucker(ranks=(4, None, 2), sizes=SIZES)]
+    "f", [cp(rank=4, sizes=SIZES), tucker(ranks=(4, None, 2), sizes=SIZES)]
 )
 def test_stacked_tensors_equal_one_by_one(f):
     x = random(3, 12, 30)
@@ -486,7 +498,7 @@ def brute_force(spectra, limit):
     )
 
 
-@pytest.mark.parametrize("budget", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.9])
 def test_a_plan_is_nearly_the_best_of_all(budget):
     shapes = [(8, 8), (6, 12), (10, 5)]
     params = {
@@ -553,22 +565,17 @@ def test_tensor_leaves_run_and_are_stored(tmp_path):
     small = jc.compress(params, recipe, layout=jc.layout(Attention(), params, x))
     assert isinstance(small["query"]["kernel"].inner, Tucker)
     assert isinstance(small["out"]["kernel"].inner, CP)
-    small = jc.compress(small, [(".*/(core|factors/.*)", "symmetric(bits=8)")])
+    small = jc.compress(small, [(".*/factors/2", "symmetric(bits=8)")])
     assert "query/kernel/factors/2/codes" in jc.leaf_names(small)
     jc.save(tmp_path / "small.safetensors", small)
     loaded = jc.load(tmp_path / "small.safetensors")
     assert jax.tree.structure(loaded) == jax.tree.structure(small)
-    outputs = [
-        np.asarray(Attention().apply({"params": p}, x))
-        for p in (params, loaded, jc.materialize(small))
-    ]
-    np.testing.assert_allclose(outputs[1], outputs[2], atol=1e-5)
-    assert outputs[0].shape == outputs[1].shape
+    run = jax.jit(Attention().apply)
+    dense = run({"params": jax.jit(jc.materialize)(small)}, x)
+    np.testing.assert_allclose(run({"params": loaded}, x), dense, atol=1e-5)
 
 
 # Bad input
-
-MATRIX = random(INPUTS, OUTPUTS)
 
 
 @pytest.mark.parametrize(

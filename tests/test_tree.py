@@ -554,3 +554,8 @@ def test_progress_passes_over_the_leaves_a_stage_takes():
     params = {"a": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
     jc.compress(params, jc.chain("symmetric(bits=4)", "entropy_code()"), progress=note)
     assert seen == ["a/kernel", "a/kernel/codes"]
+
+
+def test_a_method_that_takes_nothing_says_so():
+    with pytest.raises(ValueError, match=r"takes no leaf.*a/bias \(not a kernel"):
+        jc.compress({"a": {"bias": jnp.ones(9)}}, "symmetric(bits=4)")

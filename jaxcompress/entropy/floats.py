@@ -77,8 +77,8 @@ def code_floats(x: jax.Array, moments: Any = None, *, stack: int | None = None) 
 
     Exponents are entropy-coded, each slice with its own table; signs and mantissas are
     packed. Where a sample shows few values, all bits are coded as one integer instead
-    if that is smaller. Arrays that would not get smaller, and those of other
-    floating-point types, are returned as they came.
+    if that is smaller. Arrays that would not get smaller, stacked
+    float16 vectors, and other floating-point types are returned as they came.
 
     Args:
       x: `[..., inputs, outputs]`, or any other rank.
@@ -109,6 +109,8 @@ def code_floats(x: jax.Array, moments: Any = None, *, stack: int | None = None) 
     mantissa = MANTISSA[coded]
     size = 8 * bits.itemsize
     signs = bits >> (size - 1)
+    if stack is not None and array.ndim - stack < 2 and (mantissa + 1) % 8:
+        return x  # codes of these bits are packed along inputs, which vectors lack
     rest = (signs << mantissa) | (bits & ((1 << mantissa) - 1))
     exponents = ((bits << 1) >> (mantissa + 1)).astype(np.uint8)
     if mantissa < 8:

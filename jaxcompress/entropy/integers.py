@@ -28,6 +28,7 @@ __all__ = ["Coded", "Packed", "entropy_code", "pack"]
 
 ALLOWANCE = 128  # bytes: what a coded array's longer entry in a file's header takes
 LANES_TOGETHER = 64  # of several slices, decoded in one loop
+FEW = 1 << 21  # symbols; NumPy decodes these sooner than XLA compiles, outside jit
 PART = 1 << 24  # symbols coded at a time, to bound memory
 
 
@@ -84,6 +85,8 @@ class Coded(Leaf):
     def materialize(self) -> jax.Array:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
             return _slices(self)
+        if self.size < FEW and len(self.words.devices()) == 1:
+            return jnp.asarray(self.on_host())
         return _decoded(_roomy(self))
 
     def on_host(self) -> np.ndarray:

@@ -30,13 +30,10 @@ from jaxcompress.tree.leaves import Leaf, dense, leaf, static
 from jaxcompress.tree.methods import method
 
 
-class Search(NamedTuple):
-    """How alternating least squares goes: the options of `cp`."""
+class Start(NamedTuple):
+    """Where alternating least squares starts."""
 
     rank: int
-    sweeps: int
-    tolerance: float
-    ridge: float
     init: str
     seed: int
 
@@ -148,8 +145,15 @@ def cp(
     if init not in ("svd", "random"):
         raise ValueError(f"cp takes init='svd' or 'random', not {init!r}")
     second, cross = axis_statistics("cp", x, moments, weighted, inputs)
-    search = Search(rank, sweeps, tolerance, ridge, init, seed)
-    one = functools.partial(_fit, sizes=sizes, damping=damping, search=search)
+    one = functools.partial(
+        _fit,
+        sizes=sizes,
+        damping=damping,
+        start=Start(rank, init, seed),
+        sweeps=sweeps,
+        tolerance=tolerance,
+        ridge=ridge,
+    )
     return CP(one_by_one(one, x, second, cross), inputs)
 
 
@@ -166,7 +170,7 @@ def column_products(factors: list[jax.Array]) -> jax.Array:
     return product
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "damping", "search"))
+@functools.partial(jax.jit, static_argnames=("sizes", "damping", "start"))
 def _fit(
     x: jax.Array,
     second: jax.Array | None,
@@ -174,11 +178,14 @@ def _fit(
     *,
     sizes: Sizes,
     damping: float,
-    search: Search,
+    start: Start,
+    sweeps: int,
+    tolerance: float,
+    ridge: float,
 ) -> tuple[jax.Array, ...]:
     """Factors of one slice, every term shared evenly among them."""
     # Drawn out here: inside, the keys would be lowered outside the context.
-    random = _random_columns(sizes, search.rank, search.seed)
+    random = _random_columns(sizes, start.rank, start.seed)
     with float64(True):
         tensor, root = axis_whiten(x, second, cross, sizes, damping)
         norm = jnp.sum(jnp.square(tensor))
@@ -191,7 +198,7 @@ def _fit(
                 gram = _product([f.T @ f for f in others])
                 seen = matrix @ column_products(others)
                 # Columns have norm 1, so the diagonal is 1 and the ridge is relative.
-                safe = gram + search.ridge * jnp.eye(search.rank, dtype=gram.dtype)
+                safe = gram + ridge * jnp.eye(start.rank, dtype=gram.dtype)
                 solved = jax.scipy.linalg.cho_solve(
                     jax.scipy.linalg.cho_factor(safe), seen.T
                 ).T
@@ -203,18 +210,18 @@ def _fit(
 
         def goes_on(state: tuple) -> jax.Array:
             *_, error, before, count = state
-            done = before - error <= search.tolerance * norm  # not if they are NaN
-            return (count < search.sweeps) & ~done
+            done = before - error <= tolerance * norm  # not if they are NaN
+            return (count < sweeps) & ~done
 
-        start = []
-        for axis, columns in enumerate(random):
-            known = min(search.rank, sizes[axis]) if search.init == "svd" else 0
+        columns = []
+        for axis, drawn in enumerate(random):
+            known = min(start.rank, sizes[axis]) if start.init == "svd" else 0
             leading = leading_vectors(tensor, axis, known)
-            columns = columns.astype(tensor.dtype)[:, known:]
-            start.append(jnp.concatenate([leading, columns], axis=1))
+            drawn = drawn.astype(tensor.dtype)[:, known:]
+            columns.append(jnp.concatenate([leading, drawn], axis=1))
         first = (
-            tuple(start),
-            jnp.zeros(search.rank, tensor.dtype),
+            tuple(columns),
+            jnp.zeros(start.rank, tensor.dtype),
             norm,
             jnp.asarray(jnp.inf, tensor.dtype),
             jnp.zeros((), jnp.int32),

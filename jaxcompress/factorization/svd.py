@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -79,7 +79,11 @@ def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
     return product.astype(left.dtype)
 
 
-@method()
+def _rank_known(options: Mapping[str, Any]) -> bool:
+    return options.get("energy") is None
+
+
+@method(traceable=_rank_known)
 def svd(
     x: jax.Array,
     moments: Moments | None = None,
@@ -147,7 +151,8 @@ def svd(
         rank = _rank_of_energy(x, second, cross, energy=energy, damping=damping)
     elif keep is not None:
         check_fraction("svd", "keep", keep)
-        rank = max(1, int(keep * inputs * outputs / (inputs + outputs)))
+        share = keep * inputs * outputs / (inputs + outputs)
+        rank = max(1, int(share + 1e-9))  # 0.3 times ten is not three
     check_count("svd", "rank", rank, min(inputs, outputs))
     sketch = None
     if _is_randomized(randomized, rank + oversampling, x.shape) and energy is None:

@@ -180,7 +180,7 @@ def axis_statistics(
     return statistics(name, x, moments, weighted)
 
 
-@functools.partial(jax.jit, static_argnames=("ranks", "sizes", "sweeps", "damping"))
+@functools.partial(jax.jit, static_argnames=("ranks", "sizes", "damping"))
 def _core_and_factors(
     x: jax.Array,
     second: jax.Array | None,
@@ -203,7 +203,8 @@ def _core_and_factors(
                 factors = {**factors, i: leading_vectors(part, i, ranks[i])}
             return factors
 
-        factors = jax.lax.fori_loop(0, sweeps, sweep, factors)
+        ends = jnp.zeros((), jnp.int32), jnp.asarray(sweeps, jnp.int32)
+        factors = jax.lax.fori_loop(*ends, sweep, factors)
         core = _project(tensor, factors)
         if root is not None and 0 in factors:
             factors = {**factors, 0: unwhiten(root, factors[0])}

@@ -1,5 +1,6 @@
 """What each weight is worth; pruning by it, with nothing made up for."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -127,6 +128,7 @@ def check_weights(x: jax.Array, name: str) -> None:
         )
 
 
+@functools.partial(jax.jit, static_argnames=("chosen",))
 def kept_weights(x: jax.Array, mask: jax.Array, chosen: Choice) -> Sparse:
     """The leaf of the weights `x` that a choice's mask keeps; traceable."""
     return sparse(
@@ -138,8 +140,9 @@ def kept_weights(x: jax.Array, mask: jax.Array, chosen: Choice) -> Sparse:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("chosen",))
 def _kept(x: jax.Array, score: jax.Array, chosen: Choice) -> Sparse:
-    return kept_weights(jnp.asarray(x), select(score, chosen), chosen)
+    return kept_weights(x, select(score, chosen), chosen)
 
 
 def _magnitudes(x: jax.Array, name: str) -> jax.Array:

@@ -57,14 +57,7 @@ class Sparse(Leaf):
         return mask
 
     def materialize(self) -> jax.Array:
-        values, kept = dense(self.values), self.kept
-        if not values.shape[-2]:
-            return jnp.zeros(kept.shape, values.dtype)
-        if values.shape[-1] == kept.shape[-1]:
-            return _spread_out(values, kept)
-        columns = _spread_out(values, _by_output(kept))
-        *stack, inputs, outputs = kept.shape
-        return jnp.swapaxes(columns.reshape((*stack, outputs, inputs)), -1, -2)
+        return _filled(dense(self.values), self.kept)
 
 
 def sparse(
@@ -123,8 +116,19 @@ def _places(mask: jax.Array) -> jax.Array:
 
 
 @jax.jit
+def _filled(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Values `[..., kept, outputs or 1]` where the mask has them, zeros elsewhere."""
+    *stack, inputs, outputs = mask.shape
+    if not values.shape[-2]:
+        return jnp.zeros(mask.shape, values.dtype)
+    if values.shape[-1] == outputs:
+        return _spread_out(values, mask)
+    column = _spread_out(values, _by_output(mask))
+    return jnp.swapaxes(column.reshape((*stack, outputs, inputs)), -1, -2)
+
+
 def _spread_out(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Values `[..., kept, columns]` where `mask` `[..., rows, columns]` has them."""
+    """Each column of `[..., kept, columns]` to the places of `[..., rows, columns]`."""
     where = jnp.maximum(_places(mask), 0)
     return jnp.where(mask, jnp.take_along_axis(values, where, axis=-2), 0)
 

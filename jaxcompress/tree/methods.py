@@ -76,6 +76,16 @@ def traits(f: Method) -> Traits:
     return getattr(f, "traits", Traits("weights", False))
 
 
+def with_default(f: Method, option: str, value: Any) -> Method:
+    """The method with one option set, if it has that option and it is not set yet."""
+    inner, options = f, {}
+    while isinstance(inner, functools.partial):
+        inner, options = inner.func, {**inner.keywords, **options}
+    if option in options or option not in inspect.signature(inner).parameters:
+        return f
+    return functools.partial(f, **{option: value})
+
+
 def describe(f: Method) -> str:
     """The string form of a method, `name(option=value, ...)`, which `parse` reads."""
     options: dict[str, Any] = {}

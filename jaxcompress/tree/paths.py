@@ -19,7 +19,10 @@ class Entry:
     `value` is an array, or a lossless leaf standing for one. `depth` counts the leaf
     types it lies inside: 0 for an array of the original tree. `weight`: it is a kernel
     or an embedding, or a weight inside a leaf that stands there. `root` is the name of
-    the outermost leaf or array it belongs to. `moments` are those of its inputs.
+    the outermost leaf or array it belongs to. `stack` counts the leading axes that hold
+    layers, as far as its place tells: all but the last two of a weight and of what lies
+    inside a leaf that is one, all but the last of another array of the original tree.
+    `moments` are those of its inputs.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Entry:
     weight: bool
     embedding: bool
     root: str
+    stack: int
     moments: Any = None
 
 
@@ -68,6 +72,7 @@ def map_entries(
             root = name if root is None else root
             if depth == 0:
                 place["moments"] = moments.get(name)
+            stack = place["stack"] if is_transparent(node) else len(node.shape) - 2
             changed = {}
             for field in data_fields(node):
                 child = getattr(node, field)
@@ -76,6 +81,7 @@ def map_entries(
                 inner = {
                     "weight": place["weight"] and field in node.weights,
                     "embedding": place["embedding"],
+                    "stack": stack,
                     "moments": inner_moments(node, field, place["moments"]),
                 }
                 below = name if is_transparent(node) else join(name, field)
@@ -87,6 +93,7 @@ def map_entries(
         if treedef is None or (len(named) == 1 and named[0][1] is node):
             if depth == 0:
                 place["moments"] = moments.get(name)
+                place["stack"] = max(0, node.ndim - (2 if place["weight"] else 1))
             return function(Entry(name, node, depth, root=root or name, **place))
         rebuilt = []
         for key, child in named:
@@ -100,7 +107,7 @@ def map_entries(
             return node
         return jax.tree.unflatten(treedef, rebuilt)
 
-    start = {"weight": False, "embedding": False, "moments": None}
+    start = {"weight": False, "embedding": False, "stack": 0, "moments": None}
     return walk(params, "", 0, None, **start)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaves import Leaf, dense, is_leaf, nbytes
-from jaxcompress.tree.methods import describe, parse, traits
+from jaxcompress.tree.methods import describe, parse, traits, with_default
 from jaxcompress.tree.paths import Entry, entries, is_float, map_entries, roots
 from jaxcompress.types import Method, Params
 
@@ -194,6 +194,12 @@ def choose(params: Params, stage: Any) -> tuple[dict[str, Method], dict[str, str
             why[entry.name] = _refused(entry, traits(f).selects)
             if not why[entry.name]:
                 choices[entry.name] = f
+        if not choices and traits(f).selects == "weights":
+            reasons = ", ".join(f"{name} ({why[name]})" for name in list(why)[:3])
+            raise ValueError(
+                f"{describe(f)} takes no leaf of this tree by default: {reasons}, ...; "
+                "name the leaves with a list of (pattern, method)"
+            )
         return choices, why
     if not isinstance(stage, list | tuple):
         raise ValueError(
@@ -256,7 +262,9 @@ def _refused(entry: Entry, selects: str) -> str:
 def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
     x = dense(entry.value)
     if traits(f).selects != "weights":
-        return _call(f, x, entry.moments)
+        known = layout.get(entry.name)
+        stack = entry.stack if known is None else len(known.stack)
+        return _call(with_default(f, "stack", stack), x, entry.moments)
     if not is_float(x):
         raise ValueError(
             f"{describe(f)} takes floating-point weights, this is {x.dtype}; "
