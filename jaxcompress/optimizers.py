@@ -159,12 +159,8 @@ def _to_zero(updates: Any, masks: Masks, params: Params | None) -> Any:
             "keeping weights at zero needs the parameters; call "
             "update(gradients, state, params)"
         )
-    return _over(
-        lambda mask, u, x: jnp.where(mask, u, -x.astype(u.dtype)),
-        masks,
-        updates,
-        params,
-    )
+    # Not cast to the dtype of the update: a rounded -x would leave a remainder.
+    return _over(lambda mask, u, x: jnp.where(mask, u, -x), masks, updates, params)
 
 
 def _over(function: Callable, masks: Masks, first: Any, *others: Any) -> Any:

@@ -22,6 +22,8 @@ METHODS = [
     "symmetric(bits=1, block='tensor')",
     "asymmetric(bits=3, block=25)",
     "sign_split(bits=(3, 3))",
+    "learned(bits=3, block=16, steps=10)",
+    "mixed_channels(bits=3, keep=4, kept_bits=8, block=16)",
     "sign_split(bits=(3, 3)) > entropy_code()",
     "code_floats()",
     "asymmetric(bits=3, block=16) > entropy_code() > code_floats()",

@@ -447,6 +447,10 @@ def test_masked_weights_stay_zero_under_adamw_while_others_train():
     np.testing.assert_array_equal(state[-1].masks["a"]["kernel"], mask)
     sparse_params = {"kernel": magnitude(params["a"]["kernel"], sparsity=0.5)}
     assert jax.tree.structure(masks_of(sparse_params)).num_leaves == 1
+    short = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    updates, _ = optax.chain(keep_masked_zero(masks)).update(short, state[-1:], params)
+    value = optax.apply_updates(params, updates)["a"]["kernel"]
+    np.testing.assert_array_equal(value[~mask], 0)
     with pytest.raises(ValueError, match="mask of shape"):
         optimizer.init({"a": {"kernel": jnp.ones((4, 4))}, "b": {"bias": jnp.ones(5)}})
     with pytest.raises(ValueError, match="needs the parameters"):

@@ -78,7 +78,7 @@ def code_floats(x: jax.Array, moments: Any = None, *, stack: int | None = None) 
     Exponents are entropy-coded, each slice with its own table; signs and mantissas are
     packed. Where a sample shows few values, all bits are coded as one integer instead
     if that is smaller. Arrays that would not get smaller, stacked
-    float16 vectors, and other floating-point types are returned as they came.
+    vectors wider than bfloat16, and other floating-point types come back unchanged.
 
     Args:
       x: `[..., inputs, outputs]`, or any other rank.
@@ -109,15 +109,16 @@ def code_floats(x: jax.Array, moments: Any = None, *, stack: int | None = None) 
     mantissa = MANTISSA[coded]
     size = 8 * bits.itemsize
     signs = bits >> (size - 1)
-    if stack is not None and array.ndim - stack < 2 and (mantissa + 1) % 8:
-        return x  # codes of these bits are packed along inputs, which vectors lack
+    vectors = 0 < (stack or 0) == array.ndim - 1
+    if vectors and mantissa != 7:
+        return x  # the rest would be packed along inputs, which vectors lack
     rest = (signs << mantissa) | (bits & ((1 << mantissa) - 1))
     exponents = ((bits << 1) >> (mantissa + 1)).astype(np.uint8)
     if mantissa < 8:
         rest = rest.astype(np.uint8)
     small = CodedFloats(
         entropy_code(exponents, stack=stack),
-        pack(rest, mantissa + 1),
+        jnp.asarray(rest) if vectors else pack(rest, mantissa + 1),
         kind.name,
         coded,
     )

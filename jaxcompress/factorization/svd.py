@@ -262,7 +262,7 @@ def _factors(
         if seen is not None:
             wide, factor, _ = whiten(wide, seen, both, damping)
         if probes is None:
-            u, values, vt = jnp.linalg.svd(wide, full_matrices=False)
+            u, values, vt = _triples(wide)
         else:
             u, values, vt = _sketched(
                 wide, probes.astype(jnp.float64), sketch.power_iterations
@@ -278,6 +278,23 @@ def _widen(*arrays: jax.Array | None) -> list[jax.Array | None]:
     return [None if a is None else a.astype(jnp.float64) for a in arrays]
 
 
+def _triples(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Singular vectors and values in float64, by the Gram matrix of the smaller side.
+
+    Vectors of values below 1e-8 of the largest are a basis of what is left, no more;
+    their products are exact all the same, which is what a factorization needs. Unlike
+    `jnp.linalg.svd` it is lowered in float64 for every platform.
+    """
+    if x.shape[0] > x.shape[1]:
+        v, values, ut = _triples(x.T)
+        return ut.T, values, v.T
+    _, vectors = jnp.linalg.eigh(x @ x.T)
+    u = vectors[:, ::-1]
+    right = u.T @ x
+    values = jnp.linalg.norm(right, axis=1)
+    return u, values, right / jnp.where(values > 0, values, 1)[:, None]
+
+
 def _sketched(
     x: jax.Array, probes: jax.Array, power_iterations: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -289,7 +306,7 @@ def _sketched(
         return jnp.linalg.qr(x @ back)[0]
 
     basis = jax.lax.fori_loop(0, power_iterations, towards_the_leading, basis)
-    u, values, vt = jnp.linalg.svd(basis.T @ x, full_matrices=False)
+    u, values, vt = _triples(basis.T @ x)
     return basis @ u, values, vt
 
 
