@@ -125,7 +125,7 @@ def svd(
         positive definite even so, the factors are NaN.
       randomized: look for the leading singular vectors in a random subspace, faster
         and nearly optimal. "auto": where both sides are 2048 or more and the subspace
-        is at most a quarter of that. Never with `energy`.
+        is at most a sixteenth of that. Never with `energy`.
       oversampling: dimensions of that subspace beyond the rank.
       power_iterations: passes that turn it towards the leading vectors.
       seed: of the random subspace.
@@ -358,7 +358,7 @@ def _is_randomized(option: Weighted, dimensions: int, shape: tuple[int, ...]) ->
         raise ValueError(f"svd takes randomized=True, False or 'auto', not {option!r}")
     if option == "auto":
         side = min(shape[-2:])
-        return side >= LARGE and 4 * dimensions <= side
+        return side >= LARGE and 16 * dimensions <= side
     return bool(option)
 
 
