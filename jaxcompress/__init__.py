@@ -1,6 +1,7 @@
 """Pure functions that make Flax language models small, and exact again."""
 
 from jaxcompress import models
+from jaxcompress import optimizers
 from jaxcompress import tokenization
 from jaxcompress.calibration.collect import collect_moments
 from jaxcompress.calibration.moments import Moments
@@ -13,6 +14,17 @@ from jaxcompress.entropy.packing import Packed
 from jaxcompress.entropy.packing import pack
 from jaxcompress.evaluation import compare
 from jaxcompress.evaluation import evaluate
+from jaxcompress.pruning.masks import apply_masks
+from jaxcompress.pruning.masks import make_masks
+from jaxcompress.pruning.masks import masks_of
+from jaxcompress.pruning.reconstruction import alps
+from jaxcompress.pruning.reconstruction import sparsegpt
+from jaxcompress.pruning.scores import magnitude
+from jaxcompress.pruning.scores import magnitude_scores
+from jaxcompress.pruning.scores import taylor_scores
+from jaxcompress.pruning.scores import wanda
+from jaxcompress.pruning.scores import wanda_scores
+from jaxcompress.pruning.sparse import Sparse
 from jaxcompress.quantization.grids import Quantized
 from jaxcompress.quantization.learned import learned
 from jaxcompress.quantization.mixed import mixed_channels

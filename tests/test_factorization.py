@@ -667,5 +667,5 @@ def test_plans_refuse(options, message):
 def test_plans_refuse_tracers_and_trees_without_kernels():
     with pytest.raises(TypeError, match="plan_ranks reads values on the host"):
         jax.jit(lambda p: plan_ranks(p, budget=0.5))(tree())
-    with pytest.raises(ValueError, match="finds no kernel"):
+    with pytest.raises(ValueError, match="takes no leaf of this tree"):
         plan_ranks({"scale": random(64)}, budget=0.5)

@@ -10,8 +10,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
-import jaxcompress.entropy
-import jaxcompress.quantization
 from jaxcompress.storage import load, save
 from jaxcompress.tree.methods import parse, traits
 
@@ -25,6 +23,9 @@ METHODS = [
     "learned(bits=3, block=16, steps=10)",
     "mixed_channels(bits=3, keep=4, kept_bits=8, block=16)",
     "sign_split(bits=(3, 3)) > entropy_code()",
+    "magnitude(pattern='2:4')",
+    "magnitude(threshold=0.02)",
+    "magnitude(sparsity=0.25) > symmetric(bits=4, block=16) > entropy_code()",
     "code_floats()",
     "asymmetric(bits=3, block=16) > entropy_code() > code_floats()",
 ]

@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import serialization
 
+import jaxcompress as jc
 from jaxcompress.calibration.feedback import layer_loss
 from jaxcompress.calibration.moments import moments_from_covariance
 from jaxcompress.entropy.integers import Coded, entropy_code, stored_bytes
@@ -579,3 +580,12 @@ def test_what_masks_and_scores_refuse():
     with pytest.raises(ValueError, match="mask on a Sparse"):
         apply_masks(small, masks_of(small))
     assert dense(entropy_code(dense(small["a"].mask))).dtype == jnp.uint8
+
+
+def test_a_threshold_works_in_a_recipe():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((96, 64)), jnp.float32)
+    small = jc.compress({"a": {"kernel": x}}, "magnitude(threshold=1.0)")
+    wanted = jnp.where(jnp.abs(x) > 1, x, 0)
+    np.testing.assert_array_equal(small["a"]["kernel"].materialize(), wanted)
+    with pytest.raises(TypeError, match="host method"):
+        jax.jit(lambda x: jc.magnitude(x, threshold=1.0))(x)

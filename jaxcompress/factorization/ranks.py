@@ -86,11 +86,6 @@ def plan_ranks(
     stage = svd(rank=1) if pattern is None else [(pattern, svd(rank=1))]
     chosen, _ = choose(params, stage)
     found = [entry for entry in entries(params, moments) if entry.name in chosen]
-    if not found:
-        raise ValueError(
-            "plan_ranks finds no kernel or embedding of 4096 weights or more; choose "
-            "leaves with pattern=..."
-        )
     weighted = moments is not None
     relative = not weighted if relative is None else relative
     leaves = [

@@ -27,16 +27,19 @@ class Traits:
     """
 
     selects: Selection
-    traceable: bool
+    traceable: bool | Callable[[dict[str, Any]], bool]
 
 
 def method(
-    *, selects: Selection = "weights", traceable: bool = True
+    *,
+    selects: Selection = "weights",
+    traceable: bool | Callable[[dict[str, Any]], bool] = True,
 ) -> Callable[[Method], Method]:
     """Registers `f(x, moments=None, *, options) -> leaf` under its name.
 
     The decorated function called without `x` returns a partial, so that
     `symmetric(bits=4)` is a recipe. A host method raises on tracers, naming itself.
+    Where that depends on the options, `traceable` is a function of them.
     """
 
     def register(function: Method) -> Method:
@@ -48,7 +51,7 @@ def method(
             _check_options(name, options, allowed)
             if x is None:
                 return functools.partial(call, **options)
-            if not traceable and _traced(x):
+            if _traced(x) and not _is_traceable(traceable, options):
                 raise TypeError(
                     f"{name} is a host method: the shapes it returns depend on values, "
                     "so it can't run under jit, vmap or scan. Call it, or compress, "
@@ -71,9 +74,16 @@ def traits(f: Method) -> Traits:
 
     A function of the user's own counts as a host method on weights: it always works.
     """
+    options: dict[str, Any] = {}
     while isinstance(f, functools.partial):
+        options = {**f.keywords, **options}
         f = f.func
-    return getattr(f, "traits", Traits("weights", False))
+    found = getattr(f, "traits", Traits("weights", False))
+    return Traits(found.selects, _is_traceable(found.traceable, options))
+
+
+def _is_traceable(traceable: Any, options: dict[str, Any]) -> bool:
+    return traceable(options) if callable(traceable) else traceable
 
 
 def with_default(f: Method, option: str, value: Any) -> Method:
