@@ -14,6 +14,13 @@ from jaxcompress.entropy.packing import Packed
 from jaxcompress.entropy.packing import pack
 from jaxcompress.evaluation import compare
 from jaxcompress.evaluation import evaluate
+from jaxcompress.factorization.cp import CP
+from jaxcompress.factorization.cp import cp
+from jaxcompress.factorization.ranks import plan_ranks
+from jaxcompress.factorization.svd import LowRank
+from jaxcompress.factorization.svd import svd
+from jaxcompress.factorization.tucker import Tucker
+from jaxcompress.factorization.tucker import tucker
 from jaxcompress.pruning.masks import apply_masks
 from jaxcompress.pruning.masks import make_masks
 from jaxcompress.pruning.masks import masks_of

@@ -669,3 +669,12 @@ def test_plans_refuse_tracers_and_trees_without_kernels():
         jax.jit(lambda p: plan_ranks(p, budget=0.5))(tree())
     with pytest.raises(ValueError, match="takes no leaf of this tree"):
         plan_ranks({"scale": random(64)}, budget=0.5)
+
+
+def test_energy_works_in_a_recipe():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((96, 64)), jnp.float32)
+    small = jc.compress({"a": {"kernel": x}}, "svd(energy=0.9)")["a"]["kernel"]
+    kept = np.linalg.norm(small.materialize()) ** 2 / np.linalg.norm(x) ** 2
+    assert 0.9 <= kept < 0.92
+    with pytest.raises(TypeError, match="host method"):
+        jax.jit(lambda x: jc.svd(x, energy=0.9))(x)

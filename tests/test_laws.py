@@ -23,6 +23,8 @@ METHODS = [
     "learned(bits=3, block=16, steps=10)",
     "mixed_channels(bits=3, keep=4, kept_bits=8, block=16)",
     "sign_split(bits=(3, 3)) > entropy_code()",
+    "svd(rank=40)",
+    "tucker(ranks=(48, 8, 10), sizes=(64, 8, 12), sweeps=2)",
     "magnitude(pattern='2:4')",
     "magnitude(threshold=0.02)",
     "magnitude(sparsity=0.25) > symmetric(bits=4, block=16) > entropy_code()",

@@ -507,6 +507,10 @@ EXAMPLES = {
         X[..., :3], rounded(X[..., 3:]), jnp.broadcast_to(jnp.arange(10), (2, 10))
     ),
     "Sum": lambda: jc.Sum((X, rounded(X))),
+    "LowRank": lambda: jc.svd(X, rank=2),
+    "CP": lambda: jc.cp(X, rank=2, sizes=(12, 2, 5), sweeps=2),
+    "Tucker": lambda: jc.tucker(X, ranks=(4, 2, 3), sizes=(12, 2, 5)),
+    "Sparse": lambda: jc.magnitude(X, sparsity=0.5),
     "Quantized": lambda: asymmetric(X, bits=3, block=5),
     "Packed": lambda: symmetric(X, bits=3).codes,
     "Coded": lambda: jc.entropy_code(jnp.arange(20000).reshape(2, 100, 100) % 99 // 98),
