@@ -515,7 +515,7 @@ def test_a_stack_axis_other_than_0_is_refused():
         w = jnp.moveaxis(params["w"], 1, 0)
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)
 
-    with pytest.raises(ValueError, match=r"w: stack axes \(1,\).*only axis 0"):
+    with pytest.raises(ValueError, match=r"w: stack axes \(1,\).*along axis 0"):
         collect_moments(
             model, {"w": jnp.ones((4, 2, 4))}, [np.ones((3, 4))], select="w"
         )
