@@ -20,7 +20,7 @@ from jaxcompress.models.huggingface import (
     export_huggingface,
     transformer_from,
 )
-from jaxcompress.models.loading import load
+from jaxcompress.models.loading import load, shapes
 from jaxcompress.models.saved import describe, rebuild, save_model
 from jaxcompress.models.transformer import Transformer, stack_layers
 from jaxcompress.quantization import symmetric
@@ -48,6 +48,11 @@ def golden(name):
 
 def logits_of(model, params, tokens):
     return jax.jit(model.apply)({"params": params}, tokens)
+
+
+def shapes_of(params):
+    flat = flatten_dict(params, sep="/")
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
 
 
 def trees_equal(a, b):
@@ -264,6 +269,7 @@ def test_saved_model_comes_back(tmp_path, tokenizer):
     assert stacked["final_norm"]["scale"].dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="'architecture'"):
         save_model(path, model, small, metadata={"architecture": 1})
+    assert shapes(path) == shapes_of(params)
 
 
 def test_file_without_a_model_says_so(tmp_path):
@@ -376,6 +382,7 @@ def test_gguf_logits_agree_with_transformers(tmp_path):
     scanned, stacked, _ = load(path, scan=True, dtype=jnp.bfloat16)
     assert stacked["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.bfloat16
     np.testing.assert_allclose(logits_of(scanned, stacked, tokens), logits, atol=1e-4)
+    assert shapes(path) == shapes_of(params) == shapes(GOLDEN / "llama")
     assert read_metadata(path)["tokenizer.chat_template"] == "{{ messages }}"
     assert "tokenizer.ggml.tokens" not in read_metadata(path)
 

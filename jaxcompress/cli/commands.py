@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import demo, evaluation, reporting, storage
@@ -24,9 +23,8 @@ from jaxcompress.evaluation import (
     perplexity,
     windows,
 )
-from jaxcompress.models import generation, huggingface
-from jaxcompress.models.assembly import parameter_shapes
-from jaxcompress.models.loading import load
+from jaxcompress.models import generation
+from jaxcompress.models.loading import load, shapes
 from jaxcompress.models.saved import save_model
 from jaxcompress.models.transformer import stack_layers
 from jaxcompress.running.decoding import decoded
@@ -135,7 +133,7 @@ def stages_of(texts: Sequence[str]) -> list[Any]:
 
 
 def _dry_run(options: argparse.Namespace, stages: list[Any]) -> None:
-    params = _shapes(options.model)
+    params = shapes(options.model)
     small = jax.eval_shape(functools.partial(compress, recipe=chain(*stages)), params)
     after = dict(roots(small))
     rows = [
@@ -161,21 +159,6 @@ def _dry_run(options: argparse.Namespace, stages: list[Any]) -> None:
         "The file holds as much and its header, or less with lossless coding, which "
         "depends on values. Nothing was written.",
     )
-
-
-def _shapes(name: str) -> Any:
-    """Shapes and dtypes of a model's parameters, from its header where there is one."""
-    path = Path(name)
-    if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        stored = config.get("dtype") or config.get("torch_dtype") or "float32"
-        shapes = parameter_shapes(huggingface.transformer_from(config))
-        return {
-            name: jax.ShapeDtypeStruct(shape, jnp.dtype(stored))
-            for name, shape in shapes.items()
-        }
-    params = load(name, scan=False)[1]
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
 
 def evaluate(options: argparse.Namespace) -> None:

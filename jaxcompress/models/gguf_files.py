@@ -74,6 +74,13 @@ def read_gguf(
     return model, params, tokenizer_from(metadata)
 
 
+def read_model(path: str | Path) -> Transformer:
+    """The Transformer of a `.gguf` file, from its header; no weight is read."""
+    reader = _open(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    return transformer_from(_metadata(reader), tensors)
+
+
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """A `.gguf` file's metadata, the chat template included, but not its tokens."""
     metadata = _metadata(_open(path))

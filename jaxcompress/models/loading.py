@@ -1,12 +1,22 @@
 """One way in: a model, its parameters and its tokenizer, from wherever they are."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
-from jaxcompress.models.gguf_files import read_gguf
-from jaxcompress.models.huggingface import read_huggingface
-from jaxcompress.models.saved import load_reference, load_saved
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.models.assembly import parameter_shapes
+from jaxcompress.models.gguf_files import read_gguf, read_model
+from jaxcompress.models.huggingface import read_huggingface, transformer_from
+from jaxcompress.models.saved import (
+    load_reference,
+    load_saved,
+    reference_file,
+    saved_shapes,
+)
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.types import Params
@@ -39,6 +49,36 @@ def load(
             return load_saved(path, scan=scan, dtype=dtype)
         path = _download(str(name_or_path))
     return read_huggingface(path, scan=bool(scan), dtype=dtype)
+
+
+def shapes(name_or_path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dense shapes and dtypes, by name, of what `load` would give; reads no weight.
+
+    Headers only, except that a model on the hub must be downloaded first. Raises as
+    `load`.
+    """
+    if str(name_or_path) == REFERENCE:
+        with reference_file() as path:
+            stored = saved_shapes(path)
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, jnp.float32)
+            for name, x in stored.items()
+        }
+    path = Path(name_or_path)
+    if path.suffix == ".gguf":
+        model, dtype = read_model(path), "float32"
+    elif (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+        model = transformer_from(config)
+    elif path.is_file() or path.suffix == ".safetensors":
+        return saved_shapes(path)
+    else:
+        return shapes(_download(str(name_or_path)))
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        for name, shape in parameter_shapes(model).items()
+    }
 
 
 def _download(name: str) -> Path:

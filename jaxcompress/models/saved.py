@@ -1,7 +1,8 @@
 """A model in one file of ours: parameters, settings and tokenizer together."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,18 @@ def load_reference(
 
     The stored weights are bfloat16, coded without loss.
     """
+    with reference_file() as path:
+        model, params, tokenizer = load_saved(path)
+    params = cast(materialize(params), jnp.float32 if dtype is None else dtype)
+    if scan is not None and scan != model.scan:
+        params = stack_layers(params) if scan else unstack_layers(params)
+        model = model.clone(scan=scan)
+    return model, params, tokenizer
+
+
+@contextlib.contextmanager
+def reference_file() -> Iterator[Path]:
+    """The reference model's file; FileNotFoundError where it was not installed."""
     packed = resources.files("jaxcompress.models") / "data" / "reference.safetensors"
     with resources.as_file(packed) as path:
         if not path.exists():
@@ -88,12 +101,18 @@ def load_reference(
                 "this installation has no reference model; install the package from "
                 "its wheel or repository, with its data files"
             )
-        model, params, tokenizer = load_saved(path)
-    params = cast(materialize(params), jnp.float32 if dtype is None else dtype)
-    if scan is not None and scan != model.scan:
-        params = stack_layers(params) if scan else unstack_layers(params)
-        model = model.clone(scan=scan)
-    return model, params, tokenizer
+        yield path
+
+
+def saved_shapes(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dense shapes and dtypes of a saved model's parameters; no weight is read."""
+    with container.open(path) as file:
+        described = {name: file.describe(name)[1:] for name in file.names}
+    return {
+        name.removeprefix("params/"): jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        for name, (shape, dtype) in described.items()
+        if name.startswith("params/")
+    }
 
 
 def cast(params: Params, dtype: Any) -> Params:
