@@ -245,3 +245,13 @@ def test_stacked_moments_stay_with_their_layer(case):
 def test_errors_say_what_to_do(case, call, message):
     with pytest.raises(ValueError, match=message):
         call(*case)
+
+
+def test_drift_correction_keeps_its_precision_under_vmap(case):
+    x, moments = case
+    aware = dataclasses.replace(moments, drifted=moments.second, cross=moments.second)
+    both = jax.tree.map(lambda a: jnp.stack([a, a]), aware)
+    recipe = jc.gptq(bits=4, block=BLOCK)
+    together = jax.vmap(recipe)(jnp.stack([x, x]), both)  # a warning is an error here
+    alone = recipe(x, aware).materialize()
+    np.testing.assert_array_equal(together.materialize(), jnp.stack([alone, alone]))

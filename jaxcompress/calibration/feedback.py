@@ -190,8 +190,11 @@ def each_slice(function: Callable[..., Any], *arrays: Any, trailing: int = 2) ->
     """`function` of every slice over the stack axes, one at a time; traceable.
 
     Every array is `[..., a, b]` with the same stack axes; so is every array returned.
-    One at a time, because a factor of a whole stack at once would fill the memory.
+    One at a time, because a factor of a whole stack at once would fill the memory; also
+    under `vmap`, which would batch float64 products outside the context that allows
+    them, and so round them to float32.
     """
+    function = jax.custom_batching.sequential_vmap(function)
     stack = arrays[0].shape[:-trailing]
     if not stack:
         return function(*arrays)

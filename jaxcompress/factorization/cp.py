@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.calibration.feedback import float64
+from jaxcompress.calibration.feedback import each_slice, float64
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.factorization.svd import (
     Weighted,
@@ -15,7 +15,6 @@ from jaxcompress.factorization.svd import (
     check_damping,
     check_weights,
     multiply,
-    one_by_one,
     unwhiten,
 )
 from jaxcompress.factorization.tucker import (
@@ -154,7 +153,7 @@ def cp(
         tolerance=tolerance,
         ridge=ridge,
     )
-    return CP(one_by_one(one, x, second, cross), inputs)
+    return CP(each_slice(one, x, second, cross), inputs)
 
 
 def column_products(factors: list[jax.Array]) -> jax.Array:

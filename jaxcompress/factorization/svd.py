@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -160,7 +160,7 @@ def svd(
         check_count("svd", "power_iterations", power_iterations, 100, least=0)
         sketch = Sketch(oversampling, power_iterations, seed)
     one = functools.partial(_factors, rank=rank, damping=damping, sketch=sketch)
-    left, right = one_by_one(one, x, second, cross)
+    left, right = each_slice(one, x, second, cross)
     return LowRank(left, right)
 
 
@@ -229,15 +229,6 @@ def whiten(
 def unwhiten(factor: jax.Array, x: jax.Array) -> jax.Array:
     """`factor^-T x`: back from the coordinates of `whiten`, `[inputs, *]`."""
     return jax.scipy.linalg.solve_triangular(factor, x, lower=True, trans=1)
-
-
-def one_by_one(function: Callable[..., Any], *arrays: jax.Array | None) -> Any:
-    """`function` of every slice over the stack axes, and over those of a `vmap`.
-
-    Under `vmap` too, because batching a product in float64 happens outside the context
-    that allows it, and would round it to float32.
-    """
-    return each_slice(jax.custom_batching.sequential_vmap(function), *arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "damping", "sketch"))
@@ -330,7 +321,7 @@ def _energies(
             values = jnp.linalg.eigvalsh(wide @ wide.T)[::-1]
             return (jnp.maximum(values, 0) * unit).astype(jnp.float32)
 
-    return one_by_one(one, x, second, cross)
+    return each_slice(one, x, second, cross)
 
 
 def _rank_of_energy(

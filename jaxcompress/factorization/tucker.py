@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.feedback import float64
+from jaxcompress.calibration.feedback import each_slice, float64
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.factorization.svd import (
     Statistics,
@@ -16,7 +16,6 @@ from jaxcompress.factorization.svd import (
     check_count,
     check_damping,
     check_weights,
-    one_by_one,
     statistics,
     unwhiten,
     whiten,
@@ -136,7 +135,7 @@ def tucker(
         sweeps=sweeps,
         damping=damping,
     )
-    core, factors = one_by_one(one, x, second, cross)
+    core, factors = each_slice(one, x, second, cross)
     return Tucker(core, factors, inputs)
 
 
