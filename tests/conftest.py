@@ -1,6 +1,14 @@
-"""Strict JAX for every test: two fake devices, no silent rank promotion."""
+"""Strict JAX for every test: two fake devices, no silent rank promotion.
 
+Each file has a budget of processor time, compilation included; files over it are named
+at the end of a run.
+"""
+
+import collections
 import os
+import time
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
@@ -10,3 +18,24 @@ if "host_platform_device_count" not in flags:
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+BUDGET = 60.0  # processor seconds per file, on both cores together
+spent = collections.Counter()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    start = time.process_time()
+    try:
+        return (yield)
+    finally:
+        spent[item.path.name] += time.process_time() - start
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, seconds in spent.most_common():
+        if seconds > BUDGET:
+            terminalreporter.write_line(
+                f"{name}: {seconds:.0f} s of processor time, over its budget of "
+                f"{BUDGET:.0f} s"
+            )
