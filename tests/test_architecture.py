@@ -35,6 +35,7 @@ PLACES = {
     "gguf": ["models"],
     "huggingface_hub": ["models"],
     "safetensors": ["storage", "models"],
+    "zstandard": ["entropy/planes"],
     "rich": ["reporting", "evaluation", "calibration", "cli", "demo", "models"],
     "flax": [
         "tree/leaves",
