@@ -21,6 +21,8 @@ from jaxcompress.factorization.svd import LowRank
 from jaxcompress.factorization.svd import svd
 from jaxcompress.factorization.tucker import Tucker
 from jaxcompress.factorization.tucker import tucker
+from jaxcompress.pruning.groups import Group
+from jaxcompress.pruning.groups import choose_units
 from jaxcompress.pruning.masks import apply_masks
 from jaxcompress.pruning.masks import make_masks
 from jaxcompress.pruning.masks import masks_of
@@ -32,6 +34,8 @@ from jaxcompress.pruning.scores import taylor_scores
 from jaxcompress.pruning.scores import wanda
 from jaxcompress.pruning.scores import wanda_scores
 from jaxcompress.pruning.sparse import Sparse
+from jaxcompress.pruning.structured import remove_units
+from jaxcompress.pruning.unit_scores import score_units
 from jaxcompress.quantization.grids import Quantized
 from jaxcompress.quantization.learned import learned
 from jaxcompress.quantization.mixed import mixed_channels
