@@ -64,7 +64,7 @@ def allocate(curves: Sequence[Curve], limit: int) -> list[int]:
 
 
 def _largest_saving(curve: Curve, pick: int, left: int) -> tuple[float, int]:
-    """How much loss the largest size that `left` still pays for saves, and its index."""
+    """What the largest size that `left` still pays for saves, and its index."""
     reach = curve.costs[pick] + left
     index = int(np.searchsorted(curve.costs, reach, side="right")) - 1
     return float(curve.losses[pick] - curve.losses[index]), index

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.quantization.awq import Scaled
 from jaxcompress.quantization.grids import Quantized
 from jaxcompress.quantization.latent import Latent, latent, settled
 from jaxcompress.tree.leaves import (
@@ -127,6 +128,9 @@ def _originals(original: jax.Array, small: Leaf) -> dict[str, Any]:
         count = small.kept.shape[small.axis]
         kept, rest = jnp.split(parts, [count], axis=small.axis)
         return {"kept": kept, "rest": rest}
+    if isinstance(small, Scaled):
+        factors = dense(small.factors).astype(jnp.float32)
+        return {"weight": original.astype(jnp.float32) / factors[..., :, None]}
     if isinstance(small, Sum):
         # Only of terms that are quantized; an array among them trains as it is.
         values = [dense(term).astype(jnp.float32) for term in small.terms]

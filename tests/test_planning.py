@@ -249,7 +249,7 @@ def test_bad_plans_say_what_to_do(params, options, message):
 
 def test_bad_weights_losses_and_traces_are_refused(params):
     bad = {"a": {"kernel": params["a"]["kernel"].at[0, 0].set(jnp.nan)}}
-    with pytest.raises(ValueError, match="^a/kernel: 1 of 8192 weights are NaN"):
+    with pytest.raises(ValueError, match=r"^a/kernel: 1 of 8192 weights are NaN"):
         jc.plan_bits(bad, budget=0.5, candidates=CANDIDATES[:1])
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"^a/kernel: the loss is .* nan"):

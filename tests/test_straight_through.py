@@ -89,6 +89,10 @@ KERNEL = jnp.asarray(weights(64, 96), jnp.float32)
 STACK = jnp.asarray(weights(2, 96, 64), jnp.float32)
 PARAMS = {"a": {"kernel": KERNEL, "bias": jnp.ones(96)}, "b": {"kernel": STACK}}
 LAYOUT = {"b/kernel": jc.Layout((0,), (2,), (1,))}  # stored as [layers, out, in]
+MOMENTS = {
+    "a/kernel": jc.moments_from_covariance(jnp.diag(jnp.linspace(0.1, 5, 64))),
+    "b/kernel": jc.moments_from_covariance(jnp.stack([jnp.eye(64), 2 * jnp.eye(64)])),
+}
 OUTLIERS = jnp.where(jnp.abs(KERNEL) > 0.3, KERNEL, 0)
 
 
@@ -107,17 +111,25 @@ RECIPES = {
     "mixed": "mixed_channels(bits=2, keep=4, kept_bits=4)",
     "mixed outputs": "mixed_channels(bits=2, keep=4, axis='outputs')",
     "factors": jc.chain("svd(rank=32)", "symmetric(bits=4)"),
+    "affine": "hqq(bits=2, block=32)",
+    "scaled": jc.chain([("a/kernel", "awq(bits=3, block=16)")]),
+    "nested scales": "nvfp4()",
+    "floating point": "fp8()",
     "coded": jc.chain("symmetric(bits=3)", "entropy_code()", "code_floats()"),
 }
 
 
 @functools.cache
 def both(name):
-    compress = functools.partial(jc.compress, recipe=RECIPES[name], layout=LAYOUT)
-    start = jc.straight_through(compress)
-    if name == "coded":
-        return compress(PARAMS), start(PARAMS)
-    return jax.jit(compress)(PARAMS), jax.jit(start)(PARAMS)
+    compress = functools.partial(
+        jc.compress, recipe=RECIPES[name], moments=MOMENTS, layout=LAYOUT
+    )
+
+    def make(params):
+        small = compress(params)
+        return small, jc.straight_through(lambda _: small)(params)
+
+    return make(PARAMS) if name == "coded" else jax.jit(make)(PARAMS)
 
 
 def latents(tree):
@@ -136,7 +148,11 @@ def test_a_latent_weight_reads_as_its_quantized_one_bit_for_bit(name):
     if name != "coded":  # whose codes come back packed
         chex.assert_trees_all_equal(settled, small)
     trainable, frozen = jc.partition(tree)
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(trainable))
+    floats = jax.tree.leaves(trainable)
+    assert all(x.dtype in (jnp.float32, jnp.bfloat16) for x in floats)
+    assert all(
+        x.weight.dtype == x.steps.scale.dtype == "float32" for x in latents(tree)
+    )
     chex.assert_trees_all_equal(jc.combine(trainable, frozen), tree)
 
 

@@ -1,5 +1,6 @@
 """`Latent`: a weight in training that is read as it would be quantized."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,7 +20,8 @@ from jaxcompress.quantization.grids import (
     spread,
 )
 from jaxcompress.quantization.nearest import block_sizes, store_step
-from jaxcompress.tree.leaves import Leaf, dense, leaf, static
+from jaxcompress.tree.leaves import Leaf, dense, is_leaf, leaf, static
+from jaxcompress.tree.paths import is_float
 
 HUGE = 1e30  # what a grid encodes by its last code, on either side
 
@@ -34,8 +36,10 @@ class Latent(Leaf):
 
     Args:
       weight: `[..., inputs, outputs]`; trains.
-      scale: `[..., blocks, outputs]`, as in `Quantized`; trains.
-      zero_point: unsigned integers of the same shape, or None; frozen.
+      scale: `[..., blocks, outputs]`, as in `Quantized`; trains, unless it is itself
+        quantized.
+      zero_point: of the same shape, or None; trains where it is a real number, and is
+        frozen where it is an integer.
       negative_scale: scale of the negative side, or None; trains.
       grid, bits, block, kind: as in `Quantized`.
       scale_dtype: name of the dtype of the stored steps.
@@ -64,13 +68,16 @@ class Latent(Leaf):
         """The steps as they will be stored, float32; gradients pass as if unrounded."""
 
         def stored(scale: Any) -> Any:
-            if scale is None:
-                return None
+            if scale is None or is_leaf(scale):
+                return jax.lax.stop_gradient(dense(scale))
             size = jnp.abs(scale)
             kept = straight(functools.partial(store_step, dtype=self.scale_dtype), size)
             return jnp.where(scale < 0, -kept, kept)
 
-        return Steps(stored(self.scale), self.zero_point, stored(self.negative_scale))
+        zero = self.zero_point
+        if zero is not None and is_float(zero):
+            zero = straight(lambda z: _held(z, self.scale_dtype), zero)
+        return Steps(stored(self.scale), zero, stored(self.negative_scale))
 
     def materialize(self) -> jax.Array:
         values = quantize_through(
@@ -99,7 +106,7 @@ def latent(small: Quantized, original: jax.Array | None = None) -> Latent:
         weight = jnp.where(same, exact, weight)
     return Latent(
         weight=weight,
-        scale=steps.scale,
+        scale=small.scale if _is_nested(small.scale) else steps.scale,
         zero_point=steps.zero_point,
         negative_scale=steps.negative_scale,
         grid=small.grid,
@@ -112,16 +119,28 @@ def latent(small: Quantized, original: jax.Array | None = None) -> Latent:
 
 def settled(x: Latent) -> Quantized:
     """The quantized leaf of the same values: codes of the weight as it is now."""
-    wide = spread(x.steps, x.block, x.shape[-2])
-    return quantized(
+    steps = x.steps
+    wide = spread(steps, x.block, x.shape[-2])
+    small = quantized(
         encode(x.weight, wide, grid=x.grid, bits=x.bits),
-        x.steps,
+        steps,
         grid=x.grid,
         bits=x.bits,
         block=x.block,
         dtype=x.kind,
         scale_dtype=x.scale_dtype,
     )
+    return dataclasses.replace(small, scale=x.scale) if is_leaf(x.scale) else small
+
+
+def _is_nested(scale: Any) -> bool:
+    """Whether steps are quantized themselves, as those of MXFP4 and NVFP4 are."""
+    return isinstance(scale, Leaf) and not scale.lossless
+
+
+def _held(x: jax.Array, dtype: str) -> jax.Array:
+    """float32 numbers as `dtype` holds them, still float32."""
+    return round_to(x, dtype).astype(dtype).astype(jnp.float32)
 
 
 def straight(function: Any, x: jax.Array) -> jax.Array:
@@ -136,10 +155,10 @@ def quantize_through(
     """The nearest grid values, with gradients for the weights and what stretches them.
 
     With `v = x / scale` and `q(v)` the level it is rounded to, inside the grid's range
-    `d value / d x = 1` and `d value / d scale = q(v) - v`; where x is clipped they are 0
-    and `q(v)`. The gradient of a scale is multiplied by `1 / sqrt(count * highest)`:
-    the number of weights that share it and the highest level of its side. A zero point
-    (a float here) shifts the values that are clipped: `-scale` there, else 0.
+    `d value / d x` is 1 and `d value / d scale` is `q(v) - v`; where x is clipped they
+    are 0 and `q(v)`. The gradient of a scale is multiplied by `1 / sqrt(count *
+    highest)`: the number of weights that share it and the highest level of its side. A
+    zero point (here a float) moves the values that are clipped: `-scale` there, else 0.
 
     Args:
       x: float32 weights `[..., inputs, outputs]`; float64 stays so.
