@@ -32,7 +32,14 @@ from jaxcompress.pruning.scores import taylor_scores
 from jaxcompress.pruning.scores import wanda
 from jaxcompress.pruning.scores import wanda_scores
 from jaxcompress.pruning.sparse import Sparse
+from jaxcompress.quantization.awq import Scaled
+from jaxcompress.quantization.awq import awq
+from jaxcompress.quantization.formats import fp8
+from jaxcompress.quantization.formats import mxfp4
+from jaxcompress.quantization.formats import nf4
+from jaxcompress.quantization.formats import nvfp4
 from jaxcompress.quantization.grids import Quantized
+from jaxcompress.quantization.hqq import hqq
 from jaxcompress.quantization.learned import learned
 from jaxcompress.quantization.mixed import mixed_channels
 from jaxcompress.quantization.nearest import asymmetric
