@@ -39,6 +39,7 @@ from jaxcompress.quantization.nearest import asymmetric
 from jaxcompress.quantization.nearest import sign_split
 from jaxcompress.quantization.nearest import symmetric
 from jaxcompress.quantization.second_order import gptq
+from jaxcompress.running.fast import fast
 from jaxcompress.running.streaming import streaming
 from jaxcompress.storage.container import load
 from jaxcompress.storage.container import open

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,7 +12,17 @@ import numpy as np
 
 from jaxcompress.calibration.feedback import damped, each_slice, float64
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.tree.leaves import Leaf, dense, leaf, take_columns
+from jaxcompress.tree.leaves import (
+    Arithmetic,
+    Convolution,
+    Leaf,
+    contract,
+    dense,
+    dense_cost,
+    leaf,
+    product_cost,
+    take_columns,
+)
 from jaxcompress.tree.methods import method
 
 LARGE = 2048  # smaller sides get the exact decomposition unless told otherwise
@@ -61,6 +72,34 @@ class LowRank(Leaf):
 
     def materialize(self) -> jax.Array:
         return multiply(dense(self.left), dense(self.right))
+
+    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """Two thin products, unless making the array first takes fewer operations."""
+        rows = math.prod(x.shape[:-1])
+        if self._cost_apart(rows) > super().product_cost(rows):
+            return super().contract(x, how)
+        inner = contract(x, self.left, how).astype(x.dtype)
+        return contract(inner, self.right, how)
+
+    def convolve(
+        self, x: jax.Array, convolution: Convolution, window: tuple[int, ...], how: Any
+    ) -> jax.Array:
+        """A convolution with fewer features, and a product at each of its places."""
+        inputs, outputs = self.shape
+        if self.rank * (inputs + outputs) > inputs * outputs:
+            return super().convolve(x, convolution, window, how)
+        inner = convolution(x, self.left)
+        return contract(inner, self.right, how).astype(x.dtype)
+
+    def _cost_apart(self, rows: int) -> int:
+        return product_cost(self.left, rows) + product_cost(self.right, rows)
+
+    def product_cost(self, rows: int) -> int:
+        return min(self._cost_apart(rows), super().product_cost(rows))
+
+    def dense_cost(self) -> int:
+        inside = dense_cost(self.left) + dense_cost(self.right)
+        return inside + self.rank * math.prod(self.shape[-2:])
 
     def take_columns(self, indices: jax.Array) -> jax.Array:
         """`materialize()[:, indices]` of a 2-D leaf, from those columns of `right`."""
