@@ -554,6 +554,8 @@ def test_integer_products_are_what_the_definition_says(method):
         "asymmetric(bits=4, block=16)",
         "symmetric(bits=1)",
         "sign_split(bits=(3, 3))",
+        "nf4(block=None)",
+        "fp8()",
         "mixed_channels(bits=4, keep=2)",
     ],
 )
@@ -644,6 +646,19 @@ def test_auto_takes_integers_only_where_they_are_faster(monkeypatch):
     monkeypatch.setattr(products.jax, "__version__", "0.10.2")
     monkeypatch.setattr(products.jax, "default_backend", lambda: "tpu")
     assert not products.integers_pay(64)
+
+
+def test_scaled_rows_scale_the_inputs_of_an_integer_product():
+    model, x = nn.Dense(12), random(5, 24)
+    params = model.init(jax.random.key(0), x)["params"]
+    moments = {"kernel": jc.moments_from_covariance(jnp.diag(jnp.arange(1.0, 25)))}
+    small = jc.compress(params, [("kernel", "awq(bits=8, candidates=4)")], moments)
+    want = applied(model)(materialize(small), x)
+    np.testing.assert_allclose(applied(model, jc.fast)(small, x), want, atol=1e-5)
+    run = applied(model, jc.fast, activations="int8")
+    error = np.abs(run(small, x) - want).max()
+    assert 0 < error < 0.02 * np.abs(want).max()
+    assert "preferred_element_type=int32" in str(jax.make_jaxpr(run)(small, x))
 
 
 def test_sums_too_long_for_32_bits_are_dequantized():

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 
 from jaxcompress.calibration.feedback import each_slice, float64
 from jaxcompress.calibration.moments import Moments
+from jaxcompress.factorization.low_rank import LowRank, multiply
 from jaxcompress.factorization.svd import (
-    LowRank,
     Weighted,
     check_count,
     check_damping,
     check_weights,
-    multiply,
     unwhiten,
 )
 from jaxcompress.factorization.tucker import (
