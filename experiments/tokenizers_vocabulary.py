@@ -1,10 +1,10 @@
 """What does a vocabulary cost, in bits per byte of text and in bytes of the model?
 
-Small models that differ only in their tokenizer (kind and size) learn the sources of the
-standard library with the same number of floating-point operations: a larger vocabulary
-sees fewer tokens. Held-out files are scored in bits per byte, which do not depend on the
-tokenizer. One JSON line per model is appended as it is finished, and lines that are
-there are not computed again:
+Small models that differ only in their tokenizer (kind and size) learn the sources of
+the standard library with the same number of floating-point operations: a larger
+vocabulary sees fewer tokens. Held-out files are scored in bits per byte, which do not
+depend on the tokenizer. One JSON line per model is appended as it is finished, and
+lines that are there are not computed again:
 
     python experiments/tokenizers_vocabulary.py
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from train_reference import Config as Training
 from train_reference import (
     batch_at,
     commit,
@@ -31,7 +32,6 @@ from train_reference import (
     sha256,
     split,
 )
-from train_reference import Config as Training
 
 import jaxcompress as jc
 from jaxcompress import reporting
