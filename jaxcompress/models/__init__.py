@@ -5,6 +5,7 @@ from jaxcompress.models.huggingface import export_huggingface
 from jaxcompress.models.loading import load
 from jaxcompress.models.saved import save_model
 from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
+from jaxcompress.models.vocabulary import trim_vocabulary
 
 __all__ = [
     "Transformer",
@@ -13,5 +14,6 @@ __all__ = [
     "load",
     "save_model",
     "stack_layers",
+    "trim_vocabulary",
     "unstack_layers",
 ]
