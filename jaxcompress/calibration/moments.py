@@ -96,6 +96,18 @@ class Moments:
                 changed[name] = _matmul(left, wide)
         return dataclasses.replace(self, **changed)
 
+    def stretch(self, factors: jax.Array) -> "Moments":
+        """The moments of `x * factors`, for factors `[..., inputs]`."""
+        wide = factors.astype(jnp.promote_types(factors.dtype, jnp.float32))
+        changed: dict[str, Any] = {}
+        if self.mean is not None:
+            changed["mean"] = self.mean * wide
+        for name in ("second", "drifted", "cross"):
+            matrix = getattr(self, name)
+            if matrix is not None:
+                changed[name] = matrix * wide[..., :, None] * wide[..., None, :]
+        return dataclasses.replace(self, **changed)
+
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

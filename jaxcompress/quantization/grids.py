@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.entropy.integers import Packed, pack
+from jaxcompress.quantization.levels import LEVELS
 from jaxcompress.tree.leaves import Leaf, dense, leaf, static, take_columns
 
 Block = int | str | None  # inputs per step; None: all of one output; "tensor": all
@@ -23,7 +24,8 @@ class Steps(NamedTuple):
     """What a grid is stretched by, float32 but for the integer zero point.
 
     `scale` is the distance of neighbouring values, on the positive side only where
-    there is a `negative_scale`; `zero_point` is the code that stands for zero.
+    there is a `negative_scale`, or what the levels of a format are multiplied by;
+    `zero_point` is the code that stands for zero, a real number on the affine grid.
     """
 
     scale: jax.Array
@@ -80,6 +82,25 @@ def _decode_sign_split(
     return codes.astype(jnp.float32) * scale
 
 
+def _encode_affine(x: jax.Array, steps: Steps, bits: int) -> jax.Array:
+    return jnp.clip(jnp.round(x / steps.scale + steps.zero_point), 0, 2**bits - 1)
+
+
+def _decode_affine(codes: jax.Array, steps: Steps, bits: int) -> jax.Array:
+    del bits
+    return (codes.astype(jnp.float32) - steps.zero_point) * steps.scale
+
+
+def _level_grid(name: str) -> Grid:
+    """The grid of a format's levels; its `bits` are those of the format."""
+    levels = LEVELS[name]
+    return Grid(
+        lambda x, steps, bits: levels.encode(x / steps.scale),
+        lambda codes, steps, bits: levels.decode(codes) * steps.scale,
+        lambda bits: levels.bits,
+    )
+
+
 def _sign_split_width(bits: tuple[int, int]) -> int:
     return (2 ** bits[0] + 2 ** bits[1] - 2).bit_length()
 
@@ -88,6 +109,8 @@ GRIDS: dict[str, Grid] = {
     "symmetric": Grid(_encode_symmetric, _decode_symmetric, int),
     "asymmetric": Grid(_encode_asymmetric, _decode_asymmetric, int),
     "sign_split": Grid(_encode_sign_split, _decode_sign_split, _sign_split_width),
+    "affine": Grid(_encode_affine, _decode_affine, int),
+    **{name: _level_grid(name) for name in LEVELS},
 }
 
 
@@ -133,8 +156,9 @@ class Quantized(Leaf):
 
     Args:
       codes: `Packed`, or another leaf or array of integers, `[..., inputs, outputs]`.
-      scale: floating point; its sign may be negative. Read as float32.
-      zero_point: integers of the same shape, or None.
+      scale: floating point, or a leaf that stands for such an array; its sign may be
+        negative. Read as float32.
+      zero_point: integers of the same shape (affine: floating point), or None.
       negative_scale: scale of the negative side, or None.
       grid: a name in `GRIDS`.
       bits: per code; for `sign_split` those of the two sides.
@@ -167,6 +191,8 @@ class Quantized(Leaf):
         )
         if negative is not None:
             negative = negative.astype(jnp.float32)
+        if zero is not None and self.grid == "affine":
+            zero = zero.astype(jnp.float32)
         return Steps(scale.astype(jnp.float32), zero, negative)
 
     def materialize(self) -> jax.Array:
@@ -226,7 +252,9 @@ def quantized(
                 f"{block!r} need {shape}"
             )
     zero, negative = steps.zero_point, steps.negative_scale
-    if zero is not None:
+    if zero is not None and grid == "affine":
+        zero = zero.astype(scale_dtype)
+    elif zero is not None:
         zero = zero.astype(jnp.uint8)
         smaller = pack(zero, width)
         zero = smaller if smaller.packed.size < zero.size else zero

@@ -66,7 +66,7 @@ def symmetric(
     """
     del moments
     check_bits("symmetric", bits, 8)
-    _check(x, "symmetric", block, scale_dtype)
+    check_weights(x, "symmetric", block, scale_dtype)
     return _nearest(x, "symmetric", bits, block, full_range, search, scale_dtype)
 
 
@@ -89,7 +89,7 @@ def asymmetric(
     """
     del moments
     check_bits("asymmetric", bits, 8)
-    _check(x, "asymmetric", block, scale_dtype)
+    check_weights(x, "asymmetric", block, scale_dtype)
     return _nearest(x, "asymmetric", bits, block, False, search, scale_dtype)
 
 
@@ -127,7 +127,7 @@ def sign_split(
         )
     for side in bits:
         check_bits("sign_split", side, 7)
-    _check(x, "sign_split", block, scale_dtype)
+    check_weights(x, "sign_split", block, scale_dtype)
     return _nearest(x, "sign_split", tuple(bits), block, False, search, scale_dtype)
 
 
@@ -137,7 +137,7 @@ def check_bits(name: str, bits: Any, most: int) -> None:
         raise ValueError(f"{name} takes an integer of 1 to {most} bits, not {bits!r}")
 
 
-def _check(x: jax.Array, name: str, block: Block, scale_dtype: str) -> None:
+def check_weights(x: jax.Array, name: str, block: Block, scale_dtype: str) -> None:
     whole = isinstance(block, int) and not isinstance(block, bool) and block >= 1
     if not (whole or block is None or block == "tensor"):
         raise ValueError(
@@ -208,7 +208,7 @@ def _symmetric_steps(
 
     if not search:
         return steps(1)
-    return steps(_best_factor(blocks, steps, "symmetric", bits))
+    return steps(best_factor(blocks, steps, "symmetric", bits))
 
 
 def _asymmetric_steps(
@@ -224,7 +224,7 @@ def _asymmetric_steps(
 
     if not search:
         return steps(1)
-    return steps(_best_factor(blocks, steps, "asymmetric", bits))
+    return steps(best_factor(blocks, steps, "asymmetric", bits))
 
 
 def _side_step(
@@ -239,7 +239,7 @@ def _side_step(
 
     if not search:
         return steps(1).scale
-    best = _best_factor(magnitudes, steps, "sign_split", (bits, 1))
+    best = best_factor(magnitudes, steps, "sign_split", (bits, 1))
     return steps(best).scale
 
 
@@ -249,7 +249,7 @@ def _ends(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, jnp.min(blocks, axis=-2, initial=0)
 
 
-def _best_factor(
+def best_factor(
     blocks: jax.Array, steps: Callable[[Any], Steps], grid: str, bits: Any
 ) -> jax.Array:
     """The factor of least squared error per block; 1 where none is better.

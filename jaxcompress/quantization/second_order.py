@@ -1,5 +1,6 @@
 """Quantization with error feedback: codes that least change the layer's output."""
 
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -14,13 +15,15 @@ from jaxcompress.calibration.feedback import (
     inverse_factor,
 )
 from jaxcompress.calibration.moments import Moments, require
+from jaxcompress.entropy.packing import pack
+from jaxcompress.quantization.formats import FORMATS, to_format
 from jaxcompress.quantization.grids import (
+    GRIDS,
     Block,
     Quantized,
     Steps,
     decode,
     encode,
-    quantized,
     spread,
 )
 from jaxcompress.quantization.nearest import asymmetric, sign_split, symmetric
@@ -34,9 +37,18 @@ def gptq(
     x: jax.Array,
     moments: Moments | None = None,
     *,
-    bits: Any,
+    bits: Any = None,
     block: Block = None,
-    grid: Literal["symmetric", "asymmetric", "sign_split"] = "symmetric",
+    grid: Literal[
+        "symmetric",
+        "asymmetric",
+        "sign_split",
+        "nf4",
+        "e4m3",
+        "e5m2",
+        "mxfp4",
+        "nvfp4",
+    ] = "symmetric",
     search: bool = True,
     order: Literal["activation", "natural"] = "activation",
     damping: float = 0.01,
@@ -54,9 +66,10 @@ def gptq(
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
       moments: of the inputs; `second`, or `drifted` and `cross`.
-      bits: as the grid's nearest method takes them.
-      block: inputs that share a step; None: all; "tensor": the matrix.
-      grid: the method whose steps and codes are used.
+      bits: as the grid's nearest method takes them; a number format has its own.
+      block: inputs that share a step; None: all, or the format's own; "tensor": the
+        matrix.
+      grid: the method or number format whose steps and codes are used.
       search: steps of least squared error; False: from the maximum.
       order: "activation" does the inputs of largest second moment first; "natural" as
         they stand. The stored order is always natural.
@@ -69,32 +82,37 @@ def gptq(
     Source: Frantar et al. 2022 (arXiv 2210.17323); the corrected target as in GPTAQ
     and Qronos (arXiv 2505.11695).
     """
-    if grid not in NEAREST:
-        raise ValueError(f"gptq takes grid={' or '.join(NEAREST)}, not {grid!r}")
     if order not in ("activation", "natural"):
         raise ValueError(f"gptq takes order='activation' or 'natural', not {order!r}")
     if not 0 < damping < 1:
         raise ValueError(f"gptq takes a damping between 0 and 1, not {damping!r}")
     second, cross = _statistics(x, moments)
-    start = NEAREST[grid](
-        x, bits=bits, block=block, search=search, scale_dtype=scale_dtype
-    )
-    wide = spread(start.steps, block, x.shape[-2])
+    start = _start(x, grid, bits, block=block, search=search, scale_dtype=scale_dtype)
+    wide = spread(start.steps, start.block, x.shape[-2])
     wide = jax.tree.map(lambda s: jnp.broadcast_to(s, x.shape), wide)
     one = functools.partial(
-        _feed_codes, grid=grid, bits=start.bits, order=order, damping=damping
+        _feed_codes, grid=start.grid, bits=start.bits, order=order, damping=damping
     )
     target = x.astype(jnp.float32)
     codes = each_slice(one, target, second, cross, wide)
-    return quantized(
-        codes,
-        start.steps,
-        grid=grid,
-        bits=start.bits,
-        block=block,
-        dtype=x.dtype,
-        scale_dtype=scale_dtype,
-    )
+    width = GRIDS[start.grid].width(start.bits)
+    return dataclasses.replace(start, codes=pack(codes, width))
+
+
+def _start(x: jax.Array, grid: str, bits: Any, **options: Any) -> Quantized:
+    """The leaf of rounding to nearest, whose steps are kept."""
+    if grid in NEAREST:
+        return NEAREST[grid](x, bits=bits, **options)
+    if grid not in FORMATS:
+        known = " or ".join((*NEAREST, *FORMATS))
+        raise ValueError(f"gptq takes grid={known}, not {grid!r}")
+    start = to_format(x, grid, **options)
+    if bits not in (None, start.bits):
+        raise ValueError(
+            f"{grid} has codes of {start.bits} bits, not of {bits!r}; leave bits out, "
+            "or take an integer grid"
+        )
+    return start
 
 
 def _statistics(x: jax.Array, moments: Any) -> tuple[jax.Array, jax.Array | None]:

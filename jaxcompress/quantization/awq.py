@@ -1,0 +1,160 @@
+"""Activation-aware scaling: rows that large inputs meet are rounded more finely."""
+
+import functools
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.calibration.feedback import each_slice, layer_loss
+from jaxcompress.calibration.moments import Moments, require
+from jaxcompress.quantization.grids import Block, Steps, quantized, round_to
+from jaxcompress.quantization.nearest import asymmetric, store_step, symmetric
+from jaxcompress.tree.leaves import Leaf, dense, leaf, static
+from jaxcompress.tree.methods import method
+
+NEAREST = {"symmetric": symmetric, "asymmetric": asymmetric}
+SMALLEST = 1e-4  # of the largest root mean square; a dead input counts as that
+
+
+@leaf
+class Scaled(Leaf):
+    """A weight whose rows are each multiplied by a factor of their own.
+
+    Invariant: `weight` is a float32 weight `[..., inputs, outputs]` of any leaf type,
+    `factors` are floating point, `[..., inputs]`, above zero. `kind` names the dtype of
+    the product.
+    """
+
+    weight: Any
+    factors: Any
+    kind: str = static()
+
+    weights: ClassVar[tuple[str, ...]] = ("weight",)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.kind)
+
+    def inner_moments(self, field: str, moments: Any) -> Any:
+        """Those of the inputs times the factors."""
+        del field
+        return moments.stretch(dense(self.factors))
+
+    def materialize(self) -> jax.Array:
+        factors = dense(self.factors).astype(jnp.float32)
+        product = dense(self.weight) * factors[..., :, None]
+        return round_to(product, self.kind).astype(self.kind)
+
+
+@method()
+def awq(
+    x: jax.Array,
+    moments: Moments | None = None,
+    *,
+    bits: int,
+    block: Block = None,
+    grid: Literal["symmetric", "asymmetric"] = "asymmetric",
+    candidates: int = 20,
+    search: bool = True,
+    scale_dtype: str = "bfloat16",
+) -> Scaled:
+    """Rounds to nearest after scaling each input row by a power of its inputs' size.
+
+    Row j is multiplied by `s_j = rms_j^a`, rounded, and divided by `s_j` again when it
+    is used: the errors of rows that large inputs meet shrink by `s_j`. The exponent is
+    the one of `candidates` even ones from 0 of least expected squared change of the
+    layer's output; 0 is rounding to nearest, so the output is never worse than that.
+    The factors `1 / s_j` stand beside the codes, `16 / outputs` bits per weight,
+    instead of being folded into the layer before: any layer may precede, and it stays
+    untouched.
+
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`.
+      moments: of the inputs, `second`.
+      bits: as the grid's nearest method takes them.
+      block: inputs that share a step; None: all; "tensor": the matrix.
+      grid: "asymmetric" (zero point) or "symmetric".
+      candidates: exponents to try.
+      search: try each exponent also with the steps of least squared weight error.
+      scale_dtype: of the stored steps and factors.
+
+    Raises:
+      ValueError: no moments, moments that do not fit, an option out of range.
+
+    Source: Lin et al. 2023, "AWQ" (arXiv 2306.00978, section 3.2), with the root mean
+    square in place of the mean magnitude, and the full second moment in the error.
+    """
+    if grid not in NEAREST:
+        raise ValueError(f"awq takes grid={' or '.join(NEAREST)}, not {grid!r}")
+    if isinstance(candidates, bool) or not isinstance(candidates, int):
+        raise ValueError(f"awq takes a number of candidates, not {candidates!r}")
+    if candidates < 1:
+        raise ValueError(f"awq takes 1 or more candidates, not {candidates}")
+    second = require(moments, x, "awq").second
+    one = functools.partial(
+        _best_scaling,
+        grid=grid,
+        bits=bits,
+        block=block,
+        candidates=candidates,
+        searches=(False, True) if search else (False,),
+        scale_dtype=scale_dtype,
+    )
+    codes, steps, factors = each_slice(one, x.astype(jnp.float32), second)
+    weight = quantized(
+        codes,
+        steps,
+        grid=grid,
+        bits=bits,
+        block=block,
+        dtype=jnp.float32,
+        scale_dtype=scale_dtype,
+    )
+    factors = factors[..., 0, :].astype(scale_dtype)
+    return Scaled(weight, factors, kind=jnp.dtype(x.dtype).name)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("grid", "bits", "block", "candidates", "searches", "scale_dtype"),
+)
+def _best_scaling(
+    x: jax.Array,
+    second: jax.Array,
+    *,
+    grid: str,
+    bits: int,
+    block: Block,
+    candidates: int,
+    searches: tuple[bool, ...],
+    scale_dtype: str,
+) -> tuple[jax.Array, Steps, jax.Array]:
+    """Codes, steps and factors `[1, inputs]` of least output error, of one slice."""
+    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(second), 0))
+    largest = jnp.max(norms)
+    norms = jnp.where(largest > 0, jnp.maximum(norms, SMALLEST * largest), 1)
+    # Around 1, so that steps keep their size.
+    logs = jnp.log(norms) - jnp.mean(jnp.log(norms))
+    options = {"bits": bits, "block": block, "scale_dtype": scale_dtype}
+
+    def scaled(exponent: jax.Array, search: bool) -> tuple[jax.Array, Any]:
+        factors = store_step(jnp.exp(-exponent * logs), dtype=scale_dtype)[:, None]
+        leaf = NEAREST[grid](x / factors, search=search, **options)
+        found = (dense(leaf.codes), leaf.steps, factors.T)
+        return layer_loss(x, leaf.materialize() * factors, second), found
+
+    def better(best: tuple, exponent: jax.Array) -> tuple[tuple, None]:
+        for search in searches:
+            new = scaled(exponent, search)
+            wins = new[0] < best[0]
+            best = jax.tree.map(lambda a, b, w=wins: jnp.where(w, a, b), new, best)
+        return best, None
+
+    exponents = jnp.arange(candidates, dtype=jnp.float32) / candidates
+    (_, found), _ = jax.lax.scan(better, scaled(exponents[0], False), exponents)
+    return found
