@@ -3,6 +3,7 @@
 from jaxcompress import models
 from jaxcompress import optimizers
 from jaxcompress import tokenization
+from jaxcompress.calibration.blocks import compress_blockwise
 from jaxcompress.calibration.collect import collect_moments
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.calibration.moments import moments_from_covariance
