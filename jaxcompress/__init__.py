@@ -22,6 +22,10 @@ from jaxcompress.factorization.svd import LowRank
 from jaxcompress.factorization.svd import svd
 from jaxcompress.factorization.tucker import Tucker
 from jaxcompress.factorization.tucker import tucker
+from jaxcompress.planning import measure_sensitivities
+from jaxcompress.planning import plan_bits
+from jaxcompress.pruning.groups import Group
+from jaxcompress.pruning.groups import choose_units
 from jaxcompress.pruning.masks import apply_masks
 from jaxcompress.pruning.masks import make_masks
 from jaxcompress.pruning.masks import masks_of
@@ -33,6 +37,8 @@ from jaxcompress.pruning.scores import taylor_scores
 from jaxcompress.pruning.scores import wanda
 from jaxcompress.pruning.scores import wanda_scores
 from jaxcompress.pruning.sparse import Sparse
+from jaxcompress.pruning.structured import remove_units
+from jaxcompress.pruning.unit_scores import score_units
 from jaxcompress.quantization.awq import Scaled
 from jaxcompress.quantization.awq import awq
 from jaxcompress.quantization.formats import fp8
@@ -41,6 +47,7 @@ from jaxcompress.quantization.formats import nf4
 from jaxcompress.quantization.formats import nvfp4
 from jaxcompress.quantization.grids import Quantized
 from jaxcompress.quantization.hqq import hqq
+from jaxcompress.quantization.latent import Latent
 from jaxcompress.quantization.learned import learned
 from jaxcompress.quantization.mixed import mixed_channels
 from jaxcompress.quantization.nearest import asymmetric
@@ -55,6 +62,8 @@ from jaxcompress.storage.container import verify
 from jaxcompress.storage.manifest import FileDamaged
 from jaxcompress.storage.orbax import restore_orbax
 from jaxcompress.storage.orbax import save_orbax
+from jaxcompress.straight_through import settle
+from jaxcompress.straight_through import straight_through
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaves import Leaf
 from jaxcompress.tree.leaves import Mixed

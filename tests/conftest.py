@@ -21,15 +21,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 BUDGET = 60.0  # processor seconds per file, on both cores together
 spent = collections.Counter()
+last = time.process_time()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    start = time.process_time()
-    try:
-        return (yield)
-    finally:
-        spent[item.path.name] += time.process_time() - start
+def pytest_runtest_makereport():
+    """Each report carries the processor time since the last one of its process."""
+    global last
+    report = yield
+    now = time.process_time()
+    report.processor_seconds, last = now - last, now
+    return report
+
+
+def pytest_runtest_logreport(report):
+    """Sums them up, where tests run in several processes too."""
+    spent[report.nodeid.split("::")[0]] += report.processor_seconds
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -39,3 +46,5 @@ def pytest_terminal_summary(terminalreporter):
                 f"{name}: {seconds:.0f} s of processor time, over its budget of "
                 f"{BUDGET:.0f} s"
             )
+    total = sum(spent.values())
+    terminalreporter.write_line(f"{total:.0f} s of processor time in all")

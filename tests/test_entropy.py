@@ -22,6 +22,15 @@ from jaxcompress.entropy.packing import packed_rows
 from jaxcompress.tree.leaves import Leaf, dense, static_fields
 
 RANDOM = np.random.default_rng(7)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Each test draws the same, whichever ran before it."""
+    global RANDOM
+    RANDOM = np.random.default_rng(7)
+
+
 decode = jax.jit(dense)
 
 

@@ -1,12 +1,15 @@
 """Files come back bit for bit, or not at all."""
 
+import gc
 import hashlib
 import itertools
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
 from typing import Any, NamedTuple
 
@@ -612,6 +615,39 @@ def test_memory_is_the_result_and_one_leaf(path):
     del found
     checking, _ = peak(storage.verify, path)
     assert checking < 6 * one
+
+
+STATM = pathlib.Path("/proc/self/statm")
+
+
+def resident():
+    """Bytes of memory that this process holds now."""
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("kind", ["dense", "coded"])
+def test_memory_on_the_device_is_the_result_and_one_leaf(kind, path):
+    noise = np.random.default_rng(0).integers(-99, 99, 40 << 20, np.int8)
+    x = jc.entropy_code(noise) if kind == "coded" else jnp.asarray(noise)
+    storage.save(path, {str(i): x for i in range(3)})
+    del x, noise
+    storage.load(path)  # once, for what stays: code, buffers
+    gc.collect()
+    start, most, done = resident(), 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.wait(0.001):
+            most = max(most, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    found = storage.load(path)
+    done.set()
+    watcher.join()
+    total = jc.nbytes(found)
+    assert most - start < total + 1.3 * total / 3
 
 
 def test_versions_of_missing_packages_are_said():

@@ -3,8 +3,6 @@
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.entropy import rans
@@ -61,11 +59,14 @@ def write(coded: Any) -> bytes:
 def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any]:
     """The fields of a `Coded`, from what it stored and its static fields.
 
+    NumPy arrays that share no memory with what was stored, so that the stream may be
+    freed before they go to a device.
+
     Raises:
       ValueError: arrays and static fields do not fit each other. (What fits and is
         wrong all the same, a checksum must find.)
     """
-    data = np.ascontiguousarray(arrays["stream"], np.uint8).tobytes()
+    data = memoryview(np.ascontiguousarray(arrays["stream"], np.uint8))
     trailing = tuple(static["trailing"])
     width, escape = static["width"], static["escape"]
     (axes,), at = read_numbers(data, 0, 1)
@@ -156,7 +157,7 @@ def _beside(
     trailing: tuple[int, ...],
     low_bits: int,
     tables: int,
-) -> dict[str, jax.Array | None]:
+) -> dict[str, np.ndarray | None]:
     """Raw low bits and contexts, stored as they are."""
     low, contexts = arrays.get("low"), arrays.get("contexts")
     _require((low is None) == (low_bits == 0), f"low bits for {low_bits} bits")
@@ -174,13 +175,13 @@ def _beside(
         _require(fits, f"contexts of shape {contexts.shape}")
         _require(contexts.max(initial=0) < tables, "a context without a table")
     return {
-        "low": None if low is None else jnp.asarray(low),
-        "contexts": None if contexts is None else jnp.asarray(contexts),
+        "low": low,
+        "contexts": contexts,
     }
 
 
-def _stacked(x: np.ndarray, lead: list[int]) -> jax.Array:
-    return jnp.asarray(x.reshape((*lead, *x.shape[1:])))
+def _stacked(x: np.ndarray, lead: list[int]) -> np.ndarray:
+    return x.reshape((*lead, *x.shape[1:]))
 
 
 def _require(fits: bool, found: str) -> None:

@@ -85,7 +85,8 @@ class Coded(Leaf):
     def materialize(self) -> jax.Array:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
             return _slices(self)
-        if self.size < FEW and len(self.words.devices()) == 1:
+        host = isinstance(self.words, np.ndarray) or len(self.words.devices()) == 1
+        if self.size < FEW and host:
             return jnp.asarray(self.on_host())
         return _decoded(_roomy(self))
 

@@ -106,7 +106,7 @@ def write_numbers(numbers: Iterable[int]) -> bytes:
     return bytes(out)
 
 
-def read_numbers(data: bytes, at: int, count: int) -> tuple[list[int], int]:
+def read_numbers(data: memoryview, at: int, count: int) -> tuple[list[int], int]:
     """`count` numbers that `write_numbers` wrote at `at`, and where they end.
 
     Raises:

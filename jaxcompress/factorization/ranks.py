@@ -1,7 +1,6 @@
 """`plan_ranks`: the ranks of all layers from one budget."""
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcompress.allocation import Curve, allocate, total_loss
 from jaxcompress.factorization.svd import check_damping, energies, svd
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
@@ -19,16 +19,13 @@ from jaxcompress.types import Params, Rule
 
 
 @dataclasses.dataclass(frozen=True)
-class _Spectrum:
-    """What each size of one leaf costs and loses.
+class _Spectrum(Curve):
+    """What each size of one leaf costs, in bytes, and loses.
 
-    `costs` (bytes, increasing) and `losses` (decreasing) of rank 1, 2, ... as long as
-    that saves bytes, and last of the dense leaf.
+    The sizes are ranks 1, 2, ... as long as they save bytes, and last the dense leaf.
     """
 
     name: str
-    costs: np.ndarray
-    losses: np.ndarray
 
     @property
     def dense(self) -> int:
@@ -101,8 +98,8 @@ def plan_ranks(
             f"{least / total:.4f}, or plan fewer leaves with pattern=..."
         )
     picks = min(
-        (_greedy(leaves, limit), _uniform(leaves, limit)),
-        key=lambda picks: _total(leaves, picks),
+        (allocate(leaves, limit), _uniform(leaves, limit)),
+        key=lambda picks: total_loss(leaves, picks),
     )
     options = f"weighted={weighted}" + (f", damping={damping!r}" if weighted else "")
     return [
@@ -160,7 +157,7 @@ def _spectrum(
         losses = losses / after[0]
     ranks = np.arange(1, saving + 1, dtype=np.int64)
     costs = np.append(ranks * (inputs + outputs), inputs * outputs) * copies
-    return _Spectrum(entry.name, costs, losses)
+    return _Spectrum(costs, losses, entry.name)
 
 
 def _matrix(entry: Entry, layout: Mapping[str, Layout]) -> jax.Array:
@@ -178,52 +175,6 @@ def _matrix(entry: Entry, layout: Mapping[str, Layout]) -> jax.Array:
         return x
     layouts.check_layout(entry.name, x.shape, kind)
     return layouts.matricize(x, kind)
-
-
-def _total(leaves: list[_Spectrum], picks: list[int]) -> float:
-    return sum(leaf.losses[p] for leaf, p in zip(leaves, picks, strict=True))
-
-
-def _hull(costs: np.ndarray, losses: np.ndarray) -> list[int]:
-    """Indices of the lower convex hull: the sizes worth taking, from the smallest."""
-    kept: list[int] = []
-    for i in range(len(costs)):
-        while len(kept) > 1:
-            a, b = kept[-2:]
-            # b lies on or above the line from a to i
-            here = (losses[b] - losses[a]) * (costs[i] - costs[a])
-            if here < (losses[i] - losses[a]) * (costs[b] - costs[a]):
-                break
-            kept.pop()
-        kept.append(i)
-    return kept
-
-
-def _greedy(leaves: list[_Spectrum], limit: int) -> list[int]:
-    """The index of each leaf: steepest step first, then what still fits."""
-    picks = [0] * len(leaves)
-    left = limit - sum(int(leaf.costs[0]) for leaf in leaves)
-    steps = []
-    for number, leaf in enumerate(leaves):
-        hull = _hull(leaf.costs, leaf.losses)
-        for a, b in itertools.pairwise(hull):
-            cost = int(leaf.costs[b] - leaf.costs[a])
-            steps.append(((leaf.losses[b] - leaf.losses[a]) / cost, number, b, cost))
-    full: set[int] = set()
-    for slope, number, index, cost in sorted(steps):
-        if slope == 0 or number in full:
-            continue
-        if cost > left:
-            full.add(number)
-            continue
-        picks[number], left = index, left - cost
-    for number in sorted(full):  # a step that did not fit, in part
-        leaf = leaves[number]
-        reach = leaf.costs[picks[number]] + left
-        index = int(np.searchsorted(leaf.costs, reach, side="right")) - 1
-        left -= int(leaf.costs[index] - leaf.costs[picks[number]])
-        picks[number] = index
-    return picks
 
 
 def _uniform(leaves: list[_Spectrum], limit: int) -> list[int]:

@@ -5,6 +5,7 @@ metadata and the versions are JSON texts in its `__metadata__`.
 """
 
 import difflib
+import gc
 import importlib.metadata
 import json
 import os
@@ -200,7 +201,12 @@ class StoredParams:
             raise ValueError(f"{self.path}: {name}: {error.args[0]}") from error
         except FileDamaged as error:
             raise self._in_file(error) from error
-        return jax.block_until_ready(jax.tree.map(_host if numpy else _device, leaf))
+        if numpy:
+            return jax.tree.map(np.asarray, leaf)
+        moved = jax.block_until_ready(jax.tree.map(_device, leaf))
+        del leaf
+        gc.collect(0)  # where JAX lets go of the host arrays it has copied
+        return moved
 
     def nbytes(self, name: str) -> int:
         """Bytes that the arrays of one leaf take in the file."""
@@ -286,10 +292,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _host(x: Any) -> np.ndarray:
-    return np.asarray(x)
 
 
 def _device(x: Any) -> Any:

@@ -1,0 +1,144 @@
+"""Training through what compression rounds: quantization-aware training."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.quantization.awq import Scaled
+from jaxcompress.quantization.grids import Quantized
+from jaxcompress.quantization.latent import Latent, latent, settled
+from jaxcompress.tree.leaves import (
+    Leaf,
+    Mixed,
+    Reshaped,
+    Sum,
+    data_fields,
+    dense,
+    is_leaf,
+)
+from jaxcompress.tree.rules import Chain, compress
+from jaxcompress.types import Params
+
+Transform = Callable[[Params], Params]
+
+
+def straight_through(transform: Transform | Any) -> Transform:
+    """The transform, with weights in its result that train: `Latent` for `Quantized`.
+
+    A latent weight is a float that is read as its quantized value, so the tree it
+    returns computes what `transform(params)` computes, to the bit, in an unmodified
+    model. Gradients pass the rounding straight through, and the steps have those of
+    LSQ. Train it in an ordinary loop, then `settle` it:
+
+        tree = straight_through("symmetric(bits=2, block=64)")(params)
+        trainable, frozen = partition(tree)
+        ...  # any Optax optimizer on the loss of combine(trainable, frozen)
+        small = settle(combine(trainable, frozen))
+
+    Adam is blind to the scale of a gradient, so steps move by its learning rate: give
+    them one well below their size (1e-4), or `optax.multi_transform`.
+
+    What is not quantized (sparse values, factors, norms) trains by itself. Called
+    inside a loss, the grid is made anew from the weights at every step; gradients then
+    reach those weights that stand in the tree themselves or as quantized ones.
+
+    Args:
+      transform: parameters to compressed parameters, as `partial(compress,
+        recipe=..., layout=...)`; or a recipe, for `compress`.
+
+    Returns:
+      A function of parameters.
+
+    Raises:
+      ValueError: the result has no quantized weight: there is nothing to pass through.
+
+    Source: Bengio et al. 2013 (arXiv 1308.3432); learned steps, Esser et al. 2019
+    (arXiv 1902.08153).
+    """
+    if _is_recipe(transform):
+        transform = functools.partial(compress, recipe=transform)
+
+    def apply(params: Params) -> Params:
+        small = transform(jax.tree.map(jax.lax.stop_gradient, params))
+        tree = jax.tree.map(_trained, params, small, is_leaf=is_leaf)
+        nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Latent))
+        if not any(isinstance(x, Latent) for x in nodes):
+            raise ValueError(
+                "straight_through found no quantized weight in what the transform "
+                "returns; quantize some, or train partition(compress(...)) as it is"
+            )
+        return tree
+
+    return apply
+
+
+def settle(params: Params) -> Params:
+    """The tree with every `Latent` weight as the `Quantized` leaf it is read as."""
+    is_latent = lambda x: isinstance(x, Latent)  # noqa: E731
+    return jax.tree.map(
+        lambda x: settled(x) if is_latent(x) else x, params, is_leaf=is_latent
+    )
+
+
+def _is_recipe(transform: Any) -> bool:
+    inner = transform
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    listed = isinstance(transform, str | list | tuple | Chain)
+    return listed or hasattr(inner, "traits")
+
+
+def _trained(original: Any, small: Any) -> Any:
+    """`small` with latent weights; `original` is the array it stands for, or None."""
+    if not isinstance(small, Leaf):
+        return small if original is None else original
+    original = None if original is None else dense(original)
+    if isinstance(small, Quantized):
+        return latent(small, original)
+    known = {} if original is None else _originals(original, small)
+    changed = {}
+    for field in data_fields(small):
+        part = getattr(small, field)
+        if field in small.weights and part is not None:
+            whole = known.get(
+                field, jax.tree.map(lambda _: None, part, is_leaf=is_leaf)
+            )
+            changed[field] = jax.tree.map(
+                _trained, whole, part, is_leaf=lambda x: x is None
+            )
+    return dataclasses.replace(small, **changed)
+
+
+def _originals(original: jax.Array, small: Leaf) -> dict[str, Any]:
+    """What each weight inside a generic leaf stands for; nothing for other leaves."""
+    if isinstance(small, Reshaped):
+        stack, axes = original.ndim - len(small.order), range(-len(small.order), 0)
+        back = [stack + small.order.index(axis) for axis in axes]
+        matrix = original.transpose((*range(stack), *back))
+        return {"inner": matrix.reshape(small.inner.shape)}
+    if isinstance(small, Mixed):
+        rows = small.axis == -2
+        order = small.order[..., :, None] if rows else small.order[..., None, :]
+        order = order.astype(jnp.int32)
+        parts = jnp.take_along_axis(original, order, axis=small.axis)
+        count = small.kept.shape[small.axis]
+        kept, rest = jnp.split(parts, [count], axis=small.axis)
+        return {"kept": kept, "rest": rest}
+    if isinstance(small, Scaled):
+        factors = dense(small.factors).astype(jnp.float32)
+        return {"weight": original.astype(jnp.float32) / factors[..., :, None]}
+    if isinstance(small, Sum):
+        # Only of terms that are quantized; an array among them trains as it is.
+        values = [dense(term).astype(jnp.float32) for term in small.terms]
+        rest = original.astype(jnp.float32) - sum(values)
+        return {
+            "terms": tuple(
+                rest + value if is_leaf(term) else None
+                for term, value in zip(small.terms, values, strict=True)
+            )
+        }
+    return {}

@@ -1,0 +1,265 @@
+"""Plans from one budget: exact where they can be, never worse than uniform, honest."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress.allocation import Curve, allocate, hull, total_loss
+
+
+def curves(seed, parts=4, sizes=4):
+    """Costs and losses that are neither convex nor even."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(parts):
+        costs = np.cumsum(rng.integers(1, 9, sizes))
+        losses = np.sort(rng.exponential(size=sizes))[::-1] * rng.exponential()
+        made.append(Curve(costs, losses))
+    return made
+
+
+def every_choice(made):
+    """Cost and loss of each combination, by enumeration."""
+    for picks in itertools.product(*(range(len(c.costs)) for c in made)):
+        pairs = list(zip(made, picks, strict=True))
+        yield sum(c.costs[p] for c, p in pairs), sum(c.losses[p] for c, p in pairs)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_allocation_is_exact_where_the_lagrangian_is(seed):
+    made = curves(seed)
+    choices = list(every_choice(made))
+    least = sum(int(c.costs[0]) for c in made)
+    most = sum(int(c.costs[-1]) for c in made)
+    exact = 0
+    steepest = max(
+        (c.losses[a] - c.losses[b])
+        for c in made
+        for a, b in itertools.pairwise(hull(c))
+    )
+    for limit in range(least, most + 1):
+        picks = allocate(made, limit)
+        cost = sum(c.costs[p] for c, p in zip(made, picks, strict=True))
+        best = min(loss for cost, loss in choices if cost <= limit)
+        found = total_loss(made, picks)
+        assert cost <= limit
+        # At most one step of a hull is missing.
+        assert best - 1e-12 <= found <= best + steepest
+        exact += found <= best + 1e-12
+    # What the Lagrangian finds: the least of loss + price * cost, for every price.
+    for price in np.geomspace(1e-3, 10, 40):
+        cost, loss = min(choices, key=lambda pair: pair[1] + price * pair[0])
+        assert total_loss(made, allocate(made, int(cost))) == pytest.approx(loss)
+    assert exact > (most - least) / 2
+
+
+def test_a_limit_below_the_smallest_is_refused():
+    with pytest.raises(ValueError, match="3 below the smallest"):
+        made = curves(0)
+        allocate(made, sum(int(c.costs[0]) for c in made) - 3)
+
+
+def test_the_hull_is_convex_and_below():
+    for made in (curves(seed, parts=1, sizes=12)[0] for seed in range(5)):
+        kept = hull(made)
+        slopes = np.diff(made.losses[kept]) / np.diff(made.costs[kept])
+        assert kept[0] == 0 and kept[-1] == 11 and np.all(np.diff(slopes) > 0)
+        line = np.interp(made.costs, made.costs[kept], made.losses[kept])
+        assert np.all(made.losses >= line - 1e-12)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    return {
+        "embed": {"embedding": draw(64, 64)},
+        "a": {"kernel": draw(64, 128), "bias": draw(128)},
+        "b": {"kernel": draw(2, 128, 64)},
+    }
+
+
+LAYOUT = {"b/kernel": jc.Layout((0,), (1,), (2,))}
+NAMES = ["a/kernel", "b/kernel", "embed/embedding"]
+SENSITIVITY = {"a/kernel": 1.0, "b/kernel": 0.01, "embed/embedding": 100.0}
+CANDIDATES = [f"symmetric(bits={bits}, block=32)" for bits in (2, 3, 4, 6, 8)]
+
+
+def planned_bytes(params, recipe):
+    small = jc.compress(params, recipe, layout=LAYOUT)
+    a, b, e = small["a"]["kernel"], small["b"]["kernel"], small["embed"]["embedding"]
+    return jc.nbytes((a, b, e)), small
+
+
+def bits_of(rules):
+    return {
+        name.replace("\\", ""): int(f.split("bits=")[1].split(",")[0])
+        for name, f in rules
+    }
+
+
+def damage(params, small, sensitivity=SENSITIVITY):
+    total = 0.0
+    for name in NAMES:
+        top, last = name.split("/")
+        x = np.asarray(params[top][last], np.float64)
+        change = np.asarray(small[top][last].materialize(), np.float64) - x
+        total += sensitivity[name] * (change**2).sum() / (x**2).sum()
+    return total
+
+
+def test_sensitive_leaves_get_more_bits_within_the_budget(params):
+    plan = {"sensitivities": SENSITIVITY, "candidates": CANDIDATES, "layout": LAYOUT}
+    uniform, middle = planned_bytes(
+        params, [("embed/embedding|.*kernel", CANDIDATES[2])]
+    )
+    rules = jc.plan_bits(params, budget=uniform, **plan)
+    assert sorted(bits_of(rules)) == NAMES
+    bits = bits_of(rules)
+    assert bits["b/kernel"] < bits["a/kernel"] < bits["embed/embedding"]
+    size, small = planned_bytes(params, rules)
+    assert uniform * 0.8 < size <= uniform
+    assert damage(params, small) < 0.3 * damage(params, middle)
+    # The best of all 125 plans, by their measured damage.
+    best = np.inf
+    for choice in itertools.product(CANDIDATES, repeat=3):
+        recipe = list(zip(NAMES, choice, strict=True))
+        cost, other = planned_bytes(params, recipe)
+        if cost <= uniform:
+            best = min(best, damage(params, other))
+    assert damage(params, small) == pytest.approx(best, rel=1e-4)
+    whole = sum(params[n.split("/")[0]][n.split("/")[1]].nbytes for n in NAMES)
+    fraction = (uniform + 0.5) / whole
+    assert jc.plan_bits(params, budget=fraction, **plan) == rules
+
+
+def test_uniform_is_taken_where_nothing_is_better(params):
+    twins = {name: {"kernel": params["a"]["kernel"]} for name in "abc"}
+    small = jc.compress(twins, CANDIDATES[1])
+    rules = jc.plan_bits(twins, budget=jc.nbytes(small), candidates=CANDIDATES)
+    assert [f for _, f in rules] == [CANDIDATES[1]] * 3
+
+
+def test_coded_plans_count_coded_bytes(params):
+    part = {"a": params["a"]}
+    options = {"candidates": CANDIDATES[:3], "coded": True}
+    recipe = jc.chain([("a/kernel", CANDIDATES[1])], "entropy_code()", "code_floats()")
+    exact = jc.nbytes(jc.compress(part, recipe)["a"]["kernel"])
+    found = jc.plan_bits(part, budget=exact, **options)
+    assert jc.nbytes(jc.compress(part, found)["a"]["kernel"]) == exact
+    lower = jc.plan_bits(part, budget=exact - 1, **options)
+    assert jc.nbytes(jc.compress(part, lower)["a"]["kernel"]) < exact
+
+
+def test_none_keeps_a_leaf_and_patterns_choose(params):
+    rules = jc.plan_bits(
+        params,
+        budget=1.0,
+        candidates=[CANDIDATES[0], None],
+        pattern="a/kernel|embed.*",
+        sensitivities=SENSITIVITY,
+    )
+    assert dict(rules) == {"a/kernel": None, "embed/embedding": None}
+
+
+def with_moments(params):
+    scale = jnp.where(jnp.arange(64) < 4, 10.0, 0.1)
+    return {"a/kernel": jc.moments_from_covariance(jnp.diag(scale**2))}
+
+
+def test_sensitivities_are_the_curvature_of_the_loss(params):
+    """A quadratic loss: its growth over the squared relative error, by definition."""
+    curvature = {"a": 3.0, "b": 0.5, "embed": 7.0}
+
+    def loss(tree):
+        total = 0.25
+        for top, slope in curvature.items():
+            (name,) = (k for k in params[top] if k != "bias")
+            change = tree[top][name] - params[top][name]
+            size = jnp.sum(jnp.square(params[top][name]))
+            total += slope * jnp.sum(jnp.square(change)) / size
+        return total
+
+    found = jc.measure_sensitivities(
+        jax.jit(loss), params, layout=LAYOUT, key=jax.random.key(0)
+    )
+    for name, value in found.items():
+        assert value == pytest.approx(curvature[name.split("/")[0]], rel=1e-3)
+    # By the outputs: noise where the inputs are small counts for little.
+    moments = with_moments(params)
+    second = np.asarray(moments["a/kernel"].second)
+
+    def by_output(tree):
+        change = tree["a"]["kernel"] - params["a"]["kernel"]
+        return 2.0 * jnp.sum(change * (second @ change))
+
+    x = np.asarray(params["a"]["kernel"], np.float64)
+    found = jc.measure_sensitivities(
+        jax.jit(by_output),
+        params,
+        moments=moments,
+        pattern="a/kernel",
+        key=jax.random.key(1),
+    )
+    assert found["a/kernel"] == pytest.approx(2 * np.sum(x * (second @ x)), rel=1e-3)
+
+
+def test_moments_judge_by_outputs(params):
+    """gptq has the larger weight error; only by its outputs is it the better one."""
+    rng = np.random.default_rng(4)
+    mix = rng.standard_normal((64, 64)) * np.exp(-np.arange(64) / 8)
+    moments = {"a/kernel": jc.moments_from_covariance(jnp.asarray(mix @ mix.T))}
+    part = {"a": {"kernel": params["a"]["kernel"]}}
+    both = ["symmetric(bits=3, block=32, search=True)", "gptq(bits=3, block=32)"]
+    size = jc.nbytes(jc.compress(part, both[0]))
+    for candidates in (both, both[::-1]):
+        rules = jc.plan_bits(part, budget=size, candidates=candidates, moments=moments)
+        assert rules == [("a/kernel", both[1])]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.001}, r"below the \d+ that the smallest .* 2\.\d+ bits per wei"),
+        ({"budget": 0}, "fraction of bytes kept"),
+        ({"budget": 1.5}, "at most 1"),
+        ({"budget": True}, "not True"),
+        ({"candidates": []}, "list of candidates"),
+        ({"candidates": "symmetric(bits=4)"}, "list of candidates"),
+        ({"candidates": ["symmetric(bits=9)"]}, "^a/kernel: .*1 to 8 bits, not 9"),
+        ({"sensitivities": {"a/kernel": 1.0}}, "^b/kernel: no sensitivity"),
+        ({"sensitivities": SENSITIVITY | {"a/kernel": -1.0}}, "^a/kernel: a sensit"),
+        (
+            {"sensitivities": SENSITIVITY | {"b/kernel": float("nan")}},
+            "^b/kernel: a sensitivity of nan",
+        ),
+        ({"layout": {}}, "^b/kernel: shape .* 3 axes"),
+        ({"pattern": "nope"}, "matches no leaf"),
+    ],
+)
+def test_bad_plans_say_what_to_do(params, options, message):
+    options = {"budget": 0.2, "layout": LAYOUT, "candidates": CANDIDATES[:1]} | options
+    with pytest.raises(ValueError, match=message):
+        jc.plan_bits(params, **options)
+
+
+def test_bad_weights_losses_and_traces_are_refused(params):
+    bad = {"a": {"kernel": params["a"]["kernel"].at[0, 0].set(jnp.nan)}}
+    with pytest.raises(ValueError, match=r"^a/kernel: 1 of 8192 weights are NaN"):
+        jc.plan_bits(bad, budget=0.5, candidates=CANDIDATES[:1])
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=r"^a/kernel: the loss is .* nan"):
+        jc.measure_sensitivities(
+            lambda tree: jnp.log(-(tree["a"]["kernel"][0, 0] ** 2)),
+            params,
+            pattern="a/kernel",
+            key=key,
+        )
+    with pytest.raises(ValueError, match="sizes of noise above 0"):
+        jc.measure_sensitivities(lambda tree: 0.0, params, sizes=(0,), key=key)
+    with pytest.raises(TypeError, match="plan_bits reads values on the host"):
+        jax.jit(lambda p: jc.plan_bits(p, budget=0.5))(params)
