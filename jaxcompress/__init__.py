@@ -1,5 +1,6 @@
 """Pure functions that make Flax language models small, and exact again."""
 
+from jaxcompress import distillation
 from jaxcompress import models
 from jaxcompress import optimizers
 from jaxcompress import tokenization
@@ -7,6 +8,7 @@ from jaxcompress.calibration.blocks import compress_blockwise
 from jaxcompress.calibration.collect import collect_moments
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.calibration.moments import moments_from_covariance
+from jaxcompress.distillation.steps import make_train_step
 from jaxcompress.entropy.floats import CodedFloats
 from jaxcompress.entropy.floats import code_floats
 from jaxcompress.entropy.integers import Coded
