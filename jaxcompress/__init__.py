@@ -1,11 +1,14 @@
 """Pure functions that make Flax language models small, and exact again."""
 
+from jaxcompress import distillation
 from jaxcompress import models
 from jaxcompress import optimizers
 from jaxcompress import tokenization
+from jaxcompress.calibration.blocks import compress_blockwise
 from jaxcompress.calibration.collect import collect_moments
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.calibration.moments import moments_from_covariance
+from jaxcompress.distillation.steps import make_train_step
 from jaxcompress.entropy.floats import CodedFloats
 from jaxcompress.entropy.floats import code_floats
 from jaxcompress.entropy.integers import Coded
@@ -23,6 +26,8 @@ from jaxcompress.factorization.tucker import Tucker
 from jaxcompress.factorization.tucker import tucker
 from jaxcompress.planning import measure_sensitivities
 from jaxcompress.planning import plan_bits
+from jaxcompress.pruning.groups import Group
+from jaxcompress.pruning.groups import choose_units
 from jaxcompress.pruning.masks import apply_masks
 from jaxcompress.pruning.masks import make_masks
 from jaxcompress.pruning.masks import masks_of
@@ -34,6 +39,8 @@ from jaxcompress.pruning.scores import taylor_scores
 from jaxcompress.pruning.scores import wanda
 from jaxcompress.pruning.scores import wanda_scores
 from jaxcompress.pruning.sparse import Sparse
+from jaxcompress.pruning.structured import remove_units
+from jaxcompress.pruning.unit_scores import score_units
 from jaxcompress.quantization.awq import Scaled
 from jaxcompress.quantization.awq import awq
 from jaxcompress.quantization.formats import fp8
