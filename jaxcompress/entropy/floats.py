@@ -1,4 +1,4 @@
-"""Floating-point arrays, bit for bit: what is predictable at its entropy, the rest raw."""
+"""Floating-point arrays, bit for bit: coded where predictable, the rest as it is."""
 
 from typing import Any, ClassVar
 

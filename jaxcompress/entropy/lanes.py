@@ -41,7 +41,11 @@ def lookup(lengths: jax.Array) -> jax.Array:
 
 
 def decode(
-    words: jax.Array, starts: jax.Array, tables: jax.Array, entries: jax.Array, count: int
+    words: jax.Array,
+    starts: jax.Array,
+    tables: jax.Array,
+    entries: jax.Array,
+    count: int,
 ) -> jax.Array:
     """The symbols of lanes: uint8 `[lanes, count]`.
 

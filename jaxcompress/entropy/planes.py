@@ -6,10 +6,10 @@ eight classes by their mean symbol, that is by their scale, and each class is on
 Zstandard frame of literals with a table of its own: entropy falls as if every block
 knew its scale, and both directions run at the library's speed.
 
-A chunk as bytes: a list of numbers (`tables.write_numbers`), behind its own length, two
-bytes; classes of blocks; frames; exceptions; rests; tails. Numbers: words, base, bytes
-of the classes, exceptions, frames, bytes of the three parts of the tails, then bytes and
-blocks of each frame.
+A chunk as bytes: a list of numbers (`tables.write_numbers`), behind its own length,
+two bytes; classes of blocks; frames; exceptions; rests; tails. Numbers: words, base,
+bytes of the classes, exceptions, frames, bytes of the three parts of the tails, then
+bytes and blocks of each frame.
 
 The lower halves of words of four bytes, the tails, have no structure as a rule and are
 kept raw; where all words of a segment end in four zeros or more (weights that came from
@@ -17,6 +17,7 @@ a shorter type), their upper and lower bytes are two frames of their own.
 """
 
 import functools
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -106,7 +107,7 @@ def encode(
     order = np.argsort(classes, kind="stable")
     bounds = np.searchsorted(classes[order], np.arange(classes.max() + 2)).tolist()
     frames: list[tuple[bytes, int]] = []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
         frames += _frames(symbols[order[first:last]], plain)
     values = words.reshape(-1)[spots]
     spots = spots.astype(np.uint32)
@@ -183,7 +184,7 @@ def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Ch
     _require(whole + sum(tails) == len(data), f"{len(data)} bytes, not {whole}")
     classes = np.zeros(blocks, np.uint8)
     if size:
-        classes = np.frombuffer(_decompress(data[at : at + size], blocks), np.uint8)
+        classes = np.frombuffer(decompress(data[at : at + size], blocks), np.uint8)
     at += size
     frames = []
     for length, number in zip(lengths, holds, strict=True):
@@ -203,7 +204,7 @@ def symbols_of(chunk: Chunk, split: Split) -> Iterator[np.ndarray]:
     """The symbols of one frame after another, decoded: uint8 `[blocks, bytes]`."""
     size = split.symbol_bytes(chunk.width)
     for frame, held in chunk.frames:
-        data = _decompress(frame, held * size)
+        data = decompress(frame, held * size)
         yield np.frombuffer(data, np.uint8).reshape(held, size)
 
 
@@ -290,9 +291,7 @@ def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarra
         _require(raw == 2 * count and not packed, f"{raw} bytes of {count} tails")
         return np.frombuffer(data, "<u2", count, at)
     segments = count // SEGMENT
-    bits = np.frombuffer(
-        _decompress(data[at : at + flags], -(-segments // 8)), np.uint8
-    )
+    bits = np.frombuffer(decompress(data[at : at + flags], -(-segments // 8)), np.uint8)
     short = np.unpackbits(bits)[:segments].astype(bool)
     some = int(np.count_nonzero(short)) * SEGMENT
     _require(raw == 2 * (count - some) and packed > 4, f"{raw} bytes of raw tails")
@@ -301,7 +300,7 @@ def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarra
     frames = data[at + 4 : at + 4 + first], data[at + 4 + first : at + packed]
     halves = np.empty((some, 2), np.uint8)
     for i, frame in enumerate(frames):
-        halves[:, i] = np.frombuffer(_decompress(frame, some), np.uint8)
+        halves[:, i] = np.frombuffer(decompress(frame, some), np.uint8)
     rest = np.frombuffer(data, "<u2", count - some, at + packed)
     out = np.empty(count, np.uint16)
     table = out[: segments * SEGMENT].reshape(segments, SEGMENT)
@@ -331,6 +330,7 @@ class _Local(threading.local):
     """A context of the library for each thread: contexts are costly and not shared."""
 
     def __init__(self) -> None:
+        self.general = zstandard.ZstdCompressor(level=3)
         self.compressor = zstandard.ZstdCompressor(compression_params=_parameters())
         self.decompressor = zstandard.ZstdDecompressor()
 
@@ -342,7 +342,26 @@ def _compressor() -> zstandard.ZstdCompressor:
     return _local.compressor
 
 
-def _decompress(frame: bytes, size: int) -> bytes:
+def compress(words: np.ndarray) -> bytes:
+    """Words as a frame that makes use of repetitions."""
+    return _local.general.compress(np.ascontiguousarray(words).data)
+
+
+def decompress_into(frame: bytes, out: np.ndarray) -> None:
+    """Fills a contiguous array with what `compress` made; ValueError if it does not."""
+    room = memoryview(out).cast("B") if out.size else memoryview(b"")
+    try:
+        with _local.decompressor.stream_reader(frame) as reader:
+            while len(room):
+                count = reader.readinto(room)
+                _require(count > 0, "a frame that ends early")
+                room = room[count:]
+            _require(not reader.read(1), "a frame that does not end")
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a frame is damaged: {error}") from error
+
+
+def decompress(frame: bytes, size: int) -> bytes:
     """The `size` bytes of a frame; ValueError for anything else."""
     try:
         data = _local.decompressor.decompress(frame, max_output_size=max(1, size))

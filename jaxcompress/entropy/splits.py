@@ -4,8 +4,8 @@ A word of one or two bytes is a sign, a high part and `low` more bits. The high 
 (an exponent with the top bits of its mantissa) becomes the symbol; where it has more
 than eight bits, or two symbols share a byte, it is counted from a `base` and what falls
 outside its window is kept apart, except zero, which is symbol 0. Sign and low bits are
-the rest, laid side by side: fields of 4, 2 or 1 bits of the words `j`, `j + w/2`, ... of
-a block of `w`, so that all steps work on rows of neighbours.
+the rest, laid side by side: fields of 4, 2 or 1 bits of the words `j`, `j + w/2`, ...
+of a block of `w`, so that all steps work on rows of neighbours.
 
 On the host all work is on bytes, in arrays that stay in the cache, by multiplying and
 dividing where NumPy has no vector instruction for shifts of bytes.
