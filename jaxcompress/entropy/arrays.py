@@ -21,14 +21,17 @@ GAIN = 0.99  # of the bytes as they are, at most, on a sample
 LONGEST = max(map(len, (*SPLITS, "halves", streams.ZSTD)))  # name of a coding
 
 
-def choose(array: np.ndarray) -> str | None:
-    """The coding that shrinks samples of an array most; None where none does."""
+def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
+    """The coding that shrinks samples of an array most; None where none does.
+
+    `fast` prefers the splits that decode sooner, see `code_floats`.
+    """
     if array.nbytes < LEAST or array.dtype.itemsize not in (1, 2, 4, 8):
         return None
     flat = np.ascontiguousarray(array).reshape(-1)
     part = min(SAMPLE, flat.size)
     places = np.linspace(0, flat.size - part, 4 if flat.size > 4 * part else 1)
-    sizes = {name: 0 for name in _candidates(array.dtype)}
+    sizes = {name: 0 for name in _candidates(array.dtype, fast)}
     raw = 0
     for place in places.astype(np.int64):
         some = flat[place : place + part]
@@ -67,7 +70,7 @@ def open_stream(
       ValueError: it is none, or the dtype has no such coding.
     """
     dtype = jnp.dtype(dtype)
-    if coding not in _candidates(dtype):
+    if coding not in (*_candidates(dtype, False), *_candidates(dtype, True)):
         raise ValueError(f"{dtype} has no coding {coding!r}; the file is damaged")
     itemsize = 2 if coding == "halves" else dtype.itemsize
     return streams.Stream(read, size, coding, itemsize, math.prod(shape))
@@ -95,16 +98,14 @@ def decode(
     return words.view(dtype)
 
 
-def _candidates(dtype: np.dtype) -> tuple[str, ...]:
+def _candidates(dtype: np.dtype, fast: bool) -> tuple[str, ...]:
     """Codings that numbers of this type may have."""
     dtype = jnp.dtype(dtype)
-    if dtype.name == "float32":
-        return "halves", "bfloat16", streams.ZSTD
-    if dtype.itemsize == 1:
-        split = planes.split_for(dtype.name)
-        return (split,) if split else ("bytes", streams.ZSTD)
-    split = planes.split_for(dtype.name)
-    return (split, streams.ZSTD) if split else (streams.ZSTD,)
+    split = planes.split_for(dtype.name, fast=fast)
+    if split is None:
+        split = "bytes" if dtype.itemsize == 1 else None
+    wide = ("halves",) if dtype.name == "float32" else ()
+    return (*wide, *filter(None, (split,)), streams.ZSTD)
 
 
 def _words(flat: np.ndarray, coding: str) -> np.ndarray | None:

@@ -34,7 +34,7 @@ def save(
     params: Params,
     metadata: Mapping[str, Any] | None = None,
     *,
-    coded: bool = True,
+    coded: bool | str = True,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes parameters to a file from which `load` gives the same tree, bit for bit.
@@ -55,8 +55,8 @@ def save(
       params: the tree.
       metadata: what to keep beside the tree, for instance the recipe; JSON, so tuples
         come back as lists.
-      coded: False leaves every array as it is, so that any reader of .safetensors sees
-        its numbers.
+      coded: "fast" for a coding that decodes sooner (`code_floats`); False leaves every
+        array as it is, so that any reader of .safetensors sees its numbers.
       max_shard_bytes: bytes of arrays in a file; a larger array has its own.
 
     Raises:

@@ -50,7 +50,7 @@ def save(
     parts: Sequence[Mapping[str, Slot]],
     about: Mapping[str, str],
     *,
-    coded: bool = True,
+    coded: bool | str = True,
 ) -> None:
     """Writes every part to a file of its own, then the index.
 

@@ -31,7 +31,7 @@ def write(
     slots: Mapping[str, Slot],
     metadata: dict[str, str],
     *,
-    coded: bool = True,
+    coded: bool | str = True,
     progress: Callable[[list[str]], Iterable[str]] | None = None,
 ) -> bytes:
     """Writes arrays, one in memory at a time; returns the digest that seals the file.
@@ -41,7 +41,7 @@ def write(
 
     Args:
       file: empty, and open for seeking.
-      coded: code what gains from it.
+      coded: code what gains from it; "fast" as `save` says.
       progress: wraps the list of arrays that is worked through.
     """
     order = sorted(slots, key=lambda name: (-_width(slots[name]), name))
@@ -59,7 +59,12 @@ def write(
     file.write(bytes(room))
     rows, sizes, codings = [], {}, {}
     for name in order if progress is None else progress(order):
-        how, sizes[name], row = _write_array(file, name, slots[name], name in longest)
+        array = _array_of(name, slots[name])
+        how = None
+        if name in longest:
+            how = arrays.choose(array, fast=coded == "fast")
+        how, sizes[name], row = _write_array(file, array, how)
+        del array
         if how is not None:
             codings[name] = how
         rows.append(row)
@@ -76,11 +81,9 @@ def write(
 
 
 def _write_array(
-    file: BinaryIO, name: str, slot: Slot, codable: bool
+    file: BinaryIO, array: np.ndarray, how: str | None
 ) -> tuple[str | None, int, bytes]:
-    """Writes one array; its coding, its bytes and their digest."""
-    array = _array_of(name, slot)
-    how = arrays.choose(array) if codable else None
+    """Writes one array, coded if that makes it smaller; says how, bytes and digest."""
     if how is not None:
         start, size, state = file.tell(), 0, hashlib.blake2b(digest_size=DIGEST)
         try:
