@@ -1,11 +1,14 @@
 """Pure functions that make Flax language models small, and exact again."""
 
+from jaxcompress import distillation
 from jaxcompress import models
 from jaxcompress import optimizers
 from jaxcompress import tokenization
+from jaxcompress.calibration.blocks import compress_blockwise
 from jaxcompress.calibration.collect import collect_moments
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.calibration.moments import moments_from_covariance
+from jaxcompress.distillation.steps import make_train_step
 from jaxcompress.entropy.floats import CodedFloats
 from jaxcompress.entropy.floats import code_floats
 from jaxcompress.entropy.integers import Coded
@@ -16,13 +19,15 @@ from jaxcompress.evaluation import compare
 from jaxcompress.evaluation import evaluate
 from jaxcompress.factorization.cp import CP
 from jaxcompress.factorization.cp import cp
+from jaxcompress.factorization.low_rank import LowRank
 from jaxcompress.factorization.ranks import plan_ranks
-from jaxcompress.factorization.svd import LowRank
 from jaxcompress.factorization.svd import svd
 from jaxcompress.factorization.tucker import Tucker
 from jaxcompress.factorization.tucker import tucker
 from jaxcompress.planning import measure_sensitivities
 from jaxcompress.planning import plan_bits
+from jaxcompress.pruning.groups import Group
+from jaxcompress.pruning.groups import choose_units
 from jaxcompress.pruning.masks import apply_masks
 from jaxcompress.pruning.masks import make_masks
 from jaxcompress.pruning.masks import masks_of
@@ -34,6 +39,8 @@ from jaxcompress.pruning.scores import taylor_scores
 from jaxcompress.pruning.scores import wanda
 from jaxcompress.pruning.scores import wanda_scores
 from jaxcompress.pruning.sparse import Sparse
+from jaxcompress.pruning.structured import remove_units
+from jaxcompress.pruning.unit_scores import score_units
 from jaxcompress.quantization.awq import Scaled
 from jaxcompress.quantization.awq import awq
 from jaxcompress.quantization.formats import fp8
@@ -49,6 +56,7 @@ from jaxcompress.quantization.nearest import asymmetric
 from jaxcompress.quantization.nearest import sign_split
 from jaxcompress.quantization.nearest import symmetric
 from jaxcompress.quantization.second_order import gptq
+from jaxcompress.running.fast import fast
 from jaxcompress.running.streaming import streaming
 from jaxcompress.storage.container import load
 from jaxcompress.storage.container import open

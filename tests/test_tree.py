@@ -512,6 +512,9 @@ EXAMPLES = {
     "Tucker": lambda: jc.tucker(X, ranks=(4, 2, 3), sizes=(12, 2, 5)),
     "Sparse": lambda: jc.magnitude(X, sparsity=0.5),
     "Quantized": lambda: asymmetric(X, bits=3, block=5),
+    "Scaled": lambda: jc.Scaled(
+        symmetric(X.astype(jnp.float32), bits=4), jnp.full((2, 12), 0.5), "bfloat16"
+    ),
     "Packed": lambda: symmetric(X, bits=3).codes,
     "Coded": lambda: jc.entropy_code(jnp.arange(20000).reshape(2, 100, 100) % 99 // 98),
     "CodedFloats": lambda: jc.code_floats(jnp.round(8 * X)),

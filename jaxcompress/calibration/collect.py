@@ -4,6 +4,7 @@ import difflib
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -55,6 +56,8 @@ def collect_moments(
         two axes or more have inputs.
       progress: show a bar with the time that remains.
 
+    Warns with the number of tokens needed where they are fewer than a kernel's inputs.
+
     Raises:
       ValueError: nothing selected, no batches, a selected weight whose inputs were
         never seen, inputs that are NaN or infinite, a mask that does not fit.
@@ -71,7 +74,7 @@ def collect_moments(
     def visit(use: Use, mask: Any) -> dict[str, jax.Array]:
         order[use.name] = None
         check_layout(use.name, shapes[use.name].shape, use.layout)
-        return _row_sums(use, shapes[use.name].shape, mask)
+        return row_sums(use, shapes[use.name].shape, mask)
 
     def sums(params: Params, batch: Any) -> Sums:
         weights = {name: dense(x) for name, x in roots(params)}
@@ -86,7 +89,7 @@ def collect_moments(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(total: dict[str, Moments], params: Params, batch: Any) -> Any:
-        more = _averages(sums(params, batch))
+        more = averages(sums(params, batch))
         return {n: m + more[n] if n in more else m for n, m in total.items()}
 
     total = None
@@ -97,8 +100,8 @@ def collect_moments(
         for batch in batches:
             if total is None:
                 found = jax.eval_shape(sums, params, batch)
-                _check_seen(names, found)
-                empty = jax.eval_shape(_averages, found)
+                check_seen(names, found)
+                empty = jax.eval_shape(averages, found)
                 total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
             total = add(total, params, batch)
             if progress:
@@ -107,7 +110,8 @@ def collect_moments(
     if total is None:
         raise ValueError("there are no batches; pass at least one")
     for name in order:
-        _check_finite(name, total[name])
+        check_finite(name, total[name])
+    warn_few(total)
     return {name: total[name] for name in order}
 
 
@@ -139,8 +143,13 @@ def selected(params: Params, select: Select = None) -> list[str]:
     return names
 
 
-def _row_sums(use: Use, shape: tuple[int, ...], mask: Any) -> dict[str, jax.Array]:
-    """Sums over the rows of one use, stack axes first."""
+def row_sums(
+    use: Use, shape: tuple[int, ...], mask: Any, drifted: Use | None = None
+) -> dict[str, jax.Array]:
+    """Sums over the rows of one use, stack axes first.
+
+    `drifted` is the same use in the compressed model, where that is wanted too.
+    """
     x, stack = use.inputs, use.inputs.shape[: use.stack]
     rows = x.shape[use.stack :] if use.lookup else x.shape[use.stack : -1]
     real = _real_rows(use.name, rows, mask)
@@ -150,19 +159,27 @@ def _row_sums(use: Use, shape: tuple[int, ...], mask: Any) -> dict[str, jax.Arra
         for _ in stack:
             count = jax.vmap(count)
         return {"tokens": count(x.reshape(*stack, -1))}
-    x = x.reshape(*stack, -1, x.shape[-1])
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if mask is not None:  # where, not a product: padding may hold NaN
-        x = jnp.where(jnp.expand_dims(real, (*range(len(stack)), -1)), x, 0)
-    batch = tuple(range(len(stack)))
-    second = jax.lax.dot_general(
-        x,
-        x,
-        (((len(stack),), (len(stack),)), (batch, batch)),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+
+    def flat(x: jax.Array) -> jax.Array:
+        x = x.reshape(*stack, -1, x.shape[-1])
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if mask is None:
+            return x
+        # where, not a product: padding may hold NaN
+        return jnp.where(jnp.expand_dims(real, (*range(len(stack)), -1)), x, 0)
+
+    def products(a: jax.Array, b: jax.Array) -> jax.Array:
+        each = tuple(range(len(stack)))
+        contract = (((len(stack),), (len(stack),)), (each, each))
+        return jax.lax.dot_general(a, b, contract, precision=jax.lax.Precision.HIGHEST)
+
+    x = flat(x)
     count = jnp.broadcast_to(real.sum(dtype=jnp.float32), stack)
-    return {"count": count, "sum": x.sum(-2), "second": second}
+    sums = {"count": count, "sum": x.sum(-2), "second": products(x, x)}
+    if drifted is not None:
+        other = flat(drifted.inputs)
+        sums |= {"drifted": products(other, other), "cross": products(x, other)}
+    return sums
 
 
 def _count_rows(rows: jax.Array, real: jax.Array, size: int) -> jax.Array:
@@ -194,7 +211,8 @@ def _real_rows(name: str, rows: tuple[int, ...], mask: Any) -> jax.Array:
     return jnp.broadcast_to(jnp.expand_dims(mask, others), rows).reshape(-1)
 
 
-def _averages(sums: Sums) -> dict[str, Moments]:
+def averages(sums: Sums) -> dict[str, Moments]:
+    """The moments of sums over rows."""
     found = {}
     for name, named in sums.items():
         tokens = named.get("tokens")
@@ -203,16 +221,17 @@ def _averages(sums: Sums) -> dict[str, Moments]:
             continue
         count = named["count"]
         scale = 1 / jnp.maximum(count, 1)  # a batch of padding alone
-        found[name] = Moments(
-            count=count,
-            mean=named["sum"] * scale[..., None],
-            second=named["second"] * scale[..., None, None],
-            tokens=tokens,
-        )
+        matrices = {
+            field: named[field] * scale[..., None, None]
+            for field in ("second", "drifted", "cross")
+            if field in named
+        }
+        mean = named["sum"] * scale[..., None]
+        found[name] = Moments(count, mean, tokens=tokens, **matrices)
     return found
 
 
-def _check_seen(names: list[str], found: Mapping[str, Any]) -> None:
+def check_seen(names: list[str], found: Mapping[str, Any]) -> None:
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(
@@ -223,13 +242,32 @@ def _check_seen(names: list[str], found: Mapping[str, Any]) -> None:
         )
 
 
-def _check_finite(name: str, moments: Moments) -> None:
+def check_finite(name: str, moments: Moments) -> None:
     if moments.second is not None and not bool(_all_finite(moments)):
         raise ValueError(
             f"{name}: its inputs are NaN or infinite on these batches; check the "
             "batches and the weights before it (names are checked in the order of the "
             "model, so this is the first)"
         )
+
+
+def warn_few(moments: Mapping[str, Moments]) -> None:
+    """Warns where a second moment cannot have full rank, naming the worst kernel."""
+    few = {
+        name: (int(jnp.min(m.count)), m.second.shape[-1])
+        for name, m in moments.items()
+        if m.second is not None and bool(jnp.any(m.count < m.second.shape[-1]))
+    }
+    if not few:
+        return
+    name, (count, inputs) = max(few.items(), key=lambda item: item[1][1])
+    warnings.warn(
+        f"too few calibration tokens: {len(few)} of {len(moments)} weights have more "
+        f"inputs than tokens; {name} has {inputs} inputs and saw {count} tokens. Its "
+        f"second moment needs {inputs} at the least, and {10 * inputs} to be reliable; "
+        "pass more batches",
+        stacklevel=3,
+    )
 
 
 @jax.jit

@@ -269,8 +269,11 @@ def divergence(logits: jax.Array, others: jax.Array) -> jax.Array:
     Summed as `p (d + exp(-d) - 1)`, d the difference of log-probabilities: no term is
     negative, so that a small divergence does not drown in the rounding of float32.
     """
-    mine = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    other = jax.nn.log_softmax(others.astype(jnp.float32), axis=-1)
-    p, d = jnp.exp(mine), mine - other
+    wide = jnp.promote_types(jnp.promote_types(logits.dtype, others.dtype), jnp.float32)
+    mine = jax.nn.log_softmax(logits.astype(wide), axis=-1)
+    other = jax.nn.log_softmax(others.astype(wide), axis=-1)
+    p = jnp.exp(mine)
+    d = jnp.where(p > 0, mine - other, 0.0)  # 0 log 0 is 0, where a logit is -inf
     near = p * (d + jnp.expm1(-jnp.clip(d, -1, 1)))  # clipped: exp(-d) may overflow
-    return jnp.where(jnp.abs(d) < 1, near, p * d - p + jnp.exp(other)).sum(axis=-1)
+    far = p * d - p + jnp.exp(other)
+    return jnp.where((p > 0) & (jnp.abs(d) < 1), near, far).sum(axis=-1)

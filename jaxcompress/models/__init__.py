@@ -1,17 +1,35 @@
 """Flax reference models, and how to load, run and write them."""
 
+from jaxcompress.models.convolutional import ConvNet
 from jaxcompress.models.generation import generate
 from jaxcompress.models.huggingface import export_huggingface
 from jaxcompress.models.loading import load
 from jaxcompress.models.saved import save_model
+from jaxcompress.models.structure import (
+    filter_groups,
+    head_groups,
+    layer_groups,
+    layer_influence,
+    neuron_groups,
+    resized,
+)
 from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
+from jaxcompress.models.vocabulary import trim_vocabulary
 
 __all__ = [
+    "ConvNet",
     "Transformer",
     "export_huggingface",
+    "filter_groups",
     "generate",
+    "head_groups",
+    "layer_groups",
+    "layer_influence",
     "load",
+    "neuron_groups",
+    "resized",
     "save_model",
     "stack_layers",
+    "trim_vocabulary",
     "unstack_layers",
 ]

@@ -22,7 +22,7 @@ Sums = dict[str, dict[str, jax.Array]]  # per weight: named sums over tokens
 # Several operands, as many results: each tag stays.
 _EACH = {"optimization_barrier", "device_put"}
 # Calls of a program on the operands: read it in their place.
-_CALLS = {
+CALLS = {
     "jit",
     "pjit",
     "closed_call",
@@ -63,7 +63,21 @@ def trace_uses(
     Raises:
       ValueError: a weight used in two ways that no one layout describes.
     """
-    closed = jax.make_jaxpr(function)(dict(weights), arguments)
+    return run_uses(function, weights, arguments, visit, tagged=tagged)[1]
+
+
+def run_uses(
+    function: Callable[..., Any],
+    weights: Mapping[str, jax.Array],
+    arguments: Any,
+    visit: Visit,
+    *,
+    tagged: Sequence[str] | None = None,
+) -> tuple[Any, Sums]:
+    """What `function` returns, and what `trace_uses` does."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(
+        dict(weights), arguments
+    )
     names = sorted(weights)  # the order in which a dict is flattened
     follow = set(names if tagged is None else tagged)
     tags: list[Weight | None] = [
@@ -71,13 +85,15 @@ def trace_uses(
     ]
     values = [weights[name] for name in names] + jax.tree.leaves(arguments)
     tags += [None] * (len(values) - len(tags))
-    return _Reader(visit, {}).run(closed, values, tags)[2]
+    results, _, sums = _Reader(visit, {}).run(closed, values, tags)
+    return jax.tree.unflatten(jax.tree.structure(shapes), results), sums
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
     visit: Visit
     layouts: dict[str, Layout]  # of the weights met so far
+    looped: bool = False
 
     def run(self, closed: Any, values: Sequence, tags: Sequence) -> tuple:
         """Results, their tags, and sums of a program on tagged values."""
@@ -101,7 +117,7 @@ class _Reader:
                 _add(sums, more)
                 tag_of.update(zip(eqn.outvars, after, strict=True))
             else:
-                results = _bind(eqn, inputs)
+                results = bind(eqn, inputs)
             value_of.update(zip(eqn.outvars, results, strict=True))
         results = [read(v) for v in jaxpr.outvars]
         return results, [read_tag(v) for v in jaxpr.outvars], sums
@@ -109,14 +125,12 @@ class _Reader:
     def step(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         """Results, their tags, and sums of one operation that reads a weight."""
         name = eqn.primitive.name
-        if name in _CALLS and (inner := _called(eqn)) is not None:
+        if name in CALLS and (inner := called(eqn)) is not None:
             return self.run(inner, values, tags)
-        if name == "scan":
-            return self.scan(eqn, values, tags)
-        if name == "while":
-            return self.loop(eqn, values, tags)
-        if name == "cond":
-            return self.branch(eqn, values, tags)
+        if name in ("scan", "while", "cond"):
+            inside = dataclasses.replace(self, looped=True)
+            kinds = {"scan": inside.scan, "while": inside.loop, "cond": inside.branch}
+            return kinds[name](eqn, values, tags)
         sums: Sums = {}
         for use in uses_of(eqn, values, tags):
             first = self.layouts.setdefault(use.name, use.layout)
@@ -126,15 +140,16 @@ class _Reader:
                     f"{use.layout}, and no one matrix serves both; give each use a "
                     "weight of its own, or leave this one dense"
                 )
+            use = dataclasses.replace(use, looped=self.looped)
             _add(sums, {use.name: self.visit(use)})
-        results = _bind(eqn, values)
+        results = bind(eqn, values)
         if name in _EACH and len(results) == len(tags):
             return results, list(tags), sums
         return results, [moved(eqn, tags[0], results[0])] * len(results), sums
 
     def scan(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
-        params, inner = eqn.params, _closed(eqn.params["jaxpr"])
-        consts, carries = _scan_sizes(params, len(values))
+        params, inner = eqn.params, closed_of(eqn.params["jaxpr"])
+        consts, carries = scan_sizes(params, len(values))
         xs = values[consts + carries :]
         # A carry may change; one that does not, JAX has made a constant.
         below = tags[:consts] + [None] * carries
@@ -167,7 +182,7 @@ class _Reader:
 
     def loop(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         params = eqn.params
-        test, inner = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
+        test, inner = closed_of(params["cond_jaxpr"]), closed_of(params["body_jaxpr"])
         split = params["cond_nconsts"]
         start = split + params["body_nconsts"]
         below = tags[split:start] + [None] * len(tags[start:])
@@ -187,7 +202,7 @@ class _Reader:
         return list(carry), [None] * len(carry), totals
 
     def branch(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
-        branches = [_closed(b) for b in eqn.params["branches"]]
+        branches = [closed_of(b) for b in eqn.params["branches"]]
         index, *operands = values
 
         def run(branch: Any) -> Callable[..., tuple[list, Sums]]:
@@ -233,7 +248,7 @@ def _first(x: jax.Array) -> jax.ShapeDtypeStruct:
 # What differs between versions of JAX.
 
 
-def _bind(eqn: Any, values: Sequence) -> list:
+def bind(eqn: Any, values: Sequence) -> list:
     """The results of one operation."""
     bound = eqn.primitive.get_bind_params(eqn.params)
     # Older versions (0.7.2) return functions to call beside the parameters.
@@ -242,21 +257,21 @@ def _bind(eqn: Any, values: Sequence) -> list:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-def _closed(jaxpr: Any) -> Any:
+def closed_of(jaxpr: Any) -> Any:
     """An inner program with its constants: remat holds it without."""
     if isinstance(jaxpr, core.ClosedJaxpr):
         return jaxpr
     return core.ClosedJaxpr(jaxpr, ())
 
 
-def _called(eqn: Any) -> Any:
+def called(eqn: Any) -> Any:
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if key in eqn.params:
-            return _closed(eqn.params[key])
+            return closed_of(eqn.params[key])
     return None
 
 
-def _scan_sizes(params: Mapping[str, Any], count: int) -> tuple[int, int]:
+def scan_sizes(params: Mapping[str, Any], count: int) -> tuple[int, int]:
     """How many operands of a scan are constants and carries; the rest is scanned."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]

@@ -33,7 +33,8 @@ class LeafReport:
 
     `bits_per_weight` counts scales and tables too. `relative_error` is the Frobenius
     norm of the change over that of the original; None where nothing changed. `reason`
-    says why a leaf was left alone, and is empty where it was not.
+    says why a leaf was left alone, and is empty where it was not. `output_error` is the
+    same of the layer's outputs over calibration tokens, where these are known.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LeafReport:
     bits_per_weight: float
     relative_error: float | None
     reason: str
+    output_error: float | None = None
 
 
 def chain(*stages: Any) -> Chain:
@@ -66,6 +68,7 @@ def compress(
     layout: Mapping[str, Layout] | None = None,
     report: bool = False,
     progress: Callable[[list[str]], Iterable[str]] = iter,
+    part: bool = False,
 ) -> Any:
     """Replaces the leaves that a recipe selects by what its methods return.
 
@@ -84,6 +87,8 @@ def compress(
       report: return `(params, [LeafReport, ...])` instead.
       progress: wraps the list of names that a stage works on, one by one as it comes
         to them; `tqdm.tqdm`, say.
+      part: `params` are a part of a larger tree: what the recipe says of leaves that
+        are not there is left out.
 
     Raises:
       ValueError: a pattern that matches nothing, an unknown method or option, a kernel
@@ -95,7 +100,10 @@ def compress(
     reasons: dict[str, str] = {}
     small = params
     for stage in stages:
-        small = _run(small, stage, moments, layout or {}, progress, done, reasons)
+        choices, why = choose(small, stage, part=part)
+        small = _run(
+            small, choices, why, moments, layout or {}, progress, done, reasons
+        )
     if not report:
         return small
     return small, leaf_reports(params, small, done, reasons)
@@ -144,14 +152,14 @@ def _relative_error(old: jax.Array, new: jax.Array) -> jax.Array:
 
 def _run(
     params: Params,
-    stage: Any,
+    choices: Mapping[str, Method],
+    why: Mapping[str, str],
     moments: Mapping[str, Any] | None,
     layout: Mapping[str, Layout],
     progress: Callable[[list[str]], Iterable[str]],
     done: dict[str, list[str]],
     reasons: dict[str, str],
 ) -> Params:
-    choices, why = choose(params, stage)
     for name in layout.keys() - {name for name, _ in roots(params)}:
         raise ValueError(
             f"the layout names {name!r}, which the tree does not have; "
@@ -183,8 +191,14 @@ def _run(
     return small
 
 
-def choose(params: Params, stage: Any) -> tuple[dict[str, Method], dict[str, str]]:
-    """The method of each selected entry, and why each other entry is left alone."""
+def choose(
+    params: Params, stage: Any, *, part: bool = False
+) -> tuple[dict[str, Method], dict[str, str]]:
+    """The method of each selected entry, and why each other entry is left alone.
+
+    Raises ValueError where the stage says something of leaves that are not there,
+    unless `params` are a `part` of a tree.
+    """
     found = entries(params)
     choices: dict[str, Method] = {}
     why: dict[str, str] = {}
@@ -194,7 +208,7 @@ def choose(params: Params, stage: Any) -> tuple[dict[str, Method], dict[str, str
             why[entry.name] = _refused(entry, traits(f).selects)
             if not why[entry.name]:
                 choices[entry.name] = f
-        if not choices and traits(f).selects == "weights":
+        if not choices and not part and traits(f).selects == "weights":
             reasons = ", ".join(f"{name} ({why[name]})" for name in list(why)[:3])
             raise ValueError(
                 f"{describe(f)} takes no leaf of this tree by default: {reasons}, ...; "
@@ -209,7 +223,7 @@ def choose(params: Params, stage: Any) -> tuple[dict[str, Method], dict[str, str
     names = [entry.name for entry in found]
     rules = [_rule(rule) for rule in stage]
     for pattern, _ in rules:
-        if not any(pattern.fullmatch(name) for name in names):
+        if not part and not any(pattern.fullmatch(name) for name in names):
             near = difflib.get_close_matches(pattern.pattern, names, n=3, cutoff=0.0)
             raise ValueError(
                 f"the pattern {pattern.pattern!r} matches no leaf; the nearest names "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxcompress.tree.layouts import Layout
 
 # Operations on one operand that leave its axes, and for this purpose its values.
-_SAME = {
+SAME = {
     "convert_element_type",
     "copy",
     "copy_p",
@@ -65,7 +65,7 @@ def moved(eqn: Any, weight: Weight | None, result: jax.Array) -> Weight | None:
     name, params = eqn.primitive.name, eqn.params
     if weight is None:
         return None
-    if name in _SAME:
+    if name in SAME:
         return weight if jnp.issubdtype(result.dtype, jnp.floating) else None
     if name == "transpose":
         axes = tuple(weight.axes[axis] for axis in params["permutation"])

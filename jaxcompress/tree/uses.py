@@ -18,6 +18,7 @@ class Use:
     `inputs` are the rows that meet the weight, `[stack, ..., inputs]`, the last axis in
     the order of the matricized weight; the first `stack` axes are stack axes. If
     `lookup`, they are row numbers `[stack, ...]`, and those outside are not read.
+    `looped`: the place is inside a loop or a branch, whose values stay inside.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Use:
     inputs: jax.Array
     stack: int
     lookup: bool
+    looped: bool = False
 
 
 def uses_of(eqn: Any, values: list, tags: list) -> list[Use]:

@@ -1,0 +1,250 @@
+"""What does zeroing half of a real model's weights cost, and who makes up for it best?
+
+Prunes the kernels of all layers (not the embedding, which is also the head) by each
+method and setting, and measures perplexity and KL on text that was not used for
+calibration, and the loss of every layer (the expected squared change of its output) on
+the moments of both texts. One JSON line per row, appended as it is done; rows that the
+results hold already are not run again. A last row per setting says how often the order
+of the methods holds layer by layer, and where it does not:
+
+    python experiments/pruned.py
+    python experiments/pruned.py SmolLM2.gguf text.txt
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxcompress as jc
+from jaxcompress import demo, reporting
+from jaxcompress.calibration.feedback import layer_loss
+from jaxcompress.evaluation import Apply, windows
+
+KERNELS = r"layer_\d+/.*kernel"
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps")  # worst first
+SETTINGS = ("sparsity=0.5", "sparsity=0.7", "pattern='2:4'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "reference"
+    text: str = ""  # the packaged held-out text, for the reference model
+    fraction: float = 0.2  # of the text, from its end, to measure on; else calibration
+    calibration: int = 64  # windows
+    windows: int = 32  # to measure on
+    tokens: int = 256  # in a window
+    only: str = ""  # rows whose recipe holds this
+    fast: bool = False
+    results: str = "experiments/results/pruned.jsonl"
+
+
+def texts(config: Config) -> tuple[str, str]:
+    """Calibration text and the text to measure on, which follows it."""
+    if config.text:
+        whole = Path(config.text).read_text(encoding="utf-8")
+    else:
+        whole = demo.heldout_text()
+    start = int(len(whole) * (1 - (config.fraction if config.text else 0.5)))
+    return whole[:start], whole[start:]
+
+
+def cut(tokenizer: Any, text: str, config: Config, limit: int) -> list[dict[str, Any]]:
+    """Windows of the beginning of a text, in batches of two."""
+    ids = tokenizer.encode(text[: 8 * config.tokens * limit])
+    sizes = tokenizer.token_bytes(ids)
+    return windows(ids, config.tokens, 2, token_bytes=sizes, limit=limit)
+
+
+def calibration(tokenizer: Any, text: str, config: Config) -> np.ndarray:
+    """Full windows from the start of a text, two in a batch: `[batches, 2, tokens]`."""
+    ids = tokenizer.encode(text[: 8 * config.tokens * config.calibration])
+    batches = min(len(ids) // config.tokens, config.calibration) // 2
+    ids = np.asarray(ids[: 2 * batches * config.tokens], np.int32)
+    return ids.reshape(-1, 2, config.tokens)
+
+
+@jax.jit
+def _losses(params: Any, small: Any, seconds: dict[str, jax.Array]) -> dict[str, Any]:
+    before, after = dict(kernels(params)), dict(kernels(small))
+    return {
+        name: layer_loss(before[name], after[name], second)
+        for name, second in seconds.items()
+    }
+
+
+def kernels(params: Any) -> list[tuple[str, jax.Array]]:
+    """Name and array of the kernels of all layers, dense."""
+    return [
+        (f"{layer}/{part}/{name}/kernel", arrays["kernel"])
+        for layer, parts in params.items()
+        if layer.startswith("layer_")
+        for part in ("attention", "mlp")
+        for name, arrays in parts[part].items()
+        if "kernel" in arrays
+    ]
+
+
+def layer_losses(params: Any, small: Any, moments: Any) -> dict[str, float]:
+    """The loss of each layer, by the name of its kernel."""
+    seconds = {name: moments[name].second for name, _ in kernels(params)}
+    found = _losses(params, small, seconds)
+    return {name: float(f"{float(loss):.5g}") for name, loss in found.items()}
+
+
+def orders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each model and setting with all methods: how often each beats the one before.
+
+    On the losses with the moments of the text that was measured on.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        if row.get("method") in METHODS:
+            found.setdefault((row["model"], row["setting"]), {})[row["method"]] = row
+    summary = []
+    for (model, setting), by_method in found.items():
+        if set(by_method) != set(METHODS):
+            continue
+        line = {"model": model, "setting": setting, "summary": "order of layer losses"}
+        for which in ("layer_losses", "heldout_layer_losses"):
+            pairs = {}
+            for worse, better in itertools.pairwise(METHODS):
+                a, b = by_method[worse][which], by_method[better][which]
+                wrong = [name for name in a if b[name] >= a[name]]
+                pairs[f"{better} < {worse}"] = {
+                    "sums": [sum(b.values()), sum(a.values())],
+                    "layers": len(a) - len(wrong),
+                    "of": len(a),
+                    "exceptions": wrong,
+                }
+            line[which] = pairs
+        summary.append(line)
+    return summary
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """New rows of the table, in order; appends each to the results as it is done."""
+    if config.fast:
+        config = dataclasses.replace(
+            config, model="reference", text="", calibration=4, windows=4, tokens=128
+        )
+    path = Path(config.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = []
+    if path.exists():
+        done = [json.loads(line) for line in path.read_text().splitlines()]
+    name = Path(config.model).name
+    held = {(row["model"], row.get("recipe")) for row in done}
+    recipes = [
+        (method, setting, f"{method}({setting})")
+        for setting in SETTINGS[-1 if config.fast else 0 :]
+        for method in METHODS
+    ]
+    todo = [
+        (method, setting, recipe)
+        for method, setting, recipe in recipes
+        if config.only in recipe and (name, recipe) not in held
+    ]
+    rows: list[dict[str, Any]] = []
+    if todo:
+        rows = _measure(config, name, todo, path)
+    before = {(row["model"], row["setting"]) for row in done if "summary" in row}
+    for line in orders(done + rows):
+        if (line["model"], line["setting"]) not in before:
+            rows.append(line)
+            reporting.append_lines(path, [line])
+    return rows
+
+
+def _measure(
+    config: Config, name: str, todo: list[tuple[str, str, str]], path: Path
+) -> list[dict[str, Any]]:
+    model, params, tokenizer = jc.models.load(config.model, scan=False)
+    learned_from, measured_on = texts(config)
+    inputs = calibration(tokenizer, learned_from, config)
+    batches = cut(tokenizer, measured_on, config, config.windows)
+    moments = jc.collect_moments(model, params, inputs, select=KERNELS)
+    heldout = jc.collect_moments(
+        model, params, [batch["tokens"] for batch in batches], select=KERNELS
+    )
+    scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
+    about = {
+        "calibration_tokens": inputs.size,
+        "commit": commit(),
+        "jax": metadata.version("jax"),
+        "flax": metadata.version("flax"),
+        "device": jax.devices()[0].device_kind,
+    }
+    rows = []
+    for method, setting, recipe in todo:
+        clock = time.process_time()
+        small = jc.compress(params, [(KERNELS, recipe)], moments)
+        small = jax.block_until_ready(jax.jit(jc.materialize)(small))
+        seconds = time.process_time() - clock
+        report = jc.compare(
+            Apply(scanned), dense, jc.models.stack_layers(small), batches
+        )
+        kept = [np.count_nonzero(x) / x.size for _, x in kernels(small)]
+        losses = layer_losses(params, small, moments)
+        others = layer_losses(params, small, heldout)
+        row = {
+            "model": name,
+            "recipe": recipe,
+            "method": method,
+            "setting": setting,
+            "zeros": 1 - float(np.mean(kept)),
+            "tokens": report.tokens,
+            "dense_perplexity": report.dense.perplexity,
+            "perplexity": report.small.perplexity,
+            "ratio": report.small.perplexity / report.dense.perplexity,
+            "bits_per_byte": report.small.bits_per_byte,
+            "kl": report.kl,
+            "kl_standard_error": report.kl_standard_error,
+            "layer_loss": sum(losses.values()),
+            "heldout_layer_loss": sum(others.values()),
+            "prune_processor_seconds": seconds,
+            **about,
+            "layer_losses": losses,
+            "heldout_layer_losses": others,
+        }
+        reporting.append_lines(path, [row])
+        shown = {key: value for key, value in row.items() if "losses" not in key}
+        print(json.dumps(shown), flush=True)
+        rows.append(row)
+    return rows
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Config):
+        if field.name in ("model", "text"):
+            parser.add_argument(field.name, nargs="?", default=field.default)
+        elif field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=field.type, default=field.default
+            )
+    config = Config(**vars(parser.parse_args()))
+    if config.fast:
+        config = dataclasses.replace(config, results="pruned_fast.jsonl")
+    for row in run(config):
+        if "summary" in row:
+            print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

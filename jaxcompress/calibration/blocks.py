@@ -1,0 +1,363 @@
+"""`compress_blockwise`: block after block, on what the compressed prefix produces."""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import Progress, TimeElapsedColumn
+
+from jaxcompress.calibration.collect import check_finite, warn_few
+from jaxcompress.calibration.feedback import layer_loss
+from jaxcompress.calibration.kept import Part, Store, digest
+from jaxcompress.calibration.moments import Moments
+from jaxcompress.calibration.sources import Source, source_of
+from jaxcompress.calibration.streams import Streams, Values, streams
+from jaxcompress.tree.layouts import Layout, matricize
+from jaxcompress.tree.leaves import dense, materialize
+from jaxcompress.tree.paths import entries
+from jaxcompress.tree.rules import LeafReport, chain, choose, compress
+from jaxcompress.tree.segments import Segment
+
+BLOCKS = r"(.*/)?(layers?|blocks?|h)([_/]?\d+)?"
+
+
+def compress_blockwise(
+    model: Any,
+    params: Any,
+    recipe: Any,
+    batches: Iterable[Any],
+    *,
+    blocks: str = BLOCKS,
+    drift: bool = True,
+    store: str | os.PathLike | None = None,
+    report: bool = False,
+    progress: bool = False,
+) -> Any:
+    """`compress` with the moments that each block meets behind the compressed ones.
+
+    The traced program is cut into blocks by the weights that they read, so that the
+    model needs nothing: looped or scanned, remat, any call in between. For one block
+    after the other, every batch runs through it twice, on the inputs x of the original
+    model and on x', those behind the compressed blocks; the recipe gets the second
+    moments of both and their cross moments (`gptq` then aims at the original outputs),
+    and the compressed block carries x' on. Inside a block x' is what its original
+    weights make of it. A weight outside the blocks that is used in several places, as
+    a tied embedding, comes first, with moments of the original model.
+
+    Memory: dense weights and moments of one block (of one stack where the model is
+    scanned), the compressed ones so far, and for every batch the inputs of one block,
+    twice, on the host.
+
+    Args:
+      model: a Linen module or a function of `(params, batch)`, as for `layout`.
+      params: the tree; or the path of a file of `save`, or what `open` or
+        `models.open_weights` give: leaves are then read as their block comes.
+      recipe: as for `compress`; names are those of the whole tree. In a stack every
+        layer is compressed by itself, to leaves that must be alike.
+      batches: as for `collect_moments`, with "mask" if there is one.
+      blocks: pattern that fully matches the path of every block, or of the stack of
+        them in a scanned model; the longest path of a weight that it matches counts.
+      drift: False leaves the original model out: `second` is that of x', and there are
+        no cross moments. For weights used in a loop inside a block.
+      store: a directory where each finished block is kept. A run that was killed goes
+        on from there, to the same bytes; the run must be the same.
+      report: return `(params, [LeafReport, ...])` instead, with output errors.
+      progress: show a bar with the time that remains, and each block's errors.
+
+    Warns as `collect_moments` where tokens are few.
+
+    Raises:
+      ValueError: no submodule matches `blocks`, blocks that do not follow one another,
+        a pattern of the recipe that matches nothing, activations that are NaN or
+        infinite, a selected weight whose inputs were never seen but are needed, a store
+        of another run. Names the block or the leaf.
+      TypeError: `batches` is one batch.
+
+    Source: block by block as in Frantar et al. 2022, "GPTQ" (arXiv 2210.17323); moments
+    of both streams as in GPTAQ and Qronos (arXiv 2505.11695).
+    """
+    if isinstance(batches, Mapping):
+        raise TypeError("batches is one dict; pass an iterable of them: [batch]")
+    batches = [jax.tree.map(np.asarray, batch) for batch in batches]
+    if not batches:
+        raise ValueError("there are no batches; pass at least one")
+    options = {"blocks": blocks, "drift": drift}
+    with source_of(params) as source:
+        job = _Job(
+            source,
+            recipe,
+            _wanted(source, recipe),
+            drift,
+            streams(model, source.shapes, source.rebuild, batches, blocks),
+            Store(store, digest(recipe, options, source.shapes, batches)),
+        )
+        parts = list(_shown(job.run(), job.count, progress))
+        small = source.rebuild(_joined(parts, source))
+    reports = [row for part in parts for row in _rows(part)]
+    return (small, reports) if report else small
+
+
+def _rows(part: Part) -> list[LeafReport]:
+    """Its reports; those of a stack name the slice."""
+    if part.index is None:
+        return part.reports
+    path = part.label.rsplit("[", 1)[0]
+    return [
+        row
+        if row.name in part.whole
+        else dataclasses.replace(row, name=part.label + row.name.removeprefix(path))
+        for row in part.reports
+    ]
+
+
+def _shown(parts: Iterator[Part], count: int, show: bool) -> Iterator[Part]:
+    """Passes parts on; shows how far they are, their errors and the time left."""
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    start = time.monotonic()
+    with Progress(*columns, disable=not show) as bar:
+        task = bar.add_task("compressing", total=count)
+        for number, part in enumerate(parts, start=1):
+            errors = {r.name: r.output_error for r in part.reports if r.output_error}
+            left = (time.monotonic() - start) / number * (count - number)
+            line = f"{part.label} ({number} of {count}, {left:.0f} s left)"
+            if errors:
+                each = (f"{n.split('/', 1)[-1]} {e:.3f}" for n, e in errors.items())
+                line += ": output errors " + ", ".join(each)
+            if show:
+                bar.console.print(line, markup=False, highlight=False)
+            bar.update(task, advance=1, description=part.label)
+            yield part
+
+
+def _wanted(source: Source, recipe: Any) -> set[str]:
+    """Names of the outermost leaves that a recipe takes; checks its first stage."""
+    root = {entry.name: entry.root for entry in entries(source.tree)}
+    taken: set[str] = set()
+    for i, stage in enumerate(chain(recipe).stages):
+        chosen, _ = choose(source.tree, stage, part=i > 0)
+        taken |= {root[name] for name in chosen}
+    return taken
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    source: Source
+    recipe: Any
+    wanted: set[str]  # full names of leaves that the recipe takes
+    drift: bool
+    streams: Streams
+    store: Store
+    stack: dict[str, Any] = dataclasses.field(default_factory=dict)  # the latest read
+
+    @property
+    def shared(self) -> list[str]:
+        """Leaves outside the blocks, to be compressed, that several segments read."""
+        uses = [name for s in self.streams.segments for name in s.outer]
+        return sorted({n for n in uses if uses.count(n) > 1} & self.wanted)
+
+    @property
+    def unused(self) -> list[str]:
+        used = {n for s in self.streams.segments for n in _full_names(s).values()}
+        return sorted(self.source.shapes.keys() - used)
+
+    @property
+    def count(self) -> int:
+        """Number of parts."""
+        return len(self.streams.segments) + bool(self.shared) + bool(self.unused)
+
+    def run(self) -> Iterator[Part]:
+        """Part after part, in the order of the model."""
+        done: dict[str, Any] = {}  # leaves outside the blocks
+        first = bool(self.shared)
+        if first:
+            leaves = {name: self.source.fetch(name) for name in self.shared}
+            part = self.store.load(0)
+            if part is None:
+                moments, layouts = self.shared_moments()
+                part = self.compress("shared", leaves, moments, layouts)
+                self.store.save(0, part)
+            done |= part.leaves
+            yield part
+        original = drifted = self.streams.start()
+        for i, segment in enumerate(self.streams.segments):
+            names = _full_names(segment)
+            leaves = {n: self.fetch(segment, key) for key, n in names.items()}
+            weights = _dense({key: leaves[n] for key, n in names.items()})
+            behind = None
+            part = self.store.load(i + first)
+            if part is None:
+                new = {key: n for key, n in names.items() if n not in done}
+                behind, moments, layouts = self.measure(
+                    i, weights, new, original, drifted
+                )
+                own = {n: leaves[n] for n in new.values()}
+                part = self.compress(_label(i, segment), own, moments, layouts, segment)
+                self.store.save(i + first, part)
+            yield part
+            done |= {n: part.leaves[n] for n in part.whole}
+            if i + 1 < len(self.streams.segments):
+                if self.drift:
+                    original = behind or self.streams.forward(i, weights, original)
+                known = done | part.leaves
+                small = _dense({key: known[n] for key, n in names.items()})
+                drifted = self.streams.forward(i, small, drifted)
+        if self.unused:
+            number = len(self.streams.segments) + first
+            part = self.store.load(number)
+            if part is None:
+                leaves = {name: self.source.fetch(name) for name in self.unused}
+                part = self.compress("unused", leaves, {}, {})
+                self.store.save(number, part)
+            yield part
+
+    def fetch(self, segment: Segment, key: str) -> Any:
+        """The leaf that a segment calls `key`: its slice, where it is stacked."""
+        name = _full_names(segment)[key]
+        if key.startswith("/") or segment.block.index is None:
+            return self.source.fetch(name)
+        if not any(n.startswith(f"{segment.block.path}/") for n in self.stack):
+            self.stack.clear()
+        if name not in self.stack:
+            self.stack[name] = self.source.fetch(name)
+        return jax.tree.map(lambda x: x[segment.block.index], self.stack[name])
+
+    def measure(
+        self,
+        number: int,
+        weights: dict[str, Any],
+        new: Mapping[str, str],
+        original: list[Values],
+        drifted: list[Values],
+    ) -> tuple[list[Values] | None, dict[str, Moments], dict[str, Layout]]:
+        """Values of the original model behind a segment, moments and layouts."""
+        keys = [k for k, n in new.items() if n in self.wanted and weights[k].ndim > 1]
+        if self.drift:
+            measured = self.streams.measure(number, weights, original, drifted, keys)
+        else:
+            measured = self.streams.measure(number, weights, drifted, None, keys)
+        after, moments, layouts = measured
+        moments = {new[key]: m for key, m in moments.items()}
+        for name, m in moments.items():
+            check_finite(f"{_label(number, self.streams.segments[number])}: {name}", m)
+        if any(segment.block for segment in self.streams.segments[: number + 1]):
+            warn_few(moments)
+        layouts = {new[key]: kind for key, kind in layouts.items()}
+        return after if self.drift else None, moments, layouts
+
+    def shared_moments(self) -> tuple[dict[str, Moments], dict[str, Layout]]:
+        """Of the shared leaves, over all their uses in the original model."""
+        total: dict[str, Moments] = {}
+        layouts: dict[str, Layout] = {}
+        values = self.streams.start()
+        for i, segment in enumerate(self.streams.segments):
+            names = _full_names(segment)
+            weights = _dense({key: self.fetch(segment, key) for key in names})
+            keys = [f"/{n}" for n in segment.outer if n in self.shared]
+            keys = [key for key in keys if weights[key].ndim > 1]
+            values, found, kinds = self.streams.measure(i, weights, values, None, keys)
+            for key, moments in found.items():
+                total[names[key]] = _both(total.get(names[key]), moments)
+            layouts |= {names[key]: kind for key, kind in kinds.items()}
+        return total, layouts
+
+    def compress(
+        self,
+        label: str,
+        leaves: dict[str, Any],
+        moments: dict[str, Moments],
+        layouts: dict[str, Layout],
+        segment: Segment | None = None,
+    ) -> Part:
+        block = segment and segment.block
+        small, rows = compress(
+            leaves, self.recipe, moments, layout=layouts, report=True, part=True
+        )
+        for i, row in enumerate(rows):
+            old, new, known = leaves[row.name], small[row.name], moments.get(row.name)
+            error = None
+            if new is not old and known is not None and known.second is not None:
+                error = _output_error(old, new, known.second, layouts[row.name])
+            rows[i] = dataclasses.replace(row, output_error=error)
+        whole = tuple(leaves) if not block else segment.outer
+        index = block.index if block else None
+        return Part(label, index, tuple(n for n in whole if n in leaves), small, rows)
+
+
+def _full_names(segment: Segment) -> dict[str, str]:
+    """Full names of the weights of a segment, by the names that it has for them."""
+    block, outer = segment.block, {f"/{name}": name for name in segment.outer}
+    own = {name: f"{block.path}/{name}" for name in block.names} if block else {}
+    return own | outer
+
+
+def _label(number: int, segment: Segment) -> str:
+    return segment.block.label if segment.block else f"outside[{number}]"
+
+
+def _both(a: Moments | None, b: Moments) -> Moments:
+    """The moments of one weight used in two ways: looked up, and as a head."""
+    if a is None:
+        return b
+    if (a.second is None) != (b.second is None):
+        looked_up, head = (a, b) if a.second is None else (b, a)
+        return dataclasses.replace(head, tokens=looked_up.tokens)
+    return a + b
+
+
+@jax.jit
+def _dense(leaves: dict[str, Any]) -> dict[str, jax.Array]:
+    return materialize(leaves)
+
+
+def _output_error(old: Any, new: Any, second: jax.Array, layout: Layout) -> float:
+    """Root mean square change of the layer's outputs over that of the outputs."""
+    return float(_relative_output(dense(old), dense(new), second, layout))
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _relative_output(
+    old: jax.Array, new: jax.Array, second: jax.Array, layout: Layout
+) -> jax.Array:
+    old, new = matricize(old, layout), matricize(new, layout)
+    change = jnp.sum(layer_loss(old, new, second))
+    whole = jnp.sum(layer_loss(old, jnp.zeros_like(old), second))
+    return jnp.sqrt(jnp.maximum(change, 0) / jnp.where(whole > 0, whole, 1))
+
+
+def _joined(parts: list[Part], source: Source) -> dict[str, Any]:
+    """All leaves by name; slices of a stack are stacked again."""
+    found: dict[str, Any] = {}
+    slices: dict[str, list[tuple[int, Any]]] = {}
+    changed = {row.name for part in parts for row in part.reports if row.method}
+    for part in parts:
+        for name, leaf in part.leaves.items():
+            if part.index is None or name in part.whole:
+                found[name] = leaf
+            else:
+                slices.setdefault(name, []).append((part.index, leaf))
+    for name, stack in slices.items():
+        if name not in changed:
+            found[name] = source.fetch(name)
+            continue
+        leaves = [leaf for _, leaf in sorted(stack, key=lambda pair: pair[0])]
+        kinds = {
+            (
+                jax.tree.structure(x),
+                tuple((a.shape, a.dtype) for a in jax.tree.leaves(x)),
+            )
+            for x in leaves
+        }
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{name}: its layers were compressed to leaves of unlike shapes, which "
+                "cannot be stacked; take methods whose shapes do not depend on values, "
+                "or the looped model (unstack_layers)"
+            )
+        found[name] = jax.tree.map(lambda *x: jnp.stack(x), *leaves)
+    return found

@@ -1,0 +1,68 @@
+"""Where `compress_blockwise` takes leaves from: a tree in memory, or a checkpoint."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.storage import container
+from jaxcompress.tree.leaves import is_leaf
+from jaxcompress.tree.paths import roots
+from jaxcompress.types import Params
+
+
+class Source(NamedTuple):
+    """Leaves by name: `shapes` of the dense arrays, and `fetch(name)` for one of them.
+
+    `tree` has leaves or shapes in their places; `rebuild` puts leaves by name there.
+    """
+
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    fetch: Callable[[str], Any]
+    tree: Params
+    rebuild: Callable[[Mapping[str, Any]], Params]
+
+
+@contextlib.contextmanager
+def source_of(params: Any) -> Iterator[Source]:
+    """The source of a tree, of a path, or of an open checkpoint.
+
+    An open checkpoint has a `tree` with a name in the place of each leaf,
+    `describe(name) -> (type, shape, dtype)` and `[name]`, as `storage.open` gives it.
+    Where a stored tree is `{"params": ..., ...}` the parameters are meant.
+    """
+    if isinstance(params, str | os.PathLike):
+        with container.open(params) as file:
+            yield _stored(file)
+    elif hasattr(params, "describe") and hasattr(params, "tree"):
+        yield _stored(params)
+    else:
+        named = dict(roots(params))
+        yield Source(
+            {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in named.items()},
+            named.__getitem__,
+            params,
+            _rebuilder(params, list(named)),
+        )
+
+
+def _stored(file: Any) -> Source:
+    tree = file.tree
+    if isinstance(tree, Mapping) and "params" in tree:
+        tree = tree["params"]
+    names = [name for name, _ in roots(tree)]
+    places = dict(zip(names, jax.tree.leaves(tree), strict=True))
+    shapes = {}
+    for name, place in places.items():
+        _, shape, dtype = file.describe(place)
+        shapes[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    rebuild = _rebuilder(tree, names)
+    return Source(shapes, lambda name: file[places[name]], rebuild(shapes), rebuild)
+
+
+def _rebuilder(tree: Any, names: list[str]) -> Callable[[Mapping[str, Any]], Params]:
+    structure = jax.tree.structure(tree, is_leaf=is_leaf)
+    return lambda found: jax.tree.unflatten(structure, [found[name] for name in names])

@@ -1,0 +1,179 @@
+"""Calibration batches on their way through a model that was cut into segments."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcompress.calibration.collect import averages, row_sums
+from jaxcompress.calibration.moments import Moments
+from jaxcompress.tree.layouts import Layout, check_layout
+from jaxcompress.tree.program import run_uses
+from jaxcompress.tree.segments import Segment, cut
+from jaxcompress.tree.tracing import model_function
+from jaxcompress.tree.uses import Use
+
+Values = dict[Any, np.ndarray]  # of one batch, by variable of its program
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """The batches, each with the segments of the program that its shapes make.
+
+    Values stay on the host between segments. Programs whose compiled text is the same,
+    as those of equal blocks, are compiled once.
+    """
+
+    batches: Sequence[Any]
+    programs: Sequence[tuple[list[Segment], list[Any]]]  # one per batch; shared
+    compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def start(self) -> list[Values]:
+        """What each batch's first segment reads."""
+        return [
+            dict(zip(inputs, jax.tree.leaves(batch), strict=True))
+            for batch, (_, inputs) in zip(self.batches, self.programs, strict=True)
+        ]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Those of the first batch; all have the same blocks and weights."""
+        return self.programs[0][0]
+
+    def forward(
+        self, number: int, weights: dict[str, Any], values: list[Values]
+    ) -> list[Values]:
+        """The values behind segment `number`."""
+        after, ready = [], {}
+        for (segments, _), held in zip(self.programs, values, strict=True):
+            segment = segments[number]
+            read = [held[v] for v in segment.reads]
+            if segment not in ready:
+                ready[segment] = self._compiled(_run(segment), weights, read)
+            after.append(_carried(segment, held, ready[segment](weights, read)))
+        return after
+
+    def measure(
+        self,
+        number: int,
+        weights: dict[str, Any],
+        values: list[Values],
+        drifted: list[Values] | None,
+        names: Sequence[str],
+    ) -> tuple[list[Values], dict[str, Moments], dict[str, Layout]]:
+        """Values behind a segment, and moments and layouts of the weights `names`.
+
+        Names are those that the segment's `weights` have. `drifted` are the values of
+        the compressed model, where its moments are wanted too.
+        """
+        after, ready, layouts, total = [], {}, {}, None
+        for i, (segments, _) in enumerate(self.programs):
+            segment, batch = segments[number], self.batches[i]
+            mask = batch.get("mask") if isinstance(batch, Mapping) else None
+            read = [[values[i][v] for v in segment.reads]]
+            if drifted is not None:
+                read.append([drifted[i][v] for v in segment.reads])
+            if segment not in ready:
+                step = functools.partial(
+                    _measured, segment=segment, names=names, layouts=layouts
+                )
+                ready[segment] = self._compiled(step, weights, read, mask)
+            results, more = ready[segment](weights, read, mask)
+            total = more if total is None else _add(total, more)
+            after.append(_carried(segment, values[i], results))
+        return after, total or {}, layouts
+
+    def _compiled(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        lowered = jax.jit(function).lower(*arguments)
+        key = lowered.as_text(), lowered.in_tree, lowered.out_tree
+        if key not in self.compiled:
+            self.compiled[key] = lowered.compile()
+        return self.compiled[key]
+
+
+def streams(
+    model: Any, shapes: Mapping[str, Any], rebuild: Any, batches: Any, pattern: str
+) -> Streams:
+    """The batches at the start of the model, cut by `pattern` as in `segments.cut`.
+
+    Raises ValueError where batches of unlike shapes use the weights in unlike ways.
+    """
+    function = model_function(model)
+    known: dict[Any, Any] = {}
+    programs = []
+    for batch in batches:
+        leaves, structure = jax.tree.flatten(batch)
+        key = structure, tuple((x.shape, x.dtype) for x in leaves)
+        if key not in known:
+            run = lambda weights, batch: function(rebuild(weights), batch)  # noqa: E731
+            known[key] = cut(run, shapes, batch, pattern)
+        programs.append(known[key])
+    first, *rest = ([(s.block, s.outer) for s in each] for each, _ in known.values())
+    if any(other != first for other in rest):
+        raise ValueError(
+            "batches of different shapes use the weights in different orders; pass "
+            "batches of one shape"
+        )
+    return Streams(batches, programs)
+
+
+def _run(segment: Segment) -> Callable[[dict[str, Any], list], list]:
+    """The segment as a function of one name, which is part of the compiled text."""
+
+    def run(weights: dict[str, Any], read: list) -> list:
+        return segment(weights, read)
+
+    return run
+
+
+def _measured(
+    weights: dict[str, jax.Array],
+    read: list[list[jax.Array]],
+    mask: Any,
+    *,
+    segment: Segment,
+    names: Sequence[str],
+    layouts: dict[str, Layout],
+) -> tuple[list[jax.Array], dict[str, Moments]]:
+    """Results on the first of one or two lists of values, and moments over both."""
+    seen: dict[str, list[Use]] = {}
+
+    def note(use: Use) -> dict[str, jax.Array]:
+        shape = weights[use.name].shape
+        check_layout(use.name, shape, use.layout)
+        layouts[use.name] = use.layout
+        if len(read) == 1 or use.lookup:
+            return row_sums(use, shape, mask)
+        if use.looped:
+            raise ValueError(
+                f"{use.name} is used in a loop or a branch inside its block, where "
+                "the original and the compressed model cannot be compared row by row; "
+                "pass drift=False"
+            )
+        seen.setdefault(use.name, []).append(use)
+        return {}
+
+    def compare(use: Use) -> dict[str, jax.Array]:
+        if use.lookup:
+            return {}
+        original = seen[use.name].pop(0)
+        return row_sums(original, weights[use.name].shape, mask, drifted=use)
+
+    results, sums = run_uses(segment, weights, read[0], note, tagged=names)
+    if len(read) > 1:
+        _, more = run_uses(segment, weights, read[1], compare, tagged=names)
+        sums = {name: named | more.get(name, {}) for name, named in sums.items()}
+    return results, averages({name: named for name, named in sums.items() if named})
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: dict[str, Moments], more: dict[str, Moments]) -> dict[str, Moments]:
+    return {name: moments + more[name] for name, moments in total.items()}
+
+
+def _carried(segment: Segment, held: Values, results: Sequence[Any]) -> Values:
+    new = dict(zip(segment.writes, map(np.asarray, results), strict=True))
+    return {var: new[var] if var in new else held[var] for var in segment.alive}

@@ -1,0 +1,263 @@
+"""Teachers that run once: a few entries of each distribution, kept in files.
+
+`TopK` keeps the likeliest tokens and what is left over as one bucket: exact where the
+tail does not matter, and never above the true KL. `Sampled` keeps drawn tokens with
+importance weights: noisy, but right on average, gradients included. A folder holds one
+checksummed file per batch, each under the digest of the batch it belongs to.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.distillation.losses import (
+    check_mask,
+    check_vocabulary,
+    log_probs,
+    only,
+    take,
+)
+from jaxcompress.evaluation.language import divergence
+from jaxcompress.storage import container
+from jaxcompress.types import Batch
+
+_static = {"metadata": {"static": True}}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """The k likeliest tokens of a teacher at each position, and the rest as one bucket.
+
+    Indices differ within a position; the log-probabilities and the tail's add up to a
+    distribution at `temperature` over `vocabulary` entries.
+    """
+
+    indices: jax.Array  # [..., k], unsigned
+    log_probs: jax.Array  # [..., k], float32
+    log_tail: jax.Array  # [...], float32
+    temperature: float = dataclasses.field(**_static)
+    vocabulary: int = dataclasses.field(**_static)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Tokens drawn from a teacher, with weights whose expectation is its distribution.
+
+    A token drawn twice stands there twice. `entropy` is the teacher's own, in nats.
+    """
+
+    indices: jax.Array  # [..., draws], unsigned
+    weights: jax.Array  # [..., draws], float32
+    entropy: jax.Array  # [...], float32
+    temperature: float = dataclasses.field(**_static)
+    vocabulary: int = dataclasses.field(**_static)
+
+
+def top_k(logits: jax.Array, k: int, *, temperature: float = 1.0) -> TopK:
+    """What to keep of a teacher's logits `[..., vocabulary]`: `6 k + 4` bytes each.
+
+    (`8 k + 4` bytes where the vocabulary is above 65 536.)
+
+    Raises ValueError where `k` is not from 1 to the vocabulary's size less one.
+    """
+    size = logits.shape[-1]
+    if not 1 <= k < size:
+        raise ValueError(
+            f"k is {k}; of a vocabulary of {size} it must be from 1 to {size - 1}, "
+            "so that a tail is left"
+        )
+    whole = log_probs(logits, temperature=temperature)
+    largest, indices = jax.lax.top_k(whole, k)
+    tail = _tail(whole, indices)
+    return TopK(_short(indices, size), largest, tail, temperature, size)
+
+
+def top_k_kl(
+    student_logits: jax.Array, cached: TopK, *, mask: jax.Array | None = None
+) -> jax.Array:
+    """`T^2 KL` of the teacher's buckets against the student's, `[...]` in nats.
+
+    At most the KL over all tokens, and equal to it where the tail is one token or
+    student and teacher share the tail out alike.
+
+    Raises ValueError on vocabularies or shapes that differ.
+    """
+    student = _log_probs(student_logits, cached, mask)
+    picked = take(student, cached.indices)
+    tail = _tail(student, cached.indices)
+    kept = jnp.concatenate([cached.log_probs, cached.log_tail[..., None]], axis=-1)
+    mine = jnp.concatenate([picked, tail[..., None]], axis=-1)
+    if mask is not None:
+        kept = jnp.where(check_mask(mask, tail.shape)[..., None], kept, 0)
+    return only(cached.temperature**2 * divergence(kept, mine), mask)
+
+
+def sampled(
+    logits: jax.Array,
+    draws: int,
+    *,
+    temperature: float = 1.0,
+    power: float = 1.0,
+    key: jax.Array,
+) -> Sampled:
+    """Draws tokens in proportion to `softmax(logits / T) ** power`, with replacement.
+
+    The weight of a token drawn is its probability over `draws` times that of being
+    drawn: 1 / draws each where `power` is 1.
+
+    Raises ValueError where `draws` is below 1 or `power` negative.
+
+    Source: Anshumann et al. 2025, "Sparse logit sampling" (arXiv 2503.16870).
+    """
+    if draws < 1 or power < 0:
+        raise ValueError(
+            f"draws is {draws} and power {power}; at least 1 draw is needed, and a "
+            "power of 0 or more"
+        )
+    whole = log_probs(logits, temperature=temperature)
+    proposal = jax.nn.log_softmax(power * whole, axis=-1)
+    shape = (draws, *logits.shape[:-1])
+    drawn = jax.random.categorical(key, proposal, axis=-1, shape=shape)
+    indices = jnp.moveaxis(drawn, 0, -1)
+    weights = jnp.exp(take(whole, indices) - take(proposal, indices)) / draws
+    p = jnp.exp(whole)
+    entropy = -jnp.where(p > 0, p * jnp.where(p > 0, whole, 0), 0).sum(axis=-1)
+    size = logits.shape[-1]
+    return Sampled(_short(indices, size), weights, entropy, temperature, size)
+
+
+def sampled_kl(
+    student_logits: jax.Array, cached: Sampled, *, mask: jax.Array | None = None
+) -> jax.Array:
+    """An unbiased estimate of `T^2 KL(teacher / T || student / T)`, `[...]` in nats.
+
+    A single value may be negative. Raises ValueError on vocabularies or shapes that
+    differ.
+    """
+    student = _log_probs(student_logits, cached, mask)
+    picked = take(student, cached.indices)
+    estimate = -(cached.weights * picked).sum(axis=-1) - cached.entropy
+    return only(cached.temperature**2 * estimate, mask)
+
+
+def cached_kl(
+    student_logits: jax.Array,
+    cached: TopK | Sampled,
+    *,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`top_k_kl` or `sampled_kl`, by what was kept."""
+    function = top_k_kl if isinstance(cached, TopK) else sampled_kl
+    return function(student_logits, cached, mask=mask)
+
+
+def write_cache(
+    folder: str | os.PathLike,
+    number: int,
+    batch: Batch,
+    make: Callable[[], TopK | Sampled],
+) -> TopK | Sampled:
+    """What the folder keeps for this batch; made and written there if it is not.
+
+    The file is written beside its place and renamed, so that an interrupted run goes on
+    where it stopped.
+
+    Args:
+      folder: made where it does not exist.
+      number: of the batch.
+      batch: dict of arrays; its digest is written too.
+      make: runs the teacher, `lambda: top_k(teacher(params, batch["tokens"]), 16)`.
+
+    Raises:
+      ValueError: the file there belongs to another batch.
+      FileDamaged: the file there is not what was written.
+    """
+    path = _path(folder, number)
+    if path.exists():
+        return read_cache(folder, number, batch)
+    cached = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        field.name: getattr(cached, field.name)
+        for field in dataclasses.fields(cached)
+        if not field.metadata
+    }
+    about = {
+        "kind": type(cached).__name__,
+        "batch": _digest(batch),
+        "temperature": cached.temperature,
+        "vocabulary": cached.vocabulary,
+    }
+    container.save(path, arrays, about)
+    return cached
+
+
+def read_cache(folder: str | os.PathLike, number: int, batch: Batch) -> TopK | Sampled:
+    """What `write_cache` wrote for this batch; every byte of it is checked.
+
+    Raises:
+      FileNotFoundError: there is nothing for this number.
+      ValueError: it belongs to another batch.
+      FileDamaged: it is not what was written.
+    """
+    path = _path(folder, number)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: the teacher was not run on batch {number}; write_cache does it"
+        )
+    with container.open(path) as file:
+        about = file.metadata
+        if about["batch"] != _digest(batch):
+            raise ValueError(
+                f"{path} was made from another batch {number} than this one; read the "
+                "batches in the order in which the cache was written, or write it anew"
+            )
+        arrays = {name: file[name] for name in file.names}
+    kind = {"TopK": TopK, "Sampled": Sampled}[about["kind"]]
+    settings = {name: about[name] for name in ("temperature", "vocabulary")}
+    return kind(**arrays, **settings)
+
+
+def _path(folder: str | os.PathLike, number: int) -> Path:
+    return Path(folder) / f"{number:08d}.safetensors"
+
+
+def _digest(batch: Mapping[str, Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(batch):
+        x = np.asarray(batch[name])
+        digest.update(f"{name} {x.dtype} {x.shape} ".encode())
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
+
+
+def _log_probs(
+    logits: jax.Array, cached: TopK | Sampled, mask: jax.Array | None
+) -> jax.Array:
+    check_vocabulary(logits.shape[-1], cached.vocabulary)
+    if logits.shape[:-1] != cached.indices.shape[:-1]:
+        raise ValueError(
+            f"the student predicts positions {logits.shape[:-1]}, the cache holds "
+            f"{cached.indices.shape[:-1]}; both must be of the same batch"
+        )
+    return log_probs(logits, temperature=cached.temperature, mask=mask)
+
+
+def _tail(whole: jax.Array, indices: jax.Array) -> jax.Array:
+    """Log of the probability of all tokens but these; a difference would cancel."""
+    indices = indices.astype(jnp.int32)
+    rest = jnp.put_along_axis(whole, indices, -jnp.inf, axis=-1, inplace=False)
+    return jax.nn.logsumexp(rest, axis=-1)
+
+
+def _short(indices: jax.Array, size: int) -> jax.Array:
+    return indices.astype(jnp.uint16 if size <= 65_536 else jnp.uint32)

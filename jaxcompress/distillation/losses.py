@@ -1,0 +1,273 @@
+"""What a student loses against labels and against a teacher's logits, per example.
+
+Logits are `[..., vocabulary]`, and every loss is `[...]`, in nats: one number for each
+position that is predicted. A `mask` `[...]` is true where a position counts; elsewhere
+the loss and its gradient are zero, whatever stands there. `mean` makes one number of
+it. Computed in float32, or wider where the logits are. Soft losses are multiplied by
+the square of the temperature, so that their gradients keep their size (Hinton, Vinyals
+and Dean 2015, arXiv 1503.02531, section 2.1).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.evaluation.language import divergence
+
+
+def loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    labels: jax.Array,
+    *,
+    temperature: float = 1.0,
+    soft_weight: float = 0.5,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`(1 - a) CE(labels, student) + a T^2 KL(teacher / T || student / T)`, `[...]`.
+
+    Args:
+      student_logits, teacher_logits: `[..., vocabulary]`.
+      labels: integers `[...]`.
+      temperature: T, of both softmaxes in the soft part; above 0.
+      soft_weight: a, from 0 (labels only) to 1 (teacher only).
+      mask: `[...]`.
+
+    Raises:
+      ValueError: vocabularies or shapes that differ, an option out of range.
+
+    Source: Hinton, Vinyals and Dean 2015 (arXiv 1503.02531).
+    """
+    _check_fraction("soft_weight", soft_weight, closed=True)
+    hard = cross_entropy(student_logits, labels, mask=mask)
+    soft = forward_kl(
+        student_logits, teacher_logits, temperature=temperature, mask=mask
+    )
+    return (1 - soft_weight) * hard + soft_weight * soft
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, mask: jax.Array | None = None
+) -> jax.Array:
+    """`-log softmax(logits)[label]`, `[...]`; NaN where a label is out of range.
+
+    Raises ValueError where labels are not integers of shape `[...]`.
+    """
+    if labels.shape != logits.shape[:-1] or not jnp.issubdtype(
+        labels.dtype, jnp.integer
+    ):
+        raise ValueError(
+            f"labels are {labels.dtype} {labels.shape}; logits {logits.shape} need "
+            f"integers {logits.shape[:-1]}"
+        )
+    mine = log_probs(logits, mask=mask)
+    if mask is not None:
+        labels = jnp.where(check_mask(mask, labels.shape), labels, 0)
+    known = (labels >= 0) & (labels < logits.shape[-1])
+    picked = take(mine, jnp.where(known, labels, 0)[..., None])[..., 0]
+    return only(jnp.where(known, -picked, jnp.nan), mask)
+
+
+def forward_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: float = 1.0,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`T^2 KL(teacher / T || student / T)`, `[...]`: cover all that the teacher says.
+
+    Raises ValueError on vocabularies or shapes that differ, or a temperature not
+    above 0.
+    """
+    student, teacher = _both(student_logits, teacher_logits, temperature, mask)
+    return only(temperature**2 * divergence(teacher, student), mask)
+
+
+def reverse_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: float = 1.0,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`T^2 KL(student / T || teacher / T)`, `[...]`: say nothing the teacher would not.
+
+    Errors as `forward_kl`. Source: Gu et al. 2024, MiniLLM (arXiv 2306.08543).
+    """
+    student, teacher = _both(student_logits, teacher_logits, temperature, mask)
+    return only(temperature**2 * divergence(student, teacher), mask)
+
+
+def soft_cross_entropy(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: float = 1.0,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`-T^2 sum softmax(teacher / T) log softmax(student / T)`, `[...]`.
+
+    `forward_kl` plus what the student cannot change, the entropy of the teacher. Errors
+    as `forward_kl`.
+    """
+    student, teacher = _both(student_logits, teacher_logits, temperature, mask)
+    p = jnp.exp(teacher)
+    terms = p * jnp.where(p > 0, student, 0)
+    return only(-(temperature**2) * terms.sum(axis=-1), mask)
+
+
+def jensen_shannon(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`T^2 (b KL(p || m) + (1 - b) KL(q || m))`, `m = b p + (1 - b) q`, `[...]`.
+
+    p is the teacher, q the student. Divided by b it tends to the forward KL for b near
+    0, divided by 1 - b to the reverse KL for b near 1.
+
+    Errors as `forward_kl`, and `beta` not inside (0, 1).
+
+    Source: Agarwal et al. 2024, GKD (arXiv 2306.13649, equation 1).
+    """
+    _check_fraction("beta", beta)
+    student, teacher = _both(student_logits, teacher_logits, temperature, mask)
+    middle = _mixture(teacher, student, beta)
+    both = beta * divergence(teacher, middle) + (1 - beta) * divergence(student, middle)
+    return only(temperature**2 * both, mask)
+
+
+def skewed_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`T^2 KL(p || a p + (1 - a) q)`, `[...]`: bounded by `-T^2 log a`.
+
+    p is the teacher, q the student. Errors as `forward_kl`, and `alpha` not inside
+    (0, 1). Source: Ko et al. 2024, DistiLLM (arXiv 2402.03898, equation 4).
+    """
+    _check_fraction("alpha", alpha)
+    student, teacher = _both(student_logits, teacher_logits, temperature, mask)
+    mixed = _mixture(teacher, student, alpha)
+    return only(temperature**2 * divergence(teacher, mixed), mask)
+
+
+def skewed_reverse_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`T^2 KL(q || a q + (1 - a) p)`, `[...]`: the student's side of `skewed_kl`."""
+    _check_fraction("alpha", alpha)
+    student, teacher = _both(student_logits, teacher_logits, temperature, mask)
+    mixed = _mixture(student, teacher, alpha)
+    return only(temperature**2 * divergence(student, mixed), mask)
+
+
+def mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The mean of a loss `[...]` over the positions that count; 0 where none does.
+
+    Raises ValueError on an empty batch.
+    """
+    if not values.size:
+        raise ValueError(
+            f"an empty batch: losses of shape {values.shape} have no mean; leave such "
+            "batches out"
+        )
+    return only(values, mask).sum() / jnp.maximum(count(values, mask), 1)
+
+
+def count(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """How many positions of a loss `[...]` count, float32."""
+    if mask is None:
+        return jnp.float32(values.size)
+    return check_mask(mask, values.shape).sum(dtype=jnp.float32)
+
+
+def log_probs(
+    logits: jax.Array, *, temperature: float = 1.0, mask: jax.Array | None = None
+) -> jax.Array:
+    """`log softmax(logits / T)` in float32 or wider; uniform where masked.
+
+    Masked logits are replaced before anything is computed from them: a product with
+    zero afterwards would leave the NaN of padding in the gradients.
+    """
+    if isinstance(temperature, int | float) and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be above 0 and finite")
+    if mask is not None:
+        counts = check_mask(mask, logits.shape[:-1])[..., None]
+        logits = jnp.where(counts, logits, jnp.zeros((), logits.dtype))
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return jax.nn.log_softmax(wide / temperature, axis=-1)
+
+
+def check_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The mask as booleans; ValueError where it is not one per position."""
+    if jnp.shape(mask) != shape:
+        raise ValueError(
+            f"the mask has shape {jnp.shape(mask)}; it needs one entry per position, "
+            f"{shape}"
+        )
+    return jnp.asarray(mask) > 0
+
+
+def only(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Zero where the mask is not true."""
+    if mask is None:
+        return values
+    return jnp.where(check_mask(mask, values.shape), values, 0)
+
+
+def take(values: jax.Array, indices: jax.Array) -> jax.Array:
+    """`values [..., V]` at `indices [..., n]` of the last axis."""
+    return jnp.take_along_axis(values, indices.astype(jnp.int32), axis=-1)
+
+
+def check_vocabulary(student: int, teacher: int) -> None:
+    """ValueError, with both sizes, where they differ."""
+    if student != teacher:
+        raise ValueError(
+            f"the student's vocabulary has {student} entries, the teacher's {teacher}; "
+            "logits can be compared only over the same tokens: give the student the "
+            "teacher's tokenizer, or align hidden states instead"
+        )
+
+
+def _both(
+    student: jax.Array, teacher: jax.Array, temperature: float, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of student and teacher."""
+    check_vocabulary(student.shape[-1], teacher.shape[-1])
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student's logits have shape {student.shape}, the teacher's "
+            f"{teacher.shape}; both must predict the same positions"
+        )
+    return (
+        log_probs(student, temperature=temperature, mask=mask),
+        log_probs(teacher, temperature=temperature, mask=mask),
+    )
+
+
+def _mixture(first: jax.Array, second: jax.Array, weight: float) -> jax.Array:
+    """Log of `weight exp(first) + (1 - weight) exp(second)`."""
+    return jnp.logaddexp(math.log(weight) + first, math.log1p(-weight) + second)
+
+
+def _check_fraction(name: str, value: float, *, closed: bool = False) -> None:
+    inside = 0 <= value <= 1 if closed else 0 < value < 1
+    if not inside:
+        bounds = "from 0 to 1" if closed else "above 0 and below 1"
+        raise ValueError(f"{name} is {value}; it must be {bounds}")

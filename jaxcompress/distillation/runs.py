@@ -1,0 +1,161 @@
+"""A run of training steps that may be killed at any time, and goes on where it was."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from jaxcompress.distillation.steps import Metrics, TrainState, check_batch
+from jaxcompress.storage.orbax import restore_orbax, save_orbax
+from jaxcompress.tree.paths import key_name
+from jaxcompress.types import Batch
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+_NAME = re.compile(r"step_(\d{8})")
+
+
+def train(
+    step: Step,
+    state: TrainState,
+    batch_at: Callable[[int], Batch],
+    *,
+    steps: int,
+    folder: str | os.PathLike | None = None,
+    every: int = 100,
+    keep: int = 2,
+    report: Callable[[int, dict[str, float]], None] | None = None,
+) -> TrainState:
+    """Runs until `steps` updates are done; with a folder, resumes from its checkpoint.
+
+    A run killed and started again with the same arguments ends with the same bits: the
+    batch, like the key, is a function of the step number.
+
+    Args:
+      step: from `make_train_step`.
+      state: to start from, given up; where the folder has a checkpoint, that one, laid
+        out as this state is.
+      batch_at: the batch of a step, counted from 0.
+      steps: updates in all, those before a resumption included.
+      folder: for checkpoints `step_00000100` and so on; the last one too.
+      every: steps between two checkpoints.
+      keep: checkpoints that stay.
+      report: called after each step with its number, from 1, and its metrics.
+
+    Raises:
+      FloatingPointError: a loss or gradient that is not finite; names the step, and
+        the checkpoint that stays.
+      ValueError: an empty batch, naming the step; an option out of range; a checkpoint
+        of another run.
+    """
+    if steps < 0 or every < 1 or keep < 1:
+        raise ValueError(
+            f"steps is {steps}, every {every}, keep {keep}; steps must not be "
+            "negative, the others at least 1"
+        )
+    latest = None if folder is None else latest_checkpoint(folder)
+    if latest is not None:
+        state = restore_state(latest, state)
+    done = int(state.step)
+    while done < steps:
+        batch = batch_at(done)
+        try:
+            check_batch(batch)
+        except ValueError as error:
+            raise ValueError(f"step {done + 1}: {error}") from error
+        state, metrics = step(state, batch)
+        numbers = {name: x.item() for name, x in jax.device_get(metrics).items()}
+        if not numbers["finite"]:
+            kept = "no checkpoint was written" if latest is None else f"{latest} stays"
+            raise FloatingPointError(
+                f"step {done + 1}: the loss is {numbers['loss']}, the norm of its "
+                f"gradient {numbers['gradient_norm']}; {kept}. Lower the learning "
+                "rate, clip gradients, or look at this batch"
+            )
+        if numbers.get("weight") == 0:
+            raise ValueError(f"step {done + 1}: an empty batch: no position counts")
+        done += 1
+        if report is not None:
+            report(done, numbers)
+        if folder is not None and (done % every == 0 or done == steps):
+            latest = Path(folder) / f"step_{done:08d}"
+            save_state(latest, state)
+            _remove_old(folder, keep)
+    return state
+
+
+def save_state(path: str | os.PathLike, state: TrainState) -> None:
+    """Writes a state as an Orbax checkpoint beside `path`, and renames it.
+
+    Raises ValueError where `path` exists.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_orbax(path, _named(state))
+
+
+def restore_state(path: str | os.PathLike, like: TrainState) -> TrainState:
+    """The state that `save_state` wrote, bit for bit, where the arrays of `like` lie.
+
+    Raises ValueError where names, shapes or dtypes are not those of `like`: another
+    model, recipe or optimizer.
+    """
+    wanted = _named(like)
+    shardings = {name: x.sharding for name, x in wanted.items()}
+    anywhere = SingleDeviceSharding(jax.local_devices()[0])
+    found = restore_orbax(
+        path, sharding=lambda name, shape: shardings.get(name, anywhere)
+    )
+    for name in sorted(wanted.keys() | found.keys()):
+        mine, theirs = (
+            f"{tree[name].dtype} {tree[name].shape}" if name in tree else "nothing"
+            for tree in (wanted, found)
+        )
+        if mine != theirs:
+            raise ValueError(
+                f"{path} holds {theirs} as {name}, this run {mine}; resume with the "
+                "same model, recipe and optimizer, or choose another folder"
+            )
+    arrays = [
+        jax.random.wrap_key_data(found[name]) if _is_key(x) else found[name]
+        for name, x in zip(wanted, jax.tree.leaves(like), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def latest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The last complete checkpoint of a folder, or None."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
+def _checkpoints(folder: str | os.PathLike) -> list[Path]:
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def _remove_old(folder: str | os.PathLike, keep: int) -> None:
+    if jax.process_index() == 0:
+        for path in _checkpoints(folder)[:-keep]:
+            shutil.rmtree(path)
+
+
+def _named(state: TrainState) -> dict[str, jax.Array]:
+    """Arrays of a state by their paths, in order; keys as the numbers they are."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        ".".join(key_name(key) for key in path): jax.random.key_data(x)
+        if _is_key(x)
+        else x
+        for path, x in flat
+    }
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,42 @@
+"""A small convolutional network with batch norm, in plain Flax Linen."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class ConvNet(nn.Module):
+    """Images [B, H, W, C] to logits [B, classes]: 3x3 convolutions, batch norm, ReLU.
+
+    `filters` has one number per convolution; the image is halved (maximum over 2x2)
+    after every second one. The mean over what is left of the image goes to the head.
+    Its variables are "params" and "batch_stats"; with `train=True` the latter must be
+    mutable: they become a moving average of each batch's statistics.
+    """
+
+    filters: tuple[int, ...] = (16, 32, 32, 64)
+    classes: int = 10
+    momentum: float = 0.9
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        x = images
+        for i, filters in enumerate(self.filters):
+            # No bias: the norm that follows has one.
+            x = nn.Conv(
+                filters, (3, 3), use_bias=False, dtype=self.dtype, name=f"conv_{i}"
+            )(x)
+            x = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=self.momentum,
+                dtype=self.dtype,
+                name=f"norm_{i}",
+            )(x)
+            x = nn.relu(x)
+            if i % 2:
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.mean(axis=(1, 2))
+        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)

@@ -1,0 +1,214 @@
+"""What units are worth to the kernels that read them."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.calibration.feedback import damped, float64
+from jaxcompress.calibration.moments import Moments
+from jaxcompress.pruning.groups import Group, Groups, find_places, named_groups
+from jaxcompress.pruning.readers import (
+    DAMPING,
+    bias_of,
+    check_damping,
+    dense_arrays,
+    find_reader,
+    statistic,
+)
+from jaxcompress.tree import layouts
+from jaxcompress.tree.layouts import Layout
+from jaxcompress.types import Params
+
+
+def score_units(
+    moments: Mapping[str, Moments],
+    groups: Groups,
+    *,
+    params: Params | None = None,
+    layout: Mapping[str, Layout] | None = None,
+    by: Literal["activation", "loss"] = "activation",
+    damping: float = DAMPING,
+) -> Any:
+    """What each unit of a group is worth to the kernels that read it.
+
+    These are the group's kernels on whose input axis it lies (`down_proj`, `o_proj`,
+    the next convolution), as far as they have moments.
+
+    Args:
+      moments: of the inputs, by kernel name, from `collect_moments`.
+      groups: a group, `[(pattern, axis), ...]` or `Group`, or a mapping of names to
+        groups.
+      params: the tree; needed for kernels of more than two axes and for "loss".
+      layout: `Layout` by name, for kernels of more than two axes.
+      by: "activation": root mean square of what the unit sends, over that of the mean
+        unit of its group. "loss": units are taken out one by one, each time the one
+        that costs least while all other inputs, and the bias, make up for it; a unit's
+        score is the share of the readers' output (of its expected square) that is lost
+        by then, 1 for the last. `units * inputs**2` operations and more.
+      damping: added to the diagonal of the second moment, as a fraction of its mean.
+
+    Returns:
+      `[units]`, float32, or a dict of such where `groups` is a mapping; larger for
+      units worth more. Of groups that are not alike, "loss" compares better.
+
+    Raises:
+      ValueError: no moments of any kernel that reads the group, moments of other
+        shapes, options out of range, groups that disagree with the parameters.
+
+    Source: Kurtic et al. 2023, "ZipLM" (arXiv 2302.04089, section 3), the structured
+    optimal brain surgeon; Muralidharan et al. 2024, "Compact language models via
+    pruning and knowledge distillation" (arXiv 2407.14679, section 2), activations.
+    """
+    if by not in ("activation", "loss"):
+        raise ValueError(f"score_units goes by 'activation' or 'loss', not {by!r}")
+    if by == "loss" and params is None:
+        raise ValueError("score_units by='loss' looks at weights; pass params=params")
+    check_damping(damping, "score_units")
+    arrays = None if params is None else dense_arrays(params)
+    layout = layout or {}
+    named = named_groups(groups)
+    scores = {}
+    for label, group in named.items():
+        if arrays is None:
+            shapes, group = _readers_only(moments, group)
+        else:
+            shapes = {name: x.shape for name, x in arrays.items()}
+        places = find_places(shapes, group, label) if group.members else []
+        readers = [
+            reader
+            for place in places
+            if (reader := find_reader(place, shapes, layout)) and reader.name in moments
+        ]
+        if not readers:
+            raise ValueError(
+                f"no kernel that reads the units of group {label!r} has moments; "
+                "collect them with the same model and parameters, and select its name; "
+                "kernels of more than two axes need params and layout too"
+            )
+        seconds, matrices = [], []
+        for reader in readers:
+            known = moments[reader.name]
+            second = known.second
+            if arrays is not None:
+                matrix = layouts.matricize(arrays[reader.name], reader.layout)
+                bias = bias_of(arrays, reader.name, matrix)
+                second = statistic(known, matrix, reader.name, "score_units", bias)
+                matrices.append(matrix)
+            # What is sent counts whole, even where a bias could carry its mean.
+            seconds.append(second if by == "loss" else known.second)
+        tables = [reader.table for reader in readers]
+        if by == "loss":
+            with float64(True):
+                scores[label] = _losses(matrices, seconds, tables, damping=damping)
+        else:
+            scores[label] = _activations(seconds, tables)
+    return scores if isinstance(groups, Mapping) else scores[""]
+
+
+def _readers_only(
+    moments: Mapping[str, Moments], group: Group
+) -> tuple[dict[str, tuple[int, ...]], Group]:
+    """Shapes of kernels of two axes, as moments tell; the group's members on inputs."""
+    shapes = {
+        name: (known.second.shape[-1], 1)  # outputs are not looked at
+        for name, known in moments.items()
+        if known.second is not None and known.second.ndim == 2
+    }
+    members = [
+        (pattern, axis, *rest)
+        for pattern, axis, *rest in group.members
+        if axis in (0, -2) and any(re.fullmatch(pattern, name) for name in shapes)
+    ]
+    return shapes, dataclasses.replace(group, members=tuple(members))
+
+
+@jax.jit
+def _activations(seconds: list[jax.Array], tables: list[Any]) -> jax.Array:
+    """Root mean square of what each unit sends, over that of the mean unit."""
+    square = sum(
+        jnp.sum(jnp.diagonal(second).astype(jnp.float32)[table], axis=-1)
+        for second, table in zip(seconds, tables, strict=True)
+    )
+    square = jnp.maximum(square, 0)
+    mean = jnp.mean(square)
+    return jnp.sqrt(square / jnp.where(mean > 0, mean, 1))  # all units silent
+
+
+@functools.partial(jax.jit, static_argnames=("damping",))
+def _losses(
+    matrices: list[jax.Array],
+    seconds: list[jax.Array],
+    tables: list[Any],
+    *,
+    damping: float,
+) -> jax.Array:
+    """Takes out the unit that costs least until none is left; `[units]`, float32.
+
+    The score of a unit is the error of the readers' outputs once it is gone too, as a
+    share of their energy. To be called in float64.
+    """
+    energy, inverses, weights = 0.0, [], []
+    for x, second in zip(matrices, seconds, strict=True):
+        wide = second.astype(jnp.float64)
+        # What is always zero is worth nothing, whatever `damped` puts in its place.
+        live = (jnp.diagonal(wide) > 0)[:, None]
+        rows = jnp.where(live, x.astype(jnp.float64), 0)
+        wide = damped(wide, damping)
+        factor = jax.scipy.linalg.cho_factor(wide)
+        eye = jnp.eye(len(wide), dtype=jnp.float64)
+        inverses.append(jax.scipy.linalg.cho_solve(factor, eye))
+        weights.append(rows)
+        energy += jnp.sum(rows * (wide @ rows))
+    tables = [jnp.asarray(table) for table in tables]
+
+    def take_out(_: Any, state: tuple) -> tuple:
+        inverses, weights, here, spent, scores = state
+        costs = sum(
+            _costs(*reader, here)
+            for reader in zip(inverses, weights, tables, strict=True)
+        )
+        unit = jnp.argmin(jnp.where(here, costs, jnp.inf))
+        spent = spent + jnp.maximum(costs[unit], 0)
+        after = [
+            _without(inverse, rows, table[unit])
+            for inverse, rows, table in zip(inverses, weights, tables, strict=True)
+        ]
+        inverses, weights = ([pair[i] for pair in after] for i in (0, 1))
+        here, scores = here.at[unit].set(False), scores.at[unit].set(spent)
+        return inverses, weights, here, spent, scores
+
+    count = len(tables[0])
+    start = (inverses, weights, jnp.ones(count, bool), jnp.float64(0))
+    start += (jnp.zeros(count, jnp.float64),)
+    scores = jax.lax.fori_loop(0, count, take_out, start)[-1]
+    return (scores / jnp.where(energy > 0, energy, 1)).astype(jnp.float32)
+
+
+def _costs(
+    inverse: jax.Array, rows: jax.Array, table: jax.Array, here: jax.Array
+) -> jax.Array:
+    """What each unit costs if it goes next, `[units]`; 0 where it is gone already."""
+    if table.shape[-1] == 1:
+        diagonal = jnp.where(here, jnp.diagonal(inverse)[table[:, 0]], 1)
+        costs = jnp.sum(rows[table[:, 0]] ** 2, axis=-1) / diagonal
+    else:
+        blocks = inverse[table[:, :, None], table[:, None, :]]
+        eye = jnp.eye(table.shape[-1], dtype=inverse.dtype)[None]
+        blocks = jnp.where(here[:, None, None], blocks, eye)
+        owned = rows[table]
+        costs = jnp.sum(owned * jnp.linalg.solve(blocks, owned), axis=(-2, -1))
+    return jnp.where(here, costs, 0)
+
+
+def _without(
+    inverse: jax.Array, rows: jax.Array, index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The inverse moment and the rows once those at `index` are made up for."""
+    block, across = inverse[index][:, index], inverse[:, index]
+    inverse = inverse - across @ jnp.linalg.solve(block, across.T)
+    return inverse, rows - across @ jnp.linalg.solve(block, rows[index])
