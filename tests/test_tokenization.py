@@ -3,6 +3,8 @@
 import hashlib
 import json
 import random
+import re
+from collections import Counter
 
 import pytest
 
@@ -12,7 +14,10 @@ CORPUS = [
     "def area(width, height):\n    return width * height  # in metres\n\n" * 20,
     "The quick brown fox\n\tjumps over 12345 lazy dogs; naïve café, 漢字.\n" * 20,
 ]
-KINDS = {"bpe": 400, "unigram": 310, "char": 400, "word": 320}
+KINDS = {
+    **{"bpe": 400, "unigram": 310, "char": 400},
+    **{"word": 320, "wordpiece": 420, "dictionary": 340},
+}
 # What SentencePiece might take for its own symbols, or drop, or change.
 TRAPS = [
     *("<unk>", "<s>", "</s>", "<0x0A>", "<pad>", "▁", "▁▁", "▁def", "e\u2581", "\0"),
@@ -146,7 +151,7 @@ def test_errors_say_what_would_do():
             tokenization.train(CORPUS, kind=kind, vocab_size=100)
     with pytest.raises(ValueError, match="one string"):
         tokenization.train(CORPUS[0], vocab_size=300)
-    with pytest.raises(ValueError, match="'bpe', 'unigram', 'char', 'word'"):
+    with pytest.raises(ValueError, match="'bpe', 'unigram', 'char', 'wordpiece'"):
         tokenization.train(CORPUS, kind="letters", vocab_size=300)
 
 
@@ -163,21 +168,194 @@ def test_foreign_bytes_are_an_error(stored):
         tokenization.from_bytes(stored)
 
 
-def test_a_model_without_byte_pieces_is_refused():
-    import io
+def test_a_model_without_byte_pieces_says_that_it_loses():
+    tokenizer = tokenization.train(CORPUS, vocab_size=60, byte_fallback=False)
+    again = tokenization.from_bytes(tokenizer.to_bytes())
+    assert not again.lossless and again.byte_ids is None
+    assert 0 in again.encode("quick Ω")
+    assert again.decode(again.encode("quick Ω")) != "quick Ω"
+    with pytest.raises(ValueError, match="does not give back"):
+        tokenization.encode_bytes(again, "quick Ω".encode())
+    with pytest.raises(ValueError, match="no piece for byte 0xFF"):
+        tokenization.encode_bytes(again, b"quick \xff")
 
+
+def test_normalization_is_on_request():
+    text = ["the  ﬁrst   office ½ " * 30]
+    tokenizer = tokenization.train(text, vocab_size=280, normalization="nmt_nfkc")
+    assert not tokenizer.lossless
+    ids = tokenizer.encode("the  ﬁrst \ud800½")
+    assert tokenizer.decode(ids) == "the first ?1\u20442"
+    exact = tokenization.train(text, vocab_size=280)
+    assert exact.lossless
+    assert exact.decode(exact.encode("the  ﬁrst \ud800½")) == "the  ﬁrst \ud800½"
+    with pytest.raises(ValueError, match="'nfkd' is not known"):
+        tokenization.train(text, vocab_size=300, normalization="nfkd")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_user_and_control_symbols(kind):
+    tokenizer = tokenization.train(
+        [*CORPUS, "and <|call|> or <mask>"],
+        kind=kind,
+        vocab_size=KINDS[kind] + 4,
+        user_symbols=["<|call|>", "<|calls|>"],
+        control_symbols=["<mask>"],
+    )
+    assert set(tokenizer.symbols) == {"<|call|>", "<|calls|>", "<mask>"}
+    text = "quick<|calls|> <|call|>s <mask></s>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids.count(tokenizer.symbols["<|call|>"]) == 1
+    assert ids.count(tokenizer.symbols["<|calls|>"]) == 1
+    assert not {tokenizer.symbols["<mask>"], tokenizer.eos_id} & set(ids)
+    assert tokenizer.decode([tokenizer.symbols["<mask>"]]) == ""
+    assert tokenizer.token_bytes([tokenizer.symbols["<|call|>"]]) == [8]
+    again = tokenization.from_bytes(tokenizer.to_bytes())
+    assert again.symbols == tokenizer.symbols and again.encode(text) == ids
+
+
+@pytest.mark.parametrize(
+    "symbol", ["", "a b", "a\n", "▁x", "<s>", "<unk>", "<0xA0>", "\0", "\ud800"]
+)
+def test_symbols_that_could_be_mistaken(symbol):
+    for name in ("user_symbols", "control_symbols"):
+        with pytest.raises(ValueError, match="symbol"):
+            tokenization.train(CORPUS, vocab_size=400, **{name: [symbol]})
+    with pytest.raises(ValueError, match="twice"):
+        tokenization.train(
+            CORPUS, vocab_size=400, user_symbols=["#"], control_symbols=["#"]
+        )
+    with pytest.raises(ValueError, match="one string"):
+        tokenization.train(CORPUS, vocab_size=400, user_symbols="#")
+
+
+def test_no_merge_is_rarer_than_asked_for():
+    """The cut is where the reference trainer's own count falls below."""
+    draw = random.Random(5)
+    syllables = ["ba", "ke", "lo", "mi", "nu", "re", "si", "tan"]
+    vocabulary = ["".join(draw.choices(syllables, k=3)) for _ in range(60)]
+    weights = [1 / (i + 1) for i in range(60)]
+    texts = [" ".join(draw.choices(vocabulary, weights, k=40)) for _ in range(50)]
+    words = Counter(
+        word for t in texts for word in re.findall("▁?[^▁]+", t.replace(" ", "▁"))
+    )
+    merges = tokenization.byte_pairs.learn_merges(words, 1000)
+    counts = [merge.count for merge in merges]
+    for least in (2, 40, 90, 10**6):
+        tokenizer = tokenization.train(texts, vocab_size=10**6, min_frequency=least)
+        joined = [p.text for p in tokenizer.table if p.type == 1 and p.text[1:]]
+        wanted = [merge.piece for merge in merges if merge.count >= least]
+        assert joined == wanted
+    assert len({sum(count >= least for count in counts) for least in (2, 40, 90)}) == 3
+
+
+def test_a_least_frequency_needs_no_vocabulary_size():
+    tokenizer = tokenization.train(CORPUS, vocab_size=10**6, min_frequency=25)
+    assert 259 < tokenizer.vocab_size < 400
+    for kind in ("wordpiece", "word", "dictionary"):
+        few = tokenization.train(CORPUS, kind=kind, vocab_size=10**6, min_frequency=25)
+        all_ = tokenization.train(CORPUS, kind=kind, vocab_size=10**6)
+        assert few.vocab_size < all_.vocab_size
+    with pytest.raises(ValueError, match="merges no pairs"):
+        tokenization.train(CORPUS, kind="unigram", vocab_size=300, min_frequency=2)
+
+
+def test_words_are_pieces_or_bytes():
+    tokenizer = tokenization.train(CORPUS, kind="word", vocab_size=320)
+    ids = tokenizer.encode("the quick quicker")
+    pieces = [tokenizer.pieces[i] for i in ids]
+    assert pieces[:2] == [*b"the".split(), b" quick"] or pieces[3:4] == [b" quick"]
+    assert pieces[-8:] == [bytes([byte]) for byte in b" quicker"]
+
+
+def test_words_by_rules_and_by_whitespace():
+    texts = ["height, width; 12 " * 9]
+    rules = tokenization.train(texts, kind="word", vocab_size=300)
+    spaces = tokenization.train(texts, kind="word", vocab_size=300, words="whitespace")
+    assert [rules.pieces[i] for i in rules.encode(" width; 12")] == [
+        *(b" width", b";", b" ", b"1", b"2")
+    ]
+    assert [spaces.pieces[i] for i in spaces.encode(" width; 12")] == [
+        b" width;",
+        b" 12",
+    ]
+    with pytest.raises(ValueError, match="known rules"):
+        tokenization.train(texts, kind="word", vocab_size=300, words="letters")
+
+
+def test_a_dictionary_takes_the_longest_match():
+    pieces = ["un", "unit", "it", "ed", "u", "New York", " "]
+    tokenizer = tokenization.DictionaryTokenizer(pieces)
+
+    def parts(text):
+        return [tokenizer.decode([i]) for i in tokenizer.encode(text)]
+
+    assert parts("united New York") == ["unit", "ed", " ", "New York"]
+    assert parts("unix") == ["un", "i", "x"]
+    with pytest.raises(ValueError, match="repeated"):
+        tokenization.DictionaryTokenizer(["a", "a"])
+    with pytest.raises(ValueError, match="empty"):
+        tokenization.DictionaryTokenizer(["a", ""])
+
+
+def test_wordpiece_tells_the_inside_of_a_word_from_its_beginning():
+    first, inner = ["un", "able", " un"], ["able", "s"]
+    tokenizer = tokenization.DictionaryTokenizer(first, inner=inner, words="rules")
+    ids = tokenizer.encode("unables unun")
+    assert [tokenizer.decode([i]) for i in ids] == ["un", "able", "s", " un", *"un"]
+    start = tokenizer.byte_ids[-1] + 1
+    assert ids[:3] == [start, start + 3, start + 4]
+
+
+def test_wordpiece_segments_as_tokenizers_does(trained):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = trained["wordpiece"]
+    start = tokenizer.byte_ids[-1] + 1
+    contents = json.loads(tokenizer.to_bytes())
+    vocabulary = {"[UNK]": 0}
+    for piece in contents["pieces"]:
+        vocabulary[piece] = len(vocabulary) + start - 1
+    for piece in contents["inner"]:
+        vocabulary["\uffff" + piece] = len(vocabulary) + start - 1
+    other = tokenizers.models.WordPiece(
+        vocabulary, unk_token="[UNK]", continuing_subword_prefix="\uffff"
+    )
+    for word in [" quick", "width", " heights", "returned", " areas"]:
+        ids = [token.id for token in other.tokenize(word)]
+        assert ids == tokenizer.encode(word)
+
+
+def test_any_bytes_come_back(trained):
+    draw = random.Random(3)
+    for tokenizer in trained.values():
+        for _ in range(500):
+            data = draw.randbytes(draw.randrange(20))
+            data += (
+                draw.choice(TRAPS).encode("utf-8", "surrogatepass") + b"def \xe2\x96"
+            )
+            ids = tokenization.encode_bytes(tokenizer, data)
+            assert tokenization.decode_bytes(tokenizer, ids) == data
+
+
+def test_bytes_of_text_are_its_tokens(trained):
+    for tokenizer in trained.values():
+        ids = tokenization.encode_bytes(tokenizer, CORPUS[1].encode())
+        assert ids == tokenizer.encode(CORPUS[1])
+
+
+def test_remembered_words_change_nothing(trained):
+    """Word by word, twice, is what SentencePiece gives for the whole text."""
     import sentencepiece
 
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        vocab_size=60,
-        model_type="bpe",
-        minloglevel=2,
-    )
-    with pytest.raises(ValueError, match="byte"):
-        tokenization.from_bytes(model.getvalue())
+    for kind in ("bpe", "unigram"):
+        tokenizer = trained[kind]
+        plain = sentencepiece.SentencePieceProcessor()
+        plain.LoadFromSerializedProto(tokenizer.to_bytes())
+        for text in CORPUS:
+            part = text[:200].replace("\t", "")
+            assert tokenizer.encode(part) == plain.EncodeAsIds(part)
+            assert tokenizer.encode(part) == plain.EncodeAsIds(part)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +386,13 @@ def test_huggingface_byte_level(byte_level):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes(ids).sum() == len(text.encode())
+    assert tokenizer.pieces[tokenizer.encode(" return")[0]] == b" return"
     assert tokenizer.token_bytes([tokenizer.eos_id]).tolist() == [0]
+    data = b"\xff\x80 return \xe2\x96\0"
+    ids = tokenization.encode_bytes(tokenizer, data)
+    assert tokenization.decode_bytes(tokenizer, ids) == data
+    with pytest.raises(ValueError, match="one of its marks"):
+        tokenization.encode_bytes(tokenizer, b"the <|end|>")
     assert tokenizer.decode([tokenizer.eos_id]) == "<|end|>"
 
 

@@ -14,6 +14,7 @@ from jaxcompress.models.structure import (
     resized,
 )
 from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
+from jaxcompress.models.vocabulary import trim_vocabulary
 
 __all__ = [
     "ConvNet",
@@ -30,5 +31,6 @@ __all__ = [
     "resized",
     "save_model",
     "stack_layers",
+    "trim_vocabulary",
     "unstack_layers",
 ]

@@ -2,13 +2,19 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
-_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+from jaxcompress.tokenization.symbols import BYTE_PIECE, SPACE
+
+# In a byte-level vocabulary a printable character of Latin-1 stands for its own byte,
+# characters from U+0100 on for the others, in their order (GPT-2).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+BYTE_OF |= {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 class HuggingFaceTokenizer:
@@ -50,23 +56,39 @@ class HuggingFaceTokenizer:
         return json.dumps(self._contents, sort_keys=True).encode()
 
     @cached_property
-    def _lengths(self) -> np.ndarray:
+    def pieces(self) -> list[bytes]:
+        """UTF-8 bytes each id stands for; special tokens have none."""
         contents = json.loads(self._contents["tokenizer"])
         byte_level = "ByteLevel" in _types(contents.get("decoder"))
         added = self._tokenizer.get_added_tokens_decoder()
-        lengths = np.zeros(self.vocab_size, np.int32)
+        pieces = [b""] * self.vocab_size
         for piece, i in self._tokenizer.get_vocab(True).items():
             if i in added:
-                text = "" if added[i].special else added[i].content
-                lengths[i] = len(text.encode())
+                pieces[i] = b"" if added[i].special else added[i].content.encode()
             elif byte_level:  # one character stands for one byte
-                lengths[i] = len(piece)
-            elif _BYTE_PIECE.fullmatch(piece):
-                lengths[i] = 1
+                pieces[i] = bytes(BYTE_OF[character] for character in piece)
+            elif BYTE_PIECE.fullmatch(piece):
+                pieces[i] = bytes([int(piece[3:5], 16)])
             else:
-                piece = piece.removeprefix("##").replace("\u2581", " ")
-                lengths[i] = len(piece.encode())
-        return lengths
+                pieces[i] = piece.removeprefix("##").replace(SPACE, " ").encode()
+        return pieces
+
+    @cached_property
+    def byte_ids(self) -> list[int] | None:
+        """Ids of the pieces <0x00> to <0xFF>, None where they are not all there."""
+        ids = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        return None if None in ids else ids
+
+    @cached_property
+    def symbols(self) -> dict[str, int]:
+        """Ids of the added tokens by their spelling, the two marks left out."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        marks = (self.bos_id, self.eos_id)
+        return {token.content: i for i, token in added.items() if i not in marks}
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.array([len(piece) for piece in self.pieces], np.int32)
 
     def _special(self, kind: str, token: str | None) -> int | None:
         if token is None:

@@ -1,31 +1,49 @@
-"""Tokenizers trained on one's own text, over SentencePiece, without loss.
+"""Tokenizers over SentencePiece, by default without loss.
 
 Source: Kudo and Richardson, 2018, arXiv 1808.06226; byte-pair merges: Sennrich et al.,
 2016, 1508.07909; unigram: Kudo, 2018, 1804.10959.
 """
 
+import bisect
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
 
-KINDS = ("bpe", "unigram", "char", "word")
-SPACE = "\u2581"  # stands for a space inside a piece
-# What SentencePiece would take for something else goes in as bytes: the space symbol
-# itself, words that spell a control or byte piece (they are taken for it in 0.2.0), and
-# what UTF-8 cannot hold.
-_VERBATIM = re.compile(f"(?:[{SPACE}\ud800-\udfff]|<unk>|</?s>|<0x[0-9A-F]{{2}}>)+")
+from jaxcompress.tokenization import piece_models
+from jaxcompress.tokenization.piece_models import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Piece,
+)
+from jaxcompress.tokenization.symbols import SPACE, any_of
+
+KINDS = ("bpe", "unigram", "char")
+NORMALIZATIONS = ("identity", "nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 _CHUNK = 4000  # bytes of text in one training sentence
+_WORD = re.compile(r" *[^ ]+| +")
+_CACHED_WORDS = 1 << 17
+_LONGEST_CACHED = 64  # characters
 
 
 class SentencePieceTokenizer:
     """Text to ids and back; `decode(encode(text)) == text` for every Python string.
 
-    Characters without a piece become bytes, one id each. Ids of no text: 0 (unknown,
-    never produced), `bos_id` and `eos_id`.
+    Characters without a piece become bytes, one id each. Ids of no text: 0 (unknown),
+    `bos_id`, `eos_id` and control symbols; no text is encoded as one of them. Where no
+    piece reaches from a word into the next, text is encoded word by word and words are
+    remembered, which changes no segmentation and is faster.
+
+    A model that normalizes text or has no byte pieces is not `lossless`: it works as
+    SentencePiece itself does, and unknown characters become id 0.
     """
 
     def __init__(self, model: bytes):
@@ -36,30 +54,77 @@ class SentencePieceTokenizer:
             raise ValueError(
                 f"{len(model)} bytes are not a SentencePiece model: {error}"
             ) from error
+        read = piece_models.read(model)
         self._model = model
         self._processor = processor
-        self._pieces = [_piece_bytes(processor, i) for i in range(len(processor))]
-        self._lengths = np.array([len(piece) for piece in self._pieces], np.int32)
-        self._byte_ids = [processor.PieceToId(f"<0x{byte:02X}>") for byte in range(256)]
-        if not all(processor.IsByte(i) for i in self._byte_ids):
-            raise ValueError(
-                "the SentencePiece model has no byte pieces, so it would lose unknown "
-                "characters; train it with byte_fallback"
-            )
+        self.kind = read.kind
+        self.table = read.pieces
+        self.pieces = [_piece_bytes(piece) for piece in read.pieces]
+        self._lengths = np.array([len(piece) for piece in self.pieces], np.int32)
+        bytes_ = {p.text: i for i, p in enumerate(read.pieces) if p.type == BYTE}
+        self.byte_ids = [bytes_[f"<0x{b:02X}>"] for b in range(256)] if bytes_ else None
+        self.lossless = read.exact and self.byte_ids is not None
         self.vocab_size = len(processor)
         self.bos_id: int | None = _or_none(processor.bos_id())
         self.eos_id: int | None = _or_none(processor.eos_id())
+        self.symbols = {
+            piece.text: i
+            for i, piece in enumerate(read.pieces)
+            if piece.type in (CONTROL, USER_DEFINED)
+            and i not in (self.bos_id, self.eos_id)
+        }
+        # What SentencePiece would take for something else goes in as bytes: the space
+        # symbol itself, words that spell a control or byte piece (they are taken for it
+        # in 0.2.0), and what UTF-8 cannot hold.
+        reserved = [p.text for p in read.pieces if p.type in (CONTROL, UNKNOWN)]
+        self._verbatim = re.compile(
+            f"(?:[{SPACE}\ud800-\udfff]|<0x[0-9A-F]{{2}}>|{any_of(reserved)})+"
+        )
+        self._by_words = not any(re.search("[^ ] ", p) for p in _texts(read.pieces))
+        self._words: dict[str, list[int]] = {}
         self.digest = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without begin or end marks."""
-        ids, start = [], 0
-        for match in _VERBATIM.finditer(text):
-            ids += self._encode_plain(text[start : match.start()])
-            raw = match.group().encode("utf-8", "surrogatepass")
-            ids += [self._byte_ids[byte] for byte in raw]
+        if not self.lossless:
+            return self._processor.EncodeAsIds(text.encode("utf-8", "replace").decode())
+        ids: list[int] = []
+        for part, verbatim in self.parts(text):
+            if verbatim:
+                raw = part.encode("utf-8", "surrogatepass")
+                ids += [self.byte_ids[byte] for byte in raw]
+            elif self._by_words:
+                self._encode_words(part, ids)
+            else:
+                ids += self._encode_plain(part)
+        return ids
+
+    def parts(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Parts of the text, and which of them must be written as bytes."""
+        start = 0
+        for match in self._verbatim.finditer(text):
+            if match.start() > start:
+                yield text[start : match.start()], False
+            yield match.group(), True
             start = match.end()
-        return ids + self._encode_plain(text[start:])
+        if start < len(text):
+            yield text[start:], False
+
+    def words(self, text: str) -> list[str]:
+        """The parts of one of the `parts` that are segmented on their own."""
+        return _WORD.findall(text) if self._by_words else [text]
+
+    def _encode_words(self, text: str, ids: list[int]) -> None:
+        known = self._words
+        for word in _WORD.findall(text):
+            found = known.get(word)
+            if found is None:
+                found = self._encode_plain(word)
+                if len(word) <= _LONGEST_CACHED:
+                    if len(known) >= _CACHED_WORDS:
+                        known.clear()
+                    known[word] = found
+            ids += found
 
     def _encode_plain(self, text: str) -> list[int]:
         """Ids of text without the space symbol, of which all bytes stand for a space.
@@ -67,18 +132,20 @@ class SentencePieceTokenizer:
         They come up where a space is not a piece, or is in an unknown word.
         """
         ids = self._processor.EncodeAsIds(text)
-        symbol = [self._byte_ids[byte] for byte in SPACE.encode()]
+        symbol = [self.byte_ids[byte] for byte in SPACE.encode()]
         at = 0
         for _ in range(ids.count(symbol[0])):
             at = ids.index(symbol[0], at)
             if ids[at : at + 3] == symbol:
-                ids[at : at + 3] = [self._byte_ids[0x20]]
+                ids[at : at + 3] = [self.byte_ids[0x20]]
             at += 1
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; marks vanish, bytes that are no UTF-8 become U+FFFD."""
-        raw = b"".join(self._pieces[i] for i in ids)
+        if not self.lossless:
+            return self._processor.DecodeIds([int(i) for i in ids])
+        raw = b"".join([self.pieces[i] for i in ids])
         try:
             return raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
@@ -92,60 +159,111 @@ class SentencePieceTokenizer:
         """The serialized model, which `from_bytes` reads."""
         return self._model
 
+    def keep(self, ids: Iterable[int]) -> "SentencePieceTokenizer":
+        """The tokenizer with these pieces only, renumbered in their order.
 
-def train(
-    texts: Iterable[str],
+        Not for general use: `trim` knows which pieces must stay.
+        """
+        return SentencePieceTokenizer(piece_models.keep_pieces(self._model, ids))
+
+
+def train_pieces(
+    texts: Sequence[str],
     *,
-    kind: str = "bpe",
+    kind: str,
     vocab_size: int,
-    split_words: bool = True,
-    split_scripts: bool = True,
-    split_digits: bool = True,
-    longest_piece: int = 16,
-    character_coverage: float = 0.9995,
+    min_frequency: int,
+    split_words: bool,
+    split_scripts: bool,
+    split_digits: bool,
+    longest_piece: int,
+    character_coverage: float,
+    byte_fallback: bool,
+    normalization: str,
+    user_symbols: Sequence[str],
+    control_symbols: Sequence[str],
 ) -> SentencePieceTokenizer:
-    """Train a lossless tokenizer on texts; the same texts give the same bytes.
-
-    `kind` is "bpe", "unigram", "char" or "word"; for the last two `vocab_size` is an
-    upper bound. With `split_words=False` a piece may reach across spaces, with
-    `split_scripts=False` it may join letters and punctuation; both shorten source code.
-    Newlines and runs of spaces can be part of pieces, tabs are always bytes, and so are
-    the rarest characters, a fraction 1 - `character_coverage` of the text. Raises
-    ValueError on an empty corpus and on a vocabulary that is too small or too large.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of tokenizer {kind!r}; known: {KINDS}")
-    if isinstance(texts, str):
-        raise ValueError("texts is one string; pass a list of texts")
-    sentences = [chunk for text in texts for chunk in _chunks(text)]
-    if not any(sentence.strip() for sentence in sentences):
-        raise ValueError("the corpus holds no text to train a tokenizer on")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type=kind,
-            vocab_size=vocab_size,
-            hard_vocab_limit=kind in ("bpe", "unigram"),
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            byte_fallback=True,
-            character_coverage=character_coverage,
-            split_by_whitespace=split_words,
-            split_by_unicode_script=split_scripts,
-            split_by_number=split_scripts,
-            split_digits=split_digits,
-            allow_whitespace_only_pieces=True,
-            max_sentencepiece_length=longest_piece,
-            max_sentence_length=4 * _CHUNK,
-            num_threads=1,
-            minloglevel=2,
+    """What `train` does for the kinds "bpe", "unigram" and "char"."""
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"normalization {normalization!r} is not known; known: {NORMALIZATIONS}"
         )
+    exact = normalization == "identity"
+    options = {
+        "model_type": kind,
+        "hard_vocab_limit": kind in ("bpe", "unigram"),
+        "normalization_rule_name": normalization,
+        "add_dummy_prefix": not exact,
+        "remove_extra_whitespaces": not exact,
+        "byte_fallback": byte_fallback,
+        "character_coverage": character_coverage,
+        "split_by_whitespace": split_words,
+        "split_by_unicode_script": split_scripts,
+        "split_by_number": split_scripts,
+        "split_digits": split_digits,
+        "allow_whitespace_only_pieces": exact,
+        "max_sentencepiece_length": longest_piece,
+        "user_defined_symbols": list(user_symbols),
+        "control_symbols": list(control_symbols),
+    }
+    sentences = [chunk for text in texts for chunk in _chunks(text)]
+    try:
+        model = _run(sentences, vocab_size, options)
     except RuntimeError as error:
-        raise ValueError(_explain(error, kind, vocab_size)) from error
-    return SentencePieceTokenizer(model.getvalue())
+        largest = _largest(error)
+        if largest is None or min_frequency < 2:
+            raise ValueError(_explain(error, kind, vocab_size)) from error
+        model = _run(sentences, largest, options)  # the frequency will decide
+    tokenizer = SentencePieceTokenizer(model)
+    return tokenizer if min_frequency < 2 else _cut(tokenizer, texts, min_frequency)
+
+
+def _run(sentences: Sequence[str], vocab_size: int, options: dict) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=vocab_size,
+        max_sentence_length=4 * _CHUNK,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def _cut(
+    tokenizer: SentencePieceTokenizer, texts: Sequence[str], min_frequency: int
+) -> SentencePieceTokenizer:
+    """Without the last merges that happen less often than that in the texts.
+
+    The last merge of a vocabulary is a part of no other one, so it happens as often as
+    its piece is used; and no merge is more frequent than an earlier one. So the place
+    of the cut is found by bisection.
+    """
+    words: Counter[str] = Counter()
+    for text in texts:
+        for part, verbatim in tokenizer.parts(text):
+            if not verbatim:
+                words.update(tokenizer.words(part))
+    merges = [
+        i
+        for i, piece in enumerate(tokenizer.table)
+        if piece.type == NORMAL and len(piece.text) > 1
+    ]
+    base = frozenset(range(tokenizer.vocab_size)).difference(merges)
+
+    def first(count: int) -> SentencePieceTokenizer:
+        return tokenizer.keep(base.union(merges[:count]))
+
+    def often(count: int) -> bool:
+        cut = first(count)
+        last = cut.table.index(tokenizer.table[merges[count - 1]])
+        uses = sum(cut.encode(word).count(last) * n for word, n in words.items())
+        return uses >= min_frequency
+
+    counts = range(1, len(merges) + 1)
+    return first(bisect.bisect_left(counts, True, key=lambda n: not often(n)))
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -167,12 +285,17 @@ def _chunks(text: str) -> Iterator[str]:
         yield "".join(chunk)
 
 
+def _largest(error: RuntimeError) -> int | None:
+    found = re.search(r"too high.*<= *(\d+)", str(error))
+    return int(found.group(1)) if found else None
+
+
 def _explain(error: RuntimeError, kind: str, vocab_size: int) -> str:
     message = str(error)
-    if found := re.search(r"too high.*<= *(\d+)", message):
+    if largest := _largest(error):
         return (
             f"vocab_size is {vocab_size}, but this corpus gives a {kind} tokenizer at "
-            f"most {found.group(1)}; ask for fewer, or add text"
+            f"most {largest}; ask for fewer, or add text"
         )
     if found := re.search(r"required_chars.*?(\d+) vs (\d+)", message):
         return (
@@ -187,13 +310,19 @@ def _explain(error: RuntimeError, kind: str, vocab_size: int) -> str:
     return f"SentencePiece could not train a {kind} tokenizer: {message}"
 
 
-def _piece_bytes(processor, i: int) -> bytes:
-    if processor.IsControl(i) or processor.IsUnknown(i) or processor.IsUnused(i):
+def _texts(table: Sequence[Piece]) -> Iterator[str]:
+    """Texts of the pieces that stand for more than a byte."""
+    for piece in table:
+        if piece.type in (NORMAL, USER_DEFINED):
+            yield piece.text.replace(SPACE, " ")
+
+
+def _piece_bytes(piece: Piece) -> bytes:
+    if piece.type in (CONTROL, UNKNOWN, UNUSED):
         return b""
-    piece = processor.IdToPiece(i)
-    if processor.IsByte(i):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace(SPACE, " ").encode()
+    if piece.type == BYTE:
+        return bytes([int(piece.text[3:5], 16)])
+    return piece.text.replace(SPACE, " ").encode()
 
 
 def _or_none(i: int) -> int | None:

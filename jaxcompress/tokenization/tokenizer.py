@@ -1,13 +1,17 @@
 """What every tokenizer can do, and how a stored one comes back."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
+from jaxcompress.tokenization import dictionaries
 from jaxcompress.tokenization.huggingface import HuggingFaceTokenizer
 from jaxcompress.tokenization.sentencepieces import SentencePieceTokenizer
+
+_WRONG = re.compile("([\udc80-\udcff]+)")
 
 
 class Tokenizer(Protocol):
@@ -15,13 +19,19 @@ class Tokenizer(Protocol):
 
     `digest` is the SHA-256 of `to_bytes()` in hexadecimal. The model expects `bos_id`
     before a text and `eos_id` behind it, None where there is no such mark; `encode`
-    adds neither.
+    adds neither. `pieces` are the UTF-8 bytes each id stands for, none for marks and
+    control symbols; `symbols` the ids of user and control symbols by their spelling;
+    `byte_ids` those of the 256 bytes that stand for what has no piece, None where there
+    are none or where all pieces are made of bytes.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
     digest: str
+    pieces: Sequence[bytes]
+    symbols: Mapping[str, int]
+    byte_ids: Sequence[int] | None
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -43,7 +53,47 @@ def from_bytes(stored: bytes) -> Tokenizer:
         contents = json.loads(stored)
     except ValueError as error:
         raise ValueError(f"{len(stored)} bytes are no tokenizer: {error}") from error
+    if contents.get("kind") == "dictionary":
+        return dictionaries.from_contents(contents)
     if isinstance(contents.get("tokenizer"), str):
         marks = {"bos": contents.get("bos"), "eos": contents.get("eos")}
         return HuggingFaceTokenizer(contents["tokenizer"], **marks)
     return HuggingFaceTokenizer(stored.decode())
+
+
+def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """Ids of any bytes; `decode_bytes` gives back the same bytes.
+
+    UTF-8 is encoded as text, each byte that is none as its byte piece. Raises
+    ValueError where the tokenizer loses something: it normalizes text, has no byte
+    pieces, or takes a part of the data for one of its marks.
+    """
+    ids: list[int] = []
+    text = data.decode(
+        "utf-8", "surrogateescape"
+    )  # a wrong byte becomes U+DC80 to DCFF
+    single: dict[bytes, int] = {}
+    for i, part in enumerate(_WRONG.split(text)):
+        if i % 2 == 0:
+            ids += tokenizer.encode(part) if part else []
+            continue
+        if not single:
+            single = {p: j for j, p in enumerate(tokenizer.pieces) if len(p) == 1}
+        for byte in part.encode("utf-8", "surrogateescape"):
+            if bytes([byte]) not in single:
+                raise ValueError(
+                    f"the data is no UTF-8, and the tokenizer has no piece for byte "
+                    f"0x{byte:02X}; train it with byte_fallback"
+                )
+            ids.append(single[bytes([byte])])
+    if decode_bytes(tokenizer, ids) != data:
+        raise ValueError(
+            "the tokenizer does not give back these bytes: it normalizes text, has "
+            "unknown characters, or found one of its marks in it"
+        )
+    return ids
+
+
+def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
+    """The bytes that the ids stand for."""
+    return b"".join([tokenizer.pieces[i] for i in ids])

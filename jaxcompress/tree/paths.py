@@ -132,6 +132,26 @@ def leaf_names(params: Any) -> list[str]:
     return [entry.name for entry in entries(params)]
 
 
+def array_names(params: Any) -> Any:
+    """A tree like `params` with the name of each array in its place.
+
+    As `leaf_names`, but inside lossless leaves too; parts may be None, as `partition`
+    leaves them.
+    """
+
+    def walk(node: Any, name: str) -> Any:
+        named, treedef = children(node)
+        if len(named) == 1 and named[0][1] is node:
+            return name
+        inside = isinstance(node, Leaf) and is_transparent(node)
+        below = [
+            walk(child, name if inside else join(name, key)) for key, child in named
+        ]
+        return jax.tree.unflatten(treedef, below)
+
+    return walk(params, "")
+
+
 def roots(params: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Name and value of every outermost leaf or array, in order."""
     if isinstance(params, Leaf):

@@ -1,0 +1,225 @@
+"""What does a vocabulary cost, in bits per byte of text and in bytes of the model?
+
+Small models that differ only in their tokenizer (kind and size) learn the sources of
+the standard library with the same number of floating-point operations: a larger
+vocabulary sees fewer tokens. Held-out files are scored in bits per byte, which do not
+depend on the tokenizer. One JSON line per model is appended as it is finished, and
+lines that are there are not computed again:
+
+    python experiments/tokenizers_vocabulary.py
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from train_reference import Config as Training
+from train_reference import (
+    batch_at,
+    commit,
+    initial_params,
+    library_files,
+    make_evaluation,
+    make_optimizer,
+    make_step,
+    sha256,
+    split,
+)
+
+import jaxcompress as jc
+from jaxcompress import reporting
+from jaxcompress.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    kinds: str = "bpe,unigram"
+    sizes: str = "512,1024,2048,4096,8192"
+    seed: int = 0
+    operations: float = 3e12  # of the matrix products, forward and backward
+    train_bytes: int = 4_000_000
+    heldout_bytes: int = 80_000
+    width: int = 128
+    layers: int = 4
+    context: int = 256
+    tokens_per_step: int = 2048
+    fast: bool = False  # a tiny model, two sizes, a few steps
+    results: str = "experiments/results/tokenizers_vocabulary.jsonl"
+
+
+def texts(config: Config) -> tuple[list[str], str]:
+    """Training files in the order of the hash of their names, and held-out text."""
+    files = library_files(Training(fast=config.fast))
+    train, held, _ = split(files, config.heldout_bytes)
+    chosen, size = [], 0
+    for name in sorted(train, key=sha256):
+        chosen.append(train[name])
+        size += len(train[name].encode())
+        if size >= config.train_bytes:
+            break
+    return chosen, "".join(held.values())
+
+
+def make_model(config: Config, vocab_size: int) -> Transformer:
+    heads = config.width // 32
+    return Transformer(
+        vocab_size=vocab_size,
+        width=config.width,
+        layers=config.layers,
+        heads=heads,
+        kv_heads=heads // 2,
+        head_size=32,
+        mlp_width=3 * config.width,
+        tied=True,
+    )
+
+
+def operations_per_token(config: Config, params: Any) -> int:
+    """Floating-point operations of training on one token: products, scores and head.
+
+    Two for each weight, the tied embedding counted once, as the head; the backward pass
+    costs twice the forward one.
+    """
+    matrices = sum(x.size for x in jax.tree.leaves(params) if x.ndim == 2)
+    scores = 2 * config.layers * config.context * config.width
+    return 3 * 2 * (matrices + scores)
+
+
+def train_one(
+    config: Config, kind: str, size: int, train: list[str], heldout: str
+) -> dict[str, Any]:
+    """The row of one tokenizer and its model."""
+    clock = time.process_time()
+    tokenizer = jc.tokenization.train(
+        train, kind=kind, vocab_size=size, character_coverage=0.9999
+    )
+    tokenizer_seconds = time.process_time() - clock
+    tokens = np.array(
+        [i for text in train for i in (tokenizer.bos_id, *tokenizer.encode(text))],
+        np.int32,
+    )
+    model = make_model(config, tokenizer.vocab_size)
+    training = Training(
+        seed=config.seed, tokens_per_step=config.tokens_per_step, warmup=20
+    )
+    params = initial_params(model, config.seed)
+    weights = sum(x.size for x in jax.tree.leaves(params))
+    each = operations_per_token(config, params)
+    steps = max(4, int(config.operations / each / config.tokens_per_step))
+    fall = steps // 2
+    optimizer = make_optimizer(training)
+    state, step_fn = optimizer.init(params), make_step(model, optimizer)
+    clock, wall, losses = time.process_time(), time.perf_counter(), []
+    for step in range(steps):
+        rate = training.rate * min(1.0, (step + 1) / training.warmup)
+        rate *= min(1.0, (steps - step) / (steps - fall))
+        windows = batch_at(step, tokens, config.context, training)
+        params, state, loss = step_fn(params, state, windows, rate)
+        losses.append(loss)
+        if step % 50 == 49:
+            recent = float(np.mean([float(x) for x in losses[-50:]]))
+            spent = time.perf_counter() - wall
+            print(f"{kind} {size} step {step + 1}/{steps} {recent:.3f} {spent:.0f} s")
+    jax.block_until_ready(params)
+    seconds = time.process_time() - clock
+    evaluate = make_evaluation(model, tokenizer, heldout, config.context)
+    small = jc.compress(
+        params, jc.chain("symmetric(bits=8)", "entropy_code()", "code_floats()")
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "small.safetensors"
+        jc.models.save_model(path, model, small, tokenizer)
+        file_bytes = path.stat().st_size
+    seen = steps * config.tokens_per_step
+    per_token = len("".join(train).encode()) / len(tokens)
+    return {
+        "kind": kind,
+        "vocab_size": tokenizer.vocab_size,
+        "seed": config.seed,
+        "weights": weights,
+        "embedding_weights": tokenizer.vocab_size * config.width,
+        "bytes_float32": jc.nbytes(params),
+        "file_bytes_8_bits": file_bytes,
+        "tokenizer_bytes": len(tokenizer.to_bytes()),
+        "operations": each * seen,
+        "steps": steps,
+        "tokens_seen": seen,
+        "bytes_seen": int(seen * per_token),
+        "train_bytes": len("".join(train).encode()),
+        "heldout_bytes": len(heldout.encode()),
+        "heldout_bytes_per_token": len(heldout.encode())
+        / len(tokenizer.encode(heldout)),
+        "train_loss": float(np.mean([float(x) for x in losses[-20:]])),
+        "bits_per_byte": evaluate(params),
+        "bits_per_byte_8_bits": evaluate(jc.materialize(small)),
+        "tokenizer_cpu_seconds": tokenizer_seconds,
+        "train_cpu_seconds": seconds,
+    }
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Rows of the models that the results file lacks; each is appended when done."""
+    if config.fast:
+        config = dataclasses.replace(
+            config,
+            sizes="400,600",
+            operations=2e9,
+            width=64,
+            layers=1,
+            context=64,
+            tokens_per_step=256,
+            train_bytes=200_000,
+            heldout_bytes=8_000,
+        )
+    about = {
+        "experiment": "tokenizers_vocabulary",
+        "config": {
+            key: value
+            for key, value in dataclasses.asdict(config).items()
+            if key not in ("kinds", "sizes", "results", "seed")
+        },
+        "commit": commit(),
+        "jax": metadata.version("jax"),
+        "flax": metadata.version("flax"),
+        "device": jax.devices()[0].device_kind,
+    }
+    path, done = Path(config.results), set()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["config"] == about["config"]:
+                done.add((row["kind"], row["vocab_size"], row["seed"]))
+    train, heldout = texts(config)
+    rows = []
+    for size in map(int, config.sizes.split(",")):
+        for kind in config.kinds.split(","):
+            if (kind, size, config.seed) in done:
+                continue
+            rows.append(train_one(config, kind, size, train, heldout) | about)
+            reporting.append_lines(path, rows[-1:])
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Config):
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=field.type, default=field.default
+            )
+    run(Config(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The file of a SentencePiece model: its list of pieces read, and parts of it kept.
+
+A model is a protocol buffer (google/sentencepiece, `sentencepiece_model.proto`): field
+1, repeated, is a piece (1 text, 2 score, 3 type), field 2 how it was trained (3 the
+algorithm), field 3 what is done to text first (1 name of the rule, 3 a space in front,
+4 spaces squeezed).
+"""
+
+import dataclasses
+import struct
+from collections.abc import Collection, Iterator
+from typing import Any
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+_KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One piece: its text, spaces as U+2581, its score, and its type."""
+
+    text: str
+    score: float
+    type: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PieceModel:
+    """What a model's file says. `exact`: text is segmented as it is, not normalized."""
+
+    kind: str
+    exact: bool
+    pieces: tuple[Piece, ...]
+
+
+def read(model: bytes) -> PieceModel:
+    """Pieces and settings of a serialized model.
+
+    Raises ValueError where the bytes are cut short or of another format.
+    """
+    pieces, trained, prepared = [], {}, {}
+    for number, value, _ in _fields(model):
+        if number == 1:
+            part = dict(_values(value))
+            score = struct.unpack("<f", part.get(2, bytes(4)))[0]
+            pieces.append(Piece(part.get(1, b"").decode(), score, part.get(3, NORMAL)))
+        elif number == 2:
+            trained = dict(_values(value))
+        elif number == 3:
+            prepared = dict(_values(value))
+    exact = (
+        prepared.get(1, b"") == b"identity"
+        and not prepared.get(3, 1)
+        and not prepared.get(4, 1)
+    )
+    return PieceModel(_KINDS.get(trained.get(3, 1), "?"), exact, tuple(pieces))
+
+
+def keep_pieces(model: bytes, ids: Collection[int]) -> bytes:
+    """The model with only these pieces, in their order; everything else unchanged."""
+    ids, i, parts = frozenset(ids), -1, []
+    for number, _, raw in _fields(model):
+        if number == 1:
+            i += 1
+            if i not in ids:
+                continue
+        parts.append(raw)
+    return b"".join(parts)
+
+
+def _values(data: bytes) -> Iterator[tuple[int, Any]]:
+    return ((number, value) for number, value, _ in _fields(data))
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any, bytes]]:
+    """Number, value and all bytes of each field of a message."""
+    at = 0
+    while at < len(data):
+        start = at
+        tag, at = _varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+        else:
+            if wire == 2:
+                size, at = _varint(data, at)
+            elif wire in (1, 5):
+                size = 8 if wire == 1 else 4
+            else:
+                raise ValueError(f"no SentencePiece model: wire type {wire} at {start}")
+            value, at = data[at : at + size], at + size
+            if at > len(data):
+                raise ValueError(
+                    f"the SentencePiece model is cut short: {len(data)} bytes of {at}"
+                )
+        yield number, value, data[start:at]
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data):
+            raise ValueError(f"the SentencePiece model is cut short at byte {at}")
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
