@@ -16,6 +16,8 @@ from jaxcompress.evaluation import Apply, windows
 SIZES = {"width": 16, "heads": 4, "kv_heads": 2, "head_size": 8, "mlp_width": 24}
 MODEL = models.Transformer(vocab_size=12, layers=4, **SIZES)
 APPLY = Apply(MODEL)
+LITTLE = MODEL.clone(layers=1)
+LITTLE_APPLY = Apply(LITTLE)
 TEXT = np.random.default_rng(0).integers(0, 12, 80)
 BATCH = windows(TEXT, 9, 4)[0]
 KEY = jax.random.key(0)
@@ -30,6 +32,12 @@ def teacher():
 @pytest.fixture(scope="module")
 def student():
     return jax.jit(MODEL.init)(jax.random.key(2), BATCH["tokens"])["params"]
+
+
+@pytest.fixture(scope="module")
+def writer(teacher):
+    """The teacher's second layer alone."""
+    return models.fewer_layers(MODEL, teacher, [1])[1]
 
 
 # Loss functions.
@@ -149,46 +157,46 @@ def test_fewer_channels(teacher, tied):
 
 
 def write(params, prompts, length, **options):
-    run = functools.partial(d.rollout, MODEL, length=length, **options)
+    run = functools.partial(d.rollout, LITTLE, length=length, **options)
     return jax.jit(lambda params, prompts: run(params, prompts))(params, prompts)
 
 
-def test_a_greedy_rollout_is_what_the_whole_model_would_say(teacher):
+def test_a_greedy_rollout_is_what_the_whole_model_would_say(writer):
     prompts = jnp.asarray(BATCH["tokens"][:, :3])
-    tokens, mask = write(teacher, prompts, 6, temperature=0, key=KEY)
+    tokens, mask = write(writer, prompts, 6, temperature=0, key=KEY)
     assert tokens.shape == mask.shape == (4, 9) and tokens.dtype == prompts.dtype
     np.testing.assert_array_equal(mask, np.arange(9)[None] >= np.full((4, 1), 3))
     np.testing.assert_array_equal(tokens[:, :3], prompts)
-    logits = APPLY(teacher, tokens)
+    logits = LITTLE_APPLY(writer, tokens)
     np.testing.assert_array_equal(logits.argmax(-1)[:, 2:-1], tokens[:, 3:])
 
 
-def test_compressed_students_write_too(teacher):
-    small = jc.compress(teacher, [(".*kernel", "symmetric(bits=8)"), (".*", None)])
+def test_compressed_students_write_too(writer):
+    small = jc.compress(writer, [(".*kernel", "symmetric(bits=8)"), (".*", None)])
     prompts = jnp.asarray(BATCH["tokens"][:, :3])
     tokens, _ = write(small, prompts, 6, temperature=0, key=KEY)
     want, _ = write(jc.materialize(small), prompts, 6, temperature=0, key=KEY)
     np.testing.assert_array_equal(tokens, want)
 
 
-def test_a_rollout_draws_from_the_model(teacher):
+def test_a_rollout_draws_from_the_model(writer):
     """The second token written, in 3 000 texts, against its exact distribution."""
     count, temperature = 3000, 1.3
     prompts = jnp.broadcast_to(jnp.array([[3, 5]]), (count, 2))
-    tokens, _ = write(teacher, prompts, 2, temperature=temperature, key=KEY)
+    tokens, _ = write(writer, prompts, 2, temperature=temperature, key=KEY)
     every = jnp.array([[3, 5, token] for token in range(12)])
-    chances = jax.nn.softmax(APPLY(teacher, every) / temperature, axis=-1)
+    chances = jax.nn.softmax(LITTLE_APPLY(writer, every) / temperature, axis=-1)
     want = np.asarray(chances[0, 1] @ chances[:, 2], np.float64)
     found = np.bincount(np.asarray(tokens[:, 3]), minlength=12) / count
     error = np.sqrt(want * (1 - want) / count)
     assert (np.abs(found - want) < 5 * error).all() and want.max() > 2 / 12
 
 
-def test_nothing_counts_after_the_end(teacher):
+def test_nothing_counts_after_the_end(writer):
     prompts = jnp.asarray(BATCH["tokens"][:, :3])
-    free, _ = write(teacher, prompts, 6, key=KEY)
+    free, _ = write(writer, prompts, 6, key=KEY)
     eos = int(free[0, 5])
-    tokens, mask = write(teacher, prompts, 6, eos_id=eos, key=KEY)
+    tokens, mask = write(writer, prompts, 6, eos_id=eos, key=KEY)
     for row, counted, before in zip(tokens, mask, free, strict=True):
         ends = [i for i in range(3, 9) if before[i] == eos] + [9]
         np.testing.assert_array_equal(
@@ -198,17 +206,18 @@ def test_nothing_counts_after_the_end(teacher):
         assert (row[ends[0] :] == eos).all()
 
 
-def test_mixing(student, teacher):
-    loss = d.soft_labels(APPLY, APPLY, teacher, soft=d.reverse_kl)
+def test_mixing(student, writer):
+    apply, (_, student) = LITTLE_APPLY, models.fewer_layers(MODEL, student, [0])
+    loss = d.soft_labels(apply, apply, writer, soft=d.reverse_kl)
     off, _ = jax.jit(loss)(student, BATCH, KEY)
-    never = d.on_policy(loss, MODEL, prompt=3, ratio=0)
+    never = d.on_policy(loss, LITTLE, prompt=3, ratio=0)
     value, metrics = jax.jit(never)(student, BATCH, KEY)
     np.testing.assert_allclose(value, off, rtol=1e-5)
     assert metrics["written"] == 0
-    always = d.on_policy(loss, MODEL, prompt=3, ratio=1)
+    always = d.on_policy(loss, LITTLE, prompt=3, ratio=1)
     value, metrics = jax.jit(always)(student, BATCH, KEY)
     tokens, mask = d.rollout(
-        MODEL,
+        LITTLE,
         student,
         jnp.asarray(BATCH["tokens"][:, :3]),
         6,
@@ -219,11 +228,10 @@ def test_mixing(student, teacher):
     assert metrics["written"] == 1 and metrics["weight"] == 4 * 6
 
 
-def test_training_on_own_texts_draws_near_to_the_teacher(teacher):
-    model, small = models.fewer_layers(MODEL, teacher, [1])
-    apply, start = Apply(model), jax.tree.map(lambda x: 0.9 * x, small)
-    loss = d.soft_labels(apply, apply, small, soft=d.reverse_kl)
-    loss = d.on_policy(loss, model, prompt=1, ratio=0.5)
+def test_training_on_own_texts_draws_near_to_the_teacher(writer):
+    apply, start = LITTLE_APPLY, jax.tree.map(lambda x: 0.9 * x, writer)
+    loss = d.soft_labels(apply, apply, writer, soft=d.reverse_kl)
+    loss = d.on_policy(loss, LITTLE, prompt=1, ratio=0.5)
     optimizer = optax.adam(5e-3)
     step = d.make_train_step(loss, optimizer)
     state = d.init_state(start, optimizer, key=KEY)
@@ -232,7 +240,7 @@ def test_training_on_own_texts_draws_near_to_the_teacher(teacher):
         state, metrics = step(state, BATCH)
         shares.append(float(metrics["written"]))
     before, after = (
-        jc.compare(apply, small, x, [BATCH]).kl for x in (start, state.params)
+        jc.compare(apply, writer, x, [BATCH]).kl for x in (start, state.params)
     )
     assert after < 0.75 * before
     assert 0.25 < np.mean(shares) < 0.75 and len(set(shares)) > 1
