@@ -13,13 +13,23 @@ from jaxcompress.models.structure import (
     neuron_groups,
     resized,
 )
+from jaxcompress.models.students import (
+    channel_group,
+    fewer_channels,
+    fewer_layers,
+    fewer_neurons,
+)
 from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
 from jaxcompress.models.vocabulary import trim_vocabulary
 
 __all__ = [
     "ConvNet",
     "Transformer",
+    "channel_group",
     "export_huggingface",
+    "fewer_channels",
+    "fewer_layers",
+    "fewer_neurons",
     "filter_groups",
     "generate",
     "head_groups",
