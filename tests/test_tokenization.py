@@ -344,18 +344,39 @@ def test_bytes_of_text_are_its_tokens(trained):
         assert ids == tokenizer.encode(CORPUS[1])
 
 
-def test_remembered_words_change_nothing(trained):
-    """Word by word, twice, is what SentencePiece gives for the whole text."""
+def test_remembered_words_change_nothing(trained, monkeypatch):
+    """Cut into words, remembered or forgotten, as SentencePiece cuts the whole."""
     import sentencepiece
 
     for kind in ("bpe", "unigram"):
         tokenizer = trained[kind]
         plain = sentencepiece.SentencePieceProcessor()
         plain.LoadFromSerializedProto(tokenizer.to_bytes())
-        for text in CORPUS:
+        for text in CORPUS * 2:
             part = text[:200].replace("\t", "")
             assert tokenizer.encode(part) == plain.EncodeAsIds(part)
-            assert tokenizer.encode(part) == plain.EncodeAsIds(part)
+    monkeypatch.setattr(tokenization.sentencepieces, "_REMEMBERED", 50)
+    fresh = tokenization.from_bytes(trained["bpe"].to_bytes())
+    for _ in range(3):
+        assert fresh.encode(CORPUS[1]) == trained["bpe"].encode(CORPUS[1])
+    assert len(fresh._known) < len(set(" ".join(CORPUS).split()))
+
+
+def test_a_long_text_is_segmented_as_its_words_are():
+    """In one piece SentencePiece would lose the differences to float32."""
+    draw = random.Random(9)
+    syllables = ["ba", "ke", "lo", "mi", "nu", "re", "si", "tan"]
+    words = [
+        " " + "".join(draw.choices(syllables, k=draw.randrange(1, 5)))
+        for _ in range(20_000)
+    ]
+    tokenizer = tokenization.train(
+        ["".join(words[i : i + 50]) for i in range(0, 20_000, 50)],
+        kind="unigram",
+        vocab_size=500,
+    )
+    each = {word: tokenizer.encode(word) for word in set(words)}
+    assert tokenizer.encode("".join(words)) == [i for word in words for i in each[word]]
 
 
 @pytest.fixture(scope="module")

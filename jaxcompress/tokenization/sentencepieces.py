@@ -30,17 +30,20 @@ KINDS = ("bpe", "unigram", "char")
 NORMALIZATIONS = ("identity", "nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 _CHUNK = 4000  # bytes of text in one training sentence
 _WORD = re.compile(r" *[^ ]+| +")
-_CACHED_WORDS = 1 << 17
-_LONGEST_CACHED = 64  # characters
+_RUN = re.compile(r"(?: *[^ ]+){1,64}| +")
+_REMEMBERED = 1 << 21  # characters of words
 
 
 class SentencePieceTokenizer:
     """Text to ids and back; `decode(encode(text)) == text` for every Python string.
 
     Characters without a piece become bytes, one id each. Ids of no text: 0 (unknown),
-    `bos_id`, `eos_id` and control symbols; no text is encoded as one of them. Where no
-    piece reaches from a word into the next, text is encoded word by word and words are
-    remembered, which changes no segmentation and is faster.
+    `bos_id`, `eos_id` and control symbols; no text is encoded as one of them.
+
+    Where no piece reaches from a word into the next, a text is cut between words. Byte
+    pairs are merged word by word and words are remembered, which changes nothing and is
+    faster. Unigram models get runs of words: SentencePiece adds up scores in float32,
+    and in texts of thousands of characters the sum rounds away their differences.
 
     A model that normalizes text or has no byte pieces is not `lossless`: it works as
     SentencePiece itself does, and unknown characters become id 0.
@@ -81,7 +84,8 @@ class SentencePieceTokenizer:
             f"(?:[{SPACE}\ud800-\udfff]|<0x[0-9A-F]{{2}}>|{any_of(reserved)})+"
         )
         self._by_words = not any(re.search("[^ ] ", p) for p in _texts(read.pieces))
-        self._words: dict[str, list[int]] = {}
+        self._known: dict[str, list[int]] = {}
+        self._remembered = 0  # characters
         self.digest = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -93,10 +97,8 @@ class SentencePieceTokenizer:
             if verbatim:
                 raw = part.encode("utf-8", "surrogatepass")
                 ids += [self.byte_ids[byte] for byte in raw]
-            elif self._by_words:
-                self._encode_words(part, ids)
             else:
-                ids += self._encode_plain(part)
+                ids += self._encode_part(part)
         return ids
 
     def parts(self, text: str) -> Iterator[tuple[str, bool]]:
@@ -114,32 +116,35 @@ class SentencePieceTokenizer:
         """The parts of one of the `parts` that are segmented on their own."""
         return _WORD.findall(text) if self._by_words else [text]
 
-    def _encode_words(self, text: str, ids: list[int]) -> None:
-        known = self._words
-        for word in _WORD.findall(text):
-            found = known.get(word)
-            if found is None:
-                found = self._encode_plain(word)
-                if len(word) <= _LONGEST_CACHED:
-                    if len(known) >= _CACHED_WORDS:
-                        known.clear()
-                    known[word] = found
-            ids += found
+    def _encode_part(self, text: str) -> list[int]:
+        if not self._by_words:
+            return self._encode_all([text])[0]
+        if self.kind != "bpe":
+            return [i for ids in self._encode_all(_RUN.findall(text)) for i in ids]
+        if self._remembered > _REMEMBERED:
+            self._known.clear()
+            self._remembered = 0
+        known, words = self._known, _WORD.findall(text)
+        fresh = [word for word in dict.fromkeys(words) if word not in known]
+        known.update(zip(fresh, self._encode_all(fresh), strict=True))
+        self._remembered += sum(map(len, fresh))
+        return [i for word in words for i in known[word]]
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """Ids of text without the space symbol, of which all bytes stand for a space.
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts without the space symbol, of which all bytes stand for a space.
 
         They come up where a space is not a piece, or is in an unknown word.
         """
-        ids = self._processor.EncodeAsIds(text)
         symbol = [self.byte_ids[byte] for byte in SPACE.encode()]
-        at = 0
-        for _ in range(ids.count(symbol[0])):
-            at = ids.index(symbol[0], at)
-            if ids[at : at + 3] == symbol:
-                ids[at : at + 3] = [self.byte_ids[0x20]]
-            at += 1
-        return ids
+        found = self._processor.EncodeAsIds(texts, num_threads=1)
+        for ids in found:
+            at = 0
+            for _ in range(ids.count(symbol[0])):
+                at = ids.index(symbol[0], at)
+                if ids[at : at + 3] == symbol:
+                    ids[at : at + 3] = [self.byte_ids[0x20]]
+                at += 1
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; marks vanish, bytes that are no UTF-8 become U+FFFD."""
