@@ -19,8 +19,8 @@ from jaxcompress.evaluation import compare
 from jaxcompress.evaluation import evaluate
 from jaxcompress.factorization.cp import CP
 from jaxcompress.factorization.cp import cp
+from jaxcompress.factorization.low_rank import LowRank
 from jaxcompress.factorization.ranks import plan_ranks
-from jaxcompress.factorization.svd import LowRank
 from jaxcompress.factorization.svd import svd
 from jaxcompress.factorization.tucker import Tucker
 from jaxcompress.factorization.tucker import tucker
@@ -56,6 +56,7 @@ from jaxcompress.quantization.nearest import asymmetric
 from jaxcompress.quantization.nearest import sign_split
 from jaxcompress.quantization.nearest import symmetric
 from jaxcompress.quantization.second_order import gptq
+from jaxcompress.running.fast import fast
 from jaxcompress.running.streaming import streaming
 from jaxcompress.storage.container import load
 from jaxcompress.storage.container import open

@@ -29,7 +29,13 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
 # Where a third-party package may be imported: room, or room/module.
 PLACES = {
-    "optax": ["quantization/learned", "optimizers", "distillation"],
+    "optax": [
+        "quantization/descent",
+        "quantization/relaxed",
+        "quantization/widths",
+        "optimizers",
+        "distillation",
+    ],
     "orbax": ["storage/orbax"],
     "sentencepiece": ["tokenization"],
     "tokenizers": ["tokenization"],

@@ -19,6 +19,7 @@ from jaxcompress.distillation.cached import (
     top_k_kl,
     write_cache,
 )
+from jaxcompress.distillation.features import capture, feature_names
 from jaxcompress.distillation.losses import (
     count,
     cross_entropy,
@@ -31,6 +32,11 @@ from jaxcompress.distillation.losses import (
     skewed_reverse_kl,
     soft_cross_entropy,
 )
+from jaxcompress.distillation.objectives import (
+    cached_labels,
+    hard_labels,
+    soft_labels,
+)
 from jaxcompress.distillation.runs import (
     latest_checkpoint,
     restore_state,
@@ -39,6 +45,7 @@ from jaxcompress.distillation.runs import (
 )
 from jaxcompress.distillation.steps import (
     TrainState,
+    cast_like,
     init_state,
     make_train_step,
     place,
@@ -51,9 +58,14 @@ __all__ = [
     "TrainState",
     "attention_maps",
     "cached_kl",
+    "cached_labels",
+    "capture",
+    "cast_like",
     "count",
     "cross_entropy",
+    "feature_names",
     "forward_kl",
+    "hard_labels",
     "hidden_states",
     "init_state",
     "initial_projection",
@@ -76,6 +88,7 @@ __all__ = [
     "skewed_kl",
     "skewed_reverse_kl",
     "soft_cross_entropy",
+    "soft_labels",
     "top_k",
     "top_k_kl",
     "train",

@@ -1,8 +1,9 @@
 """Fewer weights per kernel: products of thin matrices, cores and factors."""
 
 from jaxcompress.factorization.cp import CP, cp
+from jaxcompress.factorization.low_rank import LowRank
 from jaxcompress.factorization.ranks import plan_ranks
-from jaxcompress.factorization.svd import LowRank, energies, svd
+from jaxcompress.factorization.svd import energies, svd
 from jaxcompress.factorization.tucker import Tucker, tucker
 
 __all__ = [

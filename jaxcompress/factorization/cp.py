@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 
 from jaxcompress.calibration.feedback import each_slice, float64
 from jaxcompress.calibration.moments import Moments
+from jaxcompress.factorization.low_rank import LowRank, multiply
 from jaxcompress.factorization.svd import (
     Weighted,
     check_count,
     check_damping,
     check_weights,
-    multiply,
     unwhiten,
 )
 from jaxcompress.factorization.tucker import (
@@ -25,7 +26,16 @@ from jaxcompress.factorization.tucker import (
     unfold,
     unfolded,
 )
-from jaxcompress.tree.leaves import Leaf, dense, leaf, static
+from jaxcompress.tree.leaves import (
+    Arithmetic,
+    Convolution,
+    Leaf,
+    contract,
+    dense,
+    leaf,
+    static,
+    unboxed,
+)
 from jaxcompress.tree.methods import method
 
 
@@ -74,6 +84,36 @@ class CP(Leaf):
     def inner_moments(self, field: str, moments: Any) -> None:
         """No factor meets the layer's inputs by itself: none."""
         del field, moments
+
+    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """Two thin products, with the products of the columns of either side."""
+        left, right = self.factors[: self.inputs], self.factors[self.inputs :]
+        first = left[0] if self.inputs == 1 else self._columns(left)
+        pair = LowRank(first, jnp.swapaxes(self._columns(right), -1, -2))
+        return pair.contract(x, how)
+
+    def convolve(
+        self, x: jax.Array, convolution: Convolution, window: Sizes, how: Arithmetic
+    ) -> jax.Array:
+        """A convolution of each term by itself, between products at each place."""
+        if self.sizes[: self.inputs] != window or len(window) < 2:
+            return super().convolve(x, convolution, window, how)
+        *places, channels = self.factors[: self.inputs]
+        inner = contract(x, channels, how).astype(x.dtype)
+        inner = convolution(inner, self._columns(places), groups=self.rank)
+        outputs = jnp.swapaxes(self._columns(self.factors[self.inputs :]), -1, -2)
+        return contract(inner, outputs, how).astype(x.dtype)
+
+    def _columns(self, factors: Sequence[Any]) -> jax.Array:
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return column_products([unboxed(factor).astype(wide) for factor in factors])
+
+    def product_cost(self, rows: int) -> int:
+        apart = rows * self.rank * sum(self.shape[-2:])
+        return min(apart, super().product_cost(rows))
+
+    def dense_cost(self) -> int:
+        return self.rank * math.prod(self.shape[-2:])
 
     def materialize(self) -> jax.Array:
         arrays = [dense(factor) for factor in self.factors]

@@ -1,9 +1,8 @@
 """A kernel as the product of two thin ones: plain and activation-weighted SVD."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 
 from jaxcompress.calibration.feedback import damped, each_slice, float64
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.tree.leaves import Leaf, dense, leaf, take_columns
+from jaxcompress.factorization.low_rank import LowRank
 from jaxcompress.tree.methods import method
 
 LARGE = 2048  # smaller sides get the exact decomposition unless told otherwise
@@ -26,57 +25,6 @@ class Sketch(NamedTuple):
     oversampling: int
     power_iterations: int
     seed: int
-
-
-@leaf
-class LowRank(Leaf):
-    """A weight that is a product, summed in float32 or wider.
-
-    Invariant: `left` is `[..., inputs, rank]` and `right` `[..., rank, outputs]`, both
-    weights of any leaf type, with the same stack axes. The dtype is that of `left`.
-    """
-
-    left: Any
-    right: Any
-
-    weights: ClassVar[tuple[str, ...]] = ("left", "right")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.left.shape[:-1], self.right.shape[-1])
-
-    @property
-    def dtype(self) -> Any:
-        return self.left.dtype
-
-    @property
-    def rank(self) -> int:
-        return self.right.shape[-2]
-
-    def inner_moments(self, field: str, moments: Moments) -> Moments:
-        """`left` has the inputs of the whole; those of `right` are `x @ left`."""
-        if field == "left":
-            return dataclasses.replace(moments, tokens=None)
-        return moments.project(dense(self.left))
-
-    def materialize(self) -> jax.Array:
-        return multiply(dense(self.left), dense(self.right))
-
-    def take_columns(self, indices: jax.Array) -> jax.Array:
-        """`materialize()[:, indices]` of a 2-D leaf, from those columns of `right`."""
-        columns = take_columns(self.right, indices)
-        flat = columns.reshape((columns.shape[0], -1))
-        product = multiply(dense(self.left), flat)
-        return product.reshape((product.shape[0], *columns.shape[1:]))
-
-
-def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
-    """`left @ right` in float32 or wider, in the dtype of `left`."""
-    wide = jnp.promote_types(left.dtype, jnp.float32)
-    product = jnp.matmul(
-        left.astype(wide), right.astype(wide), precision=jax.lax.Precision.HIGHEST
-    )
-    return product.astype(left.dtype)
 
 
 def _rank_known(options: Mapping[str, Any]) -> bool:

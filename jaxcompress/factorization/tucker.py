@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -20,7 +21,16 @@ from jaxcompress.factorization.svd import (
     unwhiten,
     whiten,
 )
-from jaxcompress.tree.leaves import Leaf, dense, leaf, static
+from jaxcompress.tree.leaves import (
+    Arithmetic,
+    Convolution,
+    Leaf,
+    contract,
+    dense,
+    leaf,
+    static,
+    unboxed,
+)
 from jaxcompress.tree.methods import method
 
 Sizes = tuple[int, ...]
@@ -45,8 +55,7 @@ class Tucker(Leaf):
     @property
     def sizes(self) -> Sizes:
         """Sizes of the unfolded axes."""
-        kept = self.core.shape[-len(self.factors) :]
-        pairs = zip(self.factors, kept, strict=True)
+        pairs = zip(self.factors, self.ranks, strict=True)
         return tuple(size if f is None else f.shape[-2] for f, size in pairs)
 
     @property
@@ -62,6 +71,56 @@ class Tucker(Leaf):
     def inner_moments(self, field: str, moments: Any) -> None:
         """Neither the core nor a factor meets the layer's inputs by itself: none."""
         del field, moments
+
+    @property
+    def ranks(self) -> Sizes:
+        """Sizes of the core's axes."""
+        return self.core.shape[-len(self.factors) :]
+
+    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """Into the core's coordinates axis by axis, through the core, and out again."""
+        rows = math.prod(x.shape[:-1])
+        if self._cost_apart(rows) > super().product_cost(rows):
+            return super().contract(x, how)
+        inwards = self.factors[: self.inputs]
+        y = multiply_axes(x, self.sizes[: self.inputs], inwards, how).astype(x.dtype)
+        core = unboxed(self.core).reshape((y.shape[-1], -1))
+        return self._outwards(contract(y, core, how), x.dtype, how)
+
+    def convolve(
+        self, x: jax.Array, convolution: Convolution, window: Sizes, how: Arithmetic
+    ) -> jax.Array:
+        """A convolution by the core, between products at each place (Tucker-2)."""
+        if self.sizes[: self.inputs] != window:
+            return super().convolve(x, convolution, window, how)
+        *places, channels = self.factors[: self.inputs]
+        if channels is not None:
+            x = contract(x, channels, how).astype(x.dtype)
+        core = unboxed(self.core)
+        for axis, factor in enumerate(places):
+            if factor is not None:
+                core = multiply_axis(core, unboxed(factor), axis - core.ndim)
+        kernel = core.reshape((math.prod(core.shape[: self.inputs]), -1))
+        return self._outwards(convolution(x, kernel), x.dtype, how).astype(x.dtype)
+
+    def _outwards(self, y: jax.Array, dtype: Any, how: Arithmetic) -> jax.Array:
+        """From the coordinates of the outputs, `[..., ranks]`, to the outputs."""
+        factors = [
+            None if f is None else unboxed(f).T for f in self.factors[self.inputs :]
+        ]
+        return multiply_axes(y.astype(dtype), self.ranks[self.inputs :], factors, how)
+
+    def _cost_apart(self, rows: int) -> int:
+        cut, ranks = self.inputs, self.ranks
+        inwards = axes_cost(self.sizes[:cut], ranks[:cut], self.factors[:cut])
+        outwards = axes_cost(ranks[cut:], self.sizes[cut:], self.factors[cut:])
+        return rows * (inwards + math.prod(ranks) + outwards)
+
+    def product_cost(self, rows: int) -> int:
+        return min(self._cost_apart(rows), super().product_cost(rows))
+
+    def dense_cost(self) -> int:
+        return axes_cost(self.ranks, self.sizes, self.factors)
 
     def materialize(self) -> jax.Array:
         core = dense(self.core)
@@ -254,6 +313,33 @@ def multiply_axis(tensor: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
     product = jnp.matmul(matrix, flat, precision=jax.lax.Precision.HIGHEST)
     unfolded = product.reshape((*product.shape[:-1], *moved.shape[lead + 1 :]))
     return jnp.moveaxis(unfolded, lead, axis)
+
+
+def multiply_axes(
+    x: jax.Array, sizes: Sizes, factors: Sequence[Any], how: Arithmetic
+) -> jax.Array:
+    """`x` `[..., *sizes]`, folded, with each axis multiplied by its `[size, new]`.
+
+    An axis whose factor is None stays. Every product is rounded to the dtype of `x`
+    but for the last. Returns `[..., product of the new sizes]`.
+    """
+    lead, dtype = x.shape[:-1], x.dtype
+    y = x.reshape(lead + sizes)
+    for axis, factor in enumerate(factors):
+        if factor is not None:
+            moved = jnp.moveaxis(y.astype(dtype), len(lead) + axis, -1)
+            y = jnp.moveaxis(contract(moved, factor, how), -1, len(lead) + axis)
+    return y.reshape((*lead, -1))
+
+
+def axes_cost(before: Sizes, after: Sizes, factors: Sequence[Any]) -> int:
+    """Multiplications that taking one `[*before]` to `[*after]` by factors needs."""
+    total, sizes = 0, list(before)
+    for axis, factor in enumerate(factors):
+        if factor is not None:
+            total += math.prod(sizes) * after[axis]
+            sizes[axis] = after[axis]
+    return total
 
 
 def _project(tensor: jax.Array, factors: dict[int, jax.Array]) -> jax.Array:

@@ -3,7 +3,7 @@
 from jaxcompress.models.convolutional import ConvNet
 from jaxcompress.models.generation import generate
 from jaxcompress.models.huggingface import export_huggingface
-from jaxcompress.models.loading import load
+from jaxcompress.models.loading import load, open_weights
 from jaxcompress.models.saved import save_model
 from jaxcompress.models.structure import (
     filter_groups,
@@ -27,6 +27,7 @@ __all__ = [
     "layer_influence",
     "load",
     "neuron_groups",
+    "open_weights",
     "resized",
     "save_model",
     "stack_layers",

@@ -10,7 +10,17 @@ from jaxcompress.calibration.feedback import each_slice, layer_loss
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.quantization.grids import Block, Steps, quantized, round_to
 from jaxcompress.quantization.nearest import asymmetric, store_step, symmetric
-from jaxcompress.tree.leaves import Leaf, dense, leaf, static
+from jaxcompress.tree.leaves import (
+    Arithmetic,
+    Leaf,
+    contract,
+    dense,
+    dense_cost,
+    leaf,
+    product_cost,
+    static,
+    unboxed,
+)
 from jaxcompress.tree.methods import method
 
 NEAREST = {"symmetric": symmetric, "asymmetric": asymmetric}
@@ -44,6 +54,19 @@ class Scaled(Leaf):
         """Those of the inputs times the factors."""
         del field
         return moments.stretch(dense(self.factors))
+
+    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """The inputs are scaled instead of the rows."""
+        factors = unboxed(self.factors).astype(jnp.float32)
+        factors = factors.reshape((1,) * (x.ndim - 1) + factors.shape)
+        scaled = (x.astype(jnp.float32) * factors).astype(x.dtype)
+        return contract(scaled, self.weight, how)
+
+    def product_cost(self, rows: int) -> int:
+        return product_cost(self.weight, rows)
+
+    def dense_cost(self) -> int:
+        return dense_cost(self.weight)
 
     def materialize(self) -> jax.Array:
         factors = dense(self.factors).astype(jnp.float32)

@@ -6,6 +6,7 @@ of it with that row's steps.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,20 @@ import jax.numpy as jnp
 
 from jaxcompress.entropy.integers import Packed, pack
 from jaxcompress.quantization.levels import LEVELS
-from jaxcompress.tree.leaves import Leaf, dense, leaf, static, take_columns
+from jaxcompress.quantization.products import (
+    has_integers,
+    integer_product,
+    integers_pay,
+)
+from jaxcompress.tree.leaves import (
+    Arithmetic,
+    Leaf,
+    before_use,
+    dense,
+    leaf,
+    static,
+    take_columns,
+)
 
 Block = int | str | None  # inputs per step; None: all of one output; "tensor": all
 Bits = int | tuple[int, int]  # per code; of the positive and the negative side
@@ -199,6 +213,17 @@ class Quantized(Leaf):
         steps = spread(self.steps, self.block, self.shape[-2])
         values = decode(dense(self.codes), steps, grid=self.grid, bits=self.bits)
         return round_to(values, self.kind).astype(self.kind)
+
+    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """Dequantized next to the product, or in integers where `how` allows it."""
+        rows = math.prod(x.shape[:-1])
+        wanted = how.activations == "int8" or (
+            how.activations == "auto" and integers_pay(rows)
+        )
+        if not (wanted and has_integers(self)):
+            return super().contract(x, how)
+        prepare = before_use.get()
+        return integer_product(x, self if prepare is None else prepare(self))
 
     def take_columns(self, indices: jax.Array) -> jax.Array:
         """`materialize()[:, indices]` of a 2-D leaf, reading only those columns."""

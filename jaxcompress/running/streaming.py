@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,10 @@ import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
 from jaxcompress.tree.leaves import Leaf, before_use
+
+# `(module, method, args, kwargs)` to the result of that method, or to None where Flax's
+# own code is to run; `running.fast` sets it, per thread.
+instead: ContextVar[Callable[..., Any] | None] = ContextVar("instead", default=None)
 
 
 @contextlib.contextmanager
@@ -41,15 +46,28 @@ def _stream(
     context: InterceptorContext,
 ) -> Any:
     activation = _traced_array((args, kwargs))
-    if activation is None or context.method_name == "setup":
+    module, method, replace = context.module, context.method_name, instead.get()
+    if method == "setup":
         return call(*args, **kwargs)
-    if type(context.module) is nn.Embed:
-        result = _embed(context.module, context.method_name, activation)
-        if result is not None:
-            return result
+    with _waiting_for(activation):
+        result = replace and replace(module, method, args, kwargs)
+    if result is None and activation is not None and type(module) is nn.Embed:
+        result = _embed(module, method, activation)
+    if result is not None:
+        return result
+    with _waiting_for(activation):
+        return call(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _waiting_for(activation: jax.Array | None) -> Iterator[None]:
+    """Stored weights used inside wait for the activation, if there is one."""
+    if activation is None:
+        yield
+        return
     token = before_use.set(functools.partial(_after, activation))
     try:
-        return call(*args, **kwargs)
+        yield
     finally:
         before_use.reset(token)
 

@@ -10,19 +10,32 @@ import dataclasses
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.core import meta
 
 _REGISTRY: dict[str, type["Leaf"]] = {}
+Convolution = Callable[..., jax.Array]
 
 # What a leaf passes through where a layer asks for its array; `running.streaming` sets
 # it for the length of one module call, per thread.
 before_use: ContextVar[Callable[["Leaf"], "Leaf"] | None] = ContextVar(
     "before_use", default=None
 )
+
+
+class Arithmetic(NamedTuple):
+    """How a layer multiplies: what `contract` passes on to the products within.
+
+    `precision` is that of `jax.lax.dot_general`; `activations` says whether a leaf of
+    integers may round the inputs to integers too: "float" (no), "int8", or "auto"
+    (where that is known to be faster).
+    """
+
+    precision: Any = None
+    activations: str = "float"
 
 
 class Leaf(meta.AxisMetadata):
@@ -64,6 +77,42 @@ class Leaf(meta.AxisMetadata):
     def take_rows(self, indices: jax.Array) -> jax.Array:
         """`materialize()[..., indices, :]` of a 2-D leaf; cheaper where a type can."""
         return jnp.take(self.materialize(), indices, axis=0)
+
+    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """`x @ materialize()` of a leaf without stack axes, in float32 or wider.
+
+        `[..., inputs]` to `[..., outputs]`; `running.fast` calls it in place of a
+        layer's product. A type whose parts can be multiplied one after the other
+        overrides it, and the costs below.
+        """
+        return contract(x, self.unbox(), how)
+
+    def convolve(
+        self,
+        x: jax.Array,
+        convolution: Convolution,
+        window: tuple[int, ...],
+        how: Arithmetic,
+    ) -> jax.Array:
+        """`convolution(x, materialize())`, for the same purpose.
+
+        Args:
+          x: `[..., channels]`, in the dtype of the computation.
+          convolution: the layer's own, `(x, weight, groups=1)`, with any weight
+            `[window * channels / groups, features]`.
+          window: sizes that the inputs unfold into: of the window, then the channels.
+          how: passed on to `contract`.
+        """
+        del window, how
+        return convolution(x, self.unbox())
+
+    def product_cost(self, rows: int) -> int:
+        """Multiplications that `contract` of so many rows takes."""
+        return self.dense_cost() + rows * math.prod(self.shape[-2:])
+
+    def dense_cost(self) -> int:
+        """Multiplications in the products that `materialize` takes, of one slice."""
+        return 0
 
     def inner_moments(self, field: str, moments: Any) -> Any:
         """Moments of the inputs of weight `field`, given those of this leaf's inputs.
@@ -152,6 +201,38 @@ def static_fields(cls: type[Leaf] | Leaf) -> tuple[str, ...]:
 def dense(x: Any) -> jax.Array:
     """The dense array of a leaf; an array is returned as it is."""
     return x.materialize() if isinstance(x, Leaf) else x
+
+
+def contract(x: jax.Array, weight: Any, how: Arithmetic) -> jax.Array:
+    """`x @ weight`, an array or a leaf `[inputs, outputs]`, in float32 or wider.
+
+    The weight is read in the dtype of `x`, `[..., inputs]`.
+    """
+    if isinstance(weight, Leaf):
+        return weight.contract(x, how)
+    return jnp.matmul(
+        x,
+        weight.astype(x.dtype),
+        precision=how.precision,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+
+
+def unboxed(x: Any) -> jax.Array:
+    """The array of a leaf for the layer that multiplies by it; an array as it is."""
+    return x.unbox() if isinstance(x, Leaf) else x
+
+
+def product_cost(weight: Any, rows: int) -> int:
+    """Multiplications in the product of so many rows with an array or a leaf."""
+    if isinstance(weight, Leaf):
+        return weight.product_cost(rows)
+    return rows * math.prod(weight.shape[-2:])
+
+
+def dense_cost(weight: Any) -> int:
+    """Multiplications in the products that make the dense array of a leaf."""
+    return weight.dense_cost() if isinstance(weight, Leaf) else 0
 
 
 def materialize(params: Any) -> Any:
@@ -271,6 +352,25 @@ class Sum(Leaf):
     @property
     def dtype(self) -> Any:
         return self.terms[0].dtype
+
+    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """Terms that are cheaper to multiply than to add up apart, the rest as one."""
+        rows = math.prod(x.shape[:-1])
+        apart = [t for t in self.terms if product_cost(t, rows) < dense_cost(t)]
+        rest = tuple(t for t in self.terms if all(t is not other for other in apart))
+        total = sum(contract(x, term, how) for term in apart)
+        if len(rest) > 1:
+            return total + contract(x, Sum(rest).unbox(), how)
+        return total + contract(x, rest[0], how) if rest else total
+
+    def product_cost(self, rows: int) -> int:
+        dense_product = rows * math.prod(self.shape[-2:])
+        costs = [(product_cost(t, rows), dense_cost(t)) for t in self.terms]
+        joined = any(apart >= build for apart, build in costs)
+        return sum(map(min, costs)) + joined * dense_product
+
+    def dense_cost(self) -> int:
+        return sum(map(dense_cost, self.terms))
 
     def materialize(self) -> jax.Array:
         first, *rest = (dense(term) for term in self.terms)

@@ -1,0 +1,100 @@
+"""`LowRank`: a weight as the product of two thin ones."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.calibration.moments import Moments
+from jaxcompress.tree.leaves import (
+    Arithmetic,
+    Convolution,
+    Leaf,
+    contract,
+    dense,
+    dense_cost,
+    leaf,
+    product_cost,
+    take_columns,
+)
+
+
+@leaf
+class LowRank(Leaf):
+    """A weight that is a product, summed in float32 or wider.
+
+    Invariant: `left` is `[..., inputs, rank]` and `right` `[..., rank, outputs]`, both
+    weights of any leaf type, with the same stack axes. The dtype is that of `left`.
+    """
+
+    left: Any
+    right: Any
+
+    weights: ClassVar[tuple[str, ...]] = ("left", "right")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.left.shape[:-1], self.right.shape[-1])
+
+    @property
+    def dtype(self) -> Any:
+        return self.left.dtype
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[-2]
+
+    def inner_moments(self, field: str, moments: Moments) -> Moments:
+        """`left` has the inputs of the whole; those of `right` are `x @ left`."""
+        if field == "left":
+            return dataclasses.replace(moments, tokens=None)
+        return moments.project(dense(self.left))
+
+    def materialize(self) -> jax.Array:
+        return multiply(dense(self.left), dense(self.right))
+
+    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """Two thin products, unless making the array first takes fewer operations."""
+        rows = math.prod(x.shape[:-1])
+        if self._cost_apart(rows) > super().product_cost(rows):
+            return super().contract(x, how)
+        inner = contract(x, self.left, how).astype(x.dtype)
+        return contract(inner, self.right, how)
+
+    def convolve(
+        self, x: jax.Array, convolution: Convolution, window: tuple[int, ...], how: Any
+    ) -> jax.Array:
+        """A convolution with fewer features, and a product at each of its places."""
+        inputs, outputs = self.shape
+        if self.rank * (inputs + outputs) > inputs * outputs:
+            return super().convolve(x, convolution, window, how)
+        inner = convolution(x, self.left)
+        return contract(inner, self.right, how).astype(x.dtype)
+
+    def _cost_apart(self, rows: int) -> int:
+        return product_cost(self.left, rows) + product_cost(self.right, rows)
+
+    def product_cost(self, rows: int) -> int:
+        return min(self._cost_apart(rows), super().product_cost(rows))
+
+    def dense_cost(self) -> int:
+        inside = dense_cost(self.left) + dense_cost(self.right)
+        return inside + self.rank * math.prod(self.shape[-2:])
+
+    def take_columns(self, indices: jax.Array) -> jax.Array:
+        """`materialize()[:, indices]` of a 2-D leaf, from those columns of `right`."""
+        columns = take_columns(self.right, indices)
+        flat = columns.reshape((columns.shape[0], -1))
+        product = multiply(dense(self.left), flat)
+        return product.reshape((product.shape[0], *columns.shape[1:]))
+
+
+def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
+    """`left @ right` in float32 or wider, in the dtype of `left`."""
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    product = jnp.matmul(
+        left.astype(wide), right.astype(wide), precision=jax.lax.Precision.HIGHEST
+    )
+    return product.astype(left.dtype)

@@ -1,0 +1,101 @@
+"""Products in integers: 8-bit activations times stored codes, summed exactly.
+
+A token's inputs x are rounded to `s q`, q integers of 8 bits and s one step per token;
+codes stand for `t (c - z)`, one step t per output. Then `x @ W` is about
+`s t (q @ c - z sum(q))`, whose sums of integers are exact in 32 bits. Dettmers et al.
+2022, "LLM.int8()" (arXiv 2208.07339), section 2; per-token steps as in ZeroQuant
+(arXiv 2206.01861).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.tree.leaves import Arithmetic, contract, dense
+
+GRIDS = ("symmetric", "asymmetric")  # those whose codes are multiples of a step
+LARGEST = 2**31 // 2**14  # inputs whose products of 8-bit integers cannot overflow
+FEWEST_ROWS = 4  # on a CPU, below which the integer product was slower
+
+
+def has_integers(weight: Any) -> bool:
+    """Whether a `Quantized` weight can be multiplied in integers.
+
+    Its values must be integers times one step per output (or matrix); steps per block
+    of inputs would need as many products as blocks, and were slower than dequantizing.
+    """
+    one_step = weight.block in (None, "tensor") or weight.scale.shape[-2] == 1
+    known = weight.grid in GRIDS and isinstance(weight.bits, int)
+    exact = known and 2 <= weight.bits <= 8 and weight.shape[-2] < LARGEST
+    return one_step and exact and weight.negative_scale is None
+
+
+def integers_pay(rows: int) -> bool:
+    """Whether integer products of so many rows were measured to be faster here.
+
+    On CPUs, since jax 0.8 (on 0.7.2 they take three times as long), and of four rows or
+    more. Other devices were not measured.
+    """
+    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
+    return jax.default_backend() == "cpu" and version >= (0, 8) and rows >= FEWEST_ROWS
+
+
+def round_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """8-bit integers `[..., inputs]` and steps `[..., 1]`, float32, of each row.
+
+    The step is the largest magnitude over 127, one for a row of zeros; a row that is
+    not finite has a step that is not either.
+    """
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    step = jnp.where(largest == 0, 1, largest / 127)
+    return jnp.round(wide / step).astype(jnp.int8), step
+
+
+@jax.custom_vjp
+def integer_product(x: jax.Array, weight: Any) -> jax.Array:
+    """`x @ weight`, float32, of a weight that `has_integers`, without stack axes.
+
+    Differentiable as if nothing were rounded: with respect to `x` and the steps.
+    """
+    codes, zero = _centred(weight)
+    rounded, step = round_rows(x)
+    sums = jax.lax.dot_general(
+        rounded,
+        codes,
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    )
+    lead = (1,) * (x.ndim - 1)
+    if zero is not None:
+        total = jnp.sum(rounded, axis=-1, keepdims=True, dtype=jnp.int32)
+        sums = sums - total * zero.reshape((*lead, -1))
+    scale = weight.steps.scale.reshape((*lead, -1))
+    return sums.astype(jnp.float32) * (step * scale)
+
+
+def _centred(weight: Any) -> tuple[jax.Array, jax.Array | None]:
+    """The codes as signed bytes, and the one that stands for zero if it is not 0."""
+    half = 2 ** (weight.bits - 1)
+    # Unsigned arithmetic wraps, so that the bits are those of the signed difference.
+    shifted = dense(weight.codes).astype(jnp.uint8) - np.uint8(half)
+    codes = jax.lax.bitcast_convert_type(shifted, jnp.int8)
+    if weight.zero_point is None:
+        return codes, None
+    return codes, dense(weight.zero_point).astype(jnp.int32) - half
+
+
+def _forward(x: jax.Array, weight: Any) -> tuple[jax.Array, tuple]:
+    return integer_product(x, weight), (x, weight)
+
+
+def _backward(kept: tuple, change: jax.Array) -> tuple:
+    def product(x: jax.Array, weight: Any) -> jax.Array:
+        return contract(x, weight.materialize(), Arithmetic()).astype(jnp.float32)
+
+    return jax.vjp(product, *kept)[1](change)
+
+
+integer_product.defvjp(_forward, _backward)
