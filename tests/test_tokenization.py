@@ -362,6 +362,22 @@ def test_remembered_words_change_nothing(trained, monkeypatch):
     assert len(fresh._known) < len(set(" ".join(CORPUS).split()))
 
 
+def test_reserved_words_in_a_text_are_made_of_pieces():
+    texts = ["the <unk> of <0x41> and [pad] a " * 20]
+    tokenizer = tokenization.train(
+        texts, vocab_size=10**4, min_frequency=5, control_symbols=["[pad]", "#"]
+    )
+    for word in ("<unk>", "<0x41>", "[pad]", "a#b", "<<unk>", "[[pad]"):
+        ids = tokenizer.encode(word)
+        assert tokenizer.decode(ids) == word and len(ids) > 1
+        assert min(ids) > tokenizer.symbols["#"], "a mark came from text"
+        if "#" not in word:
+            assert not set(ids) & set(tokenizer.byte_ids), "in bytes"
+    assert b"unk" in tokenizer.pieces, "the word was not trained on"
+    ids = tokenizer.encode(texts[0])
+    assert not set(ids) & set(tokenizer.byte_ids)
+
+
 def test_a_long_text_is_segmented_as_its_words_are():
     """In one piece SentencePiece would lose the differences to float32."""
     draw = random.Random(9)
