@@ -30,7 +30,6 @@ KINDS = ("bpe", "unigram", "char")
 NORMALIZATIONS = ("identity", "nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 _CHUNK = 4000  # bytes of text in one training sentence
 _WORD = re.compile(r" *[^ ]+| +")
-_RUN = re.compile(r"(?: *[^ ]+){1,64}| +")
 _REMEMBERED = 1 << 21  # characters of words
 
 
@@ -40,10 +39,11 @@ class SentencePieceTokenizer:
     Characters without a piece become bytes, one id each. Ids of no text: 0 (unknown),
     `bos_id`, `eos_id` and control symbols; no text is encoded as one of them.
 
-    Where no piece reaches from a word into the next, a text is cut between words. Byte
-    pairs are merged word by word and words are remembered, which changes nothing and is
-    faster. Unigram models get runs of words: SentencePiece adds up scores in float32,
-    and in texts of thousands of characters the sum rounds away their differences.
+    Where no piece reaches from a word into the next, words are segmented one by one and
+    remembered. For byte pairs that changes nothing and is faster. For unigram models it
+    is slower than SentencePiece on a whole text, but does not depend on what stands
+    around a word: SentencePiece adds up scores in float32, and in a long text equal and
+    nearly equal segmentations are told apart by rounding only.
 
     A model that normalizes text or has no byte pieces is not `lossless`: it works as
     SentencePiece itself does, and unknown characters become id 0.
@@ -90,7 +90,7 @@ class SentencePieceTokenizer:
         units: list[str] = []
         for part, raw in self.parts(text):
             units += [part] if raw else self.words(part)
-        if not self._by_words or self.kind != "bpe":
+        if not self._by_words:
             return [i for ids in self._encode_all(units) for i in ids]
         if self._remembered > _REMEMBERED:
             self._known.clear()
@@ -119,9 +119,7 @@ class SentencePieceTokenizer:
 
     def words(self, text: str) -> list[str]:
         """The parts of one of the `parts` that are segmented on their own."""
-        if not self._by_words:
-            return [text]
-        return (_WORD if self.kind == "bpe" else _RUN).findall(text)
+        return _WORD.findall(text) if self._by_words else [text]
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
         """Ids of words and of raw parts.
