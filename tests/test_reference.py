@@ -187,4 +187,4 @@ def test_mixed_channels_beat_uniform_bits_where_there_are_outliers(reference):
         cost = jc.compare(Apply(model), params, dense, batches).kl
         results.append((jc.nbytes(small), cost))
     (uniform, uniform_cost), (mixed, mixed_cost) = results
-    assert mixed <= uniform and mixed_cost < 0.5 * uniform_cost
+    assert mixed <= uniform and mixed_cost < 0.7 * uniform_cost
