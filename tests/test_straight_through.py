@@ -246,6 +246,44 @@ def test_an_ordinary_optax_loop_beats_rounding():
     assert np.asarray(changed).mean() > 0.5
 
 
+def test_scales_and_norms_alone_train_with_codes_frozen():
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.standard_normal((128, 64)), jnp.float32)
+    params = {
+        "a": {"kernel": KERNEL},
+        "norm": {"scale": jnp.ones(64)},
+        "out": jnp.ones(2),
+    }
+    small = jc.compress(params, [("a/kernel", "asymmetric(bits=2, block=16)")])
+    trainable, frozen = jc.partition(small, r".*scale")
+    held = [path for path, _ in jax.tree_util.tree_leaves_with_path(trainable)]
+    assert len(held) == 2  # the steps and the norm; not the array beside them
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    optimizer = optax.adam(3e-3)
+
+    def loss(tree):
+        made = (x * tree["norm"]["scale"][None]) @ tree["a"]["kernel"].materialize()
+        return jnp.mean(jnp.square(made - x @ KERNEL))
+
+    @jax.jit
+    def step(trainable, state):
+        objective = lambda trainable: loss(jc.combine(trainable, frozen))  # noqa: E731
+        value, gradient = jax.value_and_grad(objective)(trainable)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(trainable, updates), state, value
+
+    state, losses = optimizer.init(trainable), []
+    for _ in range(80):
+        trainable, state, value = step(trainable, state)
+        losses.append(float(value))
+    tuned = jc.combine(trainable, frozen)
+    assert losses[-1] < 0.9 * losses[0]
+    old, new = small["a"]["kernel"], tuned["a"]["kernel"]
+    np.testing.assert_array_equal(new.codes.packed, old.codes.packed)
+    chex.assert_trees_all_equal(new.zero_point, old.zero_point)
+    np.testing.assert_array_equal(tuned["out"], params["out"])
+
+
 def test_inside_a_loss_gradients_reach_the_weights():
     quantize = jc.straight_through(jc.symmetric(bits=3, block=16, full_range=True))
     x = jnp.asarray(weights(8, 64, seed=5), jnp.float32)
