@@ -30,6 +30,7 @@ METHODS = [
     "mixed_channels(bits=3, keep=4, kept_bits=8, block=16)",
     "sign_split(bits=(3, 3)) > entropy_code()",
     "svd(rank=40)",
+    "corrected(base='symmetric(bits=3, block=16)', rank=8)",
     "tucker(ranks=(48, 8, 10), sizes=(64, 8, 12), sweeps=2)",
     "magnitude(pattern='2:4')",
     "magnitude(threshold=0.02)",
