@@ -362,6 +362,25 @@ def test_cp_loses_less_with_more_terms_and_sweeps():
     assert squared(x, cp(x, rank=4, sizes=SIZES, sweeps=1)) > 1.01 * few
 
 
+def test_fits_are_as_good_as_tensorly_s():
+    tensorly = pytest.importorskip("tensorly")
+    from tensorly.decomposition import parafac
+    from tensorly.decomposition import tucker as their_tucker
+
+    x = terms(6) + 0.5 * random(12, 30, seed=9)
+    tensor = x.astype(np.float64).reshape(SIZES)
+    norm = np.sum(tensor**2)
+    options = {"n_iter_max": 200, "tol": 1e-10, "init": "svd", "random_state": 0}
+    theirs = tensorly.cp_to_tensor(parafac(tensor, 4, **options))
+    ours = squared(x, cp(x, rank=4, sizes=SIZES, sweeps=200)) / norm
+    assert abs(ours - np.sum((tensor - theirs) ** 2) / norm) < 1e-3
+    ranks = (5, 4, 3)
+    found = their_tucker(tensor, ranks, n_iter_max=100, tol=1e-12, init="svd")
+    theirs = np.sum((tensor - tensorly.tucker_to_tensor(found)) ** 2) / norm
+    ours = squared(x, tucker(x, ranks=ranks, sizes=SIZES, sweeps=50)) / norm
+    assert abs(ours - theirs) < 1e-5
+
+
 def test_degenerate_cp_stays_finite():
     a, b = np.eye(12)[:2], np.eye(6)[:2]
     c = np.eye(5)[:2]
@@ -762,6 +781,16 @@ def test_plans_refuse_tracers_and_trees_without_kernels():
         jax.jit(lambda p: plan_ranks(p, budget=0.5))(tree())
     with pytest.raises(ValueError, match="takes no leaf of this tree"):
         plan_ranks({"scale": random(64)}, budget=0.5)
+
+
+def test_moments_of_another_model_are_refused():
+    params = {"up": {"kernel": random(64, 96)}}
+    others = {"layer_0/mlp/kernel": moments_of(correlated(64))}
+    with pytest.raises(ValueError, match=r"of another model.*'layer_0/mlp/kernel'.*up"):
+        jc.compress(params, "svd(rank=4)", others)
+    smaller = {"up/kernel": moments_of(correlated(32))}
+    with pytest.raises(ValueError, match=r"^up/kernel: svd: .*needs \(64, 64\)"):
+        jc.compress(params, "svd(rank=4)", smaller)
 
 
 def test_energy_works_in_a_recipe():
