@@ -1,12 +1,15 @@
-"""Optax transformations that keep pruned weights at zero while the others train.
+"""Optax transformations: which weights train and how fast, and where they may be.
 
-They come last in a chain: what they return makes a pruned weight exactly zero, whatever
-momentum or weight decay did before. Masks are part of the optimizer state, so a
-checkpoint of the state resumes with them.
+Those that put weights somewhere come last in a chain: what `keep_masked_zero` and
+`gradual_pruning` return makes a pruned weight exactly zero, whatever momentum or weight
+decay did before. Masks are part of the optimizer state, so a checkpoint of the state
+resumes with them.
 """
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +18,7 @@ import optax
 
 from jaxcompress.pruning.masks import Scope, check_mask, make_masks
 from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.paths import EMBEDDING, array_names
 from jaxcompress.types import Masks, Params
 
 
@@ -29,6 +33,12 @@ class PruningState(NamedTuple):
 
     step: jax.Array
     masks: Masks
+
+
+class ProjectionState(NamedTuple):
+    """Steps done, int32."""
+
+    step: jax.Array
 
 
 def keep_masked_zero(masks: Masks) -> optax.GradientTransformation:
@@ -170,3 +180,147 @@ def _over(function: Callable, masks: Masks, first: Any, *others: Any) -> Any:
         return x if mask is None else function(mask, x, *rest)
 
     return jax.tree.map(one, masks, first, *others, is_leaf=lambda x: x is None)
+
+
+def by_name(
+    rules: Sequence[tuple[str, optax.GradientTransformation | None]],
+) -> optax.GradientTransformation:
+    """An optimizer for each name: the first pattern that fully matches it decides.
+
+    Names are those of arrays, inside leaves too (`mlp/kernel/scale`, `leaf_names`).
+    None freezes: no update, and no state. End with `(".*", optimizer)` for the rest.
+
+    Raises:
+      ValueError: in `init`, a pattern that matches no array, or an array that no
+        pattern matches; a rule that is none.
+    """
+    for rule in rules:
+        if len(rule) != 2 or not isinstance(rule[0], str):
+            raise ValueError(f"{rule!r} is not a rule; write (pattern, optimizer)")
+    chosen = {
+        str(number): optax.set_to_zero() if optimizer is None else optimizer
+        for number, (_, optimizer) in enumerate(rules)
+    }
+    patterns = [re.compile(pattern) for pattern, _ in rules]
+
+    def labels(params: Params) -> Any:
+        names = array_names(params)
+        flat = jax.tree.leaves(names)
+        for pattern in patterns:
+            if not any(map(pattern.fullmatch, flat)):
+                near = difflib.get_close_matches(pattern.pattern, flat, n=3, cutoff=0.0)
+                raise ValueError(
+                    f"the pattern {pattern.pattern!r} matches no array that trains; "
+                    f"the nearest of {len(flat)} are {', '.join(near)}"
+                )
+
+        def label(name: str) -> str:
+            for number, pattern in enumerate(patterns):
+                if pattern.fullmatch(name):
+                    return str(number)
+            raise ValueError(
+                f"no pattern matches {name}; end the rules with ('.*', optimizer), or "
+                "('.*', None) to freeze the rest"
+            )
+
+        return jax.tree.map(label, names)
+
+    return optax.multi_transform(chosen, labels)
+
+
+def layerwise_rates(
+    decay: float, *, looped: str = r"layer_(\d+)/.*", stacked: str = r"layers/.*"
+) -> optax.GradientTransformation:
+    """Scales updates by `decay` for every layer between an array and the head.
+
+    The last layer and what follows it keep their updates; what is in no layer and is an
+    embedding is one layer below the first. Put it after the optimizer.
+
+    Args:
+      decay: above 0 and at most 1.
+      looped: pattern whose first group is the number of the layer in a name.
+      stacked: pattern of arrays whose first axis is the layers.
+
+    Raises:
+      ValueError: decay out of range; in `update`, no layers among the names.
+
+    Source: Howard and Ruder 2018, "ULMFiT" (arXiv 1801.06146, section 3.2).
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay is {decay}; it must be above 0 and at most 1")
+
+    def update(updates: Any, state: Any, params: Params | None = None) -> Any:
+        del params
+        names = array_names(updates)
+        numbers = [
+            int(found[1])
+            for name in jax.tree.leaves(names)
+            if (found := re.fullmatch(looped, name))
+        ]
+        stacks = [
+            x.shape[0]
+            for name, x in zip(*map(jax.tree.leaves, (names, updates)), strict=True)
+            if re.fullmatch(stacked, name)
+        ]
+        if not numbers and not stacks:
+            raise ValueError(
+                f"no name matches {looped!r} or {stacked!r}, as in "
+                f"{', '.join(jax.tree.leaves(names)[:3])}; say how layers are called"
+            )
+        layers = max([*stacks, *(number + 1 for number in numbers)])
+
+        def scale(name: str, x: jax.Array) -> jax.Array:
+            if found := re.fullmatch(looped, name):
+                return x * decay ** (layers - 1 - int(found[1]))
+            if re.fullmatch(stacked, name):
+                rates = decay ** jnp.arange(layers - 1, -1, -1, dtype=jnp.float32)
+                return x * rates.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+            return x * decay**layers if EMBEDDING in name.split("/") else x
+
+        return jax.tree.map(scale, names, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def project(
+    transform: Callable[[Params], Params], *, every: int = 1
+) -> optax.GradientTransformation:
+    """Puts the parameters back where `transform` puts them; last in a chain.
+
+    Onto a grid: `lambda p: materialize(compress(p, "symmetric(bits=4, block=64)"))`;
+    onto fixed zeros: `lambda p: apply_masks(p, masks)`. What arrives is right to the
+    rounding of one addition, `params + (target - params)`; zeros are exact with
+    `keep_masked_zero`.
+
+    Args:
+      transform: traceable, from parameters to parameters of the same shapes.
+      every: steps between two projections; the first is after step `every`.
+
+    Raises:
+      ValueError: `every` below 1; in `update`, no parameters.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"project works every 1 or more steps, not {every}")
+
+    def init(params: Params) -> ProjectionState:
+        del params
+        return ProjectionState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: ProjectionState, params: Any = None) -> Any:
+        if params is None:
+            raise ValueError(
+                "a projection needs the parameters; call "
+                "update(gradients, state, params)"
+            )
+        step = optax.safe_increment(state.step)
+
+        def projected() -> Any:
+            moved = optax.apply_updates(params, updates)
+            back = lambda x, old, u: (x - old).astype(u.dtype)  # noqa: E731
+            return jax.tree.map(back, transform(moved), params, updates)
+
+        due = step % every == 0
+        updates = jax.lax.cond(due, projected, lambda: updates)
+        return updates, ProjectionState(step)
+
+    return optax.GradientTransformation(init, update)

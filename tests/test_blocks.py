@@ -252,6 +252,33 @@ def test_straight_from_a_file_and_one_block_at_a_time(stream, tmp_path, monkeypa
     assert len(reads) == len(set(reads)) == len(jax.tree.leaves(stream))
 
 
+@pytest.mark.parametrize("kind", ["ours", "huggingface"])
+def test_models_are_compressed_from_disk(kind, tmp_path):
+    model, params, tokenizer = jc.models.load("reference")
+    model = model.clone(layers=2)
+    params = {k: v for k, v in params.items() if k[-1:] not in "2345"}
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    path = tmp_path / "model.safetensors"
+    if kind == "ours":
+        jc.models.save_model(path, model, params, tokenizer)
+    else:
+        path = tmp_path
+        jc.models.export_huggingface(path, model, params, tokenizer)
+    tokens = np.arange(400).reshape(2, 200) % 2048
+    rules = [(".*down_proj/kernel", jc.gptq(bits=3, block=64))]
+    found, weights, _ = jc.models.open_weights(path)
+    if kind == "ours":
+        with weights:
+            small = jc.compress_blockwise(found, weights, rules, [tokens])
+    else:
+        small = jc.compress_blockwise(found, weights, rules, [tokens])
+    whole = jc.compress_blockwise(model, params, rules, [tokens])
+    assert jax.tree.structure(small) == jax.tree.structure(whole)
+    for a, b in zip(*map(jax.tree.leaves, (small, whole)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
 class Killed(Exception):
     pass
 

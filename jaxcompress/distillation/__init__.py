@@ -19,6 +19,7 @@ from jaxcompress.distillation.cached import (
     top_k_kl,
     write_cache,
 )
+from jaxcompress.distillation.features import capture, feature_names
 from jaxcompress.distillation.losses import (
     count,
     cross_entropy,
@@ -31,6 +32,12 @@ from jaxcompress.distillation.losses import (
     skewed_reverse_kl,
     soft_cross_entropy,
 )
+from jaxcompress.distillation.objectives import (
+    cached_labels,
+    hard_labels,
+    soft_labels,
+)
+from jaxcompress.distillation.rollouts import on_policy, rollout
 from jaxcompress.distillation.runs import (
     latest_checkpoint,
     restore_state,
@@ -39,6 +46,7 @@ from jaxcompress.distillation.runs import (
 )
 from jaxcompress.distillation.steps import (
     TrainState,
+    cast_like,
     init_state,
     make_train_step,
     place,
@@ -51,9 +59,14 @@ __all__ = [
     "TrainState",
     "attention_maps",
     "cached_kl",
+    "cached_labels",
+    "capture",
+    "cast_like",
     "count",
     "cross_entropy",
+    "feature_names",
     "forward_kl",
+    "hard_labels",
     "hidden_states",
     "init_state",
     "initial_projection",
@@ -63,12 +76,14 @@ __all__ = [
     "loss",
     "make_train_step",
     "mean",
+    "on_policy",
     "over_layers",
     "place",
     "read_cache",
     "relations",
     "restore_state",
     "reverse_kl",
+    "rollout",
     "sampled",
     "sampled_kl",
     "save_state",
@@ -76,6 +91,7 @@ __all__ = [
     "skewed_kl",
     "skewed_reverse_kl",
     "soft_cross_entropy",
+    "soft_labels",
     "top_k",
     "top_k_kl",
     "train",

@@ -40,14 +40,29 @@ class TrainState:
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, *, key: jax.Array
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    dtype: Any = None,
+    key: jax.Array,
 ) -> TrainState:
     """The state before the first step; holds copies, as steps give up their state.
+
+    Args:
+      params: dense or compressed.
+      optimizer: of Optax.
+      dtype: of the parameters that train, None as they are. Scales are stored in
+        bfloat16, where a small step is rounded away: train them in float32, and
+        `cast_like(state.params, params)` afterwards.
+      key: of the run.
 
     Raises ValueError where nothing in the tree trains.
     """
     copies = jax.tree.map(jnp.array, params)
-    trainable, _ = partition(copies)
+    trainable, frozen = partition(copies)
+    if dtype is not None:
+        trainable = jax.tree.map(lambda x: x.astype(dtype), trainable)
+        copies = combine(trainable, frozen)
     if not jax.tree.leaves(trainable):
         raise ValueError(
             "nothing here trains: the tree has no floating-point array (code_floats() "
@@ -55,6 +70,11 @@ def init_state(
         )
     copy = jax.random.wrap_key_data(jnp.array(jax.random.key_data(key)))
     return TrainState(jnp.int32(0), copies, optimizer.init(trainable), copy)
+
+
+def cast_like(params: Params, like: Params) -> Params:
+    """Parameters in the dtypes of others of the same structure."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), params, like)
 
 
 def make_train_step(

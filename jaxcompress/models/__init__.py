@@ -3,7 +3,7 @@
 from jaxcompress.models.convolutional import ConvNet
 from jaxcompress.models.generation import generate
 from jaxcompress.models.huggingface import export_huggingface
-from jaxcompress.models.loading import load
+from jaxcompress.models.loading import load, open_weights
 from jaxcompress.models.saved import save_model
 from jaxcompress.models.structure import (
     filter_groups,
@@ -13,13 +13,23 @@ from jaxcompress.models.structure import (
     neuron_groups,
     resized,
 )
+from jaxcompress.models.students import (
+    channel_group,
+    fewer_channels,
+    fewer_layers,
+    fewer_neurons,
+)
 from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
 from jaxcompress.models.vocabulary import trim_vocabulary
 
 __all__ = [
     "ConvNet",
     "Transformer",
+    "channel_group",
     "export_huggingface",
+    "fewer_channels",
+    "fewer_layers",
+    "fewer_neurons",
     "filter_groups",
     "generate",
     "head_groups",
@@ -27,6 +37,7 @@ __all__ = [
     "layer_influence",
     "load",
     "neuron_groups",
+    "open_weights",
     "resized",
     "save_model",
     "stack_layers",

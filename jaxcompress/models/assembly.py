@@ -1,5 +1,6 @@
 """The Transformer's parameters out of somebody else's named tensors, one at a time."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +16,29 @@ from jaxcompress.types import Params
 Modules = Mapping[str, str]  # our module's path -> theirs; "layer" holds a {}
 
 _SHOWN = 5  # names in an error message
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """Parameters in somebody else's file, each read when it is asked for.
+
+    `tree` has names in the places of the leaves, as `storage.open` gives it.
+    """
+
+    tree: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    kind: Callable[[str], str]  # the dtype's name, without reading the weight
+    fetch: Callable[[str], jax.Array]
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return self.fetch(name)
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...], str]:
+        """Type, shape and dtype of one leaf, without reading it."""
+        return "array", tuple(self.shapes[name]), self.kind(name)
+
+    def read_all(self) -> Params:
+        return jax.tree.map(self.fetch, self.tree)
 
 
 def parameter_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
@@ -47,18 +71,20 @@ def assemble(
     fetch: Callable[[str, str], np.ndarray],
     modules: Modules,
     *,
+    kind: Callable[[str], str] = lambda theirs: "float32",
     ignorable: str = "(?!)",
     dtype: Any = None,
     source: str,
-) -> Params:
-    """The model's parameters, looped or scanned as `model.scan` says.
+) -> Assembled:
+    """The model's parameters, looped or scanned as `model.scan` says, still unread.
 
     `available` are the tensors the file has, `fetch(theirs, ours)` reads one in the
     file's own orientation: kernels [outputs, inputs], which are transposed here.
+    `kind(theirs)` is the name of its dtype.
     Tensors whose names fully match the pattern `ignorable` are left where they are;
-    `dtype=None` keeps the type of each. Besides the result, one tensor is held at a
+    `dtype=None` keeps the type of each. Besides what was read, one tensor is held at a
     time (one stack of tensors where the model is scanned). Raises ValueError naming
-    missing tensors, surplus tensors, and a tensor of the wrong shape.
+    missing tensors and surplus tensors, and, on reading, a tensor of the wrong shape.
     """
     shapes = parameter_shapes(model)
     theirs = {name: foreign_name(name, modules) for name in shapes}
@@ -90,16 +116,33 @@ def assemble(
             )
         return array if dtype is None else array.astype(dtype)
 
-    params = {}
+    ours: dict[str, list[str]] = {}  # the looped model's names, by this model's
     for name in shapes:
         place = re.fullmatch(r"layer_(\d+)/(.+)", name)
         if not model.scan or not place:
-            params[name] = jnp.asarray(read(name))
+            ours[name] = [name]
         elif place[1] == "0":
-            params[f"layers/{place[2]}"] = _stack(
-                read, [f"layer_{i}/{place[2]}" for i in range(model.layers)]
-            )
-    return unflatten_dict(params, sep="/")
+            layers = range(model.layers)
+            ours[f"layers/{place[2]}"] = [f"layer_{i}/{place[2]}" for i in layers]
+
+    def fetch_ours(name: str) -> jax.Array:
+        if model.scan and name.startswith("layers/"):
+            return _stack(read, ours[name])
+        return jnp.asarray(read(name))
+
+    def shape(name: str) -> tuple[int, ...]:
+        one = shapes[ours[name][0]]
+        stacked = model.scan and name.startswith("layers/")
+        return (len(ours[name]), *one) if stacked else one
+
+    return Assembled(
+        unflatten_dict({name: name for name in ours}, sep="/"),
+        {name: shape(name) for name in ours},
+        lambda name: (
+            kind(theirs[ours[name][0]]) if dtype is None else jnp.dtype(dtype).name
+        ),
+        fetch_ours,
+    )
 
 
 def _stack(read: Callable[[str], np.ndarray], names: list[str]) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.models.assembly import assemble
+from jaxcompress.models.assembly import Assembled, assemble
 from jaxcompress.models.gguf_tokenizers import tokenizer_from
 from jaxcompress.models.transformer import Transformer, rope_frequencies
 from jaxcompress.tokenization import Tokenizer
@@ -51,6 +51,14 @@ def read_gguf(
     `gguf` package, ValueError on an architecture, metadata or a tensor that is not
     understood, naming it.
     """
+    model, params, tokenizer = open_gguf(path, scan=scan, dtype=dtype)
+    return model, params.read_all(), tokenizer
+
+
+def open_gguf(
+    path: str | Path, *, scan: bool = False, dtype: Any = None
+) -> tuple[Transformer, Assembled, Tokenizer | None]:
+    """As `read_gguf`, but each weight is read when it is asked for."""
     reader = _open(path)
     metadata = _metadata(reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}

@@ -16,7 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from jaxcompress import tokenization
-from jaxcompress.models.assembly import assemble, foreign_name, parameter_shapes
+from jaxcompress.models.assembly import (
+    Assembled,
+    assemble,
+    foreign_name,
+    parameter_shapes,
+)
 from jaxcompress.models.transformer import Transformer, unstack_layers
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.tree.leaves import dense
@@ -58,6 +63,14 @@ def read_huggingface(
     Raises ValueError on an architecture, an option or a tensor that is not understood,
     naming it, and FileNotFoundError on a missing file.
     """
+    model, params, tokenizer = open_huggingface(directory, scan=scan, dtype=dtype)
+    return model, params.read_all(), tokenizer
+
+
+def open_huggingface(
+    directory: str | Path, *, scan: bool = False, dtype: Any = None
+) -> tuple[Transformer, Assembled, Tokenizer | None]:
+    """As `read_huggingface`, but each weight is read when it is asked for."""
     directory = Path(directory)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     model = transformer_from(config).clone(scan=scan)
@@ -69,11 +82,17 @@ def read_huggingface(
         with safe_open(places[name], framework="np") as file:
             return file.get_tensor(name)
 
+    def kind(name: str) -> str:
+        with safe_open(places[name], framework="np") as file:
+            stored = file.get_slice(name).get_dtype()
+        return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
+
     params = assemble(
         model,
         places,
         fetch,
         MODULES,
+        kind=kind,
         ignorable=IGNORABLE,
         dtype=dtype,
         source=str(directory),

@@ -9,11 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.models.assembly import parameter_shapes
-from jaxcompress.models.gguf_files import read_gguf, read_model
-from jaxcompress.models.huggingface import read_huggingface, transformer_from
+from jaxcompress.models.gguf_files import open_gguf, read_gguf, read_model
+from jaxcompress.models.huggingface import (
+    open_huggingface,
+    read_huggingface,
+    transformer_from,
+)
 from jaxcompress.models.saved import (
     load_reference,
     load_saved,
+    open_saved,
     reference_file,
     saved_shapes,
 )
@@ -49,6 +54,30 @@ def load(
             return load_saved(path, scan=scan, dtype=dtype)
         path = _download(str(name_or_path))
     return read_huggingface(path, scan=bool(scan), dtype=dtype)
+
+
+def open_weights(
+    name_or_path: str | Path, *, dtype: Any = None
+) -> tuple[Transformer, Any, Tokenizer | None]:
+    """As `load`, but each weight is read when it is asked for.
+
+    What stands in the place of the parameters is what `compress_blockwise` takes:
+    `[name]` reads a leaf, `tree` has a name for each. A file of `save_model`, a `.gguf`
+    file, a Hugging Face directory or a hub name; not "reference", which is small.
+    `dtype` casts the weights of foreign files; a file of ours keeps its own.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".gguf":
+        return open_gguf(path, dtype=dtype)
+    if path.is_file() or path.suffix == ".safetensors":
+        return open_saved(path)
+    if str(name_or_path) == REFERENCE:
+        raise ValueError(
+            f"{REFERENCE!r} is one small file; take its parameters from "
+            f"load({REFERENCE!r})"
+        )
+    path = path if path.is_dir() else _download(str(name_or_path))
+    return open_huggingface(path, dtype=dtype)
 
 
 def shapes(name_or_path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:

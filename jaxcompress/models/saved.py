@@ -57,22 +57,39 @@ def load_saved(
     arrays; compressed leaves keep theirs. Raises ValueError where the file holds
     parameters only, or an unknown architecture.
     """
-    with container.open(path) as file:
-        metadata = file.metadata
-    if ARCHITECTURE not in metadata:
-        raise ValueError(
-            f"{path} holds parameters without a model; read them with "
-            "jaxcompress.load, or write the file with models.save_model"
-        )
-    model = rebuild(metadata[ARCHITECTURE])
-    tree = container.load(path)
-    params, tokenizer = tree["params"], None
-    if "tokenizer" in tree:
-        tokenizer = tokenization.from_bytes(np.asarray(tree["tokenizer"]).tobytes())
+    model, file, tokenizer = open_saved(path)
+    with file:
+        params = jax.tree.map(file.read, file.tree["params"])
     if scan is not None and scan != model.scan:
         params = stack_layers(params) if scan else unstack_layers(params)
         model = model.clone(scan=scan)
     return model, params if dtype is None else cast(params, dtype), tokenizer
+
+
+def open_saved(
+    path: str | Path,
+) -> tuple[Transformer, container.StoredParams, Tokenizer | None]:
+    """Model, open file and tokenizer (or None) from a file of `save_model`.
+
+    Leaves are read when they are asked for; close the file, or use it in a `with`
+    statement. Raises as `load_saved`.
+    """
+    file = container.open(path)
+    try:
+        if ARCHITECTURE not in file.metadata:
+            raise ValueError(
+                f"{path} holds parameters without a model; read them with "
+                "jaxcompress.load, or write the file with models.save_model"
+            )
+        model = rebuild(file.metadata[ARCHITECTURE])
+        tokenizer = None
+        if "tokenizer" in file.tree:
+            stored = file.read(file.tree["tokenizer"], numpy=True)
+            tokenizer = tokenization.from_bytes(stored.tobytes())
+    except BaseException:
+        file.close()
+        raise
+    return model, file, tokenizer
 
 
 def load_reference(

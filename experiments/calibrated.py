@@ -1,0 +1,249 @@
+"""What do calibrated methods cost a real model, beside rounding to nearest?
+
+Calibrates on the beginning of a text, compresses every linear layer (`--embedding`: the
+tied embedding too), saves, loads back, and compares with the original on the end of the
+text and on a second text, the docstrings of the standard library. Bits are those of
+the compressed weights in the file, scales and zero points included, without lossless
+coding. One JSON line per method and text, appended as it is measured; rows that the
+results hold already are left out:
+
+    python experiments/calibrated.py SmolLM2.gguf text.txt --bits 3
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from nearest import commit, docstrings
+
+import jaxcompress as jc
+from jaxcompress import demo, reporting
+from jaxcompress.evaluation import Apply, windows
+
+# Methods by name; {b} is the number of bits. "blockwise" ones see the compressed
+# prefix, the others moments of the original model.
+METHODS = {
+    "nearest": "asymmetric(bits={b}, block=128)",
+    "nearest, full range": "symmetric(bits={b}, block=128, full_range=True)",
+    "hqq": "hqq(bits={b}, block=64)",
+    "gptq": "gptq(bits={b}, block=128, grid='asymmetric', search=False)",
+    "gptq, searched steps": "gptq(bits={b}, block=128, grid='asymmetric')",
+    "gptq, blockwise": "gptq(bits={b}, block=128, grid='asymmetric', search=False)",
+    "awq": "awq(bits={b}, block=128)",
+    "learned": "learned(bits={b}, block=128, grid='asymmetric')",
+    "mixed": "mixed_channels(bits={b}, keep=0.02, kept_bits=8, block=128, "
+    "grid='asymmetric')",
+}
+FORMATS = {  # of about four bits
+    "nf4": "nf4(block=64)",
+    "mxfp4": "mxfp4(search=True)",
+    "nvfp4": "nvfp4()",
+    "gptq on nvfp4": "gptq(grid='nvfp4')",
+}
+WITHOUT_DATA = ("nearest", "hqq", "nf4", "mxfp4", "nvfp4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "reference"
+    text: str = ""
+    bits: int = 4
+    only: str = ""  # names of methods, separated by ";"; all of these bits by default
+    embedding: bool = False  # compress the tied embedding too, to the same bits
+    planned: str = ""  # a JSON file of rules, measured as "planned"
+    fraction: float = 0.8  # of the text is for calibration
+    calibration: int = 64  # windows
+    windows: int = 8  # of each text
+    tokens: int = 512  # in a window
+    cache: str = ""  # directory for moments, which take longer than the rest
+    fast: bool = False  # the reference model and little text
+    results: str = "experiments/results/calibrated.jsonl"
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """The rows of one number of bits that the results do not hold yet."""
+    names = list(METHODS) + list(FORMATS if config.bits == 4 else {})
+    if config.fast:
+        names = ["nearest", "gptq", "gptq, blockwise"]
+        config = dataclasses.replace(
+            config, model="reference", bits=3, calibration=8, windows=2, tokens=256
+        )
+    names = config.only.split(";") if config.only else names
+    names = ["planned"] if config.planned else names
+    model, params, tokenizer = jc.models.load(config.model, scan=False)
+    scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
+    calibration, batches = texts(config, tokenizer)
+    moments = None
+    rows: list[dict[str, Any]] = []
+    done = known(config)
+    for name in names:
+        if all((label(config, name), text) in done for text in batches):
+            continue
+        recipe = rules(config, name)
+        clock, processor = time.perf_counter(), time.process_time()
+        if "blockwise" in name:
+            small = jc.compress_blockwise(
+                model, params, recipe, calibration, progress=True
+            )
+        else:
+            if moments is None and not name.startswith(WITHOUT_DATA):
+                moments = one_shot(config, model, params, calibration)
+                clock, processor = time.perf_counter(), time.process_time()
+            small = jc.compress(params, recipe, moments)
+        took = {
+            "compress_seconds": time.perf_counter() - clock,
+            "compress_processor_seconds": time.process_time() - processor,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "small.safetensors"
+            jc.save(path, small)
+            loaded = jc.load(path)
+            if not demo.same_bits(small, loaded):
+                raise ValueError(f"{name}: the file did not come back bit for bit")
+            sizes = stored(path, loaded)
+        del small
+        ready = jc.models.stack_layers(jax.jit(jc.materialize)(loaded))
+        del loaded
+        for text, each in batches.items():
+            found = jc.compare(
+                Apply(scanned), dense, ready, reporting.track(each, name)
+            )
+            rows.append(
+                {
+                    "model": Path(config.model).name,
+                    "method": label(config, name),
+                    "recipe": recipe,
+                    "calibration_tokens": config.calibration * config.tokens,
+                    "text": text,
+                    "tokens": found.tokens,
+                    **sizes,
+                    "perplexity_float": found.dense.perplexity,
+                    "perplexity": found.small.perplexity,
+                    "kl": found.kl,
+                    "kl_standard_error": found.kl_standard_error,
+                    "top1_agreement": found.agreement,
+                    **took,
+                    "commit": commit(),
+                    "jax": metadata.version("jax"),
+                    "device": jax.devices()[0].device_kind,
+                }
+            )
+            print(json.dumps(reporting.plain(rows[-1])), flush=True)
+            if not config.fast:
+                reporting.append_lines(config.results, rows[-1:])
+    return rows
+
+
+def label(config: Config, name: str) -> str:
+    everywhere = ", embedding too" if config.embedding else ""
+    return f"{name}, {config.bits} bits{everywhere}"
+
+
+def rules(config: Config, name: str) -> list[Any]:
+    """The recipe of a method: all kernels, and the embedding if asked for."""
+    if name == "planned":
+        return json.loads(Path(config.planned).read_text(encoding="utf-8"))
+    method = (METHODS | FORMATS)[name].format(b=config.bits)
+    found: list[Any] = [(".*kernel", method)]
+    return [*found, (".*embedding", method)] if config.embedding else found
+
+
+def texts(config: Config, tokenizer: Any) -> tuple[list[np.ndarray], dict[str, list]]:
+    """Batches of calibration tokens, and of each text to evaluate on."""
+    if config.text:
+        whole = Path(config.text).read_text(encoding="utf-8")
+        name = Path(config.text).stem
+    else:
+        whole, name = demo.heldout_text(), "heldout"
+    cut = int(len(whole) * config.fraction)
+    count = config.calibration * config.tokens
+    ids = np.array(tokenizer.encode(whole[: min(cut, 8 * count)]))
+    if len(ids) < count:
+        raise ValueError(f"{len(ids)} tokens to calibrate on, {count} asked for")
+    size = min(4, config.calibration)
+    calibration = list(ids[:count].reshape(-1, size, config.tokens))
+    batches = {}
+    for key, text in ((name, whole[cut:]), ("docstrings", docstrings())):
+        ids = tokenizer.encode(text)
+        batches[key] = list(
+            windows(
+                ids,
+                config.tokens,
+                1,
+                token_bytes=tokenizer.token_bytes(ids),
+                limit=config.windows,
+            )
+        )
+    return calibration, batches
+
+
+def one_shot(
+    config: Config, model: Any, params: Any, batches: list[np.ndarray]
+) -> dict[str, jc.Moments]:
+    """Moments of the original model, kept in the cache."""
+    name = f"moments-{Path(config.model).stem}-{config.calibration}.safetensors"
+    path = Path(config.cache) / name if config.cache and not config.fast else None
+    if path is None or not path.exists():
+        found = jc.collect_moments(model, params, batches, progress=True)
+        if path is None:
+            return found
+        kept = {
+            key: {f.name: getattr(m, f.name) for f in dataclasses.fields(m)}
+            for key, m in found.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        jc.save(path, {"moments": kept})
+    with jc.open(path) as file:
+        tree = jax.tree.map(file.read, file.tree)["moments"]
+    return {key: jc.Moments(**fields) for key, fields in tree.items()}
+
+
+def stored(path: Path, params: Any) -> dict[str, float]:
+    """Bytes of the file, and bits per weight of what is compressed in it."""
+    with jc.open(path) as file:
+        described = {name: file.describe(name) for name in file.names}
+        leaves = [name for name, (kind, *_) in described.items() if kind != "array"]
+        weights = sum(int(np.prod(described[name][1])) for name in leaves)
+        bits = 8 * sum(file.nbytes(name) for name in leaves) / weights
+    size = reporting.measure(params, path)
+    return {
+        "bits_per_compressed_weight": bits,
+        "compressed_weights": weights,
+        "file_bytes": size.file_bytes,
+        "bits_per_weight": size.bits_per_weight,
+    }
+
+
+def known(config: Config) -> set[tuple[str, str]]:
+    """Methods and texts of the lines that are there."""
+    path = Path(config.results)
+    if config.fast or not path.exists():
+        return set()
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    model = Path(config.model).name
+    return {(x["method"], x["text"]) for x in lines if x["model"] == model}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Config):
+        if field.name in ("model", "text"):
+            parser.add_argument(field.name, nargs="?", default=field.default)
+        elif field.type is bool or field.type == "bool":
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=type(field.default), default=field.default
+            )
+    run(Config(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

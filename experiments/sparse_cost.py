@@ -1,0 +1,167 @@
+"""What does a sparse model cost on disk and in time, beside quantized and dense ones?
+
+On the reference model. "disk": files, coded without loss, of quantized kernels, of
+sparse kernels, and of sparse kernels whose values are quantized, with their KL on text
+not used for calibration; the embedding has 8 bits in all of them. "time": processor
+time of a forward pass, in turns, of the dense model, of half the weights as `Sparse`
+leaves without a pattern, N:M and in blocks, and of half the neurons and heads removed.
+One JSON line per row, appended as it is done; rows that the results hold already are
+not run again:
+
+    python experiments/sparse_cost.py
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import pruned
+import structured
+
+import jaxcompress as jc
+from jaxcompress import demo, models, reporting
+from jaxcompress.evaluation import Apply
+
+KERNELS = pruned.KERNELS
+VALUES = f"{KERNELS}/values"
+EMBEDDING = (".*embedding", "symmetric(bits=8)")
+CODED = ("entropy_code()", "code_floats()")
+DISK = (
+    [[(KERNELS, "symmetric(bits=8)")]],
+    [[(KERNELS, "gptq(bits=4, block=64)")]],
+    [[(KERNELS, "gptq(bits=3, block=64)")]],
+    [[(KERNELS, "gptq(bits=2, block=64)")]],
+    [[(KERNELS, "alps(sparsity=0.5)")]],
+    [[(KERNELS, "alps(sparsity=0.5)")], [(VALUES, "symmetric(bits=8, block=64)")]],
+    [[(KERNELS, "alps(sparsity=0.5)")], [(VALUES, "symmetric(bits=4, block=64)")]],
+    [[(KERNELS, "alps(pattern='2:4')")], [(VALUES, "symmetric(bits=4, block=64)")]],
+    [[(KERNELS, "alps(sparsity=0.7)")], [(VALUES, "symmetric(bits=4, block=64)")]],
+)
+PATTERNS = {
+    "unstructured": "magnitude(sparsity=0.5)",
+    "2:4": "magnitude(pattern='2:4')",
+    "blocks of 16x16": "magnitude(sparsity=0.5, pattern='16x16')",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(pruned.Config):
+    results: str = "experiments/results/sparse_cost.jsonl"
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """New rows of both tables; appends each to the results as it is done."""
+    disk = DISK
+    if config.fast:
+        config = dataclasses.replace(config, calibration=4, windows=4, tokens=64)
+        disk = DISK[7:8]
+    path = Path(config.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = []
+    if path.exists():
+        done = [json.loads(line) for line in path.read_text().splitlines()]
+    model, params, tokenizer = models.load("reference", scan=False)
+    learned_from, measured_on = pruned.texts(config)
+    inputs = pruned.calibration(tokenizer, learned_from, config)
+    batches = pruned.cut(tokenizer, measured_on, config, config.windows)
+    scanned, dense = model.clone(scan=True), models.stack_layers(params)
+    about = {
+        "commit": pruned.commit(),
+        "jax": metadata.version("jax"),
+        "flax": metadata.version("flax"),
+        "device": jax.devices()[0].device_kind,
+        "machine": "shared with other work",
+    }
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row | about)
+        reporting.append_lines(path, rows[-1:])
+        print(json.dumps(rows[-1]), flush=True)
+
+    held = [row.get("recipe") for row in done]
+    moments = None
+    for stages in disk if config.only in "disk" else ():
+        recipe = [[list(rule) for rule in stage] for stage in stages]
+        if recipe in held:
+            continue
+        if moments is None:
+            moments = jc.collect_moments(model, params, inputs, select=KERNELS)
+        first, *others = stages
+        small = jc.compress(
+            params, jc.chain([EMBEDDING, *first], *others, *CODED), moments
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "small.safetensors"
+            models.save_model(file, model, small, tokenizer)
+            loaded = models.load(file)[1]
+            if not demo.same_bits(small, loaded):
+                raise ValueError(f"{recipe}: the file did not come back bit for bit")
+            size = reporting.measure(loaded, file)
+        ready = models.stack_layers(jax.jit(jc.materialize)(loaded))
+        report = jc.compare(Apply(scanned), dense, ready, batches)
+        add(
+            {
+                "table": "disk",
+                "recipe": recipe,
+                "file_bytes": size.file_bytes,
+                "bits_per_weight": size.bits_per_weight,
+                "perplexity": report.small.perplexity,
+                "dense_perplexity": report.dense.perplexity,
+                "kl": report.kl,
+                "kl_standard_error": report.kl_standard_error,
+                "tokens": report.tokens,
+            }
+        )
+    if config.only in "time" and not any(row["table"] == "time" for row in done):
+        names, runs = ["dense"], [(model, params)]
+        for name, method in PATTERNS.items():
+            names.append(name)
+            runs.append((model, jc.compress(params, [(KERNELS, method)])))
+        groups = models.neuron_groups(model) | models.head_groups(model)
+        sizes = {"mlp": model.mlp_width // 2, "attention": model.kv_heads // 2}
+        keep = {label: range(sizes[label.split("/")[1]]) for label in groups}
+        less = jc.remove_units(params, groups, keep)
+        names.append("structured")
+        runs.append((models.resized(model, less), less))
+        tokens = batches[0]["tokens"]
+        seconds = structured.forward_seconds(runs, tokens, 2 if config.fast else 15)
+        for name, (_, small), spent in zip(names, runs, seconds, strict=True):
+            add(
+                {
+                    "table": "time",
+                    "sparsity": 0.0 if name == "dense" else 0.5,
+                    "pattern": name,
+                    "forward_processor_seconds": spent,
+                    "of_dense": spent / seconds[0],
+                    "tokens_in_pass": tokens.size,
+                    "memory_bytes": jc.nbytes(small),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Config):
+        if field.name in ("model", "text", "fraction"):
+            continue
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=field.type, default=field.default
+            )
+    config = Config(**vars(parser.parse_args()))
+    if config.fast:
+        config = dataclasses.replace(config, results="sparse_cost_fast.jsonl")
+    run(config)
+
+
+if __name__ == "__main__":
+    main()
