@@ -42,6 +42,7 @@ PLACES = {
     "gguf": ["models"],
     "huggingface_hub": ["models"],
     "safetensors": ["storage", "models"],
+    "zstandard": ["entropy/planes"],
     "rich": ["reporting", "evaluation", "calibration", "cli", "demo", "models"],
     "flax": [
         "tree/leaves",
