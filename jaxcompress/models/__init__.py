@@ -1,5 +1,6 @@
 """Flax reference models, and how to load, run and write them."""
 
+from jaxcompress.models.bert import Bert, sentence_embeddings
 from jaxcompress.models.convolutional import ConvNet
 from jaxcompress.models.generation import generate
 from jaxcompress.models.huggingface import export_huggingface
@@ -23,6 +24,7 @@ from jaxcompress.models.transformer import Transformer, stack_layers, unstack_la
 from jaxcompress.models.vocabulary import trim_vocabulary
 
 __all__ = [
+    "Bert",
     "ConvNet",
     "Transformer",
     "channel_group",
@@ -40,6 +42,7 @@ __all__ = [
     "open_weights",
     "resized",
     "save_model",
+    "sentence_embeddings",
     "stack_layers",
     "trim_vocabulary",
     "unstack_layers",
