@@ -32,7 +32,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import jaxcompress as jc
-from jaxcompress.entropy import arrays, code_floats
+from jaxcompress.entropy import arrays, code_floats, planes, streams
+from jaxcompress.entropy.parallel import in_order
+from jaxcompress.entropy.splits import SPLITS
 from jaxcompress.reporting import append_lines
 from jaxcompress.storage import save
 
@@ -66,36 +68,58 @@ def weights(config: Config) -> dict[str, np.ndarray]:
 
 
 def ours(tensors: list[np.ndarray], threads: int, fast: bool) -> Coder:
-    """Chunks in memory, as files hold them."""
+    """Chunks in memory, as files hold them; without checksums, as the peers."""
 
-    def encode() -> list[tuple[str | None, bytes]]:
+    def encode() -> list[tuple[str | None, list[bytes]]]:
         made = []
         for array in tensors:
             how = arrays.choose(array, fast=fast)
-            parts = (
-                [array.tobytes()]
-                if how is None
-                else arrays.encode(array, how, threads=threads)
-            )
-            made.append((how, b"".join(parts)))
+            if how is None:
+                made.append((None, [array.tobytes()]))
+                continue
+            width = planes.block_width(array.shape)
+            step = planes.chunk_words(width)
+            words = array.reshape(-1).view(f"u{array.dtype.itemsize}")
+            starts = range(0, words.size, step)
+
+            def work(
+                start: int, words: Any = words, how: str = how, width: int = width
+            ) -> bytes:
+                part = words[start : start + planes.chunk_words(width)]
+                return streams.encode_chunk(part, how, width)
+
+            made.append((how, list(in_order(work, starts, threads=threads))))
         return made
 
-    def decode(coded: list[tuple[str | None, bytes]]) -> list[np.ndarray]:
+    def decode(coded: list[tuple[str | None, list[bytes]]]) -> list[np.ndarray]:
         out = []
-        for array, (how, data) in zip(tensors, coded, strict=True):
+        for array, (how, chunks) in zip(tensors, coded, strict=True):
             if how is None:
-                out.append(np.frombuffer(data, array.dtype))
+                out.append(np.frombuffer(chunks[0], array.dtype))
                 continue
+            width = planes.block_width(array.shape)
+            step = planes.chunk_words(width)
+            words = np.empty(array.size, f"u{array.dtype.itemsize}")
 
-            def read(i: int, j: int, data: bytes = data) -> bytes:
-                return data[i:j]
+            def work(
+                job: tuple[int, bytes],
+                words: Any = words,
+                how: str = how,
+                step: int = step,
+                width: int = width,
+            ) -> None:
+                part = words[job[0] * step : (job[0] + 1) * step]
+                split = SPLITS[how]
+                found = planes.read(job[1], split, part.itemsize, part.size, width)
+                planes.decode(found, split, part)
 
-            stream = arrays.open_stream(read, len(data), how, array.dtype, array.shape)
-            out.append(arrays.decode(stream, array.dtype, threads=threads))
+            for _ in in_order(work, enumerate(chunks), threads=threads):
+                pass
+            out.append(words.view(array.dtype))
         return out
 
-    def size(coded: list[tuple[str | None, bytes]]) -> int:
-        return sum(len(data) for _, data in coded)
+    def size(coded: list[tuple[str | None, list[bytes]]]) -> int:
+        return sum(len(chunk) for _, chunks in coded for chunk in chunks)
 
     return encode, decode, size
 

@@ -1,0 +1,165 @@
+"""What does lossless coding add to quantized weights, in bytes of files?
+
+For every tensor of two axes: 8 bits per output channel, 4 bits in blocks of 128, and
+one uniform step for the whole tensor, which is what rate-distortion theory asks for
+where codes are entropy-coded. Files hold codes and scales: packed, as `save` codes them
+by itself, and behind `entropy_code` and `code_floats`.
+
+    python experiments/lossless_codes.py MODEL.safetensors
+    python experiments/lossless_codes.py SmolLM2.gguf --layers 4
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+import jaxcompress as jc
+from jaxcompress.entropy import code_floats, entropy_code, pack
+from jaxcompress.reporting import append_lines
+from jaxcompress.tree.paths import roots
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "reference"  # or a file
+    layers: int = 0  # of a model with layers, the first so many; 0 for everything
+    fast: bool = False  # two tensors
+    output: str = ""  # a file of JSON lines to append to
+
+
+def tensors(config: Config) -> dict[str, np.ndarray]:
+    """Float tensors `[outputs, inputs]` by name."""
+    if config.model.endswith(".safetensors"):
+        found = load_file(config.model)
+    else:
+        _, params, _ = jc.models.load(config.model, scan=False)
+        names = dict(roots(params))
+        kept = {f"layer_{i}" for i in range(config.layers)}
+        found = {
+            name: np.asarray(jc.materialize(x)).T
+            for name, x in names.items()
+            if x.ndim == 2 and (not kept or name.split("/")[0] in kept)
+        }
+    found = {
+        name: np.ascontiguousarray(x, np.float32)
+        for name, x in found.items()
+        if x.ndim == 2 and x.dtype != np.int64 and x.size >= 4096
+    }
+    return dict(list(found.items())[:2]) if config.fast else found
+
+
+def quantized(x: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+    """Codes and scales of one tensor."""
+    if kind == "8 bits per channel":
+        scale = np.abs(x).max(axis=1, keepdims=True) / 127
+    elif kind == "4 bits, blocks of 128":
+        blocks = x.reshape(len(x), -1, 128)
+        scale = np.abs(blocks).max(axis=2, keepdims=True) / 7
+        codes = np.rint(blocks / np.where(scale > 0, scale, 1)).reshape(x.shape)
+        return {"codes": codes.astype(np.int8), "scale": scale[..., 0]}
+    else:
+        scale = np.full((1, 1), x.std() / 3.0, np.float32)
+    codes = np.rint(x / np.where(scale > 0, scale, 1)).clip(-128, 127)
+    return {"codes": codes.astype(np.int8), "scale": scale}
+
+
+def file_bytes(tree: Any, *, coded: bool) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.safetensors")
+        jc.save(path, tree, coded=coded)
+        return path.stat().st_size
+
+
+def packed(part: dict[str, np.ndarray], bits: int) -> dict[str, Any]:
+    """Codes in as many bits as they have, as a quantized leaf holds them."""
+    codes = (part["codes"].astype(np.int16) + (1 << bits - 1)).astype(np.uint8)
+    return {"codes": pack(codes, bits), "scale": part["scale"]}
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """One row per way to quantize."""
+    given = tensors(config)
+    rows = []
+    for kind in ("8 bits per channel", "4 bits, blocks of 128", "one step per tensor"):
+        some = {
+            name: x
+            for name, x in given.items()
+            if "128" not in kind or x.shape[1] % 128 == 0
+        }
+        count = sum(x.size for x in some.values())
+        parts = {name: quantized(x, kind) for name, x in some.items()}
+        clock = time.process_time()
+        coded = {
+            name: {
+                "codes": entropy_code(part["codes"]),
+                "scale": code_floats(part["scale"]),
+            }
+            for name, part in parts.items()
+        }
+        seconds = time.process_time() - clock
+        for name, part in parts.items():
+            back = jc.materialize(coded[name])
+            if any((np.asarray(back[key]) != part[key]).any() for key in part):
+                raise ValueError(f"{name} did not come back")
+        bits = 4 if kind.startswith("4") else 8
+        plain = {name: packed(part, bits) for name, part in parts.items()}
+        codes = {name: leaf["codes"] for name, leaf in coded.items()}
+        noise = sum(
+            float(((_dense(parts[name], x) - x) ** 2).sum()) for name, x in some.items()
+        )
+        power = sum(float((x**2).sum()) for x in some.values())
+        rows.append(
+            {
+                "experiment": "lossless_codes",
+                "model": Path(config.model).name,
+                "layers": config.layers,
+                "kind": kind,
+                "weights": count,
+                "signal_to_noise_db": 10 * np.log10(power / noise),
+                "bits_packed": 8 * file_bytes(plain, coded=False) / count,
+                "bits_saved_plainly": 8 * file_bytes(plain, coded=True) / count,
+                "bits_entropy_coded": 8 * file_bytes(coded, coded=True) / count,
+                "bits_of_codes_alone": 8 * file_bytes(codes, coded=True) / count,
+                "encode_mb_s": count / seconds / 1e6,
+                "jax": metadata.version("jax"),
+                "machine": "two cores shared with other work",
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _dense(part: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    codes, scale = part["codes"].astype(np.float32), part["scale"]
+    if scale.shape[1] > 1:
+        return (codes.reshape(*scale.shape, -1) * scale[..., None]).reshape(x.shape)
+    return codes * scale
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for field in dataclasses.fields(Config):
+        if field.name == "model":
+            parser.add_argument("model", nargs="?", default=field.default)
+        elif field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=field.type, default=field.default
+            )
+    config = Config(**vars(parser.parse_args()))
+    rows = run(config)
+    if config.output:
+        append_lines(config.output, rows)
+
+
+if __name__ == "__main__":
+    main()
