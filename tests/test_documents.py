@@ -10,7 +10,10 @@ from jaxcompress import demo
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-FAST = {"WINDOWS": 2}  # what replaces the numbers of the cell tagged "parameters"
+FAST = {
+    "WINDOWS": 2,
+    "CALIBRATION": 4,
+}  # what replaces the numbers of the cell tagged "parameters"
 
 
 def code_of(notebook):
