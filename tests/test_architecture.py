@@ -29,13 +29,20 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
 # Where a third-party package may be imported: room, or room/module.
 PLACES = {
-    "optax": ["quantization/learned", "optimizers", "distillation"],
+    "optax": [
+        "quantization/descent",
+        "quantization/relaxed",
+        "quantization/widths",
+        "optimizers",
+        "distillation",
+    ],
     "orbax": ["storage/orbax"],
     "sentencepiece": ["tokenization"],
     "tokenizers": ["tokenization"],
     "gguf": ["models"],
     "huggingface_hub": ["models"],
     "safetensors": ["storage", "models"],
+    "zstandard": ["entropy/planes"],
     "rich": ["reporting", "evaluation", "calibration", "cli", "demo", "models"],
     "flax": [
         "tree/leaves",

@@ -425,8 +425,8 @@ def test_foreign_and_newer_files_are_told_apart_from_damage(path):
     with pytest.raises(ValueError, match=r"not written by .*models\.load"):
         storage.load(path)
     storage.save(path, {"a": jnp.ones(3)})
-    forge(path, change("__metadata__", "format_version", value="2", place="header"))
-    with pytest.raises(ValueError, match=r"written in format 2, .* update it"):
+    forge(path, change("__metadata__", "format_version", value="3", place="header"))
+    with pytest.raises(ValueError, match=r"written in format 3, .* update it"):
         storage.load(path)
     with pytest.raises(FileNotFoundError):
         storage.load(path.with_name("none"))
@@ -469,14 +469,14 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 from jaxcompress import storage
-from jaxcompress.storage import tensors
+from jaxcompress.storage import writing
 
-read = tensors._bytes_of
+read = writing._array_of
 def last(name, slot):
     if name == "b":
         os.kill(os.getpid(), signal.SIGKILL)
     return read(name, slot)
-tensors._bytes_of = last
+writing._array_of = last
 storage.save(sys.argv[1], {"a": np.zeros(100_000), "b": np.zeros(3)})
 """
 

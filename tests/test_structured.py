@@ -399,6 +399,22 @@ def test_a_dimension_may_be_held_several_times_over():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_layers_of_zeros_lose_nothing():
+    params = jax.tree.map(jnp.zeros_like, layer(True))
+    known = {"down/kernel": moments_of(samples())}
+    scores = score_units(known, GROUP, params=params, by="loss")
+    np.testing.assert_array_equal(scores, np.zeros(INPUTS))
+    keep = choose_units(scores, 0.5)
+    small = remove_units(params, GROUP, keep, known)
+    assert all(not np.any(x) for x in jax.tree.leaves(small))
+    silent = {"down/kernel": moments_of(0 * samples())}
+    params = layer(True)
+    with jax.debug_nans(True):
+        small = remove_units(params, GROUP, keep, silent)
+    rows = params["down"]["kernel"][keep]
+    np.testing.assert_allclose(small["down"]["kernel"], rows, rtol=1e-6)
+
+
 def test_types_are_kept_and_one_group_stands_alone():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), layer(True))
     known = {"down/kernel": moments_of(samples())}

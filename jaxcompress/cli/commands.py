@@ -38,8 +38,8 @@ RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>None|[A-Za-z_]\w*(\(.*\))?)")
 PER_LAYER = ("heads", "kv_heads", "mlp_width", "sliding_window")
 
 
-def _progress(label: str) -> Any:
-    return functools.partial(reporting.track, label=label, unit="leaves")
+def _progress(label: str, unit: str = "leaves") -> Any:
+    return functools.partial(reporting.track, label=label, unit=unit)
 
 
 def compress_(options: argparse.Namespace) -> None:
@@ -312,6 +312,26 @@ def verify(options: argparse.Namespace) -> None:
         f"{reporting.grouped(found['bytes'])} bytes in {found['files']} file(s), "
         f"{found['leaves']} leaves, {found['arrays']} arrays, format "
         f"{found['format_version']}"
+    )
+
+
+def pack(options: argparse.Namespace) -> None:
+    progress = _progress("packing", "parts")
+    found = storage.pack(options.folder, options.out, progress=progress)
+    before, after = found["bytes"], found["packed"]
+    _print(
+        f"{options.out}: {reporting.grouped(after)} bytes of "
+        f"{reporting.grouped(before)} in {found['files']} file(s), "
+        f"{100 * after / max(1, before):.1f} %"
+    )
+
+
+def unpack(options: argparse.Namespace) -> None:
+    progress = _progress("unpacking", "files")
+    found = storage.unpack(options.file, options.out, progress=progress)
+    _print(
+        f"{options.out}: {reporting.grouped(found['bytes'])} bytes in "
+        f"{found['files']} file(s), as they were packed"
     )
 
 

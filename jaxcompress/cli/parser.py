@@ -1,4 +1,4 @@
-"""`python -m jaxcompress`: compress, evaluate, generate, inspect, verify, demo."""
+"""`python -m jaxcompress`: the parser of all commands."""
 
 import argparse
 import sys
@@ -110,6 +110,22 @@ def parser() -> argparse.ArgumentParser:
         "verify small.safetensors",
     ).add_argument
     add("file", help="a file written by compress")
+
+    add = command(
+        commands.pack,
+        "pack a directory with a checkpoint into one file, without loss",
+        "pack SmolLM2-135M smollm2.packed",
+    ).add_argument
+    add("folder", help="a directory, such as one of Hugging Face")
+    add("out", help="the file to write")
+
+    add = command(
+        commands.unpack,
+        "write the files of a packed directory, byte for byte",
+        "unpack smollm2.packed SmolLM2-135M",
+    ).add_argument
+    add("file", help="a file written by pack")
+    add("out", help="the directory to make")
 
     add = command(
         commands.demo_,

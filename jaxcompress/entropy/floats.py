@@ -1,6 +1,5 @@
-"""Floating-point arrays, bit for bit: exponents at their entropy, the rest as it is."""
+"""Floating-point arrays, bit for bit: coded where predictable, the rest as it is."""
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -8,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcompress.entropy import planes
 from jaxcompress.entropy.integers import ALLOWANCE, entropy_code, stored_bytes
-from jaxcompress.entropy.packing import pack
 from jaxcompress.entropy.tables import entropy
+from jaxcompress.entropy.words import code_words
 from jaxcompress.tree.leaves import Leaf, dense, leaf, static
 from jaxcompress.tree.methods import method
 
-MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}  # bits
+WHOLE = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of integers held exactly
 
 
 @leaf
@@ -22,74 +22,85 @@ class CodedFloats(Leaf):
     """One array of floating-point numbers `[..., *trailing]`, kept by its bits.
 
     Infinities, NaN payloads, subnormals and negative zero come back as they were:
-    decoding moves bits and computes nothing.
+    decoding moves bits and computes nothing, but for one product with a power of two.
 
-    Invariant: `exponents` and `rest` stand for integer arrays of the shape of the
-    whole; `rest` is the mantissa, with the sign above it, or all bits of the number.
+    Invariant: `bits` stands for an array of the shape of the whole: unsigned words, the
+    numbers' bits; or, where `power` is not None, integers that are the numbers divided
+    by two to that power, which the dtype holds exactly.
 
     Args:
-      exponents: leaf (`Coded`, mostly) or uint8 array; None in the scheme "whole".
-      rest: leaf (`Packed`, mostly) or integer array.
+      bits: leaf (`CodedWords`, or `Coded` for arrays of few values) or integer array.
       kind: dtype that comes back.
       coded: dtype whose bits are held: "bfloat16" for a float32 array all of whose
         numbers are bfloat16, else as `kind`.
-      scheme: how bits are split: "exponent", or "whole" for arrays of few values.
+      power: of two; or None.
     """
 
-    exponents: Any
-    rest: Any
+    bits: Any
     kind: str = static()
     coded: str = static()
-    scheme: str = static(default="exponent")
+    power: int | None = static(default=None)
 
     lossless: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.rest.shape
+        return self.bits.shape
 
     @property
     def dtype(self) -> Any:
         return jnp.dtype(self.kind)
 
     def materialize(self) -> jax.Array:
-        parts = dense(self.exponents), dense(self.rest)
-        return _joined(dataclasses.replace(self, exponents=parts[0], rest=parts[1]))
+        return _numbers(dense(self.bits), self.kind, self.coded, self.power)
+
+    def take_rows(self, indices: jax.Array) -> jax.Array:
+        rows = (
+            self.bits.take_rows(indices)
+            if isinstance(self.bits, Leaf)
+            else jnp.take(self.bits, indices, axis=0)
+        )
+        return _numbers(rows, self.kind, self.coded, self.power)
 
 
-@jax.jit
-def _joined(floats: CodedFloats) -> jax.Array:
-    mantissa = MANTISSA[floats.coded]
-    word = jnp.uint32 if floats.coded == "float32" else jnp.uint16
-    bits = floats.rest.astype(word)
-    if floats.scheme == "exponent":
-        sign = (bits >> word(mantissa)) << word(jnp.iinfo(word).bits - 1)
-        bits = sign | (bits & word((1 << mantissa) - 1))
-        bits |= floats.exponents.astype(word) << word(mantissa)
-    if floats.kind != floats.coded:
-        bits = bits.astype(jnp.uint32) << jnp.uint32(16)
-    return lax.bitcast_convert_type(bits, floats.dtype)
+def _numbers(bits: jax.Array, kind: str, coded: str, power: int | None) -> jax.Array:
+    """The numbers that bits, or integers, stand for."""
+    if power is not None:
+        return bits.astype(kind) * jnp.asarray(2.0**power, kind)
+    if kind != coded:
+        bits = bits.astype(jnp.uint32) << np.uint32(16)
+    return lax.bitcast_convert_type(bits, jnp.dtype(kind))
 
 
 @method(selects="floats", traceable=False)
-def code_floats(x: jax.Array, moments: Any = None, *, stack: int | None = None) -> Any:
-    """Codes an array of bfloat16, float16 or float32 without loss of a bit.
+def code_floats(
+    x: jax.Array,
+    moments: Any = None,
+    *,
+    fast: bool = False,
+    stack: int | None = None,
+) -> Any:
+    """Codes an array of floating-point numbers without loss of a bit.
 
-    Exponents are entropy-coded, each slice with its own table; signs and mantissas are
-    packed. Where a sample shows few values, all bits are coded as one integer instead
-    if that is smaller. Arrays that would not get smaller, stacked
-    vectors wider than bfloat16, and other floating-point types come back unchanged.
+    Each number is split into an exponent with the top bits of its mantissa, which are
+    Huffman-coded with tables for up to eight classes of blocks of 512, and the rest,
+    which is kept: about 10.56 bits for a bfloat16 weight. Arrays of few values, whole
+    multiples of a power of two, and float32 arrays that hold bfloat16 numbers are
+    recognized. What would not get smaller, and types wider than float32 or narrower
+    than a byte, come back unchanged.
 
     Args:
       x: `[..., inputs, outputs]`, or any other rank.
       moments: not used.
+      fast: two exponents to a symbol, mantissas whole: decodes bfloat16 and float32 in
+        half the time, for 0.05 to 0.1 bits more.
       stack: number of leading stack axes; all but the last two if not given.
 
     Raises:
       TypeError: `x` is not a floating-point array.
 
-    Source: ZipNN (arXiv:2411.05239) codes the exponent plane by itself; the coder is
-    rANS here, see `rans`.
+    Source: ZipNN (arXiv:2411.05239) codes the exponent plane by itself; top bits of
+    mantissas and classes of blocks are added here, see `planes`.
     """
     del moments
     array = np.asarray(x)
@@ -99,39 +110,63 @@ def code_floats(x: jax.Array, moments: Any = None, *, stack: int | None = None) 
             f"code_floats takes floating-point arrays, not {kind}; entropy_code takes "
             "integers"
         )
-    if kind.name not in MANTISSA or array.size == 0 or array.ndim == 0:
+    split = planes.split_for(kind.name, fast=fast)
+    if split is None or array.size == 0 or array.ndim == 0:
         return x
-    coded = kind.name
-    bits = np.ascontiguousarray(array).view(np.dtype(f"u{kind.itemsize}"))
-    if coded == "float32" and not (bits & np.uint32(0xFFFF)).any():
-        coded = "bfloat16"
-        bits = (bits >> 16).astype(np.uint16)
-    mantissa = MANTISSA[coded]
-    size = 8 * bits.itemsize
-    signs = bits >> (size - 1)
-    vectors = 0 < (stack or 0) == array.ndim - 1
-    if vectors and mantissa != 7:
-        return x  # the rest would be packed along inputs, which vectors lack
-    rest = (signs << mantissa) | (bits & ((1 << mantissa) - 1))
-    exponents = ((bits << 1) >> (mantissa + 1)).astype(np.uint8)
-    if mantissa < 8:
-        rest = rest.astype(np.uint8)
-    small = CodedFloats(
-        entropy_code(exponents, stack=stack),
-        jnp.asarray(rest) if vectors else pack(rest, mantissa + 1),
-        kind.name,
-        coded,
-    )
+    stack = max(0, array.ndim - 2) if stack is None else stack
+    coded, bits = words_and_kind(array)
+    found = [(array.nbytes - ALLOWANCE, x)]
+    made, size = code_words(bits, split, stack)
+    if made is not None:
+        found.append((size, CodedFloats(made, kind.name, coded)))
     if _repeats(bits):
         whole = entropy_code(bits, stack=stack)
-        if stored_bytes(whole) < stored_bytes(small):
-            small = CodedFloats(None, whole, kind.name, coded, "whole")
-    smaller = stored_bytes(small) + ALLOWANCE < array.nbytes
-    return small if smaller else x
+        found.append((stored_bytes(whole), CodedFloats(whole, kind.name, coded)))
+    power = _common_power(array) if kind.name in WHOLE else None
+    if power is not None:
+        integers = np.ldexp(array.astype(np.float32), -power).astype(np.int32)
+        whole = entropy_code(integers, stack=stack)
+        held = CodedFloats(whole, kind.name, kind.name, power)
+        found.append((stored_bytes(whole), held))
+    return min(found, key=lambda one: one[0])[1]
+
+
+def words_and_kind(array: np.ndarray) -> tuple[str, np.ndarray]:
+    """The dtype whose bits tell all, and these bits as unsigned words."""
+    bits = np.ascontiguousarray(array).view(np.dtype(f"u{array.dtype.itemsize}"))
+    if array.dtype == np.float32 and not (bits.reshape(-1)[:4096] & 0xFFFF).any():
+        halves = bits.view(np.uint16).reshape(*bits.shape, 2)
+        if not halves[..., 0].any():
+            return "bfloat16", np.ascontiguousarray(halves[..., 1])
+    return jnp.dtype(array.dtype).name, bits
 
 
 def _repeats(bits: np.ndarray) -> bool:
     """Whether a sample has far fewer values than noise would have."""
     sample = bits.reshape(-1)[:: max(1, bits.size // 65536)]
     _, counts = np.unique(sample, return_counts=True)
-    return entropy(counts) < 0.95 * sample.size * min(10, np.log2(sample.size))
+    most = min(10, np.log2(sample.size)) if bits.itemsize > 1 else 4
+    return entropy(counts) < 0.95 * sample.size * most
+
+
+def _common_power(array: np.ndarray) -> int | None:
+    """The power of two of which all numbers are multiples that the dtype holds exactly.
+
+    None where there is none, or a sample shows as many values as noise has.
+    """
+    bits = WHOLE[jnp.dtype(array.dtype).name]
+    for part in (array.reshape(-1)[:4096], array.reshape(-1)):
+        numbers = part.astype(np.float32)
+        if not np.isfinite(numbers).all() or np.signbit(numbers[numbers == 0]).any():
+            return None
+        largest = np.abs(numbers).max(initial=0)
+        if largest == 0:
+            return None
+        mantissas, exponents = np.frexp(numbers[numbers != 0])
+        whole = np.ldexp(mantissas, 24).astype(np.int64)
+        trailing = np.log2((whole & -whole).astype(np.float64)).astype(np.int64)
+        power = int((exponents - 24 + trailing).min())
+        # One bit less than the type holds: noise fills them all.
+        if largest >= 2.0 ** (power + bits - 1) or not -100 <= power <= 100:
+            return None
+    return power

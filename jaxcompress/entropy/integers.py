@@ -173,10 +173,10 @@ def entropy_code(
 
 def stored_bytes(x: Any) -> int:
     """Bytes of the arrays of a leaf, or of an array, in a file."""
-    leaves = jax.tree.leaves(x, is_leaf=lambda part: isinstance(part, Coded))
+    leaves = jax.tree.leaves(x, is_leaf=lambda part: hasattr(part, "stored"))
     return sum(
         sum(array.nbytes for array in part.stored().values())
-        if isinstance(part, Coded)
+        if hasattr(part, "stored")
         else part.nbytes
         for part in leaves
     )

@@ -1,5 +1,6 @@
-"""Files: one `.safetensors` file or shards of it, and Orbax checkpoints."""
+"""Files: one `.safetensors` file or shards of it, archives, and Orbax checkpoints."""
 
+from jaxcompress.storage.archive import pack, unpack
 from jaxcompress.storage.container import StoredParams, load, open, save, verify
 from jaxcompress.storage.manifest import FileDamaged
 from jaxcompress.storage.orbax import restore_orbax, save_orbax
@@ -9,8 +10,10 @@ __all__ = [
     "StoredParams",
     "load",
     "open",
+    "pack",
     "restore_orbax",
     "save",
     "save_orbax",
+    "unpack",
     "verify",
 ]

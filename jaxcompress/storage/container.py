@@ -21,12 +21,11 @@ from jaxcompress.storage.tensors import (
     FORMAT,
     VERSION,
     TensorFile,
-    beside,
     damaged,
-    stored_as,
     to_json,
-    write,
 )
+from jaxcompress.storage.writing import beside, write
+from jaxcompress.tree.leaves import dense
 from jaxcompress.types import Params
 
 
@@ -35,6 +34,7 @@ def save(
     params: Params,
     metadata: Mapping[str, Any] | None = None,
     *,
+    coded: bool | str = True,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes parameters to a file from which `load` gives the same tree, bit for bit.
@@ -44,6 +44,10 @@ def save(
     versions give the same bytes. The file is written beside `path` and renamed: an
     error leaves an old file as it was. One array is on the host at a time.
 
+    Arrays are coded without loss where that makes them smaller (`entropy.arrays`): the
+    coding belongs to the file, and the tree that `load` gives is the one that was
+    saved.
+
     Args:
       path: of the file. Where the arrays take more than `max_shard_bytes`, shards
         `name-00001-of-0000N.safetensors` and `name.safetensors.index.json` stand
@@ -51,6 +55,8 @@ def save(
       params: the tree.
       metadata: what to keep beside the tree, for instance the recipe; JSON, so tuples
         come back as lists.
+      coded: "fast" for a coding that decodes sooner (`code_floats`); False leaves every
+        array as it is, so that any reader of .safetensors sees its numbers.
       max_shard_bytes: bytes of arrays in a file; a larger array has its own.
 
     Raises:
@@ -60,24 +66,33 @@ def save(
     """
     path = os.path.realpath(path)
     node, slots = manifest.encode(params, compact=True)
+    about = describe(node, {} if metadata is None else metadata)
+    parts = shards.split(slots, max_shard_bytes)
+    if len(parts) > 1:
+        shards.save(path, parts, about, coded=coded)
+        return
+    with beside(path) as file:
+        write(file, slots, about, coded=coded)
+    shards.remove(path)
+
+
+def describe(node: Any, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The texts in a header that describe the tree of a node.
+
+    Raises:
+      TypeError: metadata that JSON does not know.
+    """
     try:
-        user = to_json({} if metadata is None else dict(metadata))
+        user = to_json(dict(metadata))
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must be JSON: {error}") from error
-    about = {
+    return {
         "format": FORMAT,
         "format_version": str(VERSION),
         "metadata": user,
         "tree": to_json(node),
         "versions": to_json(versions()),
     }
-    parts = shards.split(slots, max_shard_bytes)
-    if len(parts) > 1:
-        shards.save(path, parts, about)
-        return
-    with beside(path) as file:
-        write(file, slots, about)
-    shards.remove(path)
 
 
 def load(path: str | os.PathLike, *, numpy: bool = False) -> Params:
@@ -208,6 +223,29 @@ class StoredParams:
         gc.collect(0)  # where JAX lets go of the host arrays it has copied
         return moved
 
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows `first` to before `last` of an array, without reading all of it.
+
+        Of an array that the file codes, the chunks of a million numbers that hold the
+        rows are read and checked; others, and leaves, are read whole.
+
+        Raises:
+          KeyError: no such name; says the nearest.
+          ValueError: rows outside the array.
+          FileDamaged: the bytes are not those written.
+        """
+        node, path = self._find(name)
+        shape = self.describe(name)[1]
+        if not shape or not 0 <= first <= last <= shape[0]:
+            raise ValueError(
+                f"rows {first} to {last} of {name}, whose shape is {shape}; rows lie "
+                f"between 0 and {shape[0] if shape else 0}"
+            )
+        if "array" not in node:
+            return np.asarray(dense(self.read(name))[first:last])
+        file = self._file_of(manifest.join(path))
+        return file.read_rows(manifest.join(path), node["array"], shape, first, last)
+
     def nbytes(self, name: str) -> int:
         """Bytes that the arrays of one leaf take in the file."""
         spans = [self._file_of(x).spans[x] for x, _, _ in self._arrays(name)]
@@ -262,7 +300,7 @@ class StoredParams:
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise damaged(self.path, f"its metadata lack a tree ({error})") from error
         self.names = list(self._nodes)
-        self._wanted = {name: stored_as(*kind) for name, *kind in found}
+        self._wanted = {name: tuple(kind) for name, *kind in found}
         for name in self._wanted.keys() ^ names:
             where = "tree" if name in self._wanted else "file"
             raise damaged(self.path, f"only its {where} has the array {name!r}")
@@ -271,7 +309,7 @@ class StoredParams:
 
     def _compare(self, file: TensorFile) -> None:
         for name, span in file.spans.items():
-            if self._wanted[name] != (span.code, span.shape):
+            if not file.holds(name, *self._wanted[name]):
                 raise damaged(
                     file.path,
                     f"{name} is {span.code} {span.shape}, the tree says "

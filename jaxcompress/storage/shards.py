@@ -18,15 +18,12 @@ from jaxcompress.storage.tensors import (
     LONGEST_HEADER,
     VERSION,
     TensorFile,
-    beside,
     count_bytes,
     damaged,
     digest,
-    sync_directory,
-    temporary_beside,
     to_json,
-    write,
 )
+from jaxcompress.storage.writing import beside, sync_directory, temporary_beside, write
 
 SUFFIX = ".index.json"
 _ENDING = ".safetensors"
@@ -49,7 +46,11 @@ def split(slots: Mapping[str, Slot], limit: int) -> list[dict[str, Slot]]:
 
 
 def save(
-    path: str, parts: Sequence[Mapping[str, Slot]], about: Mapping[str, str]
+    path: str,
+    parts: Sequence[Mapping[str, Slot]],
+    about: Mapping[str, str],
+    *,
+    coded: bool | str = True,
 ) -> None:
     """Writes every part to a file of its own, then the index.
 
@@ -63,7 +64,8 @@ def save(
         for number, part in enumerate(parts, 1):
             written.append(temporary_beside(path))
             with builtins.open(written[-1], "xb") as file:
-                seals.append(write(file, part, _about_shard(number, len(parts))))
+                own = _about_shard(number, len(parts))
+                seals.append(write(file, part, own, coded=coded))
                 file.flush()
                 os.fsync(file.fileno())
         names = _names(stem, len(parts))

@@ -10,7 +10,8 @@
 
 So every byte of the file is under a digest, and a header is trusted before it is
 parsed. The digests detect damage, not forgery. Dtypes the format lacks are stored as
-bytes (`U8`, `[bytes]`); who reads them must know better.
+bytes (`U8`, `[bytes]`); who reads them must know better. So are arrays that lossless
+coding shrinks: the metadata's `codings` tell which, and how (`entropy.arrays`).
 """
 
 import builtins
@@ -19,20 +20,18 @@ import hashlib
 import json
 import math
 import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, BinaryIO
+import threading
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.entropy import arrays, streams
 from jaxcompress.storage.manifest import FileDamaged, Slot
 
 SEAL = "__checksums__"
 FORMAT = "jaxcompress"
-VERSION = 1
+VERSION = 2
 DIGEST = 16  # bytes
 CHUNK = 1 << 22  # bytes read at a time where an array need not be held
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors package too
@@ -80,85 +79,12 @@ def count_bytes(slot: Slot) -> int:
     return math.prod(slot.shape) * jnp.dtype(slot.dtype).itemsize
 
 
-def write(file: BinaryIO, slots: Mapping[str, Slot], metadata: dict[str, str]) -> bytes:
-    """Writes arrays, one in memory at a time; returns the digest that seals the file.
-
-    Same arrays and metadata, same bytes.
-    """
-    order = sorted(slots, key=lambda name: (-_width(slots[name]), name))
-    for name in order:
-        if name in (SEAL, "__metadata__"):
-            raise ValueError(
-                f"an array can't be called {name}: the file needs the name"
-            )
-    head = _header(order, slots, metadata)
-    file.write(head)
-    rows = []
-    for name in order:
-        data = _bytes_of(name, slots[name])
-        file.write(data)
-        rows.append(digest(data))
-    rows.append(digest(head))
-    rows.append(digest(b"".join(rows)))
-    file.write(b"".join(rows))
-    return rows[-1]
-
-
-def _header(
-    order: list[str], slots: Mapping[str, Slot], metadata: dict[str, str]
-) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    start = 0
-    for name in order:
-        slot = slots[name]
-        code, shape = stored_as(slot.dtype, slot.shape)
-        stop = start + count_bytes(slot)
-        entries[name] = _entry(code, shape, start, stop)
-        start = stop
-    rows = len(order) + 2
-    entries[SEAL] = _entry("U8", (rows, DIGEST), start, start + rows * DIGEST)
-    text = to_json(entries).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > LONGEST_HEADER:
-        raise ValueError(
-            f"the header takes {len(text)} bytes, readers accept {LONGEST_HEADER}; "
-            "save fewer leaves per file or less metadata"
-        )
-    return len(text).to_bytes(8, "little") + text
-
-
-def _entry(code: str, shape: tuple[int, ...], start: int, stop: int) -> dict[str, Any]:
-    return {"dtype": code, "shape": list(shape), "data_offsets": [start, stop]}
-
-
-def _width(slot: Slot) -> int:
-    return jnp.dtype(slot.dtype).itemsize if slot.dtype in CODES else 1
-
-
-def _bytes_of(name: str, slot: Slot) -> memoryview:
-    """The array's bytes, little-endian, in order."""
-    x = slot.fetch()
-    if isinstance(x, jax.Array):
-        if not x.is_fully_addressable:
-            raise ValueError(
-                f"{name} is spread over several hosts; save it with save_orbax"
-            )
-        x = x.copy()  # NumPy's view of a jax.Array lives as long as the array
-    x = np.asarray(x, order="C")
-    x = x.astype(x.dtype.newbyteorder("<"), copy=False)
-    if x.dtype.name != slot.dtype or x.shape != slot.shape:
-        raise ValueError(
-            f"{name} was {slot.dtype} {slot.shape} and is {x.dtype} {x.shape} now; "
-            "stored() must give the same arrays at every call"
-        )
-    return memoryview(x.reshape(-1).view(np.uint8))
-
-
 class TensorFile:
     """A file of arrays open for reading; every byte read is checked.
 
     Attributes: `path`, `size` (bytes), `metadata` (text by key), `spans` (`Span` by
-    name, in order of the data), `seal` (the digest that seals the file).
+    name, in order of the data), `codings` (by name, of arrays that are coded), `seal`
+    (the digest that seals the file).
 
     Raises:
       FileDamaged: any byte of the header or the checksums is not what was written.
@@ -167,26 +93,85 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
+        self._lock = threading.Lock()
         self._file = builtins.open(self.path, "rb", buffering=0)  # noqa: SIM115
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             self.metadata, self.spans, self.seal = self._read_header()
+            self.codings = self._read_codings()
         except BaseException:
             self._file.close()
             raise
 
+    def holds(self, name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+        """Whether an array is, or is coded as, what its header says."""
+        span = self.spans[name]
+        if name in self.codings:
+            return span.code == "U8" and len(span.shape) == 1
+        return stored_as(dtype, shape) == (span.code, span.shape)
+
     def read(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """An array of its own memory, checked."""
+        self._check_kind(name, dtype, shape)
         span = self.spans[name]
-        if stored_as(dtype, shape) != (span.code, span.shape):
-            raise self._damaged(
-                f"{name} is {span.code} {span.shape}, not {dtype} {shape}"
-            )
         data = np.empty(span.stop - span.start, np.uint8)
         self._fill(span.start, memoryview(data))
         if digest(data) != span.digest:
             raise self._damaged(f"the bytes of {name} are not those written")
-        return data.view(jnp.dtype(dtype)).reshape(shape)
+        if name not in self.codings:
+            return data.view(jnp.dtype(dtype)).reshape(shape)
+        view = memoryview(data)
+        stream = self._stream(name, lambda i, j: bytes(view[i:j]), dtype, shape)
+        return self._decoded(name, stream, dtype).reshape(shape)
+
+    def read_rows(
+        self, name: str, dtype: str, shape: tuple[int, ...], first: int, last: int
+    ) -> np.ndarray:
+        """Rows `first` to before `last` of an array's first axis, checked.
+
+        Of a coded array, only the chunks that hold them are read.
+        """
+        if name not in self.codings:
+            return self.read(name, dtype, shape)[first:last]
+        self._check_kind(name, dtype, shape)
+        start = self.spans[name].start
+
+        def read(i: int, j: int) -> bytes:
+            with self._lock:  # chunks are decoded in threads
+                return self._bytes(start + i, start + j)
+
+        row = math.prod(shape[1:])
+        stream = self._stream(name, read, dtype, shape)
+        part = self._decoded(name, stream, dtype, first * row, last * row, check=True)
+        return part.reshape(last - first, *shape[1:])
+
+    def _check_kind(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        if not self.holds(name, dtype, shape):
+            span = self.spans[name]
+            raise self._damaged(
+                f"{name} is {span.code} {span.shape}, not {dtype} {shape}"
+            )
+
+    def _stream(
+        self, name: str, read: Any, dtype: str, shape: tuple[int, ...]
+    ) -> streams.Stream:
+        span = self.spans[name]
+        try:
+            return arrays.open_stream(
+                read, span.stop - span.start, self.codings[name], dtype, shape
+            )
+        except ValueError as error:
+            raise self._damaged(f"{name}: {error}") from error
+
+    def _decoded(
+        self, name: str, stream: streams.Stream, dtype: str, *part: int, **options: Any
+    ) -> np.ndarray:
+        try:
+            return arrays.decode(stream, dtype, *part, **options)
+        except FileDamaged:
+            raise
+        except ValueError as error:
+            raise self._damaged(f"{name}: {error}") from error
 
     def check(self, name: str) -> None:
         """Checks an array without holding it."""
@@ -239,6 +224,17 @@ class TensorFile:
             raise self._damaged("its metadata are not text")
         spans = self._spans(entries, 8 + length)
         return metadata, spans, tail[DIGEST:]
+
+    def _read_codings(self) -> dict[str, str]:
+        try:
+            codings = json.loads(self.metadata.get("codings", "{}"))
+            unknown = codings.keys() - self.spans.keys()
+            texts = all(type(how) is str for how in codings.values())
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise self._damaged(f"its codings are not JSON ({error})") from error
+        if unknown or not texts:
+            raise self._damaged(f"it codes arrays it has not: {sorted(unknown)[:3]}")
+        return codings
 
     def _spans(self, entries: dict[str, Any], start: int) -> dict[str, Span]:
         """The arrays in order, without the seal; each begins where the last ended."""
@@ -298,13 +294,14 @@ class TensorFile:
     def _check_version(self, metadata: dict[str, Any]) -> None:
         version = metadata.get("format_version")
         if type(version) is str and version.isdecimal() and len(version) < 9:
-            if int(version) > VERSION:
+            if int(version) != VERSION:
+                newer = int(version) > VERSION
                 raise ValueError(
                     f"{self.path}: written in format {version}, this jaxcompress reads "
-                    f"up to {VERSION}; update it (or get the file again, if damaged)"
+                    f"{VERSION}; {'update it' if newer else 'save it again'} (or get "
+                    "the file again, if damaged)"
                 )
-            if int(version) == VERSION:
-                return
+            return
         raise self._damaged(f"its format version is {version!r}")
 
     def _foreign(self) -> ValueError:
@@ -348,40 +345,3 @@ def _is_entry(entry: Any) -> bool:
             sizes = all(type(size) is int and size >= 0 for size in shape)
             return sizes and code in _NAMES and 0 <= first <= last
     return False
-
-
-@contextmanager
-def beside(path: str) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is whole and on the disk.
-
-    Written under another name in the same directory; an error removes it and leaves
-    what was at `path` as it was.
-    """
-    temporary = temporary_beside(path)
-    try:
-        with builtins.open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-    sync_directory(path)
-
-
-def temporary_beside(path: str) -> str:
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
-
-
-def sync_directory(path: str) -> None:
-    """Puts a rename on the disk, where a directory can be synchronized."""
-    if os.name != "posix":
-        return
-    handle = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

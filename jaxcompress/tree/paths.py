@@ -1,6 +1,8 @@
 """Names of the leaves of a tree, and a walk that sees inside leaf types."""
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -184,22 +186,42 @@ def is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def partition(params: Any) -> tuple[Any, Any]:
+def partition(params: Any, pattern: str | None = None) -> tuple[Any, Any]:
     """Splits a tree into `(trainable, frozen)`, each with None in the other's places.
 
     Floating-point arrays train (dense weights, scales, factors); integer and boolean
     arrays (codes, masks, tables) and whatever lossless leaves hold are frozen, so that
     no optimizer sees them. `combine(trainable, frozen)` gives the tree back.
+
+    Args:
+      params: pytree of arrays and leaves.
+      pattern: only arrays whose names (`leaf_names`) it fully matches train, as
+        `".*scale"` for the scales of quantized weights and of norms. None: all.
+
+    Raises:
+      ValueError: the pattern matches no floating-point array.
     """
+    wanted = None if pattern is None else re.compile(pattern)
+
+    def trains(entry: Entry) -> bool:
+        named = wanted is None or wanted.fullmatch(entry.name) is not None
+        return named and not isinstance(entry.value, Leaf) and is_float(entry.value)
+
+    if wanted is not None and not any(map(trains, entries(params))):
+        names = [entry.name for entry in entries(params)]
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+        raise ValueError(
+            f"the pattern {pattern!r} matches no floating-point array; the nearest "
+            f"names are {', '.join(near)}"
+        )
 
     def split(keep_trainable: bool) -> Any:
-        def pick(x: Any) -> Any:
-            if isinstance(x, Leaf):
-                return jax.tree.map(lambda _: None, x) if keep_trainable else x
-            return x if is_float(x) == keep_trainable else None
+        def pick(entry: Entry) -> Any:
+            if trains(entry) == keep_trainable:
+                return entry.value
+            return jax.tree.map(lambda _: None, entry.value)
 
-        lossless = lambda x: isinstance(x, Leaf) and x.lossless  # noqa: E731
-        return jax.tree.map(pick, params, is_leaf=lossless)
+        return map_entries(pick, params)
 
     return split(True), split(False)
 

@@ -1,0 +1,300 @@
+"""How small, and how fast, are a model's weights without loss, beside other coders?
+
+All weights of a `.safetensors` file as bfloat16, float16 and float32. Bits per weight
+are those of files; every coder gets the same bytes, takes its turn in each round, and
+gives them back. Processor seconds of one thread; ratios to ZipNN are of the same round.
+The decoder in XLA runs on the layers as a scanned model holds them, stacked.
+
+    python experiments/lossless.py MODEL.safetensors
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+import jaxcompress as jc
+from jaxcompress.entropy import arrays, code_floats
+from jaxcompress.reporting import append_lines
+from jaxcompress.storage import save
+
+KINDS = ("bfloat16", "float16", "float32")
+Coder = tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = ""  # a file; without one, weights made up
+    rounds: int = 7
+    kinds: str = ",".join(KINDS)
+    threads: int = 1  # for ours, where more than one is measured
+    fast: bool = False  # made-up weights of a fortieth of the size, two rounds
+    output: str = ""  # a file of JSON lines to append to
+
+
+def weights(config: Config) -> dict[str, np.ndarray]:
+    """Floating-point tensors by name."""
+    if config.model:
+        found = load_file(config.model)
+        return {name: x for name, x in found.items() if x.dtype == np.float32}
+    random = np.random.default_rng(0)
+    made = {"embedding": random.normal(0, 0.05, (1500, 384))}
+    for i in range(2):
+        made[f"layer.{i}.kernel"] = random.normal(0, 0.04, (256, 384))
+    scale = np.exp(random.normal(0, 0.3, 4000))
+    return {
+        name: (x * scale[: len(x), None]).astype(np.float32) for name, x in made.items()
+    }
+
+
+def ours(tensors: list[np.ndarray], threads: int, fast: bool) -> Coder:
+    """Chunks in memory, as files hold them."""
+
+    def encode() -> list[tuple[str | None, bytes]]:
+        made = []
+        for array in tensors:
+            how = arrays.choose(array, fast=fast)
+            parts = (
+                [array.tobytes()]
+                if how is None
+                else arrays.encode(array, how, threads=threads)
+            )
+            made.append((how, b"".join(parts)))
+        return made
+
+    def decode(coded: list[tuple[str | None, bytes]]) -> list[np.ndarray]:
+        out = []
+        for array, (how, data) in zip(tensors, coded, strict=True):
+            if how is None:
+                out.append(np.frombuffer(data, array.dtype))
+                continue
+
+            def read(i: int, j: int, data: bytes = data) -> bytes:
+                return data[i:j]
+
+            stream = arrays.open_stream(read, len(data), how, array.dtype, array.shape)
+            out.append(arrays.decode(stream, array.dtype, threads=threads))
+        return out
+
+    def size(coded: list[tuple[str | None, bytes]]) -> int:
+        return sum(len(data) for _, data in coded)
+
+    return encode, decode, size
+
+
+def peers(data: bytes, kind: str) -> dict[str, Coder]:
+    """Other coders that are installed: encode, decode, size."""
+    found: dict[str, Any] = {}
+    numbers = np.frombuffer(data, jnp.dtype(kind))
+    if util.find_spec("zipnn"):
+        import zipnn
+
+        nn = zipnn.ZipNN(input_format="byte", bytearray_dtype=kind, threads=1)
+        found["ZipNN"] = (lambda: nn.compress(bytearray(data)), nn.decompress, len)
+    if util.find_spec("zstandard"):
+        import zstandard
+
+        packer, reader = zstandard.ZstdCompressor(level=3), zstandard.ZstdDecompressor()
+        found["zstd 3"] = (lambda: packer.compress(data), reader.decompress, len)
+    if util.find_spec("blosc2"):
+        import blosc2
+
+        def blosc() -> list[bytes]:
+            step = 1 << 27  # its buffers are bounded
+            return [
+                blosc2.compress2(
+                    data[i : i + step],
+                    typesize=numbers.itemsize,
+                    codec=blosc2.Codec.ZSTD,
+                    clevel=5,
+                    filters=[blosc2.Filter.SHUFFLE],
+                    nthreads=1,
+                )
+                for i in range(0, len(data), step)
+            ]
+
+        def unblosc(parts: list[bytes]) -> bytes:
+            return b"".join(blosc2.decompress2(part, nthreads=1) for part in parts)
+
+        found["blosc2"] = (blosc, unblosc, lambda parts: sum(map(len, parts)))
+    if util.find_spec("pcodec"):
+        from pcodec import ChunkConfig, standalone
+
+        # It has no bfloat16: 16-bit integers that order as the numbers do.
+        view = numbers
+        if kind == "bfloat16":
+            view = np.frombuffer(data, np.int16)
+        options = ChunkConfig(compression_level=8)
+        found["pcodec"] = (
+            lambda: standalone.simple_compress(view, options),
+            lambda coded: standalone.simple_decompress(coded),
+            len,
+        )
+    return found
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What a function gives, and the processor seconds it takes."""
+    start = time.process_time()
+    return function(), time.process_time() - start
+
+
+def file_bits(tensors: dict[str, np.ndarray], fast: bool = False) -> float:
+    """Bits per weight of the file that `save` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.safetensors")
+        save(path, tensors, coded="fast" if fast else True)
+        return 8 * path.stat().st_size / sum(x.size for x in tensors.values())
+
+
+def stacked(tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Large tensors, those of all layers together."""
+    groups: dict[str, list[np.ndarray]] = {}
+    for name, x in tensors.items():
+        if x.ndim == 2 and x.size > 50_000:
+            groups.setdefault(re.sub(r"\d+", "*", name), []).append(x)
+    return [x[0] if len(x) == 1 else np.stack(x) for x in groups.values()]
+
+
+def in_xla(tensors: dict[str, np.ndarray], rounds: int, fast: bool) -> dict[str, Any]:
+    """Gigabytes of output per processor second, and bits per weight held in memory."""
+    decode = jax.jit(lambda leaf: leaf.materialize())
+    dense = stacked(tensors)
+    coded = [code_floats(x, fast=fast) for x in dense]
+    spent, each = [], {}
+    for leaf, x in zip(coded, dense, strict=True):
+        word = f"u{x.dtype.itemsize}"
+        if not (np.asarray(decode(leaf)).view(word) == x.view(word)).all():
+            raise ValueError(f"XLA did not give an array of shape {x.shape} back")
+    for _ in range(rounds):
+        total = 0.0
+        for leaf, x in zip(coded, dense, strict=True):
+            _, seconds = timed(lambda leaf=leaf: jax.block_until_ready(decode(leaf)))
+            total += seconds
+            best = each.get(x.shape, math.inf)
+            each[x.shape] = min(best, seconds / x.nbytes)
+        spent.append(total)
+    size = sum(x.nbytes for x in dense)
+    return {
+        "xla_gb_s": size / np.median(spent) / 1e9,
+        "xla_gb_s_best": size / min(spent) / 1e9,
+        "xla_gb_s_worst": size / max(spent) / 1e9,
+        "xla_best_by_shape": {
+            "x".join(map(str, shape)): 1 / seconds / 1e9
+            for shape, seconds in each.items()
+        },
+        "memory_bits": 8 * jc.nbytes(coded) / sum(x.size for x in dense),
+    }
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """One row per kind and coder."""
+    if config.fast:
+        config = dataclasses.replace(config, model="", rounds=2, kinds="bfloat16")
+    source = weights(config)
+    rows = []
+    for kind in config.kinds.split(","):
+        tensors = {name: x.astype(jnp.dtype(kind)) for name, x in source.items()}
+        data = b"".join(x.tobytes() for x in tensors.values())
+        count = sum(x.size for x in tensors.values())
+        listed = list(tensors.values())
+        coders = {"ours": ours(listed, config.threads, False)}
+        if kind != "float16":
+            coders["ours, fast"] = ours(listed, config.threads, True)
+        coders |= peers(data, kind)
+        spent: dict[str, list[list[float]]] = {name: [[], []] for name in coders}
+        sizes = {}
+        for number in range(config.rounds):
+            for name, (encode, decode, size) in coders.items():
+                coded, forth = timed(encode)
+                back, seconds = timed(lambda decode=decode, coded=coded: decode(coded))
+                spent[name][0].append(forth)
+                spent[name][1].append(seconds)
+                sizes[name] = size(coded)
+                if number == 0 and _bytes(back) != data:
+                    raise ValueError(f"{name} did not give {kind} back")
+                del coded, back
+        base = np.array(spent.get("ZipNN", spent["ours"]))
+        for name, (forth, back) in spent.items():
+            rows.append(
+                {
+                    "kind": kind,
+                    "coder": name,
+                    "bits": 8 * sizes[name] / count,
+                    **_speeds("encode", len(data), forth, base[0]),
+                    **_speeds("decode", len(data), back, base[1]),
+                }
+            )
+            if name.startswith("ours"):
+                fast = name != "ours"
+                rows[-1]["file_bits"] = file_bits(tensors, fast)
+                rows[-1] |= in_xla(tensors, config.rounds, fast)
+            print(json.dumps(rows[-1]), flush=True)
+    about = {
+        "experiment": "lossless",
+        "weights": count,
+        "rounds": config.rounds,
+        "threads": config.threads,
+        "jax": metadata.version("jax"),
+        "device": jax.devices()[0].device_kind,
+        "machine": "two cores shared with other work",
+    }
+    return [row | about for row in rows]
+
+
+def _bytes(back: Any) -> bytes:
+    if isinstance(back, list):
+        return b"".join(x.tobytes() for x in back)
+    return back.tobytes() if isinstance(back, np.ndarray) else bytes(back)
+
+
+def _speeds(
+    name: str, size: int, spent: list[float], base: np.ndarray
+) -> dict[str, float]:
+    ratios = base / np.array(spent)
+    return {
+        f"{name}_mb_s": size / np.median(spent) / 1e6,
+        f"{name}_mb_s_best": size / min(spent) / 1e6,
+        f"{name}_to_zipnn": float(np.median(ratios)),
+        f"{name}_to_zipnn_least": float(ratios.min()),
+        f"{name}_to_zipnn_most": float(ratios.max()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for field in dataclasses.fields(Config):
+        if field.name == "model":
+            parser.add_argument("model", nargs="?", default="")
+        elif field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=field.type, default=field.default
+            )
+    config = Config(**vars(parser.parse_args()))
+    rows = run(config)
+    if config.output:
+        append_lines(config.output, rows)
+
+
+if __name__ == "__main__":
+    main()

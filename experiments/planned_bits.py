@@ -1,0 +1,207 @@
+"""What does choosing the bits of each layer by measurement gain, at equal bytes?
+
+Measures how sensitive a model is to noise in each kernel, one after another, on windows
+from the beginning of a text; plans the bits of every kernel within the bytes that
+uniform bits take; and compares both with the original on the end of the text and on a
+second text. Sensitivities are kept in a file, so that plans can be made again without
+measuring. One JSON line per row:
+
+    python experiments/planned_bits.py SmolLM2.gguf text.txt
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from nearest import commit, docstrings
+
+import jaxcompress as jc
+from jaxcompress import demo, reporting
+from jaxcompress.evaluation import Apply, divergence, windows
+
+KERNELS = r".*layer_\d+.*kernel"
+METHODS = {
+    "nearest": "symmetric(bits={bits}, block=128, full_range=True)",
+    "gptq": "gptq(bits={bits}, block=128, grid='asymmetric')",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "reference"
+    text: str = ""
+    method: str = "nearest"  # or gptq, which is calibrated first
+    fraction: float = 0.2  # of the text, counted from its end, is measured on
+    noise: float = 0.15  # relative size
+    noise_windows: int = 2
+    noise_tokens: int = 128  # in a window
+    calibration: int = 32  # windows of 512, for gptq
+    windows: int = 12  # of each text
+    tokens: int = 512  # in a window
+    sensitivities: str = ""  # file to read, or to write where there is none
+    fast: bool = False  # the reference model, one rate, a few windows
+    results: str = "experiments/results/planned_bits.jsonl"
+
+
+def measured(
+    model: Any, params: Any, ids: np.ndarray, config: Config, moments: Any
+) -> dict[str, float]:
+    """Sensitivity of each kernel, in nats per relative squared error."""
+    path = Path(config.sensitivities) if config.sensitivities else None
+    if path is not None and path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    tokens = ids[: config.noise_windows * config.noise_tokens]
+    tokens = jnp.asarray(tokens.reshape(config.noise_windows, -1))
+    target = jax.jit(Apply(model))(params, tokens)
+
+    @jax.jit
+    def loss(tree: Any) -> jax.Array:
+        return divergence(target, Apply(model)(tree, tokens)).mean()
+
+    found = jc.measure_sensitivities(
+        loss,
+        params,
+        sizes=(config.noise,),
+        moments=moments,
+        pattern=KERNELS,
+        key=jax.random.key(0),
+        progress=lambda names: reporting.track(names, "measuring", unit="leaves"),
+    )
+    if path is not None:
+        path.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Rows of uniform and planned bits, for each rate and text."""
+    rates = (4, 3)
+    if config.fast:
+        config = dataclasses.replace(
+            config, model="reference", windows=2, tokens=128, noise_tokens=32
+        )
+        rates = (3,)
+    model, params, tokenizer = jc.models.load(config.model, scan=False)
+    scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
+    texts = {"docstrings": docstrings()}
+    if config.text:
+        whole = Path(config.text).read_text(encoding="utf-8")
+        start = int(len(whole) * (1 - config.fraction))
+        texts = {Path(config.text).stem: whole[start:], **texts}
+        before = whole[:start]
+    else:
+        before = demo.heldout_text()
+    ids = np.asarray(tokenizer.encode(before), np.int32)
+    batches = {
+        name: windows(tokenizer.encode(text), config.tokens, 1, limit=config.windows)
+        for name, text in texts.items()
+    }
+    moments = None
+    if config.method == "gptq":
+        size = 64 if config.fast else 512
+        seen = ids[: config.calibration * size].reshape(-1, 2, size)
+        moments = jc.collect_moments(model, params, list(seen), select=KERNELS)
+    clock = time.process_time()
+    sensitivities = measured(model, params, ids, config, moments)
+    seconds = time.process_time() - clock
+    method = METHODS[config.method]
+    candidates = [method.format(bits=bits) for bits in range(2, 7)]
+    rows: list[dict[str, Any]] = []
+    for rate in rates:
+        uniform = [(KERNELS, method.format(bits=rate))]
+        small = jc.compress(params, uniform, moments)
+        kernels = {
+            name: x for name, x in leaves(small).items() if isinstance(x, jc.Leaf)
+        }
+        budget = jc.nbytes(list(kernels.values()))
+        weights = sum(x.size for x in kernels.values())
+        clock = time.process_time()
+        planned = jc.plan_bits(
+            params,
+            budget=budget,
+            sensitivities=sensitivities,
+            candidates=candidates,
+            moments=moments,
+            pattern=KERNELS,
+            progress=lambda names: reporting.track(names, "planning", unit="leaves"),
+        )
+        planning = time.process_time() - clock
+        for name, recipe in (("uniform", uniform), ("planned", planned)):
+            if recipe is planned:
+                small = jc.compress(params, planned, moments)
+            held = leaves(small)
+            size = jc.nbytes([held[leaf] for leaf in kernels])
+            ready = jc.models.stack_layers(jax.jit(jc.materialize)(small))
+            for text, some in batches.items():
+                report = jc.compare(Apply(scanned), dense, ready, some)
+                rows.append(
+                    {
+                        "model": Path(config.model).name,
+                        "method": config.method,
+                        "bits": name,
+                        "rate": rate,
+                        "chosen": dict(chosen(recipe, len(kernels))),
+                        "text": text,
+                        "tokens": report.tokens,
+                        "kernel_bytes": size,
+                        "bits_per_kernel_weight": 8 * size / weights,
+                        "perplexity": report.small.perplexity,
+                        "dense_perplexity": report.dense.perplexity,
+                        "kl": report.kl,
+                        "kl_standard_error": report.kl_standard_error,
+                        "measuring_processor_seconds": seconds,
+                        "planning_processor_seconds": planning,
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+            del ready
+    about = {
+        "commit": commit(),
+        "jax": metadata.version("jax"),
+        "flax": metadata.version("flax"),
+        "device": jax.devices()[0].device_kind,
+        "shared": True,
+    }
+    return [row | about for row in rows]
+
+
+def leaves(params: Any) -> dict[str, Any]:
+    """Leaves and arrays by their path."""
+    flat = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda x: isinstance(x, jc.Leaf)
+    )
+    return {jax.tree_util.keystr(path): x for path, x in flat}
+
+
+def chosen(recipe: list[tuple[str, str]], count: int) -> Counter[str]:
+    """How many kernels have each number of bits."""
+    bits = [method.split("bits=")[1].split(",")[0] for _, method in recipe]
+    return Counter(bits * (count if len(bits) == 1 else 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Config):
+        if field.name in ("model", "text"):
+            parser.add_argument(field.name, nargs="?", default=field.default)
+        elif isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=type(field.default), default=field.default
+            )
+    config = Config(**vars(parser.parse_args()))
+    rows = run(config)
+    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
+    reporting.append_lines(config.results, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What does training through the rounding gain over rounding what was trained?
+
+Quantizes the layers' kernels of the reference model at 3 and 2 bits: to nearest, with
+error feedback and learned (all after training), then trains from the best of these, for
+a few hundred steps on the text it was trained on, towards the float model's own
+predictions: only the side parameters (scales and norms, codes frozen), or weights and
+steps together through the rounding. All are compared on the held-out text, by
+divergence from the float model and by bits per byte. One JSON line per row:
+
+    python experiments/quantization_aware.py
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from nearest import commit
+from train_reference import Config as ReferenceConfig
+from train_reference import library_files, long_lines
+
+import jaxcompress as jc
+from jaxcompress import demo, reporting
+from jaxcompress.evaluation import Apply, divergence, windows
+
+KERNELS = r"layers/.*kernel"
+LAYERS = r"(layers|final_norm)/.*"  # trains with the weights; the embedding stays
+SIDE = r".*(scale|zero_point)"  # of quantized kernels, and of norms
+MEGABYTE = 10**6
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    bits: int = 3
+    block: int = 64
+    steps: int = 150
+    tokens: int = 256  # in a window
+    batch: int = 8  # windows in a step
+    rate: float = 5e-4  # of Adam on latent weights
+    step_rate: float = 5e-5  # on scales and norms, while weights train
+    side_rate: float = 3e-4  # on scales and norms, alone
+    calibration: int = 64  # windows
+    windows: int = 64  # of held-out text
+    fast: bool = False  # few steps and windows
+    results: str = "experiments/results/quantization_aware.jsonl"
+
+
+def training_tokens(tokenizer: Any, size: int) -> np.ndarray:
+    """Tokens of library files, about `size` bytes of them, none of them held out."""
+    held = long_lines(demo.heldout_text())
+    found: list[int] = []
+    texts = library_files(ReferenceConfig())
+    order = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
+    for name in order[::-1]:  # the held-out files are the first of this order
+        own = long_lines(texts[name])
+        if len(own & held) <= 0.1 * len(own):
+            found += [tokenizer.bos_id, *tokenizer.encode(texts[name])]
+            size -= len(texts[name])
+        if size <= 0:
+            break
+    return np.asarray(found, np.int32)
+
+
+def train(
+    apply_fn: Any, dense: Any, tree: Any, tokens: np.ndarray, config: Config
+) -> tuple[Any, float]:
+    """The tree after training towards the dense model; processor seconds."""
+    side = not any(
+        isinstance(x, jc.Latent)
+        for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jc.Latent))
+    )
+    trainable, frozen = jc.partition(tree, SIDE if side else LAYERS)
+    stored = jax.tree.map(lambda x: x.dtype, trainable)
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+
+    def label(path: Any, x: Any) -> str:
+        del x
+        weight = getattr(path[-1], "name", "") == "weight"
+        return "weights" if weight else "side" if side else "steps"
+
+    rates = {
+        "weights": config.rate,
+        "steps": config.step_rate,
+        "side": config.side_rate,
+    }
+    optimizer = optax.multi_transform(
+        {
+            name: optax.adam(optax.linear_schedule(rate, 0.0, config.steps))
+            for name, rate in rates.items()
+        },
+        jax.tree_util.tree_map_with_path(label, trainable),
+    )
+
+    @jax.jit
+    def step(trainable: Any, state: Any, batch: jax.Array) -> tuple[Any, Any, Any]:
+        def loss(trainable: Any) -> jax.Array:
+            logits = apply_fn(jc.combine(trainable, frozen), batch)
+            return divergence(apply_fn(dense, batch), logits).mean()
+
+        value, gradient = jax.value_and_grad(loss)(trainable)
+        updates, state = optimizer.update(gradient, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    state, clock = optimizer.init(trainable), time.process_time()
+    random = np.random.default_rng(0)
+    for _ in reporting.track(range(config.steps), "training"):
+        starts = random.integers(0, len(tokens) - config.tokens, config.batch)
+        batch = tokens[starts[:, None] + np.arange(config.tokens)]
+        trainable, state, _ = step(trainable, state, batch)
+    jax.block_until_ready(trainable)
+    seconds = time.process_time() - clock
+    trainable = jax.tree.map(lambda x, dtype: x.astype(dtype), trainable, stored)
+    return jc.settle(jc.combine(trainable, frozen)), seconds
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """The rows of one number of bits: three after training, two trained."""
+    if config.fast:
+        config = dataclasses.replace(
+            config, steps=2, batch=2, tokens=64, calibration=4, windows=4
+        )
+    model, params, tokenizer = jc.models.load("reference", scan=True)
+    apply_fn = Apply(model)
+    tokens = training_tokens(tokenizer, MEGABYTE // (20 if config.fast else 1))
+    ids = tokenizer.encode(demo.heldout_text())
+    heldout = windows(
+        ids, 256, 4, token_bytes=tokenizer.token_bytes(ids), limit=config.windows
+    )
+    seen = tokens[: config.calibration * 256].reshape(-1, 4, 256)
+    moments = jc.collect_moments(model, params, list(seen), select=KERNELS)
+    layout = jc.layout(model, params, heldout[0]["tokens"])
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, small: Any, seconds: float) -> Any:
+        dense = jax.jit(jc.materialize)(small)
+        report = jc.compare(apply_fn, params, dense, heldout)
+        held = [small["layers"][part] for part in ("attention", "mlp")]
+        weights = sum(
+            x.size for part in ("attention", "mlp") for x in params_of(params, part)
+        )
+        rows.append(
+            {
+                "bits": config.bits,
+                "block": config.block,
+                "method": name,
+                "bits_per_weight": 8 * jc.nbytes(held) / weights,
+                "kl": report.kl,
+                "kl_standard_error": report.kl_standard_error,
+                "bits_per_byte": report.small.bits_per_byte,
+                "dense_bits_per_byte": report.dense.bits_per_byte,
+                "tokens": report.tokens,
+                "steps": config.steps if "train" in name else 0,
+                "tokens_per_step": config.tokens * config.batch,
+                "processor_seconds": seconds,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+        return small
+
+    options = f"bits={config.bits}, block={config.block}"
+    best = None
+    for name in (
+        f"asymmetric({options}, search=True)",
+        f"gptq({options}, grid='asymmetric')",
+        f"learned({options}, grid='asymmetric', steps=40)",
+    ):
+        clock = time.process_time()
+        best = jc.compress(params, [(KERNELS, name)], moments, layout=layout)
+        jax.block_until_ready(best)
+        add(name, best, time.process_time() - clock)
+    side, seconds = train(apply_fn, params, best, tokens, config)
+    add("learned, then scales and norms trained", side, seconds)
+    latent = jc.straight_through(lambda _: best)(params)
+    whole, seconds = train(apply_fn, params, latent, tokens, config)
+    add("learned, then weights and steps trained through rounding", whole, seconds)
+    about = {
+        "commit": commit(),
+        "jax": metadata.version("jax"),
+        "device": jax.devices()[0].device_kind,
+        "shared": True,
+    }
+    return [row | about for row in rows]
+
+
+def params_of(params: Any, part: str) -> list[jax.Array]:
+    """The kernels of one part of all layers."""
+    return [x["kernel"] for x in params["layers"][part].values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Config):
+        if isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=type(field.default), default=field.default
+            )
+    config = Config(**vars(parser.parse_args()))
+    rows = run(config)
+    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
+    reporting.append_lines(config.results, rows)
+
+
+if __name__ == "__main__":
+    main()

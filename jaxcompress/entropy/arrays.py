@@ -1,0 +1,120 @@
+"""Plain arrays as fewer bytes, for files: which coding, both ways, and parts alone.
+
+Codings: the splits of `splits` on the numbers' bits ("bfloat16" on float32 too, whose
+lower halves are then tails), "halves" for float32 that is bfloat16, "bytes" for types
+of one byte, and "zstd" for what repeats itself.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.entropy import planes, streams
+from jaxcompress.entropy.splits import SPLITS
+
+LEAST = 4096  # bytes; what a shorter array would gain its entry in a header costs
+SAMPLE = 1 << 14  # words, at four places
+GAIN = 0.99  # of the bytes as they are, at most, on a sample
+LONGEST = max(map(len, (*SPLITS, "halves", streams.ZSTD)))  # name of a coding
+
+
+def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
+    """The coding that shrinks samples of an array most; None where none does.
+
+    `fast` prefers the splits that decode sooner, see `code_floats`.
+    """
+    if array.nbytes < LEAST or array.dtype.itemsize not in (1, 2, 4, 8):
+        return None
+    flat = np.ascontiguousarray(array).reshape(-1)
+    part = min(SAMPLE, flat.size)
+    places = np.linspace(0, flat.size - part, 4 if flat.size > 4 * part else 1)
+    sizes = {name: 0 for name in _candidates(array.dtype, fast)}
+    raw = 0
+    for place in places.astype(np.int64):
+        some = flat[place : place + part]
+        raw += some.nbytes
+        for name in list(sizes):
+            words = _words(some, name)
+            data = None if words is None else streams.encode_chunk(words, name)
+            if data is None:
+                del sizes[name]
+            else:
+                sizes[name] += len(data)
+    best = min(sizes, key=sizes.get, default=None)
+    return best if best is not None and sizes[best] < GAIN * raw else None
+
+
+def encode(
+    array: np.ndarray, coding: str, *, threads: int | None = None
+) -> Iterator[bytes]:
+    """An array as the bytes of a stream, a few million at a time.
+
+    Raises:
+      ValueError: the coding does not hold these numbers, though a sample did.
+    """
+    words = _words(np.ascontiguousarray(array).reshape(-1), coding)
+    if words is None:
+        raise ValueError(f"{coding} does not hold these numbers")
+    return streams.encode(words, coding, threads=threads)
+
+
+def open_stream(
+    read: streams.Read, size: int, coding: str, dtype: Any, shape: tuple[int, ...]
+) -> streams.Stream:
+    """The stream of an array of this dtype and shape.
+
+    Raises:
+      ValueError: it is none, or the dtype has no such coding.
+    """
+    dtype = jnp.dtype(dtype)
+    if coding not in (*_candidates(dtype, False), *_candidates(dtype, True)):
+        raise ValueError(f"{dtype} has no coding {coding!r}; the file is damaged")
+    itemsize = 2 if coding == "halves" else dtype.itemsize
+    return streams.Stream(read, size, coding, itemsize, math.prod(shape))
+
+
+def decode(
+    stream: streams.Stream,
+    dtype: Any,
+    first: int = 0,
+    last: int | None = None,
+    *,
+    check: bool = False,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Numbers `first` to before `last` of an array, flat; `check` as for `Stream`.
+
+    Raises:
+      ValueError: the bytes are damaged.
+    """
+    dtype = jnp.dtype(dtype)
+    words = stream.words(first, last, check=check, threads=threads)
+    if words.dtype.itemsize != dtype.itemsize:
+        words = words.astype(np.uint32)
+        words <<= np.uint32(16)
+    return words.view(dtype)
+
+
+def _candidates(dtype: np.dtype, fast: bool) -> tuple[str, ...]:
+    """Codings that numbers of this type may have."""
+    dtype = jnp.dtype(dtype)
+    split = planes.split_for(dtype.name, fast=fast)
+    if split is None:
+        split = "bytes" if dtype.itemsize == 1 else None
+    wide = ("halves",) if dtype.name == "float32" else ()
+    return (*wide, *filter(None, (split,)), streams.ZSTD)
+
+
+def _words(flat: np.ndarray, coding: str) -> np.ndarray | None:
+    """The words that a coding codes; None where it does not hold the numbers."""
+    words = flat.view(f"u{flat.dtype.itemsize}")
+    if coding != "halves":
+        return words
+    halves = words.view(np.uint16).reshape(-1, 2)
+    for start in range(0, len(halves), planes.CHUNK):
+        if halves[start : start + planes.CHUNK, 0].any():
+            return None
+    return np.ascontiguousarray(halves[:, 1])

@@ -1,0 +1,380 @@
+"""Words coded chunk by chunk on the host: Huffman-coded symbols, the rest as it is.
+
+A chunk of at most 2^20 words stands alone, so that chunks are coded in parallel and
+read one by one. Its words are split (`splits`) in blocks; blocks are sorted into up to
+eight classes by their mean symbol, that is by their scale, and each class is one
+Zstandard frame of literals with a table of its own: entropy falls as if every block
+knew its scale, and both directions run at the library's speed.
+
+A chunk as bytes: a list of numbers (`tables.write_numbers`), behind its own length,
+two bytes; classes of blocks; frames; exceptions; rests; tails. Numbers: words, base,
+bytes of the classes, exceptions, frames, bytes of the three parts of the tails, then
+bytes and blocks of each frame.
+
+The lower halves of words of four bytes, the tails, have no structure as a rule and are
+kept raw; where all words of a segment end in four zeros or more (weights that came from
+a shorter type), their upper and lower bytes are two frames of their own.
+"""
+
+import functools
+import itertools
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import zstandard
+
+from jaxcompress.entropy.literals import parse
+from jaxcompress.entropy.splits import (
+    SPLITS,
+    Split,
+    put_together,
+    take_apart,
+)
+from jaxcompress.entropy.tables import read_numbers, write_numbers
+
+CHUNK = 1 << 20  # words
+CLASSES = 8
+BLOCKS_PER_CLASS = 64  # or more: a table takes about sixty bytes
+SEGMENT = 128  # words whose lowest bits are looked at together
+PIECE = 1 << 17  # words worked on at a time, for the sake of caches
+
+
+class Chunk(NamedTuple):
+    """A coded chunk, taken apart.
+
+    Args:
+      count: words; width: of a block.
+      base: of the window of symbols.
+      classes: uint8 `[blocks]`.
+      frames: of the symbols of all blocks, sorted by class; bytes and blocks of each.
+      spots: uint32, words outside the window; values: their upper halves.
+      rests: uint8 `[blocks, rest bytes]`.
+      tails: uint16 `[count]`, lower halves of words of four bytes; or None.
+    """
+
+    count: int
+    width: int
+    base: int
+    classes: np.ndarray
+    frames: list[tuple[bytes, int]]
+    spots: np.ndarray
+    values: np.ndarray
+    rests: np.ndarray
+    tails: np.ndarray | None
+
+
+def block_width(count: int) -> int:
+    """Words of a block, for so many in an array."""
+    return 512 if count >= 1 << 14 else 128
+
+
+def encode(
+    words: np.ndarray, split: Split, width: int, *, plain: bool = False
+) -> Chunk | None:
+    """One chunk, coded; None where too many words fall outside the window.
+
+    Args:
+      words: unsigned, flat, at most `CHUNK` of them; four bytes where the split's
+        words are the upper halves.
+      width: of a block, `block_width` of the whole array.
+      plain: see to it that frames hold literals only, so that XLA decodes them.
+    """
+    tails = None
+    if words.itemsize == 4:
+        halves = words.view(np.uint16).reshape(-1, 2)
+        words, tails = np.ascontiguousarray(halves[:, 1]), halves[:, 0]
+    count = words.size
+    blocks = -(-count // width)
+    if count % width:
+        words = np.append(words, np.full(-count % width, words[-1]))
+    words = words.reshape(blocks, width)
+    base = _base(words, split)
+    symbols = np.empty((blocks, split.symbol_bytes(width)), np.uint8)
+    rests = np.empty((blocks, split.rest_bytes(width)), np.uint8)
+    spots = []
+    rows = PIECE // width
+    for first in range(0, blocks, rows):
+        part = slice(first, first + rows)
+        missed = take_apart(words[part], split, base, symbols[part], rests[part])
+        spots.append(missed + first * width)
+    spots = np.concatenate(spots)
+    spots = spots[spots < count]
+    if spots.size > count // 8:
+        return None
+    classes = _classes(symbols, split)
+    order = np.argsort(classes, kind="stable")
+    bounds = np.searchsorted(classes[order], np.arange(classes.max() + 2)).tolist()
+    frames: list[tuple[bytes, int]] = []
+    for first, last in itertools.pairwise(bounds):
+        frames += _frames(symbols[order[first:last]], plain)
+    values = words.reshape(-1)[spots]
+    spots = spots.astype(np.uint32)
+    return Chunk(count, width, base, classes, frames, spots, values, rests, tails)
+
+
+def decode(chunk: Chunk, split: Split, out: np.ndarray) -> None:
+    """Writes the words of a chunk to `out`; ValueError where it is damaged."""
+    blocks, width = chunk.classes.size, chunk.width
+    order = np.argsort(chunk.classes, kind="stable")
+    symbols = np.empty((blocks, split.symbol_bytes(width)), np.uint8)
+    first = 0
+    for part in symbols_of(chunk, split):
+        symbols[order[first : first + len(part)]] = part
+        first += len(part)
+    wide = chunk.tails is not None
+    upper = np.empty(chunk.count, np.uint16) if wide else out
+    rows = PIECE // width
+    for first in range(0, blocks, rows):
+        part = slice(first, first + rows)
+        given = symbols[part], chunk.rests[part], chunk.base, split
+        here = upper[first * width : (first + rows) * width]
+        if here.size % width:
+            words = np.empty((given[0].shape[0], width), upper.dtype)
+            put_together(*given, words)
+            here[:] = words.reshape(-1)[: here.size]
+        else:
+            put_together(*given, here.reshape(-1, width))
+    upper[chunk.spots] = chunk.values
+    if wide:
+        halves = out.view(np.uint16).reshape(-1, 2)
+        halves[:, 1] = upper
+        halves[:, 0] = chunk.tails
+
+
+def write(chunk: Chunk) -> bytes:
+    """A chunk as bytes."""
+    classes = b""
+    if chunk.classes.any():
+        classes = _compressor().compress(chunk.classes.tobytes())
+    tails = _write_tails(chunk.tails)
+    numbers = [chunk.count, chunk.base, len(classes), chunk.spots.size]
+    numbers += [len(chunk.frames), *map(len, tails)]
+    numbers += [number for frame, held in chunk.frames for number in (len(frame), held)]
+    head = write_numbers(numbers)
+    parts = [len(head).to_bytes(2, "little"), head, classes]
+    parts += [frame for frame, _ in chunk.frames]
+    parts += [chunk.spots.astype("<u4").tobytes(), _little(chunk.values)]
+    return b"".join([*parts, chunk.rests.tobytes(), *tails])
+
+
+def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Chunk:
+    """Undoes `write`, for `count` words of so many bytes, in blocks of `width`.
+
+    Raises:
+      ValueError: these are not the bytes of such a chunk.
+    """
+    _require(len(data) > 2, f"a chunk of {len(data)} bytes")
+    at = 2 + int.from_bytes(data[:2], "little")
+    numbers, end = read_numbers(data[:at], 2, 8)
+    have, base, size, missed, held, *tails = numbers
+    _require(have == count, f"a chunk of {have} words, not {count}")
+    blocks = -(-count // width)
+    most = 1 << split.bits - split.signed - split.low
+    _require(held <= blocks and base < most, f"{held} frames, base {base}")
+    numbers, end = read_numbers(data[:at], end, 2 * held)
+    _require(end == at, "a list of numbers of another length")
+    lengths, holds = numbers[::2], numbers[1::2]
+    _require(sum(holds) == blocks, f"frames of {sum(holds)} blocks, not {blocks}")
+    _require(missed <= count, f"{missed} exceptions of {count} words")
+    value = np.dtype(f"<u{split.bits // 8}")
+    rest = split.rest_bytes(width) * blocks
+    whole = at + size + sum(lengths) + (4 + value.itemsize) * missed + rest
+    _require(whole + sum(tails) == len(data), f"{len(data)} bytes, not {whole}")
+    classes = np.zeros(blocks, np.uint8)
+    if size:
+        classes = np.frombuffer(decompress(data[at : at + size], blocks), np.uint8)
+    at += size
+    frames = []
+    for length, number in zip(lengths, holds, strict=True):
+        frames.append((data[at : at + length], number))
+        at += length
+    spots = np.frombuffer(data, "<u4", missed, at)
+    _require(not missed or int(spots.max()) < count, "an exception outside")
+    at += 4 * missed
+    values = np.frombuffer(data, value, missed, at)
+    at += value.itemsize * missed
+    rests = np.frombuffer(data, np.uint8, rest, at).reshape(blocks, -1)
+    halves = _read_tails(data, at + rest, tails, count) if itemsize == 4 else None
+    return Chunk(count, width, base, classes, frames, spots, values, rests, halves)
+
+
+def symbols_of(chunk: Chunk, split: Split) -> Iterator[np.ndarray]:
+    """The symbols of one frame after another, decoded: uint8 `[blocks, bytes]`."""
+    size = split.symbol_bytes(chunk.width)
+    for frame, held in chunk.frames:
+        data = decompress(frame, held * size)
+        yield np.frombuffer(data, np.uint8).reshape(held, size)
+
+
+def split_for(kind: str, *, fast: bool = False) -> str | None:
+    """Name of the split for a dtype of `kind`; None where there is none."""
+    if kind in ("bfloat16", "float32"):
+        return "bfloat16 pairs" if fast else "bfloat16"
+    if kind.startswith("float8") and kind != "float8_e8m0fnu":
+        return "float8"
+    return kind if kind in SPLITS else None
+
+
+def _base(words: np.ndarray, split: Split) -> int:
+    """Below the window that holds most of a sample of words."""
+    if not split.window:
+        return 0
+    step = max(1, words.size >> 14)
+    high = split.high_part(words.reshape(-1)[::step])
+    counts = np.bincount(high, minlength=1 << split.bits - split.signed - split.low)
+    counts[0] = 0
+    sums = np.append(0, np.cumsum(counts))
+    bases = np.arange(0, counts.size, split.step)
+    last = np.minimum(bases + split.window + 1, counts.size)
+    return int(bases[(sums[last] - sums[bases + 1]).argmax()])
+
+
+def _classes(symbols: np.ndarray, split: Split) -> np.ndarray:
+    """The class of each block: equal shares of blocks in order of their means.
+
+    All but the last are of multiples of four blocks, so that blocks do not lie across
+    the four streams of literals.
+    """
+    blocks = symbols.shape[0]
+    kinds = min(CLASSES, blocks // BLOCKS_PER_CLASS)
+    if kinds < 2 or not split.rest_bits:
+        return np.zeros(blocks, np.uint8)
+    sums = symbols
+    if split.paired:
+        sums = (symbols & np.uint8(15)) + (symbols >> np.uint8(4))
+    half = sums.shape[1] // 2
+    sums = sums[:, :half].astype(np.uint16) + sums[:, half:]
+    while half > 32:  # at most 510 * 256: the last steps want more than 16 bits
+        half //= 2
+        sums = sums[:, :half] + sums[:, half:]
+    order = np.argsort(sums.sum(axis=1, dtype=np.uint32), kind="stable")
+    per = -(-blocks // (4 * kinds)) * 4
+    classes = np.empty(blocks, np.uint8)
+    classes[order] = np.arange(blocks) // per
+    return classes
+
+
+def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:
+    """Blocks as frames: one, or more where only halves are free of repetitions."""
+    frame = _compressor().compress(np.ascontiguousarray(symbols).tobytes())
+    blocks = symbols.shape[0]
+    if plain and blocks >= 8 and parse(frame) is None:
+        half = blocks // 8 * 4
+        halves = _frames(symbols[:half], True) + _frames(symbols[half:], True)
+        if sum(len(part) for part, _ in halves) < len(frame) + 64 * len(halves):
+            return halves
+    return [(frame, blocks)]
+
+
+def _write_tails(tails: np.ndarray | None) -> tuple[bytes, bytes, bytes]:
+    """Flags of segments with fewer bits, their bytes, then the other segments raw."""
+    if tails is None:
+        return b"", b"", b""
+    tails = np.ascontiguousarray(tails)
+    whole = tails.size // SEGMENT * SEGMENT
+    segments = tails[:whole].reshape(-1, SEGMENT)
+    short = ~(segments & np.uint16(15)).any(axis=1)
+    if short.size == 0 or np.count_nonzero(short) < short.size / 256:
+        return b"", b"", _little(tails)
+    flags = _compressor().compress(np.packbits(short).tobytes())
+    some = segments[short].view(np.uint8).reshape(-1, 2)
+    frames = [_compressor().compress(some[:, i].tobytes()) for i in (0, 1)]
+    packed = len(frames[0]).to_bytes(4, "little") + b"".join(frames)
+    return flags, packed, _little(segments[~short]) + _little(tails[whole:])
+
+
+def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarray:
+    flags, packed, raw = sizes
+    if not flags:
+        _require(raw == 2 * count and not packed, f"{raw} bytes of {count} tails")
+        return np.frombuffer(data, "<u2", count, at)
+    segments = count // SEGMENT
+    bits = np.frombuffer(decompress(data[at : at + flags], -(-segments // 8)), np.uint8)
+    short = np.unpackbits(bits)[:segments].astype(bool)
+    some = int(np.count_nonzero(short)) * SEGMENT
+    _require(raw == 2 * (count - some) and packed > 4, f"{raw} bytes of raw tails")
+    at += flags
+    first = int.from_bytes(data[at : at + 4], "little")
+    frames = data[at + 4 : at + 4 + first], data[at + 4 + first : at + packed]
+    halves = np.empty((some, 2), np.uint8)
+    for i, frame in enumerate(frames):
+        halves[:, i] = np.frombuffer(decompress(frame, some), np.uint8)
+    rest = np.frombuffer(data, "<u2", count - some, at + packed)
+    out = np.empty(count, np.uint16)
+    table = out[: segments * SEGMENT].reshape(segments, SEGMENT)
+    table[short] = halves.view("<u2").reshape(-1, SEGMENT)
+    kept = (segments * SEGMENT) - some
+    table[~short] = rest[:kept].reshape(-1, SEGMENT)
+    out[segments * SEGMENT :] = rest[kept:]
+    return out
+
+
+@functools.cache
+def _parameters() -> zstandard.ZstdCompressionParameters:
+    """Literals only, as far as the library can be told: hardly a table of matches."""
+    return zstandard.ZstdCompressionParameters(
+        window_log=17,
+        hash_log=6,
+        chain_log=6,
+        search_log=1,
+        min_match=7,
+        target_length=0,
+        strategy=1,
+        write_content_size=False,
+    )
+
+
+class _Local(threading.local):
+    """A context of the library for each thread: contexts are costly and not shared."""
+
+    def __init__(self) -> None:
+        self.general = zstandard.ZstdCompressor(level=3)
+        self.compressor = zstandard.ZstdCompressor(compression_params=_parameters())
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_local = _Local()
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    return _local.compressor
+
+
+def compress(words: np.ndarray) -> bytes:
+    """Words as a frame that makes use of repetitions."""
+    return _local.general.compress(np.ascontiguousarray(words).data)
+
+
+def decompress_into(frame: bytes, out: np.ndarray) -> None:
+    """Fills a contiguous array with what `compress` made; ValueError if it does not."""
+    room = memoryview(out).cast("B") if out.size else memoryview(b"")
+    try:
+        with _local.decompressor.stream_reader(frame) as reader:
+            while len(room):
+                count = reader.readinto(room)
+                _require(count > 0, "a frame that ends early")
+                room = room[count:]
+            _require(not reader.read(1), "a frame that does not end")
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a frame is damaged: {error}") from error
+
+
+def decompress(frame: bytes, size: int) -> bytes:
+    """The `size` bytes of a frame; ValueError for anything else."""
+    try:
+        data = _local.decompressor.decompress(frame, max_output_size=max(1, size))
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a frame is damaged: {error}") from error
+    _require(len(data) == size, f"a frame of {len(data)} bytes, not {size}")
+    return data
+
+
+def _little(x: np.ndarray) -> bytes:
+    return x.astype(x.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _require(fits: bool, found: str) -> None:
+    if not fits:
+        raise ValueError(f"not a coded chunk: {found}; the file is damaged")

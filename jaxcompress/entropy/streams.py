@@ -1,0 +1,194 @@
+"""A flat array as bytes: chunks that stand alone, and behind them where they lie.
+
+    chunks     as `planes` writes them, each of 2^20 words but the last; or, where the
+               coding is "zstd", Zstandard's frames of as many words
+    index      numbers: words, chunks, bytes of each chunk; then eight bytes of a
+               BLAKE2b digest of each chunk
+    4 bytes    length of the index, little-endian; and zeros to a multiple of 8 bytes
+               in front of the index
+
+The index stands at the end so that chunks can be written before the last is known; a
+part of the array is read by its end and the chunks that hold the part.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxcompress.entropy import planes
+from jaxcompress.entropy.parallel import in_order
+from jaxcompress.entropy.splits import SPLITS, Split
+from jaxcompress.entropy.tables import read_numbers, write_numbers
+
+DIGEST = 8  # bytes
+ZSTD = "zstd"
+
+Read = Callable[[int, int], bytes]  # from one byte to another
+
+
+def encode(
+    words: np.ndarray, coding: str, *, threads: int | None = None
+) -> Iterator[bytes]:
+    """Flat unsigned words as the bytes of a stream, chunk by chunk.
+
+    Args:
+      words: of the size that the coding takes.
+      coding: a split by name, "halves" for that of bfloat16, or "zstd".
+      threads: at most; as many as there are processors if None.
+
+    Raises:
+      ValueError: too many words outside the window of the symbols.
+    """
+    width = planes.block_width(words.size)
+
+    def work(start: int) -> bytes:
+        data = encode_chunk(words[start : start + planes.CHUNK], coding, width)
+        if data is None:
+            raise ValueError(
+                f"numbers {start} to {start + planes.CHUNK} have exponents further "
+                f"apart than the coding {coding!r} holds"
+            )
+        return data
+
+    starts = range(0, words.size, planes.CHUNK)
+    return bind(in_order(work, starts, threads=threads), words.size)
+
+
+def encode_chunk(
+    words: np.ndarray, coding: str, width: int | None = None
+) -> bytes | None:
+    """The bytes of one chunk; None where the coding does not hold its words."""
+    if coding == ZSTD:
+        return planes.compress(words)
+    width = planes.block_width(words.size) if width is None else width
+    chunk = planes.encode(words, _split(coding), width)
+    return None if chunk is None else planes.write(chunk)
+
+
+def _split(coding: str) -> Split:
+    return SPLITS["bfloat16" if coding == "halves" else coding]
+
+
+def bind(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
+    """Chunks of `count` words in all, and their index."""
+    sizes, digests = [], []
+    for chunk in chunks:
+        sizes.append(len(chunk))
+        digests.append(_digest(chunk))
+        yield chunk
+    index = write_numbers([count, len(sizes), *sizes]) + b"".join(digests)
+    room = -(sum(sizes) + len(index) + 4) % 8
+    yield bytes(room) + index + len(index).to_bytes(4, "little")
+
+
+class Stream:
+    """A stream to read from.
+
+    Args:
+      read: gives its bytes.
+      size: of the stream in bytes.
+      coding: as `encode` was given.
+      itemsize: bytes of a word.
+      count: words there must be.
+
+    Raises:
+      ValueError: the index is not that of such a stream.
+    """
+
+    def __init__(self, read: Read, size: int, coding: str, itemsize: int, count: int):
+        self._read, self._itemsize, self._count = read, itemsize, count
+        self._coding = coding
+        _require(size >= 4, f"{size} bytes")
+        length = int.from_bytes(read(size - 4, size), "little")
+        _require(length <= size - 4, f"an index of {length} bytes in {size}")
+        index = read(size - 4 - length, size - 4)
+        (have, chunks), at = read_numbers(index, 0, 2)
+        _require(have == count, f"{have} words, not {count}")
+        _require(chunks == -(-count // planes.CHUNK), f"{chunks} chunks of {count}")
+        _require(chunks <= len(index), f"{chunks} chunks in {len(index)} bytes")
+        sizes, at = read_numbers(index, at, chunks)
+        _require(at + DIGEST * chunks == length, "an index of another length")
+        self._digests = index[at:]
+        ends = np.cumsum([0, *sizes], dtype=np.float64)  # no sum too large to compare
+        room = size - 4 - length - ends[-1]
+        _require(0 <= room < 8, f"chunks of {ends[-1]:.0f} bytes in {size}")
+        self._ends = ends.astype(np.int64).tolist()
+
+    def chunks(self) -> Iterator[planes.Chunk]:
+        """All chunks of a split, taken apart."""
+        for number in range(len(self._ends) - 1):
+            yield self._chunk(self._bytes(number, False), self._held(number))
+
+    def _held(self, number: int) -> int:
+        """Words of a chunk."""
+        return min(planes.CHUNK, self._count - number * planes.CHUNK)
+
+    def _bytes(self, number: int, check: bool) -> bytes:
+        data = self._read(self._ends[number], self._ends[number + 1])
+        if check and _digest(data) != self._digests[DIGEST * number :][:DIGEST]:
+            raise ValueError(f"not a coded chunk: chunk {number}; the file is damaged")
+        return data
+
+    def _chunk(self, data: bytes, count: int) -> planes.Chunk:
+        width = planes.block_width(self._count)
+        return planes.read(data, _split(self._coding), self._itemsize, count, width)
+
+    def _decode(self, data: bytes, out: np.ndarray) -> None:
+        if self._coding == ZSTD:
+            planes.decompress_into(data, out)
+        else:
+            planes.decode(self._chunk(data, out.size), _split(self._coding), out)
+
+    def words(
+        self,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        check: bool = False,
+        threads: int | None = None,
+    ) -> np.ndarray:
+        """The words from `first` to before `last`; reads the chunks that hold them.
+
+        `check` compares the digest of each chunk, where its bytes were not checked
+        otherwise.
+        """
+        last = self._count if last is None else last
+        out = np.empty(last - first, f"u{self._itemsize}")
+
+        def work(number: int) -> None:
+            data = self._bytes(number, check)
+            start = number * planes.CHUNK
+            stop = start + self._held(number)
+            if first <= start and stop <= last:
+                self._decode(data, out[start - first : stop - first])
+                return
+            whole = np.empty(stop - start, out.dtype)
+            self._decode(data, whole)
+            low, high = max(first, start), min(last, stop)
+            out[low - first : high - first] = whole[low - start : high - start]
+
+        numbers = range(first // planes.CHUNK, -(-last // planes.CHUNK))
+        for _ in in_order(work, numbers if last > first else (), threads=threads):
+            pass
+        return out
+
+
+def from_bytes(data: Any, coding: str, itemsize: int, count: int) -> Stream:
+    """A stream in memory."""
+    view = memoryview(data)
+
+    def read(start: int, stop: int) -> bytes:
+        return bytes(view[start:stop])
+
+    return Stream(read, len(view), coding, itemsize, count)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST).digest()
+
+
+def _require(fits: bool, found: str) -> None:
+    if not fits:
+        raise ValueError(f"not a coded array: {found}; the file is damaged")

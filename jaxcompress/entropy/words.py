@@ -1,0 +1,287 @@
+"""Words of one, two or four bytes, coded by planes: `CodedWords`, decoded in XLA."""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcompress.entropy import lanes, planes, streams
+from jaxcompress.entropy.blocks import lay_out, pick_up
+from jaxcompress.entropy.splits import SPLITS, words_of
+from jaxcompress.entropy.tables import read_numbers, write_numbers
+from jaxcompress.tree.leaves import Leaf, leaf, static
+
+
+@leaf
+class CodedWords(Leaf):
+    """Unsigned words `[..., *trailing]`; each slice coded by `planes`, on its own.
+
+    Invariant: every data array has the stack axes in front, and a slice of all of them
+    is the `CodedWords` of a slice. Words of a slice are blocks of `width` words in
+    order, 2048 blocks a chunk; a block is a lane of Huffman-coded symbols in `frames`,
+    which hold what the file holds: the frames of Zstandard, one after another. Blocks
+    that are not coded there alone lie behind them, as they are.
+
+    Args:
+      frames: uint32 `[..., words]`, little-endian; the first four bytes are empty.
+      starts: uint32 `[..., blocks]`, one past the first bit of each block.
+      tables: uint16 `[..., blocks]`, of each block; lengths: uint8 `[..., tables,
+        256]`, bits of the codes of each table.
+      classes: uint8 `[..., blocks]`, which tell the order of blocks in frames; sizes:
+        int32 `[..., frames, 2]`, bytes and blocks of each frame.
+      bases: int32 `[..., chunks]`, of the windows of symbols.
+      rests: uint8 `[..., blocks, bytes]`.
+      tails: uint16 `[..., words]`, lower halves of words of four bytes; or None.
+      spots: int32 `[..., exceptions]`, words outside the window, filled up with the
+        number of words; values: uint8 or uint16 alike, their upper halves.
+      kind: dtype of the words. split: by name.
+    """
+
+    frames: jax.Array
+    starts: jax.Array
+    tables: jax.Array
+    lengths: jax.Array
+    classes: jax.Array
+    sizes: jax.Array
+    bases: jax.Array
+    rests: jax.Array
+    tails: jax.Array | None
+    spots: jax.Array
+    values: jax.Array
+    trailing: tuple[int, ...] = static()
+    kind: str = static()
+    split: str = static()
+
+    lossless: ClassVar[bool] = True
+    entropy_coded: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.starts.shape[:-1] + self.trailing
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.kind)
+
+    def materialize(self) -> jax.Array:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+            return _slices(self)
+        if isinstance(self.frames, np.ndarray) or len(self.frames.devices()) == 1:
+            return jnp.asarray(self.on_host())
+        return _decoded(self)
+
+    def take_rows(self, indices: jax.Array) -> jax.Array:
+        """Rows of a 2-D array: only the blocks that hold them are decoded."""
+        if len(self.shape) != 2 or self.trailing != self.shape:
+            return super().take_rows(indices)
+        return _rows(self, jnp.asarray(indices))
+
+    def on_host(self) -> np.ndarray:
+        """The array, decoded by NumPy; ValueError where it is damaged."""
+        lead = self.starts.shape[:-1]
+        count = math.prod(self.trailing)
+        out = np.empty((math.prod(lead), count), self.kind)
+        split = SPLITS[self.split]
+        for row, chunks in zip(out, _chunks_of_slices(self), strict=True):
+            for number, chunk in enumerate(chunks):
+                start = number * planes.CHUNK
+                planes.decode(chunk, split, row[start : start + planes.CHUNK])
+        return out.reshape(lead + self.trailing)
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """What a file holds: streams of the slices, behind their sizes."""
+        lead = self.starts.shape[:-1]
+        count = math.prod(self.trailing)
+        made = [
+            b"".join(streams.bind(map(planes.write, chunks), count))
+            for chunks in _chunks_of_slices(self)
+        ]
+        head = write_numbers([len(lead) + 1, *lead, *map(len, made)])
+        return {"stream": np.frombuffer(b"".join([head, *made]), np.uint8)}
+
+    @classmethod
+    def restored(
+        cls, arrays: dict[str, np.ndarray], static: dict[str, Any]
+    ) -> "CodedWords":
+        """Undoes `stored`, given the static fields; ValueError if they do not fit."""
+        data = memoryview(np.ascontiguousarray(arrays["stream"], np.uint8)).cast("B")
+        trailing = tuple(static["trailing"])
+        kind, name = np.dtype(static["kind"]), static["split"]
+        if name not in SPLITS or kind.kind != "u" or kind.itemsize > 4:
+            raise ValueError(f"not coded words: split {name!r} of {kind}")
+        fits = kind.itemsize * 8 == SPLITS[name].bits or kind.itemsize == 4
+        if not fits:
+            raise ValueError(f"not coded words: split {name!r} of {kind}")
+        head = bytes(data[: 1 << 16])
+        (axes,), at = read_numbers(head, 0, 1)
+        if not 0 < axes < 16:
+            raise ValueError(f"not coded words: {axes - 1} stack axes")
+        lead, at = read_numbers(head, at, axes - 1)
+        slices, count = math.prod(lead), math.prod(trailing)
+        if slices > len(data):
+            raise ValueError(f"not coded words: {slices} slices in {len(data)} bytes")
+        sizes, at = read_numbers(bytes(data[: at + 10 * slices]), at, slices)
+        if at + sum(sizes) != len(data) or not slices * count:
+            raise ValueError(f"not coded words: {len(data)} bytes of {slices} slices")
+        found = []
+        for size in sizes:
+            part = data[at : at + size]
+            stream = streams.from_bytes(part, name, kind.itemsize, count)
+            found.append(list(stream.chunks()))
+            at += size
+        return from_chunks(found, tuple(lead), trailing, kind.name, name)
+
+
+def code_words(
+    words: np.ndarray, split: str, stack: int
+) -> tuple[CodedWords | None, int]:
+    """Words `[..., *trailing]` as a leaf, and its bytes in a file; None if unsuitable.
+
+    Args:
+      words: uint8, uint16 or uint32.
+      stack: number of leading axes whose slices are coded on their own.
+    """
+    lead, trailing = words.shape[:stack], words.shape[stack:]
+    count = math.prod(trailing)
+    width = planes.block_width(count)
+    slices = []
+    for row in np.ascontiguousarray(words).reshape(-1, count):
+        chunks = []
+        for start in range(0, count, planes.CHUNK):
+            part = row[start : start + planes.CHUNK]
+            chunks.append(planes.encode(part, SPLITS[split], width, plain=True))
+        slices.append(chunks)
+    if any(chunk is None for chunks in slices for chunk in chunks):
+        return None, 0
+    size = sum(
+        len(planes.write(chunk)) + streams.DIGEST for row in slices for chunk in row
+    )
+    made = from_chunks(slices, lead, trailing, words.dtype.name, split)
+    return jax.tree.map(jnp.asarray, made), size
+
+
+def from_chunks(
+    slices: list[list[planes.Chunk]],
+    lead: tuple[int, ...],
+    trailing: tuple[int, ...],
+    kind: str,
+    split: str,
+) -> CodedWords:
+    """The leaf of coded chunks, one list for each slice; NumPy arrays.
+
+    Raises:
+      ValueError: a frame is damaged, or a slice is too large.
+    """
+    rows = [lay_out(chunks, SPLITS[split]) for chunks in slices]
+    fills = {"spots": math.prod(trailing)}
+    fields = {}
+    for name in rows[0]:
+        parts = [row[name] for row in rows]
+        if parts[0] is None:
+            fields[name] = None
+            continue
+        size = max(part.shape[0] for part in parts)
+        shape = (len(parts), size, *parts[0].shape[1:])
+        joined = np.full(shape, fills.get(name, 0), parts[0].dtype)
+        for row, part in zip(joined, parts, strict=True):
+            row[: part.shape[0]] = part
+        fields[name] = joined.reshape(lead + shape[1:])
+    return CodedWords(**fields, trailing=trailing, kind=kind, split=split)
+
+
+def _chunks_of_slices(coded: CodedWords) -> list[list[planes.Chunk]]:
+    """The chunks of every slice, as the host codes them."""
+    fields = {
+        name: np.asarray(getattr(coded, name))
+        for name in ("frames", "classes", "sizes", "bases", "rests", "spots", "values")
+    }
+    lead = len(coded.starts.shape) - 1
+    slices = math.prod(coded.starts.shape[:-1])
+    fields = {k: x.reshape(slices, *x.shape[lead:]) for k, x in fields.items()}
+    tails = [None] * slices
+    if coded.tails is not None:
+        tails = np.asarray(coded.tails).reshape(slices, -1)
+    rows = zip(*(fields[name] for name in fields), tails, strict=True)
+    return [pick_up(*row, math.prod(coded.trailing)) for row in rows]
+
+
+@jax.jit
+def _decoded(coded: CodedWords) -> jax.Array:
+    return _slices(coded)
+
+
+def _slices(coded: CodedWords) -> jax.Array:
+    lead = coded.starts.shape[:-1]
+    if not lead:
+        return _one(coded).reshape(coded.trailing)
+    count = math.prod(lead)
+    flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(lead) :]), coded)
+    return lax.map(_one, flat).reshape(lead + coded.trailing)
+
+
+def _one(coded: CodedWords) -> jax.Array:
+    """The words of one slice, flat."""
+    count = math.prod(coded.trailing)
+    upper = _blocks(coded, lambda x: x)
+    upper = upper.reshape(-1)[:count]
+    upper = upper.at[coded.spots].set(coded.values, mode="drop")
+    return _joined(upper, coded.tails, coded.kind)
+
+
+def _blocks(coded: CodedWords, pick: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Upper halves `[blocks, width]` of the blocks that `pick` takes, no exceptions."""
+    split = SPLITS[coded.split]
+    width = planes.block_width(math.prod(coded.trailing))
+    chunks = np.arange(coded.starts.shape[0], dtype=np.int32) // (planes.CHUNK // width)
+    bases = coded.bases.at[pick(jnp.asarray(chunks))].get(mode="clip")
+    symbols = lanes.decode(
+        coded.frames,
+        pick(coded.starts),
+        pick(coded.tables),
+        lanes.lookup(coded.lengths),
+        split.symbol_bytes(width),
+    )
+    # Fused into what follows, either would be computed for every word again.
+    symbols, bases = lax.optimization_barrier((symbols, bases))
+    return words_of(symbols, pick(coded.rests), bases, split, width)
+
+
+@jax.jit
+def _rows(coded: CodedWords, indices: jax.Array) -> jax.Array:
+    """Rows `[..., features]`: the blocks that each lies in, decoded for each."""
+    rows, features = coded.trailing
+    width = planes.block_width(rows * features)
+    wanted = indices.reshape(-1).astype(jnp.int32)
+    wanted = jnp.where(wanted < 0, wanted + rows, wanted)
+    start = jnp.clip(wanted, 0, rows - 1)
+    many = (features - 1) // width + 2
+    # In blocks and words behind, as rows times features may pass 32 bits.
+    block = start * (features // width) + (start * (features % width)) // width
+    behind = (start * (features % width)) % width
+    which = (block[:, None] + jnp.arange(many)[None]).reshape(-1)
+    words = _blocks(coded, lambda x: x.at[which].get(mode="clip"))
+    words = words.reshape(-1, many * width)
+    place = behind[:, None] + jnp.arange(features)[None]
+    found = jnp.take_along_axis(words, place, axis=1)
+    spot_row, spot_column = coded.spots // features, coded.spots % features
+
+    def patch(row: jax.Array, number: jax.Array) -> jax.Array:
+        column = jnp.where(spot_row == number, spot_column, features)
+        return row.at[column].set(coded.values, mode="drop")
+
+    if coded.spots.size:
+        found = jax.vmap(patch)(found, start)
+    tails = None
+    if coded.tails is not None:
+        tails = coded.tails.reshape(rows, features)[start]
+    return _joined(found, tails, coded.kind).reshape(*indices.shape, features)
+
+
+def _joined(upper: jax.Array, tails: jax.Array | None, kind: str) -> jax.Array:
+    if tails is None:
+        return upper.astype(kind)
+    return (upper.astype(jnp.uint32) << np.uint32(16)) | tails.astype(jnp.uint32)

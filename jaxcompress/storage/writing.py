@@ -1,0 +1,197 @@
+"""Writes files of arrays: coded where that pays, whole or not at all."""
+
+import builtins
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.entropy import arrays
+from jaxcompress.storage.manifest import Slot
+from jaxcompress.storage.tensors import (
+    CODES,
+    DIGEST,
+    LONGEST_HEADER,
+    SEAL,
+    count_bytes,
+    digest,
+    stored_as,
+    to_json,
+)
+
+
+def write(
+    file: BinaryIO,
+    slots: Mapping[str, Slot],
+    metadata: dict[str, str],
+    *,
+    coded: bool | str = True,
+    progress: Callable[[list[str]], Iterable[str]] | None = None,
+) -> bytes:
+    """Writes arrays, one in memory at a time; returns the digest that seals the file.
+
+    Same arrays and metadata, same bytes. The header is written last, into room left
+    for it, as what coding leaves of an array is not known before.
+
+    Args:
+      file: empty, and open for seeking.
+      coded: code what gains from it; "fast" as `save` says.
+      progress: wraps the list of arrays that is worked through.
+    """
+    order = sorted(slots, key=lambda name: (-_width(slots[name]), name))
+    for name in order:
+        if name in (SEAL, "__metadata__"):
+            raise ValueError(
+                f"an array can't be called {name}: the file needs the name"
+            )
+    raw = {name: count_bytes(slots[name]) for name in order}
+    codable = [name for name in order if coded and raw[name] >= arrays.LEAST]
+    longest = {name: "-" * arrays.LONGEST for name in codable}
+    widest = max(CODES.values(), key=len)
+    most = {name: (widest, (*slots[name].shape, raw[name])) for name in order}
+    room = len(_header(order, slots, raw, most, longest, metadata))
+    file.write(bytes(room))
+    rows, sizes, codings = [], {}, {}
+    for name in order if progress is None else progress(order):
+        array = _array_of(name, slots[name])
+        how = None
+        if name in longest:
+            how = arrays.choose(array, fast=coded == "fast")
+        how, sizes[name], row = _write_array(file, array, how)
+        del array
+        if how is not None:
+            codings[name] = how
+        rows.append(row)
+    short = {name: ("U8", (sizes[name],)) for name in codings}
+    head = _header(order, slots, sizes, short, codings, metadata)
+    head = (room - 8).to_bytes(8, "little") + head[8:].ljust(room - 8)
+    rows.append(digest(head))
+    rows.append(digest(b"".join(rows)))
+    file.write(b"".join(rows))
+    file.seek(0)
+    file.write(head)
+    file.seek(0, os.SEEK_END)
+    return rows[-1]
+
+
+def _write_array(
+    file: BinaryIO, array: np.ndarray, how: str | None
+) -> tuple[str | None, int, bytes]:
+    """Writes one array, coded if that makes it smaller; says how, bytes and digest."""
+    if how is not None:
+        start, size, state = file.tell(), 0, hashlib.blake2b(digest_size=DIGEST)
+        try:
+            for part in arrays.encode(array, how):
+                file.write(part)
+                state.update(part)
+                size += len(part)
+        except ValueError:  # the sample misled
+            size = array.nbytes
+        if size < array.nbytes:
+            return how, size, state.digest()
+        file.seek(start)
+        file.truncate()
+    data = memoryview(array.reshape(-1).view(np.uint8))
+    file.write(data)
+    return None, array.nbytes, digest(data)
+
+
+def _header(
+    order: list[str],
+    slots: Mapping[str, Slot],
+    sizes: Mapping[str, int],
+    instead: Mapping[str, tuple[str, tuple[int, ...]]],
+    codings: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """The header for arrays of these sizes, some under another dtype and shape."""
+    if codings:
+        metadata = {**metadata, "codings": to_json(dict(codings))}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name in order:
+        slot = slots[name]
+        code, shape = instead.get(name) or stored_as(slot.dtype, slot.shape)
+        stop = start + sizes[name]
+        entries[name] = _entry(code, shape, start, stop)
+        start = stop
+    rows = len(order) + 2
+    entries[SEAL] = _entry("U8", (rows, DIGEST), start, start + rows * DIGEST)
+    text = to_json(entries).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > LONGEST_HEADER:
+        raise ValueError(
+            f"the header takes {len(text)} bytes, readers accept {LONGEST_HEADER}; "
+            "save fewer leaves per file or less metadata"
+        )
+    return len(text).to_bytes(8, "little") + text
+
+
+def _entry(code: str, shape: tuple[int, ...], start: int, stop: int) -> dict[str, Any]:
+    return {"dtype": code, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+def _width(slot: Slot) -> int:
+    return jnp.dtype(slot.dtype).itemsize if slot.dtype in CODES else 1
+
+
+def _array_of(name: str, slot: Slot) -> np.ndarray:
+    """The array, little-endian and in order."""
+    x = slot.fetch()
+    if isinstance(x, jax.Array):
+        if not x.is_fully_addressable:
+            raise ValueError(
+                f"{name} is spread over several hosts; save it with save_orbax"
+            )
+        x = x.copy()  # NumPy's view of a jax.Array lives as long as the array
+    x = np.asarray(x, order="C")
+    x = x.astype(x.dtype.newbyteorder("<"), copy=False)
+    if x.dtype.name != slot.dtype or x.shape != slot.shape:
+        raise ValueError(
+            f"{name} was {slot.dtype} {slot.shape} and is {x.dtype} {x.shape} now; "
+            "stored() must give the same arrays at every call"
+        )
+    return x
+
+
+@contextmanager
+def beside(path: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once it is whole and on the disk.
+
+    Written under another name in the same directory; an error removes it and leaves
+    what was at `path` as it was.
+    """
+    temporary = temporary_beside(path)
+    try:
+        with builtins.open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    sync_directory(path)
+
+
+def temporary_beside(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
+
+
+def sync_directory(path: str) -> None:
+    """Puts a rename on the disk, where a directory can be synchronized."""
+    if os.name != "posix":
+        return
+    handle = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
