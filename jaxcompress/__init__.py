@@ -31,6 +31,7 @@ from jaxcompress.pruning.groups import choose_units
 from jaxcompress.pruning.masks import apply_masks
 from jaxcompress.pruning.masks import make_masks
 from jaxcompress.pruning.masks import masks_of
+from jaxcompress.pruning.outliers import outliers
 from jaxcompress.pruning.reconstruction import alps
 from jaxcompress.pruning.reconstruction import sparsegpt
 from jaxcompress.pruning.scores import magnitude

@@ -29,6 +29,7 @@ METHODS = [
     "nvfp4()",
     "mixed_channels(bits=3, keep=4, kept_bits=8, block=16)",
     "sign_split(bits=(3, 3)) > entropy_code()",
+    "outliers(keep=0.02)",
     "svd(rank=40)",
     "tucker(ranks=(48, 8, 10), sizes=(64, 8, 12), sweeps=2)",
     "magnitude(pattern='2:4')",
