@@ -10,7 +10,7 @@ from jaxcompress import demo
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-FAST = {"WINDOWS": 2}  # what replaces the numbers of the cell tagged "parameters"
+FAST = {"WINDOWS": 2, "STEPS": 2}  # in place of those in the cell "parameters"
 
 
 def code_of(notebook):
