@@ -17,6 +17,7 @@ from jaxcompress.entropy.packing import Packed
 from jaxcompress.entropy.packing import pack
 from jaxcompress.evaluation import compare
 from jaxcompress.evaluation import evaluate
+from jaxcompress.factorization.corrections import corrected
 from jaxcompress.factorization.cp import CP
 from jaxcompress.factorization.cp import cp
 from jaxcompress.factorization.low_rank import LowRank
@@ -31,6 +32,7 @@ from jaxcompress.pruning.groups import choose_units
 from jaxcompress.pruning.masks import apply_masks
 from jaxcompress.pruning.masks import make_masks
 from jaxcompress.pruning.masks import masks_of
+from jaxcompress.pruning.outliers import outliers
 from jaxcompress.pruning.reconstruction import alps
 from jaxcompress.pruning.reconstruction import sparsegpt
 from jaxcompress.pruning.scores import magnitude

@@ -10,7 +10,8 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import demo
-from jaxcompress.evaluation import Apply, windows
+from jaxcompress.evaluation import Apply, divergence, windows
+from jaxcompress.tree.paths import entries
 
 HELDOUT_SHA256 = "1b43338678fff55e110b0793364566110064094350ede6e62cd331e017e6082e"
 LENGTH, BATCH = 256, 4
@@ -95,3 +96,95 @@ def test_data_helps(kl, moments):
     learned = kl("learned(bits=3, block=64, steps=40)", moments)
     assert fed < 0.8 * nearest
     assert learned < fed
+
+
+def test_planned_bits_beat_uniform_bits_at_equal_bytes(reference):
+    """Sensitivities on the first half of the text, divergence on the second."""
+    model, stacked, tokenizer, _, batches = reference
+    params = jc.models.unstack_layers(stacked)
+    text = demo.heldout_text()
+    ids = np.array(tokenizer.encode(text[: len(text) // 2])[: 4 * LENGTH])
+    target = jax.jit(Apply(model))(stacked, ids.reshape(4, LENGTH))
+
+    @jax.jit
+    def loss(tree, target):
+        logits = Apply(model)(jc.models.stack_layers(tree), ids.reshape(4, LENGTH))
+        return divergence(target, logits).mean()
+
+    kernels = r"layer_\d+/.*kernel"
+    sensitivities = jc.measure_sensitivities(
+        lambda tree: loss(tree, target),
+        params,
+        sizes=(0.15,),
+        pattern=kernels,
+        key=jax.random.key(0),
+    )
+    method = "symmetric(bits={}, block=64, full_range=True)".format
+    uniform = jc.compress(params, [(kernels, method(3))])
+    names = [name for name in sensitivities]
+    held = lambda tree: sum(jc.nbytes(tree[n[:7]]) for n in {n[:7] for n in names})  # noqa: E731
+    float_bytes = held(params) - sum(
+        x.nbytes for n, x in flat(params) if n in sensitivities
+    )
+    planned = jc.plan_bits(
+        params,
+        budget=held(uniform) - float_bytes,
+        sensitivities=sensitivities,
+        candidates=[method(bits) for bits in (2, 3, 4, 5)],
+        pattern=kernels,
+    )
+    small = jc.compress(params, planned)
+    assert held(small) <= held(uniform)
+    costs = [
+        jc.compare(
+            Apply(model),
+            stacked,
+            jc.models.stack_layers(jax.jit(jc.materialize)(tree)),
+            batches,
+        ).kl
+        for tree in (small, uniform)
+    ]
+    assert costs[0] < 0.9 * costs[1]
+
+
+def flat(params):
+    """Names and arrays."""
+    return [(entry.name, entry.value) for entry in entries(params)]
+
+
+def test_mixed_channels_beat_uniform_bits_where_there_are_outliers(reference):
+    """Some channels are made large by rescaling that leaves the function as it is."""
+    model, params, tokenizer, layout, batches = reference
+    factors = np.ones(256, np.float32)
+    factors[[5, 80, 133, 210]] = 32
+    layers = params["layers"]
+    norms = {
+        "attention_norm": ("attention", ("q_proj", "k_proj", "v_proj")),
+        "mlp_norm": ("mlp", ("gate_proj", "up_proj")),
+    }
+    changed = dict(layers)
+    for norm, (part, kernels) in norms.items():
+        changed[norm] = {"scale": layers[norm]["scale"] * factors[None]}
+        changed[part] = dict(layers[part])
+        for name in kernels:
+            kernel = layers[part][name]["kernel"] / factors[None, :, None]
+            changed[part][name] = {"kernel": kernel}
+    rescaled = params | {"layers": changed}
+    assert jc.compare(Apply(model), params, rescaled, batches[:1]).kl < 1e-6
+    text = demo.heldout_text()
+    ids = np.array(tokenizer.encode(text[: len(text) // 2])[: 8 * LENGTH])
+    pattern = r"layers/.*(q|k|v|gate|up)_proj/kernel"
+    found = jc.collect_moments(
+        model, rescaled, ids.reshape(-1, 8, LENGTH), select=pattern
+    )
+    results = []
+    for method in (
+        "symmetric(bits=3, block=32)",
+        "mixed_channels(bits=3, block=64, keep=0.02, kept_bits=8)",
+    ):
+        small = jc.compress(rescaled, [(pattern, method)], found, layout=layout)
+        dense = jax.jit(jc.materialize)(small)
+        cost = jc.compare(Apply(model), params, dense, batches).kl
+        results.append((jc.nbytes(small), cost))
+    (uniform, uniform_cost), (mixed, mixed_cost) = results
+    assert mixed <= uniform and mixed_cost < 0.7 * uniform_cost

@@ -37,6 +37,7 @@ from jaxcompress.distillation.objectives import (
     hard_labels,
     soft_labels,
 )
+from jaxcompress.distillation.rollouts import on_policy, rollout
 from jaxcompress.distillation.runs import (
     latest_checkpoint,
     restore_state,
@@ -75,12 +76,14 @@ __all__ = [
     "loss",
     "make_train_step",
     "mean",
+    "on_policy",
     "over_layers",
     "place",
     "read_cache",
     "relations",
     "restore_state",
     "reverse_kl",
+    "rollout",
     "sampled",
     "sampled_kl",
     "save_state",

@@ -1,5 +1,6 @@
 """Flax reference models, and how to load, run and write them."""
 
+from jaxcompress.models.bert import Bert, sentence_embeddings
 from jaxcompress.models.convolutional import ConvNet
 from jaxcompress.models.generation import generate
 from jaxcompress.models.huggingface import export_huggingface
@@ -13,13 +14,24 @@ from jaxcompress.models.structure import (
     neuron_groups,
     resized,
 )
+from jaxcompress.models.students import (
+    channel_group,
+    fewer_channels,
+    fewer_layers,
+    fewer_neurons,
+)
 from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
 from jaxcompress.models.vocabulary import trim_vocabulary
 
 __all__ = [
+    "Bert",
     "ConvNet",
     "Transformer",
+    "channel_group",
     "export_huggingface",
+    "fewer_channels",
+    "fewer_layers",
+    "fewer_neurons",
     "filter_groups",
     "generate",
     "head_groups",
@@ -30,6 +42,7 @@ __all__ = [
     "open_weights",
     "resized",
     "save_model",
+    "sentence_embeddings",
     "stack_layers",
     "trim_vocabulary",
     "unstack_layers",

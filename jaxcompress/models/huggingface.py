@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from jaxcompress import tokenization
+from jaxcompress.models import bert
 from jaxcompress.models.assembly import (
     Assembled,
     assemble,
@@ -73,9 +74,10 @@ def open_huggingface(
     """As `read_huggingface`, but each weight is read when it is asked for."""
     directory = Path(directory)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    model = transformer_from(config).clone(scan=scan)
     places = _tensor_places(directory)
-    if model.tied:  # some files repeat the embedding under the head's name
+    model = model_from(config).clone(scan=scan)
+    encoder = isinstance(model, bert.Bert)
+    if not encoder and model.tied:  # some files repeat the embedding as the head
         places.pop("lm_head.weight", None)
 
     def fetch(name: str, _: str) -> np.ndarray:
@@ -91,13 +93,20 @@ def open_huggingface(
         model,
         places,
         fetch,
-        MODULES,
+        bert.MODULES if encoder else MODULES,
         kind=kind,
-        ignorable=IGNORABLE,
+        ignorable=bert.IGNORABLE if encoder else IGNORABLE,
         dtype=dtype,
         source=str(directory),
     )
     return model, params, read_tokenizer(directory)
+
+
+def model_from(config: Mapping[str, Any]) -> Transformer | bert.Bert:
+    """The Transformer, or the encoder, that a `config.json` describes."""
+    if config.get("architectures") == ["BertModel"]:
+        return bert.bert_from(config)
+    return transformer_from(config)
 
 
 def transformer_from(config: Mapping[str, Any]) -> Transformer:
@@ -106,7 +115,7 @@ def transformer_from(config: Mapping[str, Any]) -> Transformer:
     if names[0] not in ARCHITECTURES:
         raise ValueError(
             f"architecture {names[0]!r} is not supported; supported are "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{', '.join(ARCHITECTURES)} and BertModel"
         )
     name = names[0]
     config = ARCHITECTURES[name] | dict(config)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxcompress.models.assembly import parameter_shapes
 from jaxcompress.models.gguf_files import open_gguf, read_gguf, read_model
 from jaxcompress.models.huggingface import (
+    model_from,
     open_huggingface,
     read_huggingface,
-    transformer_from,
 )
 from jaxcompress.models.saved import (
     load_reference,
@@ -36,6 +36,7 @@ def load(
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Model, parameters and tokenizer of a language model; weights stay as stored.
 
+    A directory may also hold a BertModel: the model is then an encoder, a `Bert`.
     `name_or_path` is "reference" (the small model shipped with the package), a file of
     `save_model`, a `.gguf` file, a Hugging Face directory, or a name on its hub
     ("owner/name"). `scan=True` stacks the layers for one compiled loop, None keeps them
@@ -99,7 +100,7 @@ def shapes(name_or_path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     elif (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-        model = transformer_from(config)
+        model = model_from(config)
     elif path.is_file() or path.suffix == ".safetensors":
         return saved_shapes(path)
     else:

@@ -105,7 +105,7 @@ def wanda(
     Source: Sun et al. 2023, "A simple and effective pruning approach for large language
     models" (arXiv 2306.11695, section 3).
     """
-    score = _magnitudes(x, "wanda") * _norms(second_of(x, moments, "wanda"))
+    score = _magnitudes(x, "wanda") * input_norms(x, moments, "wanda")
     chosen = choice(x.shape, "wanda", sparsity=sparsity, pattern=pattern, scope=scope)
     return _kept(x, score, chosen)
 
@@ -115,6 +115,11 @@ def second_of(x: jax.Array, moments: Any, name: str) -> jax.Array:
     drifted = getattr(moments, "drifted", None) is not None
     field = "drifted" if drifted else "second"
     return getattr(require(moments, x, name, fields=(field,)), field)
+
+
+def input_norms(x: jax.Array, moments: Any, name: str) -> jax.Array:
+    """Root mean square of each input of the pruned layer, `[..., inputs, 1]`."""
+    return _norms(second_of(x, moments, name))
 
 
 def check_weights(x: jax.Array, name: str) -> None:

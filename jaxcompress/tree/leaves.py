@@ -335,15 +335,15 @@ class Mixed(Leaf):
 
 @leaf
 class Sum(Leaf):
-    """A weight that is the sum of its terms, accumulated in float32 or wider."""
+    """A weight that is the sum of its terms, accumulated in float32 or wider.
+
+    Each term multiplies the layer's inputs, and what changes one changes the output by
+    as much as if it stood alone: it has the moments of the whole.
+    """
 
     terms: tuple[Any, ...]
 
     weights: ClassVar[tuple[str, ...]] = ("terms",)
-
-    def inner_moments(self, field: str, moments: Any) -> None:
-        """A term is not fitted to the layer's inputs alone: none."""
-        del field, moments
 
     @property
     def shape(self) -> tuple[int, ...]:
