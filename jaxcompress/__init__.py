@@ -17,6 +17,7 @@ from jaxcompress.entropy.packing import Packed
 from jaxcompress.entropy.packing import pack
 from jaxcompress.evaluation import compare
 from jaxcompress.evaluation import evaluate
+from jaxcompress.factorization.corrections import corrected
 from jaxcompress.factorization.cp import CP
 from jaxcompress.factorization.cp import cp
 from jaxcompress.factorization.low_rank import LowRank

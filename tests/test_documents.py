@@ -10,7 +10,8 @@ from jaxcompress import demo
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-FAST = {"WINDOWS": 2, "STEPS": 2}  # in place of those in the cell "parameters"
+# What replaces the numbers of the cell tagged "parameters".
+FAST = {"WINDOWS": 2, "TRAIN_STEPS": 3}
 
 
 def code_of(notebook):

@@ -14,6 +14,7 @@ from jaxcompress.factorization import (
     CP,
     LowRank,
     Tucker,
+    corrected,
     cp,
     energies,
     plan_ranks,
@@ -361,6 +362,25 @@ def test_cp_loses_less_with_more_terms_and_sweeps():
     assert squared(x, cp(x, rank=4, sizes=SIZES, sweeps=1)) > 1.01 * few
 
 
+def test_fits_are_as_good_as_tensorly_s():
+    tensorly = pytest.importorskip("tensorly")
+    from tensorly.decomposition import parafac
+    from tensorly.decomposition import tucker as their_tucker
+
+    x = terms(6) + 0.5 * random(12, 30, seed=9)
+    tensor = x.astype(np.float64).reshape(SIZES)
+    norm = np.sum(tensor**2)
+    options = {"n_iter_max": 200, "tol": 1e-10, "init": "svd", "random_state": 0}
+    theirs = tensorly.cp_to_tensor(parafac(tensor, 4, **options))
+    ours = squared(x, cp(x, rank=4, sizes=SIZES, sweeps=200)) / norm
+    assert abs(ours - np.sum((tensor - theirs) ** 2) / norm) < 1e-3
+    ranks = (5, 4, 3)
+    found = their_tucker(tensor, ranks, n_iter_max=100, tol=1e-12, init="svd")
+    theirs = np.sum((tensor - tensorly.tucker_to_tensor(found)) ** 2) / norm
+    ours = squared(x, tucker(x, ranks=ranks, sizes=SIZES, sweeps=50)) / norm
+    assert abs(ours - theirs) < 1e-5
+
+
 def test_degenerate_cp_stays_finite():
     a, b = np.eye(12)[:2], np.eye(6)[:2]
     c = np.eye(5)[:2]
@@ -516,6 +536,98 @@ def test_a_plan_is_nearly_the_best_of_all(budget):
     assert best <= (1 + 1e-6) * loss and loss <= best + 0.05 * every
 
 
+# Corrections
+
+BASE = "symmetric(bits=3, block=8)"
+
+
+def test_a_correction_is_the_best_of_its_rank():
+    x, rows = random(INPUTS, OUTPUTS), correlated(INPUTS)
+    moments = moments_of(rows)
+    leaf = corrected(x, moments, base=BASE, rank=RANK, damping=0.0)
+    coarse, thin = leaf.terms
+    np.testing.assert_array_equal(wide(coarse), wide(jc.symmetric(x, bits=3, block=8)))
+    # The symmetric root, as the paper has it.
+    values, vectors = np.linalg.eigh(np.asarray(moments.second, np.float64))
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    u, sizes, vt = np.linalg.svd(root @ (x - wide(coarse)), full_matrices=False)
+    best = np.linalg.solve(root, (u[:, :RANK] * sizes[:RANK]) @ vt[:RANK])
+    np.testing.assert_allclose(wide(thin), best, atol=1e-5)
+    lost = np.sum(sizes[RANK:] ** 2)
+    loss = output_loss(x, leaf, rows)
+    assert abs(loss - lost) < 1e-5 * lost
+    assert loss < 0.5 * output_loss(x, coarse, rows)
+    plain = corrected(x, moments, base=BASE, rank=RANK, weighted=False)
+    assert squared(x, plain) < squared(x, leaf) < squared(x, coarse)
+    assert loss < 0.8 * output_loss(x, plain, rows)
+
+
+def test_a_correction_aims_at_the_original_outputs():
+    x, rows = random(INPUTS, OUTPUTS), correlated(INPUTS)
+    drifted = rows + 0.3 * rows.std() * random(*rows.shape, seed=5)
+    count = len(rows)
+    moments = Moments(
+        count=jnp.ones(()),
+        second=jnp.asarray(rows.T @ rows / count, jnp.float32),
+        drifted=jnp.asarray(drifted.T @ drifted / count, jnp.float32),
+        cross=jnp.asarray(rows.T @ drifted / count, jnp.float32),
+    )
+    leaf = corrected(x, moments, base=BASE, rank=RANK, damping=0.0)
+    # reduced-rank regression of what the coarse weights leave of the outputs
+    wanted = rows @ x - drifted @ wide(leaf.terms[0])
+    basis, _ = np.linalg.qr(drifted)
+    u, values, vt = np.linalg.svd(basis.T @ wanted, full_matrices=False)
+    fitted = basis @ (u[:, :RANK] * values[:RANK]) @ vt[:RANK]
+    best = np.sum((fitted - wanted) ** 2)
+    found = np.sum((drifted @ wide(leaf) - rows @ x) ** 2)
+    assert found < (1 + 1e-5) * best
+
+
+def test_corrections_of_stacks_and_in_recipes():
+    x = random(2, INPUTS, OUTPUTS)
+    leaf = corrected(x, base=BASE, rank=RANK)
+    assert leaf.shape == x.shape
+    for i in range(2):
+        one = jax.tree.map(lambda a: a[i], leaf)  # noqa: B023
+        single = corrected(x[i], base=BASE, rank=RANK)
+        np.testing.assert_allclose(wide(one), wide(single), atol=1e-6)
+    params = {"up": {"kernel": random(64, 96)}}
+    stages = jc.chain(
+        f"corrected(base={BASE!r}, rank=8)",
+        [("up/kernel/terms/1/(left|right)", "symmetric(bits=8)")],
+        "entropy_code()",
+    )
+    small = jc.compress(params, stages)
+    assert "up/kernel/terms/1/left/codes" in jc.leaf_names(small)
+    coarse = jc.compress(params, BASE)
+    errors = [
+        squared(params["up"]["kernel"], t["up"]["kernel"]) for t in (small, coarse)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+    sparse = corrected(x[0], base=jc.magnitude(sparsity=0.5), rank=RANK)
+    assert isinstance(sparse.terms[0], jc.Sparse)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"base": BASE, "rank": 25}, "rank=1 to 24 here, not 25"),
+        ({"base": BASE, "rank": 0}, "rank=1 to 24 here, not 0"),
+        ({"base": "entropy_code()", "rank": 2}, "a method on weights"),
+        ({"base": 4, "rank": 2}, "a method on weights"),
+        ({"base": "rounded_up()", "rank": 2}, "unknown method"),
+        ({"base": BASE, "rank": 2, "damping": 2}, "damping from 0 to 1"),
+        ({"base": BASE, "rank": 2, "weighted": True}, "corrected needs moments"),
+        ({"base": "gptq(bits=4)", "rank": 2}, "gptq needs moments"),
+    ],
+)
+def test_corrections_refuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        corrected(MATRIX, **options)
+    with pytest.raises(ValueError, match=r"needs \(24, 24\)"):
+        corrected(MATRIX, moments_of(correlated(12)), base=BASE, rank=2)
+
+
 # Composition
 
 
@@ -669,6 +781,16 @@ def test_plans_refuse_tracers_and_trees_without_kernels():
         jax.jit(lambda p: plan_ranks(p, budget=0.5))(tree())
     with pytest.raises(ValueError, match="takes no leaf of this tree"):
         plan_ranks({"scale": random(64)}, budget=0.5)
+
+
+def test_moments_of_another_model_are_refused():
+    params = {"up": {"kernel": random(64, 96)}}
+    others = {"layer_0/mlp/kernel": moments_of(correlated(64))}
+    with pytest.raises(ValueError, match=r"of another model.*'layer_0/mlp/kernel'.*up"):
+        jc.compress(params, "svd(rank=4)", others)
+    smaller = {"up/kernel": moments_of(correlated(32))}
+    with pytest.raises(ValueError, match=r"^up/kernel: svd: .*needs \(64, 64\)"):
+        jc.compress(params, "svd(rank=4)", smaller)
 
 
 def test_energy_works_in_a_recipe():

@@ -31,6 +31,7 @@ METHODS = [
     "sign_split(bits=(3, 3)) > entropy_code()",
     "outliers(keep=0.02)",
     "svd(rank=40)",
+    "corrected(base='symmetric(bits=3, block=16)', rank=8)",
     "tucker(ranks=(48, 8, 10), sizes=(64, 8, 12), sweeps=2)",
     "magnitude(pattern='2:4')",
     "magnitude(threshold=0.02)",

@@ -1,5 +1,6 @@
 """Fewer weights per kernel: products of thin matrices, cores and factors."""
 
+from jaxcompress.factorization.corrections import corrected
 from jaxcompress.factorization.cp import CP, cp
 from jaxcompress.factorization.low_rank import LowRank
 from jaxcompress.factorization.ranks import plan_ranks
@@ -10,6 +11,7 @@ __all__ = [
     "CP",
     "LowRank",
     "Tucker",
+    "corrected",
     "cp",
     "energies",
     "plan_ranks",

@@ -107,9 +107,7 @@ def svd(
         check_count("svd", "oversampling", oversampling, inputs + outputs, least=0)
         check_count("svd", "power_iterations", power_iterations, 100, least=0)
         sketch = Sketch(oversampling, power_iterations, seed)
-    one = functools.partial(_factors, rank=rank, damping=damping, sketch=sketch)
-    left, right = each_slice(one, x, second, cross)
-    return LowRank(left, right)
+    return nearest(x, None, (second, cross), rank=rank, damping=damping, sketch=sketch)
 
 
 def energies(
@@ -131,6 +129,28 @@ def energies(
     check_damping("energies", damping)
     second, cross = statistics("energies", x, moments, weighted)
     return _energies(x, second, cross, damping=damping)
+
+
+def nearest(
+    x: jax.Array,
+    base: jax.Array | None,
+    known: Statistics,
+    *,
+    rank: int,
+    damping: float,
+    sketch: Sketch | None = None,
+) -> LowRank:
+    """The product that, added to `base`, comes nearest to the weights; traceable.
+
+    Args:
+      x: `[..., inputs, outputs]`.
+      base: what is there already, same shape; None for nothing.
+      known: of `statistics`, which decide what nearest means.
+      rank, damping, sketch: as in `svd`; None is the exact decomposition.
+    """
+    second, cross = known
+    one = functools.partial(_factors, rank=rank, damping=damping, sketch=sketch)
+    return LowRank(*each_slice(one, x, base, second, cross))
 
 
 def statistics(
@@ -182,6 +202,7 @@ def unwhiten(factor: jax.Array, x: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("rank", "damping", "sketch"))
 def _factors(
     x: jax.Array,
+    base: jax.Array | None,
     second: jax.Array | None,
     cross: jax.Array | None,
     *,
@@ -197,9 +218,11 @@ def _factors(
         key = jax.random.key(sketch.seed)
         probes = jax.random.normal(key, (x.shape[1], dimensions), jnp.float32)
     with float64(True):
-        wide, seen, both = _widen(x, second, cross)
+        wide, start, seen, both = _widen(x, base, second, cross)
         if seen is not None:
             wide, factor, _ = whiten(wide, seen, both, damping)
+            start = None if start is None else jnp.matmul(factor.T, start)
+        wide = wide if start is None else wide - start
         if probes is None:
             u, values, vt = _triples(wide)
         else:

@@ -92,10 +92,12 @@ def compress(
 
     Raises:
       ValueError: a pattern that matches nothing, an unknown method or option, a kernel
-        whose layout is unknown, NaN or Inf in a selected weight; names the leaf.
+        whose layout is unknown, NaN or Inf in a selected weight, moments of another
+        model; names the leaf.
       TypeError: a host method under a trace.
     """
     stages = chain(recipe).stages
+    _check_moments(params, moments)
     done: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
     small = params
@@ -107,6 +109,19 @@ def compress(
     if not report:
         return small
     return small, leaf_reports(params, small, done, reasons)
+
+
+def _check_moments(params: Params, moments: Mapping[str, Any] | None) -> None:
+    """Raises ValueError where none of the moments is of a leaf of this tree."""
+    known = [name for name, _ in roots(params)]
+    if moments and not moments.keys() & set(known):
+        name = next(iter(moments))
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+        raise ValueError(
+            f"the moments are of another model: they name {name!r} and "
+            f"{len(moments) - 1} others, none of which this tree has; the nearest of "
+            f"its names are {', '.join(near)}. Collect them with this model"
+        )
 
 
 def leaf_reports(

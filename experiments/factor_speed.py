@@ -1,0 +1,130 @@
+"""How fast does a layer multiply by thin factors instead of its dense kernel?
+
+One `nn.Dense` of a width with float32 weights, once dense and once as `svd(rank=...)`
+inside `jc.fast()`, called in turn on the same inputs, for several rounds, so that other
+work on the machine slows both alike. Ratios are medians of the rounds' ratios, below 1
+where the factors are faster; operations are those of the compiled programs.
+
+    python experiments/factor_speed.py
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from nearest import commit
+
+import jaxcompress as jc
+from jaxcompress import reporting
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    width: int = 2048
+    rank: int = 512
+    rows: tuple[int, ...] = (1, 8, 64, 512)
+    rounds: int = 41
+    fast: bool = False  # a narrower layer, three rounds
+    results: str = "experiments/results/factor_speed.jsonl"
+
+
+def timed(functions: list[Callable[[], Any]], rounds: int) -> np.ndarray:
+    """Wall and processor seconds, `[rounds, functions, 2]`, called in turn."""
+    for function in functions:
+        jax.block_until_ready(function())  # compiles
+    seconds = np.zeros((rounds, len(functions), 2))
+    for i in range(rounds):
+        for j, function in enumerate(functions):
+            wall, processor = time.perf_counter(), time.process_time()
+            jax.block_until_ready(function())
+            seconds[i, j] = (
+                time.perf_counter() - wall,
+                time.process_time() - processor,
+            )
+    return seconds
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """One row per number of inputs."""
+    if config.fast:
+        config = dataclasses.replace(config, width=256, rank=64, rows=(8,), rounds=3)
+    model = nn.Dense(config.width)
+    keys = jax.random.split(jax.random.key(0), 4)
+    left = jax.random.normal(keys[0], (config.width, config.rank)) / config.rank
+    right = jax.random.normal(keys[1], (config.rank, config.width))
+    bias = jax.random.normal(keys[2], (config.width,))
+    small = {"kernel": jc.LowRank(left, right), "bias": bias}
+    dense = jax.jit(jc.materialize)(small)
+
+    @jax.jit
+    def plain(params: Any, x: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, x)
+
+    @jax.jit
+    def by_factors(params: Any, x: jax.Array) -> jax.Array:
+        with jc.fast():
+            return model.apply({"params": params}, x)
+
+    rows = []
+    for count in config.rows:
+        x = jax.random.normal(keys[3], (count, config.width))
+        error = jnp.abs(plain(dense, x) - by_factors(small, x)).max()
+        seconds = timed(
+            [
+                lambda x=x: plain(dense, x),
+                lambda x=x: by_factors(small, x),
+                lambda x=x: plain(small, x),
+            ],
+            config.rounds,
+        )
+        ratios = np.median(seconds[:, 1:] / seconds[:, :1], axis=0)
+        middle = np.median(seconds, axis=0)
+        operations = [
+            f.lower(params, x).compile().cost_analysis()["flops"]
+            for f, params in ((plain, dense), (by_factors, small))
+        ]
+        rows.append(
+            {
+                "experiment": "factor_speed",
+                "width": config.width,
+                "rank": config.rank,
+                "rows": count,
+                "rounds": config.rounds,
+                "operations_ratio": operations[1] / operations[0],
+                "ratio": float(ratios[0, 0]),
+                "ratio_processor": float(ratios[0, 1]),
+                "ratio_materialized": float(ratios[1, 0]),
+                "seconds_dense": float(middle[0, 0]),
+                "seconds_factors": float(middle[1, 0]),
+                "largest_difference": float(error),
+                "commit": commit(),
+                "jax": metadata.version("jax"),
+                "device": jax.devices()[0].device_kind,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=Config.width)
+    parser.add_argument("--rank", type=int, default=Config.rank)
+    parser.add_argument("--rows", type=int, nargs="+", default=Config.rows)
+    parser.add_argument("--rounds", type=int, default=Config.rounds)
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--results", default=Config.results)
+    config = Config(**vars(parser.parse_args()))
+    reporting.append_lines(config.results, run(config))
+
+
+if __name__ == "__main__":
+    main()
