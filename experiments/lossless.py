@@ -6,6 +6,7 @@ gives them back. Processor seconds of one thread; ratios to ZipNN are of the sam
 The decoder in XLA runs on the layers as a scanned model holds them, stacked.
 
     python experiments/lossless.py MODEL.safetensors
+    python experiments/lossless.py MODEL.safetensors --sizes  # no clocks
 """
 
 import argparse
@@ -14,6 +15,8 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +32,7 @@ os.environ.setdefault(
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jaxcompress as jc
 from jaxcompress.entropy import arrays, code_floats, planes, streams
@@ -48,6 +51,7 @@ class Config:
     rounds: int = 7
     kinds: str = ",".join(KINDS)
     threads: int = 1  # for ours, where more than one is measured
+    sizes: bool = False  # bits only, those of command lines on the path too
     fast: bool = False  # made-up weights of a fortieth of the size, two rounds
     output: str = ""  # a file of JSON lines to append to
 
@@ -189,6 +193,43 @@ def file_bits(tensors: dict[str, np.ndarray], fast: bool = False) -> float:
         return 8 * path.stat().st_size / sum(x.size for x in tensors.values())
 
 
+def command_bits(tensors: dict[str, np.ndarray], kind: str) -> dict[str, float]:
+    """Bits per weight of other programs' files, where they are installed."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, "x.safetensors")
+        save_file(tensors, plain)
+        commands = {
+            "lmzip": ["lmz", "compress", "-f", str(plain)],
+            "bigsmall": ["bigsmall", "compress", str(plain), "-o"],
+        }
+        for name, command in commands.items():
+            if shutil.which(command[0]):
+                out = Path(folder, name)
+                subprocess.run([*command, str(out)], check=True, capture_output=True)
+                count = sum(x.size for x in tensors.values())
+                found[name] = 8 * out.stat().st_size / count
+    return found
+
+
+def only_sizes(config: Config, source: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Bits per weight alone: one row per kind and coder."""
+    rows = []
+    for kind in config.kinds.split(","):
+        tensors = {name: x.astype(jnp.dtype(kind)) for name, x in source.items()}
+        data = b"".join(x.tobytes() for x in tensors.values())
+        count = sum(x.size for x in tensors.values())
+        found = {"ours": file_bits(tensors)}
+        if kind != "float16":
+            found["ours, fast"] = file_bits(tensors, fast=True)
+        for name, (encode, _, size) in peers(data, kind).items():
+            found[name] = 8 * size(encode()) / count
+        found |= command_bits(tensors, kind)
+        rows += [{"kind": kind, "coder": k, "file_bits": x} for k, x in found.items()]
+        print(json.dumps(found), flush=True)
+    return rows
+
+
 def stacked(tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Large tensors, those of all layers together."""
     groups: dict[str, list[np.ndarray]] = {}
@@ -234,6 +275,10 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.fast:
         config = dataclasses.replace(config, model="", rounds=2, kinds="bfloat16")
     source = weights(config)
+    if config.sizes:
+        return [
+            row | {"experiment": "lossless_sizes"} for row in only_sizes(config, source)
+        ]
     rows = []
     for kind in config.kinds.split(","):
         tensors = {name: x.astype(jnp.dtype(kind)) for name, x in source.items()}
