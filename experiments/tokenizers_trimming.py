@@ -119,7 +119,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             there = json.loads(line)
-            done.add(tuple(there[key] for key in identity) + (there["cut_off"],))
+            done.add((*(there[key] for key in identity), there["cut_off"]))
     rows, likely = [], None
     for cut_off in config.cut_off.split(","):
         if (*(about[key] for key in identity), cut_off) in done:
