@@ -60,9 +60,10 @@ class Config:
     planned: str = ""  # a JSON file of rules, measured as "planned"
     fraction: float = 0.8  # of the text is for calibration
     calibration: int = 64  # windows
-    windows: int = 8  # of each text
+    windows: int = 4  # of each text
     tokens: int = 512  # in a window
     cache: str = ""  # directory for moments, which take longer than the rest
+    moments: bool = False  # only make the cache of moments
     fast: bool = False  # the reference model and little text
     results: str = "experiments/results/calibrated.jsonl"
 
@@ -82,6 +83,9 @@ def run(config: Config) -> list[dict[str, Any]]:
     calibration, batches = texts(config, tokenizer)
     moments = None
     rows: list[dict[str, Any]] = []
+    if config.moments:
+        one_shot(config, model, params, calibration)
+        return rows
     done = known(config)
     for name in names:
         if all((label(config, name), text) in done for text in batches):
@@ -167,7 +171,7 @@ def texts(config: Config, tokenizer: Any) -> tuple[list[np.ndarray], dict[str, l
     ids = np.array(tokenizer.encode(whole[: min(cut, 8 * count)]))
     if len(ids) < count:
         raise ValueError(f"{len(ids)} tokens to calibrate on, {count} asked for")
-    size = min(4, config.calibration)
+    size = min(16, config.calibration)
     calibration = list(ids[:count].reshape(-1, size, config.tokens))
     batches = {}
     for key, text in ((name, whole[cut:]), ("docstrings", docstrings())):
@@ -187,22 +191,26 @@ def texts(config: Config, tokenizer: Any) -> tuple[list[np.ndarray], dict[str, l
 def one_shot(
     config: Config, model: Any, params: Any, batches: list[np.ndarray]
 ) -> dict[str, jc.Moments]:
-    """Moments of the original model, kept in the cache."""
-    name = f"moments-{Path(config.model).stem}-{config.calibration}.safetensors"
-    path = Path(config.cache) / name if config.cache and not config.fast else None
-    if path is None or not path.exists():
-        found = jc.collect_moments(model, params, batches, progress=True)
-        if path is None:
-            return found
-        kept = {
-            key: {f.name: getattr(m, f.name) for f in dataclasses.fields(m)}
-            for key, m in found.items()
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        jc.save(path, {"moments": kept})
-    with jc.open(path) as file:
-        tree = jax.tree.map(file.read, file.tree)["moments"]
-    return {key: jc.Moments(**fields) for key, fields in tree.items()}
+    """Moments of the original model; parts of them are kept in the cache."""
+    total: dict[str, jc.Moments] = {}
+    for number, batch in enumerate(batches):
+        name = f"{Path(config.model).stem}-{config.tokens}-{number:03}.safetensors"
+        path = Path(config.cache) / name if config.cache and not config.fast else None
+        if path is not None and path.exists():
+            with jc.open(path) as file:
+                tree = jax.tree.map(file.read, file.tree)["moments"]
+            found = {key: jc.Moments(**fields) for key, fields in tree.items()}
+        else:
+            found = jc.collect_moments(model, params, [batch])
+        if path is not None and not path.exists():
+            kept = {
+                key: {f.name: getattr(m, f.name) for f in dataclasses.fields(m)}
+                for key, m in found.items()
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            jc.save(path, {"moments": kept})
+        total = {key: total[key] + m if key in total else m for key, m in found.items()}
+    return total
 
 
 def stored(path: Path, params: Any) -> dict[str, float]:

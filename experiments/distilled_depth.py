@@ -30,7 +30,6 @@ from train_reference import library_files, long_lines
 import jaxcompress as jc
 from jaxcompress import demo, distillation, reporting
 from jaxcompress.evaluation import Apply, windows
-from jaxcompress.models.structure import layer_groups, resized
 
 HIDDEN, MAPS = "layers/hidden", "layers/attention/attention"
 ROWS = ("hard", "soft", "soft+hidden", "soft+hidden+attention")
@@ -132,9 +131,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             config, steps=3, batch=2, tokens=32, windows=2, rows="soft"
         )
     teacher, params, tokenizer = jc.models.load("reference", scan=True)
-    keep = np.arange(config.every - 1, teacher.layers, config.every)
-    start = jc.remove_units(params, layer_groups(teacher), {"layers": keep})
-    student = resized(teacher, start)
+    student, start = jc.models.fewer_layers(teacher, params, config.every)
     text = training_tokens(tokenizer, TEXT // (40 if config.fast else 1))
     ids = tokenizer.encode(demo.heldout_text())
     heldout = windows(

@@ -2,9 +2,10 @@
 
 Trains a small network with batch norm on scikit-learn's digits (the extra `images`).
 Then, each from the trained network: removes filters by their activation, with nothing
-made up for, with the readers refitted in closed form, and after one epoch of training
-as well; and factorizes its kernels by Tucker-2 (channels in and out) and CP. One JSON
-line per row:
+made up for, with the readers refitted in closed form, with the statistics of the norms
+measured again, and after one epoch of training as well; and factorizes its kernels by
+Tucker-2 (channels in and out) and CP, before and after the norms are measured again.
+One JSON line per row:
 
     python experiments/filters.py
 """
@@ -86,6 +87,17 @@ def train(
     return variables
 
 
+def measured_norms(model: ConvNet, variables: Any, images: np.ndarray) -> Any:
+    """The variables with batch statistics of these images; weights as they are."""
+    same = model.clone(momentum=0.0)  # what is measured replaces what was
+    _, changed = jax.jit(
+        lambda variables, images: same.apply(
+            variables, images, train=True, mutable=["batch_stats"]
+        )
+    )(variables, images)
+    return {**variables, **changed}
+
+
 def accuracy(model: ConvNet, variables: Any, data: Any) -> float:
     logits = jax.jit(model.apply)(variables, data[0])
     return float(np.mean(np.argmax(logits, axis=-1) == data[1]))
@@ -143,6 +155,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             less = resized(model, small)
             name = "filters by activation"
             row(name, less, small, removed=fraction, made_up=made_up is not None)
+        again = measured_norms(less, small, data[0])
+        row(f"{name}, norms again", less, again, removed=fraction, made_up=True)
         tuned = train(less, small, data, config.tuned_epochs, 1e-3, config.seed + 1)
         row(
             f"{name}, then {config.tuned_epochs} epoch",
@@ -167,6 +181,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         for name, rules in (("tucker-2", tucker), ("cp", cp)):
             small = jc.compress(variables, rules, layout=layout)
             row(name, model, small, share_of_channels=share, recipe=rules)
+            again = measured_norms(model, small, data[0])
+            row(f"{name}, norms again", model, again, share_of_channels=share)
     about = {
         "config": dataclasses.asdict(config),
         "commit": commit(),

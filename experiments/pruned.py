@@ -8,7 +8,7 @@ results hold already are not run again. A last row per setting says how often th
 of the methods holds layer by layer, and where it does not:
 
     python experiments/pruned.py
-    python experiments/pruned.py SmolLM2.gguf text.txt
+    python experiments/pruned.py SmolLM2.gguf text.txt --kernels "layer_.?[05]/.*kernel"
 """
 
 import argparse
@@ -43,6 +43,7 @@ class Config:
     windows: int = 32  # to measure on
     tokens: int = 256  # in a window
     only: str = ""  # rows whose recipe holds this
+    kernels: str = KERNELS  # to be pruned; others stay dense
     fast: bool = False
     results: str = "experiments/results/pruned.jsonl"
 
@@ -95,9 +96,14 @@ def kernels(params: Any) -> list[tuple[str, jax.Array]]:
 
 def layer_losses(params: Any, small: Any, moments: Any) -> dict[str, float]:
     """The loss of each layer, by the name of its kernel."""
-    seconds = {name: moments[name].second for name, _ in kernels(params)}
+    seconds = {name: known.second for name, known in moments.items()}
     found = _losses(params, small, seconds)
     return {name: float(f"{float(loss):.5g}") for name, loss in found.items()}
+
+
+def pruned_kernels(row: dict[str, Any]) -> str:
+    """The pattern of the kernels that a row pruned."""
+    return row.get("kernels", KERNELS)
 
 
 def orders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,15 +111,17 @@ def orders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     On the losses with the moments of the text that was measured on.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
         if row.get("method") in METHODS:
-            found.setdefault((row["model"], row["setting"]), {})[row["method"]] = row
+            key = (row["model"], row["setting"], pruned_kernels(row))
+            found.setdefault(key, {})[row["method"]] = row
     summary = []
-    for (model, setting), by_method in found.items():
+    for (model, setting, names), by_method in found.items():
         if set(by_method) != set(METHODS):
             continue
-        line = {"model": model, "setting": setting, "summary": "order of layer losses"}
+        line = {"model": model, "setting": setting, "kernels": names}
+        line["summary"] = "order of layer losses"
         for which in ("layer_losses", "heldout_layer_losses"):
             pairs = {}
             for worse, better in itertools.pairwise(METHODS):
@@ -142,7 +150,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if path.exists():
         done = [json.loads(line) for line in path.read_text().splitlines()]
     name = Path(config.model).name
-    held = {(row["model"], row.get("recipe")) for row in done}
+    held = {(row["model"], row.get("recipe"), pruned_kernels(row)) for row in done}
     recipes = [
         (method, setting, f"{method}({setting})")
         for setting in SETTINGS[-1 if config.fast else 0 :]
@@ -151,14 +159,18 @@ def run(config: Config) -> list[dict[str, Any]]:
     todo = [
         (method, setting, recipe)
         for method, setting, recipe in recipes
-        if config.only in recipe and (name, recipe) not in held
+        if config.only in recipe and (name, recipe, config.kernels) not in held
     ]
     rows: list[dict[str, Any]] = []
     if todo:
         rows = _measure(config, name, todo, path)
-    before = {(row["model"], row["setting"]) for row in done if "summary" in row}
+    before = {
+        (row["model"], row["setting"], pruned_kernels(row))
+        for row in done
+        if "summary" in row
+    }
     for line in orders(done + rows):
-        if (line["model"], line["setting"]) not in before:
+        if (line["model"], line["setting"], pruned_kernels(line)) not in before:
             rows.append(line)
             reporting.append_lines(path, [line])
     return rows
@@ -171,9 +183,9 @@ def _measure(
     learned_from, measured_on = texts(config)
     inputs = calibration(tokenizer, learned_from, config)
     batches = cut(tokenizer, measured_on, config, config.windows)
-    moments = jc.collect_moments(model, params, inputs, select=KERNELS)
+    moments = jc.collect_moments(model, params, inputs, select=config.kernels)
     heldout = jc.collect_moments(
-        model, params, [batch["tokens"] for batch in batches], select=KERNELS
+        model, params, [batch["tokens"] for batch in batches], select=config.kernels
     )
     scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
     about = {
@@ -186,13 +198,13 @@ def _measure(
     rows = []
     for method, setting, recipe in todo:
         clock = time.process_time()
-        small = jc.compress(params, [(KERNELS, recipe)], moments)
+        small = jc.compress(params, [(config.kernels, recipe)], moments)
         small = jax.block_until_ready(jax.jit(jc.materialize)(small))
         seconds = time.process_time() - clock
         report = jc.compare(
             Apply(scanned), dense, jc.models.stack_layers(small), batches
         )
-        kept = [np.count_nonzero(x) / x.size for _, x in kernels(small)]
+        kept = [np.count_nonzero(x) / x.size for n, x in kernels(small) if n in moments]
         losses = layer_losses(params, small, moments)
         others = layer_losses(params, small, heldout)
         row = {
@@ -200,6 +212,7 @@ def _measure(
             "recipe": recipe,
             "method": method,
             "setting": setting,
+            "kernels": config.kernels,
             "zeros": 1 - float(np.mean(kept)),
             "tokens": report.tokens,
             "dense_perplexity": report.dense.perplexity,

@@ -26,6 +26,7 @@ import structured
 import jaxcompress as jc
 from jaxcompress import demo, models, reporting
 from jaxcompress.evaluation import Apply
+from jaxcompress.running.decoding import decoded
 
 KERNELS = pruned.KERNELS
 VALUES = f"{KERNELS}/values"
@@ -103,7 +104,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             if not demo.same_bits(small, loaded):
                 raise ValueError(f"{recipe}: the file did not come back bit for bit")
             size = reporting.measure(loaded, file)
-        ready = models.stack_layers(jax.jit(jc.materialize)(loaded))
+        ready = jax.jit(jc.materialize)(models.stack_layers(decoded(loaded)))
         report = jc.compare(Apply(scanned), dense, ready, batches)
         add(
             {

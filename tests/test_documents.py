@@ -10,7 +10,13 @@ from jaxcompress import demo
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-FAST = {"WINDOWS": 2}  # what replaces the numbers of the cell tagged "parameters"
+# What replaces the values of the cell tagged "parameters".
+FAST = {
+    "WINDOWS": 2,
+    "TRAIN_STEPS": 3,
+    "CALIBRATION": 4,
+    "KERNELS": '"layers/mlp/down_proj/kernel"',
+}
 
 
 def code_of(notebook):

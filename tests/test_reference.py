@@ -15,6 +15,7 @@ from jaxcompress.tree.paths import entries
 
 HELDOUT_SHA256 = "1b43338678fff55e110b0793364566110064094350ede6e62cd331e017e6082e"
 LENGTH, BATCH = 256, 4
+KERNELS, MLP = r"layers/.*kernel", r"layers/mlp/.*kernel"
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +48,14 @@ def kl(reference):
     model, params, _, layout, batches = reference
     seen = {}
 
-    def measure(recipe, moments=None):
-        if recipe not in seen:
-            rules = [(r"layers/.*kernel", recipe)]
+    def measure(recipe, moments=None, where=KERNELS):
+        if (recipe, where) not in seen:
+            rules = [(where, recipe)]
             small = jc.compress(params, rules, moments, layout=layout)
             dense = jax.jit(jc.materialize)(small)
             report = jc.compare(Apply(model), params, dense, batches)
-            seen[recipe] = report.kl
-        return seen[recipe]
+            seen[recipe, where] = report.kl
+        return seen[recipe, where]
 
     return measure
 
@@ -96,6 +97,31 @@ def test_data_helps(kl, moments):
     learned = kl("learned(bits=3, block=64, steps=40)", moments)
     assert fed < 0.8 * nearest
     assert learned < fed
+
+
+def test_rounding_that_knows_of_outliers(kl, moments):
+    nearest = kl("asymmetric(bits=3, block=64)", where=MLP)
+    assert kl("hqq(bits=3, block=64)", where=MLP) < 0.97 * nearest
+    assert kl("awq(bits=3, block=64)", moments, where=MLP) < 0.97 * nearest
+
+
+def test_number_formats(kl):
+    assert kl("nf4(block=64)") < 0.9 * kl("symmetric(bits=4, block=64)")
+    four = kl("nvfp4(search=True)")
+    assert four < 0.7 * kl("mxfp4(search=True)")
+    assert kl("fp8()") < 0.1 * four
+
+
+def test_block_by_block(reference, kl, moments):
+    model, params, tokenizer, _, batches = reference
+    ids = np.array(tokenizer.encode(demo.heldout_text()[:60_000])[: 16 * LENGTH])
+    small = jc.compress_blockwise(
+        model, params, [(MLP, "gptq(bits=3, block=64)")], list(ids.reshape(-1, 8, 256))
+    )
+    dense = jax.jit(jc.materialize)(small)
+    found = jc.compare(Apply(model), params, dense, batches).kl
+    assert found < 0.8 * kl("symmetric(bits=3, block=64, search=True)", where=MLP)
+    assert found < 1.1 * kl("gptq(bits=3, block=64)", moments, where=MLP)
 
 
 def test_planned_bits_beat_uniform_bits_at_equal_bytes(reference):

@@ -96,8 +96,6 @@ def naive_merges(words, count):
         for word, symbols in parts.items():
             for pair in pairwise(symbols):
                 pairs[pair] += words[word]
-        known = {a + b for a, b in merges}
-        pairs = {pair: n for pair, n in pairs.items() if pair[0] + pair[1] not in known}
         if not pairs:
             break
         best = min(
@@ -137,7 +135,7 @@ def test_merges_are_those_of_sentencepiece(lines, words):
 
 
 def test_merges_are_those_of_tokenizers(words):
-    """It breaks ties by the numbers of the pieces, and repeats a piece's merges."""
+    """It breaks ties by the numbers of the pieces."""
     tokenizers = pytest.importorskip("tokenizers")
     alphabet = sorted({c for word in words for c in word})
     built = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -154,7 +152,7 @@ def test_merges_are_those_of_tokenizers(words):
     def number(piece):
         return ids.setdefault(piece, len(ids))
 
-    ours = byte_pairs.learn_merges(words, len(theirs), repeated=True, order=order)
+    ours = byte_pairs.learn_merges(words, len(theirs), order=order)
     same = [(m.left, m.right) == pair for m, pair in zip(ours, theirs, strict=True)]
     assert sum(same[:300]) == 300
     assert len({m.piece for m in ours} & {a + b for a, b in theirs}) >= 0.99 * len(same)

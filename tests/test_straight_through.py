@@ -1,6 +1,8 @@
 """Training through rounding: gradients by definition, equal values, better models."""
 
 import functools
+import pathlib
+import re
 
 import chex
 import jax
@@ -12,6 +14,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.calibration.feedback import float64
+from jaxcompress.models.transformer import Transformer
 from jaxcompress.quantization.grids import Steps
 from jaxcompress.quantization.latent import quantize_through
 
@@ -243,6 +246,44 @@ def test_an_ordinary_optax_loop_beats_rounding():
     assert np.asarray(changed).mean() > 0.5
 
 
+def test_scales_and_norms_alone_train_with_codes_frozen():
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.standard_normal((128, 64)), jnp.float32)
+    params = {
+        "a": {"kernel": KERNEL},
+        "norm": {"scale": jnp.ones(64)},
+        "out": jnp.ones(2),
+    }
+    small = jc.compress(params, [("a/kernel", "asymmetric(bits=2, block=16)")])
+    trainable, frozen = jc.partition(small, r".*scale")
+    held = [path for path, _ in jax.tree_util.tree_leaves_with_path(trainable)]
+    assert len(held) == 2  # the steps and the norm; not the array beside them
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    optimizer = optax.adam(3e-3)
+
+    def loss(tree):
+        made = (x * tree["norm"]["scale"][None]) @ tree["a"]["kernel"].materialize()
+        return jnp.mean(jnp.square(made - x @ KERNEL))
+
+    @jax.jit
+    def step(trainable, state):
+        objective = lambda trainable: loss(jc.combine(trainable, frozen))  # noqa: E731
+        value, gradient = jax.value_and_grad(objective)(trainable)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(trainable, updates), state, value
+
+    state, losses = optimizer.init(trainable), []
+    for _ in range(80):
+        trainable, state, value = step(trainable, state)
+        losses.append(float(value))
+    tuned = jc.combine(trainable, frozen)
+    assert losses[-1] < 0.9 * losses[0]
+    old, new = small["a"]["kernel"], tuned["a"]["kernel"]
+    np.testing.assert_array_equal(new.codes.packed, old.codes.packed)
+    chex.assert_trees_all_equal(new.zero_point, old.zero_point)
+    np.testing.assert_array_equal(tuned["out"], params["out"])
+
+
 def test_inside_a_loss_gradients_reach_the_weights():
     quantize = jc.straight_through(jc.symmetric(bits=3, block=16, full_range=True))
     x = jnp.asarray(weights(8, 64, seed=5), jnp.float32)
@@ -281,3 +322,30 @@ def test_nothing_to_pass_through_is_said():
         jc.straight_through("svd(rank=8)")({"kernel": KERNEL})
     with pytest.raises(ValueError, match="matches no leaf"):
         jc.straight_through([("nope", "symmetric(bits=2)")])({"kernel": KERNEL})
+
+
+def test_the_training_example_of_the_readme_runs():
+    text = (pathlib.Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    (code,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if "straight_through" in block
+    ]
+    model = Transformer(
+        vocab_size=32,
+        width=16,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        head_size=8,
+        mlp_width=24,
+    )
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    names = {"jax": jax, "jc": jc, "optax": optax, "model": model, "params": params}
+    names["batches"] = [tokens] * 2
+    exec(compile(code, "README.md", "exec"), names)
+    kernel = names["small"]["layer_0"]["mlp"]["up_proj"]["kernel"]
+    assert isinstance(kernel, jc.Quantized) and kernel.bits == 2
+    before = jc.compress(params, [(".*kernel", "symmetric(bits=2, block=64)")])
+    assert jc.nbytes(names["small"]) == jc.nbytes(before)

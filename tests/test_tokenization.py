@@ -1,6 +1,8 @@
 """Tokenizers lose nothing, repeat themselves, and say what is wrong."""
 
+import argparse
 import hashlib
+import inspect
 import json
 import random
 import re
@@ -344,18 +346,48 @@ def test_bytes_of_text_are_its_tokens(trained):
         assert ids == tokenizer.encode(CORPUS[1])
 
 
-def test_remembered_words_change_nothing(trained):
-    """Word by word, twice, is what SentencePiece gives for the whole text."""
+def test_remembered_words_change_nothing(trained, monkeypatch):
+    """Cut into words, remembered or forgotten, as SentencePiece cuts the whole."""
     import sentencepiece
 
     for kind in ("bpe", "unigram"):
         tokenizer = trained[kind]
         plain = sentencepiece.SentencePieceProcessor()
         plain.LoadFromSerializedProto(tokenizer.to_bytes())
-        for text in CORPUS:
+        for text in CORPUS * 2:
             part = text[:200].replace("\t", "")
             assert tokenizer.encode(part) == plain.EncodeAsIds(part)
-            assert tokenizer.encode(part) == plain.EncodeAsIds(part)
+    monkeypatch.setattr(tokenization.sentencepieces, "_REMEMBERED", 50)
+    fresh = tokenization.from_bytes(trained["bpe"].to_bytes())
+    for _ in range(3):
+        assert fresh.encode(CORPUS[1]) == trained["bpe"].encode(CORPUS[1])
+    assert 0 < len(fresh._known) < len(set(" ".join(CORPUS).split()))
+
+
+def test_reserved_words_in_a_text_are_made_of_pieces():
+    texts = ["the <unk> of <0x41> and [pad] a " * 20]
+    tokenizer = tokenization.train(
+        texts, vocab_size=10**4, min_frequency=5, control_symbols=["[pad]", "#"]
+    )
+    for word in ("<unk>", "<0x41>", "[pad]", "a#b", "<<unk>", "[[pad]"):
+        ids = tokenizer.encode(word)
+        assert tokenizer.decode(ids) == word and len(ids) > 1
+        assert min(ids) > tokenizer.symbols["#"], "a mark came from text"
+        if "#" not in word:
+            assert not set(ids) & set(tokenizer.byte_ids), "in bytes"
+    assert b"unk" in tokenizer.pieces, "the word was not trained on"
+    ids = tokenizer.encode(texts[0])
+    assert not set(ids) & set(tokenizer.byte_ids)
+
+
+def test_a_long_text_is_segmented_as_its_words_are():
+    """As a whole, SentencePiece would lose the differences to float32."""
+    text = inspect.getsource(argparse)
+    tokenizer = tokenization.train([text], kind="unigram", vocab_size=1000)
+    each = [
+        i for word in re.findall(" *[^ ]+| +", text) for i in tokenizer.encode(word)
+    ]
+    assert tokenizer.encode(text) == each
 
 
 @pytest.fixture(scope="module")

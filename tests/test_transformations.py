@@ -140,6 +140,18 @@ def test_partition_and_combine(small):
     assert not any("scale" in name or "bias" in name for name in frozen_names)
 
 
+def test_only_named_arrays_train():
+    tree = compressed("packed")
+    trainable, frozen = jc.partition(tree, "kernel/scale")
+    (only,) = jax.tree.leaves(trainable)
+    assert only is tree["kernel"].scale
+    assert frozen["bias"] is tree["bias"]
+    chex.assert_trees_all_equal(jc.combine(trainable, frozen), tree)
+    for pattern in ("scales", "kernel/codes"):
+        with pytest.raises(ValueError, match=r"no floating-point array; .*kernel/"):
+            jc.partition(tree, pattern)
+
+
 @jc.leaf
 class Exact(jc.Leaf):
     """Two halves of an array: what a lossless leaf may hold."""

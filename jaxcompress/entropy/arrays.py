@@ -15,10 +15,10 @@ import numpy as np
 from jaxcompress.entropy import planes, streams
 from jaxcompress.entropy.splits import SPLITS
 
-LEAST = 4096  # bytes; what a shorter array would gain its entry in a header costs
+LEAST = 2048  # bytes; what a shorter array would gain its entry in a header costs
 SAMPLE = 1 << 14  # words, at four places
 GAIN = 0.99  # of the bytes as they are, at most, on a sample
-LONGEST = max(map(len, (*SPLITS, "halves", streams.ZSTD)))  # name of a coding
+CODINGS = len((*SPLITS, "halves", streams.ZSTD))
 
 
 def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
@@ -29,6 +29,7 @@ def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
     if array.nbytes < LEAST or array.dtype.itemsize not in (1, 2, 4, 8):
         return None
     flat = np.ascontiguousarray(array).reshape(-1)
+    width = planes.block_width(array.shape)
     part = min(SAMPLE, flat.size)
     places = np.linspace(0, flat.size - part, 4 if flat.size > 4 * part else 1)
     sizes = {name: 0 for name in _candidates(array.dtype, fast)}
@@ -38,7 +39,7 @@ def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
         raw += some.nbytes
         for name in list(sizes):
             words = _words(some, name)
-            data = None if words is None else streams.encode_chunk(words, name)
+            data = None if words is None else streams.encode_chunk(words, name, width)
             if data is None:
                 del sizes[name]
             else:
@@ -58,7 +59,8 @@ def encode(
     words = _words(np.ascontiguousarray(array).reshape(-1), coding)
     if words is None:
         raise ValueError(f"{coding} does not hold these numbers")
-    return streams.encode(words, coding, threads=threads)
+    width = planes.block_width(array.shape)
+    return streams.encode(words, coding, width, threads=threads)
 
 
 def open_stream(

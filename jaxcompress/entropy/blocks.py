@@ -50,7 +50,9 @@ def lay_out(chunks: list[planes.Chunk], split: Split) -> dict[str, np.ndarray | 
         )
     data.append(bytes(-at % 4 + 4))
     tails = [chunk.tails for chunk in chunks]
-    firsts = np.arange(len(chunks), dtype=np.int64) * planes.CHUNK
+    firsts = np.arange(len(chunks), dtype=np.int64) * planes.chunk_words(
+        chunks[0].width
+    )
     spots = [chunk.spots + first for chunk, first in zip(chunks, firsts, strict=True)]
     return {
         "frames": np.frombuffer(b"".join(data), "<u4").astype(np.uint32),
@@ -107,13 +109,14 @@ def pick_up(
     values: np.ndarray,
     tails: np.ndarray | None,
     count: int,
+    width: int,
 ) -> list[planes.Chunk]:
     data = memoryview(frames.astype("<u4")).cast("B")
-    width = planes.block_width(count)
+    step = planes.chunk_words(width)
     at, number, made = lanes.AHEAD // 8, 0, []
     for i, base in enumerate(bases.tolist()):
-        start = i * planes.CHUNK
-        held = min(planes.CHUNK, count - start)
+        start = i * step
+        held = min(step, count - start)
         blocks = slice(start // width, start // width + -(-held // width))
         left, here = blocks.stop - blocks.start, []
         while left > 0:

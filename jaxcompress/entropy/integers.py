@@ -21,6 +21,7 @@ from jaxcompress.entropy.packing import (
     unpack_bits,
 )
 from jaxcompress.entropy.plans import Plan, plan
+from jaxcompress.entropy.scales import contexts_by_scale
 from jaxcompress.tree.leaves import Leaf, leaf, static
 from jaxcompress.tree.methods import method
 
@@ -127,7 +128,8 @@ def entropy_code(
       moments: not used.
       contexts: integers in `[0, 255]` that choose the table of each code; axes as
         `codes`, stack axes alike, other sizes alike or 1. They are stored with the
-        codes, and dropped where they do not pay.
+        codes, and dropped where they do not pay. Without them, those of
+        `scales.contexts_by_scale` are tried.
       stack: number of leading stack axes; all but the last two if not given.
 
     Raises:
@@ -157,6 +159,10 @@ def entropy_code(
         contexts = _checked(np.asarray(contexts), array.shape, stack)
     slices = array.astype(np.uint32 if kind == np.uint32 else np.int32)
     slices = slices.view(np.int32).reshape(-1, *trailing)
+    if contexts is None and len(trailing) == 2:
+        contexts = contexts_by_scale(slices)
+        if contexts is not None:
+            contexts = contexts.reshape(*lead, *contexts.shape[1:])
     spread = None
     if contexts is not None:
         spread = np.broadcast_to(contexts, array.shape).reshape(slices.shape)

@@ -1,8 +1,8 @@
 """Words coded chunk by chunk on the host: Huffman-coded symbols, the rest as it is.
 
-A chunk of at most 2^20 words stands alone, so that chunks are coded in parallel and
+A chunk of about 2^20 words stands alone, so that chunks are coded in parallel and
 read one by one. Its words are split (`splits`) in blocks; blocks are sorted into up to
-eight classes by their mean symbol, that is by their scale, and each class is one
+eight classes by their scale (`classes`), and each class is one
 Zstandard frame of literals with a table of its own: entropy falls as if every block
 knew its scale, and both directions run at the library's speed.
 
@@ -18,6 +18,7 @@ a shorter type), their upper and lower bytes are two frames of their own.
 
 import functools
 import itertools
+import math
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import zstandard
 
+from jaxcompress.entropy.classes import classes_of
 from jaxcompress.entropy.literals import parse
 from jaxcompress.entropy.splits import (
     SPLITS,
@@ -35,8 +37,6 @@ from jaxcompress.entropy.splits import (
 from jaxcompress.entropy.tables import read_numbers, write_numbers
 
 CHUNK = 1 << 20  # words
-CLASSES = 8
-BLOCKS_PER_CLASS = 64  # or more: a table takes about sixty bytes
 SEGMENT = 128  # words whose lowest bits are looked at together
 PIECE = 1 << 17  # words worked on at a time, for the sake of caches
 
@@ -65,9 +65,20 @@ class Chunk(NamedTuple):
     tails: np.ndarray | None
 
 
-def block_width(count: int) -> int:
-    """Words of a block, for so many in an array."""
-    return 512 if count >= 1 << 14 else 128
+def block_width(shape: tuple[int, ...]) -> int:
+    """Words of a block of an array: a part of a row where that is near 512, else 512.
+
+    A row of a matrix has one scale, as a rule, so blocks do well not to lie across two.
+    """
+    if math.prod(shape) < 1 << 14:
+        return 128
+    parts = [n for n in range(320, 641, 16) if shape[-1] % n == 0]
+    return min(parts, key=lambda n: abs(n - 512), default=512)
+
+
+def chunk_words(width: int) -> int:
+    """Words of a chunk of whole blocks."""
+    return CHUNK // width * width
 
 
 def encode(
@@ -76,9 +87,9 @@ def encode(
     """One chunk, coded; None where too many words fall outside the window.
 
     Args:
-      words: unsigned, flat, at most `CHUNK` of them; four bytes where the split's
-        words are the upper halves.
-      width: of a block, `block_width` of the whole array.
+      words: unsigned, flat, as many as a chunk holds or fewer; four bytes where the
+        split's words are the upper halves.
+      width: of a block.
       plain: see to it that frames hold literals only, so that XLA decodes them.
     """
     tails = None
@@ -103,7 +114,11 @@ def encode(
     spots = spots[spots < count]
     if spots.size > count // 8:
         return None
-    classes = _classes(symbols, split)
+    classes = np.zeros(blocks, np.uint8)
+    if split.paired:
+        classes = classes_of((symbols & np.uint8(15)) + (symbols >> np.uint8(4)))
+    elif split.rest_bits:
+        classes = classes_of(symbols)
     order = np.argsort(classes, kind="stable")
     bounds = np.searchsorted(classes[order], np.arange(classes.max() + 2)).tolist()
     frames: list[tuple[bytes, int]] = []
@@ -229,31 +244,6 @@ def _base(words: np.ndarray, split: Split) -> int:
     bases = np.arange(0, counts.size, split.step)
     last = np.minimum(bases + split.window + 1, counts.size)
     return int(bases[(sums[last] - sums[bases + 1]).argmax()])
-
-
-def _classes(symbols: np.ndarray, split: Split) -> np.ndarray:
-    """The class of each block: equal shares of blocks in order of their means.
-
-    All but the last are of multiples of four blocks, so that blocks do not lie across
-    the four streams of literals.
-    """
-    blocks = symbols.shape[0]
-    kinds = min(CLASSES, blocks // BLOCKS_PER_CLASS)
-    if kinds < 2 or not split.rest_bits:
-        return np.zeros(blocks, np.uint8)
-    sums = symbols
-    if split.paired:
-        sums = (symbols & np.uint8(15)) + (symbols >> np.uint8(4))
-    half = sums.shape[1] // 2
-    sums = sums[:, :half].astype(np.uint16) + sums[:, half:]
-    while half > 32:  # at most 510 * 256: the last steps want more than 16 bits
-        half //= 2
-        sums = sums[:, :half] + sums[:, half:]
-    order = np.argsort(sums.sum(axis=1, dtype=np.uint32), kind="stable")
-    per = -(-blocks // (4 * kinds)) * 4
-    classes = np.empty(blocks, np.uint8)
-    classes[order] = np.arange(blocks) // per
-    return classes
 
 
 def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:

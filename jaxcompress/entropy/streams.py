@@ -1,9 +1,9 @@
 """A flat array as bytes: chunks that stand alone, and behind them where they lie.
 
-    chunks     as `planes` writes them, each of 2^20 words but the last; or, where the
-               coding is "zstd", Zstandard's frames of as many words
-    index      numbers: words, chunks, bytes of each chunk; then eight bytes of a
-               BLAKE2b digest of each chunk
+    chunks     as `planes` writes them, each of about 2^20 words but the last; or, where
+               the coding is "zstd", Zstandard's frames of as many words
+    index      numbers: words, words of a block, chunks, bytes of each chunk; then four
+               bytes of the CRC-32 of each chunk
     4 bytes    length of the index, little-endian; and zeros to a multiple of 8 bytes
                in front of the index
 
@@ -11,7 +11,7 @@ The index stands at the end so that chunks can be written before the last is kno
 part of the array is read by its end and the chunks that hold the part.
 """
 
-import hashlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,47 +22,45 @@ from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.splits import SPLITS, Split
 from jaxcompress.entropy.tables import read_numbers, write_numbers
 
-DIGEST = 8  # bytes
+CHECKSUM = 4  # bytes
 ZSTD = "zstd"
 
 Read = Callable[[int, int], bytes]  # from one byte to another
 
 
 def encode(
-    words: np.ndarray, coding: str, *, threads: int | None = None
+    words: np.ndarray, coding: str, width: int, *, threads: int | None = None
 ) -> Iterator[bytes]:
     """Flat unsigned words as the bytes of a stream, chunk by chunk.
 
     Args:
       words: of the size that the coding takes.
       coding: a split by name, "halves" for that of bfloat16, or "zstd".
+      width: words of a block.
       threads: at most; as many as there are processors if None.
 
     Raises:
       ValueError: too many words outside the window of the symbols.
     """
-    width = planes.block_width(words.size)
+    step = planes.chunk_words(width)
 
     def work(start: int) -> bytes:
-        data = encode_chunk(words[start : start + planes.CHUNK], coding, width)
+        data = encode_chunk(words[start : start + step], coding, width)
         if data is None:
             raise ValueError(
-                f"numbers {start} to {start + planes.CHUNK} have exponents further "
-                f"apart than the coding {coding!r} holds"
+                f"numbers {start} to {start + step} have exponents further apart than "
+                f"the coding {coding!r} holds"
             )
         return data
 
-    starts = range(0, words.size, planes.CHUNK)
-    return bind(in_order(work, starts, threads=threads), words.size)
+    starts = range(0, words.size, step)
+    return bind(in_order(work, starts, threads=threads), words.size, width)
 
 
-def encode_chunk(
-    words: np.ndarray, coding: str, width: int | None = None
-) -> bytes | None:
+def encode_chunk(words: np.ndarray, coding: str, width: int) -> bytes | None:
     """The bytes of one chunk; None where the coding does not hold its words."""
     if coding == ZSTD:
         return planes.compress(words)
-    width = planes.block_width(words.size) if width is None else width
     chunk = planes.encode(words, _split(coding), width)
     return None if chunk is None else planes.write(chunk)
 
@@ -71,14 +69,14 @@ def _split(coding: str) -> Split:
     return SPLITS["bfloat16" if coding == "halves" else coding]
 
 
-def bind(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
+def bind(chunks: Iterable[bytes], count: int, width: int) -> Iterator[bytes]:
     """Chunks of `count` words in all, and their index."""
-    sizes, digests = [], []
+    sizes, checksums = [], []
     for chunk in chunks:
         sizes.append(len(chunk))
-        digests.append(_digest(chunk))
+        checksums.append(_checksum(chunk))
         yield chunk
-    index = write_numbers([count, len(sizes), *sizes]) + b"".join(digests)
+    index = write_numbers([count, width, len(sizes), *sizes]) + b"".join(checksums)
     room = -(sum(sizes) + len(index) + 4) % 8
     yield bytes(room) + index + len(index).to_bytes(4, "little")
 
@@ -104,13 +102,16 @@ class Stream:
         length = int.from_bytes(read(size - 4, size), "little")
         _require(length <= size - 4, f"an index of {length} bytes in {size}")
         index = read(size - 4 - length, size - 4)
-        (have, chunks), at = read_numbers(index, 0, 2)
+        (have, self.width, chunks), at = read_numbers(index, 0, 3)
         _require(have == count, f"{have} words, not {count}")
-        _require(chunks == -(-count // planes.CHUNK), f"{chunks} chunks of {count}")
+        fits = 16 <= self.width <= 1024 and self.width % 16 == 0
+        _require(fits, f"blocks of {self.width} words")
+        self._step = planes.chunk_words(self.width)
+        _require(chunks == -(-count // self._step), f"{chunks} chunks of {count}")
         _require(chunks <= len(index), f"{chunks} chunks in {len(index)} bytes")
         sizes, at = read_numbers(index, at, chunks)
-        _require(at + DIGEST * chunks == length, "an index of another length")
-        self._digests = index[at:]
+        _require(at + CHECKSUM * chunks == length, "an index of another length")
+        self._checksums = index[at:]
         ends = np.cumsum([0, *sizes], dtype=np.float64)  # no sum too large to compare
         room = size - 4 - length - ends[-1]
         _require(0 <= room < 8, f"chunks of {ends[-1]:.0f} bytes in {size}")
@@ -123,17 +124,17 @@ class Stream:
 
     def _held(self, number: int) -> int:
         """Words of a chunk."""
-        return min(planes.CHUNK, self._count - number * planes.CHUNK)
+        return min(self._step, self._count - number * self._step)
 
     def _bytes(self, number: int, check: bool) -> bytes:
         data = self._read(self._ends[number], self._ends[number + 1])
-        if check and _digest(data) != self._digests[DIGEST * number :][:DIGEST]:
+        if check and _checksum(data) != self._checksums[CHECKSUM * number :][:CHECKSUM]:
             raise ValueError(f"not a coded chunk: chunk {number}; the file is damaged")
         return data
 
     def _chunk(self, data: bytes, count: int) -> planes.Chunk:
-        width = planes.block_width(self._count)
-        return planes.read(data, _split(self._coding), self._itemsize, count, width)
+        split = _split(self._coding)
+        return planes.read(data, split, self._itemsize, count, self.width)
 
     def _decode(self, data: bytes, out: np.ndarray) -> None:
         if self._coding == ZSTD:
@@ -159,7 +160,7 @@ class Stream:
 
         def work(number: int) -> None:
             data = self._bytes(number, check)
-            start = number * planes.CHUNK
+            start = number * self._step
             stop = start + self._held(number)
             if first <= start and stop <= last:
                 self._decode(data, out[start - first : stop - first])
@@ -169,7 +170,7 @@ class Stream:
             low, high = max(first, start), min(last, stop)
             out[low - first : high - first] = whole[low - start : high - start]
 
-        numbers = range(first // planes.CHUNK, -(-last // planes.CHUNK))
+        numbers = range(first // self._step, -(-last // self._step))
         for _ in in_order(work, numbers if last > first else (), threads=threads):
             pass
         return out
@@ -185,8 +186,8 @@ def from_bytes(data: Any, coding: str, itemsize: int, count: int) -> Stream:
     return Stream(read, len(view), coding, itemsize, count)
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=DIGEST).digest()
+def _checksum(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(CHECKSUM, "little")
 
 
 def _require(fits: bool, found: str) -> None:

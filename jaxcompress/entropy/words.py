@@ -22,7 +22,7 @@ class CodedWords(Leaf):
 
     Invariant: every data array has the stack axes in front, and a slice of all of them
     is the `CodedWords` of a slice. Words of a slice are blocks of `width` words in
-    order, 2048 blocks a chunk; a block is a lane of Huffman-coded symbols in `frames`,
+    order; a block is a lane of Huffman-coded symbols in `frames`,
     which hold what the file holds: the frames of Zstandard, one after another. Blocks
     that are not coded there alone lie behind them, as they are.
 
@@ -38,7 +38,7 @@ class CodedWords(Leaf):
       tails: uint16 `[..., words]`, lower halves of words of four bytes; or None.
       spots: int32 `[..., exceptions]`, words outside the window, filled up with the
         number of words; values: uint8 or uint16 alike, their upper halves.
-      kind: dtype of the words. split: by name.
+      kind: dtype of the words. split: by name. width: words of a block.
     """
 
     frames: jax.Array
@@ -55,6 +55,7 @@ class CodedWords(Leaf):
     trailing: tuple[int, ...] = static()
     kind: str = static()
     split: str = static()
+    width: int = static()
 
     lossless: ClassVar[bool] = True
     entropy_coded: ClassVar[bool] = True
@@ -88,8 +89,8 @@ class CodedWords(Leaf):
         split = SPLITS[self.split]
         for row, chunks in zip(out, _chunks_of_slices(self), strict=True):
             for number, chunk in enumerate(chunks):
-                start = number * planes.CHUNK
-                planes.decode(chunk, split, row[start : start + planes.CHUNK])
+                start = number * planes.chunk_words(self.width)
+                planes.decode(chunk, split, row[start : start + chunk.count])
         return out.reshape(lead + self.trailing)
 
     def stored(self) -> dict[str, np.ndarray]:
@@ -97,7 +98,7 @@ class CodedWords(Leaf):
         lead = self.starts.shape[:-1]
         count = math.prod(self.trailing)
         made = [
-            b"".join(streams.bind(map(planes.write, chunks), count))
+            b"".join(streams.bind(map(planes.write, chunks), count, self.width))
             for chunks in _chunks_of_slices(self)
         ]
         head = write_numbers([len(lead) + 1, *lead, *map(len, made)])
@@ -131,6 +132,8 @@ class CodedWords(Leaf):
         for size in sizes:
             part = data[at : at + size]
             stream = streams.from_bytes(part, name, kind.itemsize, count)
+            if stream.width != static["width"]:
+                raise ValueError(f"not coded words: blocks of {stream.width} words")
             found.append(list(stream.chunks()))
             at += size
         return from_chunks(found, tuple(lead), trailing, kind.name, name)
@@ -147,18 +150,19 @@ def code_words(
     """
     lead, trailing = words.shape[:stack], words.shape[stack:]
     count = math.prod(trailing)
-    width = planes.block_width(count)
+    width = planes.block_width(trailing)
+    step = planes.chunk_words(width)
     slices = []
     for row in np.ascontiguousarray(words).reshape(-1, count):
         chunks = []
-        for start in range(0, count, planes.CHUNK):
-            part = row[start : start + planes.CHUNK]
+        for start in range(0, count, step):
+            part = row[start : start + step]
             chunks.append(planes.encode(part, SPLITS[split], width, plain=True))
         slices.append(chunks)
     if any(chunk is None for chunks in slices for chunk in chunks):
         return None, 0
     size = sum(
-        len(planes.write(chunk)) + streams.DIGEST for row in slices for chunk in row
+        len(planes.write(chunk)) + streams.CHECKSUM for row in slices for chunk in row
     )
     made = from_chunks(slices, lead, trailing, words.dtype.name, split)
     return jax.tree.map(jnp.asarray, made), size
@@ -190,7 +194,8 @@ def from_chunks(
         for row, part in zip(joined, parts, strict=True):
             row[: part.shape[0]] = part
         fields[name] = joined.reshape(lead + shape[1:])
-    return CodedWords(**fields, trailing=trailing, kind=kind, split=split)
+    width = slices[0][0].width
+    return CodedWords(**fields, trailing=trailing, kind=kind, split=split, width=width)
 
 
 def _chunks_of_slices(coded: CodedWords) -> list[list[planes.Chunk]]:
@@ -206,7 +211,7 @@ def _chunks_of_slices(coded: CodedWords) -> list[list[planes.Chunk]]:
     if coded.tails is not None:
         tails = np.asarray(coded.tails).reshape(slices, -1)
     rows = zip(*(fields[name] for name in fields), tails, strict=True)
-    return [pick_up(*row, math.prod(coded.trailing)) for row in rows]
+    return [pick_up(*row, math.prod(coded.trailing), coded.width) for row in rows]
 
 
 @jax.jit
@@ -235,8 +240,9 @@ def _one(coded: CodedWords) -> jax.Array:
 def _blocks(coded: CodedWords, pick: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Upper halves `[blocks, width]` of the blocks that `pick` takes, no exceptions."""
     split = SPLITS[coded.split]
-    width = planes.block_width(math.prod(coded.trailing))
-    chunks = np.arange(coded.starts.shape[0], dtype=np.int32) // (planes.CHUNK // width)
+    width = coded.width
+    chunks = np.arange(coded.starts.shape[0], dtype=np.int32)
+    chunks //= planes.chunk_words(width) // width
     bases = coded.bases.at[pick(jnp.asarray(chunks))].get(mode="clip")
     symbols = lanes.decode(
         coded.frames,
@@ -254,7 +260,7 @@ def _blocks(coded: CodedWords, pick: Callable[[jax.Array], jax.Array]) -> jax.Ar
 def _rows(coded: CodedWords, indices: jax.Array) -> jax.Array:
     """Rows `[..., features]`: the blocks that each lies in, decoded for each."""
     rows, features = coded.trailing
-    width = planes.block_width(rows * features)
+    width = coded.width
     wanted = indices.reshape(-1).astype(jnp.int32)
     wanted = jnp.where(wanted < 0, wanted + rows, wanted)
     start = jnp.clip(wanted, 0, rows - 1)

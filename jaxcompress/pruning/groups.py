@@ -122,29 +122,27 @@ def find_places(
             axes[name, axis % ndim] = rest[0] if rest else 1
     places: list[Place] = []
     for (name, axis), repeats in axes.items():
-        length = shapes[name][axis]
-        units = group.units
-        if units is None:
+        length, units = shapes[name][axis], group.units
+        if units is None:  # one for each index of the first leaf
             units = places[0].units if places else length // max(repeats, 1)
         owned = repeats * units
-        even = owned > 0 and length > 0 and length % owned == 0
-        if not even or (group.units is None and length != owned):
-            message = f"{_said(label)}: {name} has {length} along axis {axis}"
+        size = length // owned if owned > 0 else 0
+        if size < 1 or size * owned != length or (group.units is None and size > 1):
+            found = f"{_said(label)}: {name} has {length} along axis {axis}"
             if group.units is not None:
-                message += f", no multiple of {units} units"
+                found += f", no multiple of {units} units"
             if repeats != 1:
-                message += f" that holds the dimension {repeats} times"
+                found += f" that holds the dimension {repeats} times"
             if places:
-                first = places[0]
-                other = shapes[first.name][first.axis]
-                message += (
-                    f", and {first.name} has {other} along axis {first.axis}: they "
+                first, at, *_ = places[0]
+                found += (
+                    f", and {first} has {shapes[first][at]} along axis {at}: they "
                     "cannot share one dimension"
                 )
             raise ValueError(
-                f"{message}; correct the patterns, the axes or the number of units"
+                f"{found}; correct the patterns, the axes or the number of units"
             )
-        places.append(Place(name, axis, repeats, units, length // owned))
+        places.append(Place(name, axis, repeats, units, size))
     return places
 
 
@@ -161,16 +159,14 @@ def check_keep(keep: Any, units: int, label: str) -> np.ndarray:
             "outside jit, vmap or scan; pass a list or a NumPy array"
         )
     keep = np.asarray(keep)
+    if not keep.size:
+        raise ValueError(f"{_said(label)}: none of {units} units is kept; keep one")
     if keep.ndim != 1 or not np.issubdtype(keep.dtype, np.integer):
-        if not keep.size:
-            raise ValueError(f"{_said(label)}: none of {units} units is kept")
         raise TypeError(
             f"{_said(label)}: the units to keep are a list of integers, not "
             f"{keep.dtype} of shape {keep.shape}; of a boolean mask take "
             "np.flatnonzero"
         )
-    if not keep.size:
-        raise ValueError(f"{_said(label)}: none of {units} units is kept")
     if keep.min() < 0 or keep.max() >= units:
         raise ValueError(
             f"{_said(label)}: units to keep go from {keep.min()} to {keep.max()}, and "

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,43 +101,30 @@ def learned(
     kind = _objective(objective, moments)
     rounding = rounding or ROUNDINGS[kind][0]
     _check(bits, grid, kind, rounding, steps, cost)
-    settings = {
-        "grid": grid,
-        "block": block,
-        "damping": damping,
-        "scale_dtype": scale_dtype,
-    }
-    descent = {"steps": steps, "learning_rate": learning_rate, "rounding": rounding}
     target, second = x.astype(jnp.float32), None
     if kind == "outputs":
-        target, second = _problem(x, moments, damping)
-    if bits != "auto":
-        return _learned(x, target, second, moments, objective, bits, settings, descent)
-    error = _relative_error(target, second, objective if kind == "function" else None)
-    found = continuous_bits(target, error, cost=cost, steps=steps, **settings)
-    # The whole widths around it; the start itself if it is better than they are.
-    tried: dict[int, tuple[float, Quantized]] = {}
+        target, second = _target(x, moments, damping)
+    given = objective if kind == "function" else None
+    problem = _Problem(x, target, second, moments, given, damping)
+    place = Place(grid, bits, block, steps, learning_rate, scale_dtype, rounding)
+    if bits == "auto":
+        return _with_width(problem, place, cost)
+    return _with_bits(problem, place)
 
-    def total(width: int, leaf: Quantized) -> float:
-        return float(error(leaf.materialize().astype(jnp.float32))) + cost * width
 
-    for width in sorted({math.floor(found), math.ceil(found)}):
-        leaf = _learned(
-            x,
-            target,
-            second,
-            moments,
-            objective,
-            _sides(width, grid),
-            settings,
-            descent,
-        )
-        tried[width] = (total(width, leaf), leaf)
-    best = min(tried.values(), key=lambda pair: pair[0])
-    start = NEAREST[grid](
-        x, bits=_sides(START, grid), block=block, search=True, scale_dtype=scale_dtype
-    )
-    return best[1] if best[0] <= total(START, start) else start
+class _Problem(NamedTuple):
+    """What is to be approximated, and how the error is measured.
+
+    `target` is float32; `second` is damped, and None where the error is not that of the
+    outputs; `objective` is a function given by the user, or None.
+    """
+
+    x: jax.Array
+    target: jax.Array
+    second: jax.Array | None
+    moments: Any
+    objective: Callable[[jax.Array], jax.Array] | None
+    damping: float
 
 
 def _objective(objective: Objective, moments: Any) -> str:
@@ -178,7 +165,7 @@ def _sides(width: int, grid: str) -> Any:
     return (width - 1, width - 1) if grid == "sign_split" else width
 
 
-def _problem(x: jax.Array, moments: Any, damping: float) -> tuple[jax.Array, jax.Array]:
+def _target(x: jax.Array, moments: Any, damping: float) -> tuple[jax.Array, jax.Array]:
     """The target weights and the damped second moment of what multiplies them."""
     wide = x.astype(jnp.float32)
     if getattr(moments, "drifted", None) is None:
@@ -191,55 +178,79 @@ def _problem(x: jax.Array, moments: Any, damping: float) -> tuple[jax.Array, jax
     return wide, each_slice(functools.partial(damped, damping=damping), second)
 
 
-def _relative_error(
-    target: jax.Array, second: jax.Array | None, objective: Any
-) -> Callable[[jax.Array], jax.Array]:
+def _with_width(problem: _Problem, place: Place, cost: float) -> Quantized:
+    """The leaf of the width that is worth its cost; reads values."""
+    error = _relative_error(problem)
+    found = continuous_bits(
+        problem.target,
+        error,
+        grid=place.grid,
+        block=place.block,
+        cost=cost,
+        steps=place.steps,
+    )
+
+    def total(width: int, leaf: Quantized) -> float:
+        return float(error(leaf.materialize().astype(jnp.float32))) + cost * width
+
+    tried = []
+    for width in sorted({math.floor(found), math.ceil(found)}):
+        leaf = _with_bits(problem, place._replace(bits=_sides(width, place.grid)))
+        tried.append((total(width, leaf), leaf))
+    start = _nearest(problem.x, place._replace(bits=_sides(START, place.grid)))
+    tried.append((total(START, start), start))
+    return min(tried, key=lambda pair: pair[0])[1]
+
+
+def _relative_error(problem: _Problem) -> Callable[[jax.Array], jax.Array]:
     """The error of a dense weight, over what all-zero weights would make."""
-    if objective is not None:
-        loss = objective
-    elif second is None:
-        loss = lambda value: jnp.sum(jnp.square(value - target))  # noqa: E731
-    else:
-        loss = lambda value: jnp.sum(layer_loss(target, value, second))  # noqa: E731
+    target, second = problem.target, problem.second
+
+    def loss(value: jax.Array) -> jax.Array:
+        if problem.objective is not None:
+            return problem.objective(value)
+        if second is None:
+            return jnp.sum(jnp.square(value - target))
+        return jnp.sum(layer_loss(target, value, second))
+
     whole = loss(jnp.zeros_like(target))
     whole = jnp.where(whole > 0, whole, 1)  # all-zero weights
     return lambda value: loss(value) / whole
 
 
-def _learned(
-    x: jax.Array,
-    target: jax.Array,
-    second: jax.Array | None,
-    moments: Any,
-    objective: Any,
-    bits: Any,
-    settings: dict[str, Any],
-    descent: dict[str, Any],
-) -> Quantized:
-    """The leaf of a given width."""
-    grid, block = settings["grid"], settings["block"]
-    scale_dtype, rounding = settings["scale_dtype"], descent["rounding"]
-    options = {"bits": bits, "block": block, "scale_dtype": scale_dtype}
-    nearest = NEAREST[grid](x, search=True, **options)
-    place = Place(
-        grid,
-        nearest.bits,
-        block,
-        descent["steps"],
-        descent["learning_rate"],
-        scale_dtype,
-        rounding,
+def _nearest(x: jax.Array, place: Place) -> Quantized:
+    return NEAREST[place.grid](
+        x,
+        bits=place.bits,
+        block=place.block,
+        search=True,
+        scale_dtype=place.scale_dtype,
     )
-    if rounding == "coordinates":
-        fed = gptq(x, moments, grid=grid, damping=settings["damping"], **options)
+
+
+def _with_bits(problem: _Problem, place: Place) -> Quantized:
+    """The leaf of a given width; traceable."""
+    x, target, second, moments, objective, damping = problem
+    nearest = _nearest(x, place)
+    place = place._replace(bits=nearest.bits)
+    if place.rounding == "coordinates":
+        fed = gptq(
+            x,
+            moments,
+            grid=place.grid,
+            bits=place.bits,
+            block=place.block,
+            damping=damping,
+            scale_dtype=place.scale_dtype,
+        )
         one = functools.partial(descend_outputs, place=place)
         starts = (dense(nearest), dense(fed))
         codes, found = each_slice(one, target, second, nearest.steps, *starts)
     elif second is not None:
         one = functools.partial(_by_gradients, place=place)
         codes, found = each_slice(one, target, second, nearest.steps)
-    elif callable(objective):
-        by = descend_relaxed if rounding == "relaxed" else descend_gradients
+    elif objective is not None:
+        by = descend_relaxed if place.rounding == "relaxed" else descend_gradients
         codes, found = by(target, nearest.steps, objective, place)
     else:
         one = functools.partial(descend_weights, place=place)
@@ -247,11 +258,11 @@ def _learned(
     return quantized(
         codes,
         found,
-        grid=grid,
-        bits=nearest.bits,
-        block=block,
+        grid=place.grid,
+        bits=place.bits,
+        block=place.block,
         dtype=x.dtype,
-        scale_dtype=scale_dtype,
+        scale_dtype=place.scale_dtype,
     )
 
 

@@ -91,7 +91,7 @@ def gptq(
     wide = spread(start.steps, start.block, x.shape[-2])
     wide = jax.tree.map(lambda s: jnp.broadcast_to(s, x.shape), wide)
     one = functools.partial(
-        _feed_codes, grid=start.grid, bits=start.bits, order=order, damping=damping
+        feed_codes, grid=start.grid, bits=start.bits, order=order, damping=damping
     )
     target = x.astype(jnp.float32)
     codes = each_slice(one, target, second, cross, wide)
@@ -123,7 +123,7 @@ def _statistics(x: jax.Array, moments: Any) -> tuple[jax.Array, jax.Array | None
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "bits", "order", "damping"))
-def _feed_codes(
+def feed_codes(
     x: jax.Array,
     second: jax.Array,
     cross: jax.Array | None,

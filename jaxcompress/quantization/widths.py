@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,6 @@ def continuous_bits(
     block: Block,
     cost: float,
     steps: int,
-    **others: Any,
 ) -> float:
     """The width of least `error + cost * width`, between 2 and 8; reads the value.
 
@@ -41,7 +39,6 @@ def continuous_bits(
     Source: Uhlich et al. 2019, "Mixed precision DNNs: all you need is a good
     parametrization" (arXiv 1905.11452, section 3).
     """
-    del others
     sides = (START - 1, START - 1) if grid == "sign_split" else START
     start = NEAREST[grid](x, bits=sides, block=block, search=True).steps
     start = jax.tree.map(lambda s: s.astype(jnp.float32), start)

@@ -22,6 +22,8 @@ from jaxcompress.storage.tensors import (
     VERSION,
     TensorFile,
     damaged,
+    deflated,
+    inflated,
     to_json,
 )
 from jaxcompress.storage.writing import beside, write
@@ -90,7 +92,7 @@ def describe(node: Any, metadata: Mapping[str, Any]) -> dict[str, str]:
         "format": FORMAT,
         "format_version": str(VERSION),
         "metadata": user,
-        "tree": to_json(node),
+        "tree": deflated(to_json(node)),
         "versions": to_json(versions()),
     }
 
@@ -290,14 +292,14 @@ class StoredParams:
     def _describe(self, about: Mapping[str, str], names: set[str]) -> None:
         """Reads the texts that describe the tree, and compares it with the arrays."""
         try:
-            node = json.loads(about["tree"])
+            node = json.loads(inflated(about["tree"]))
             self.metadata = json.loads(about["metadata"])
             self.versions = json.loads(about["versions"])
             found = list(manifest.arrays(node))
             self.tree, self._nodes = manifest.outline(node)
         except FileDamaged as error:
             raise self._in_file(error) from error
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
+        except (LookupError, ValueError, TypeError, RecursionError) as error:
             raise damaged(self.path, f"its metadata lack a tree ({error})") from error
         self.names = list(self._nodes)
         self._wanted = {name: tuple(kind) for name, *kind in found}

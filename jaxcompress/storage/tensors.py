@@ -14,6 +14,7 @@ bytes (`U8`, `[bytes]`); who reads them must know better. So are arrays that los
 coding shrinks: the metadata's `codings` tell which, and how (`entropy.arrays`).
 """
 
+import base64
 import builtins
 import dataclasses
 import hashlib
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import threading
+import zlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,6 +36,7 @@ FORMAT = "jaxcompress"
 VERSION = 2
 DIGEST = 16  # bytes
 CHUNK = 1 << 22  # bytes read at a time where an array need not be held
+LONG_TEXT = 4096  # characters
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors package too
 
 CODES = {
@@ -226,15 +229,18 @@ class TensorFile:
         return metadata, spans, tail[DIGEST:]
 
     def _read_codings(self) -> dict[str, str]:
+        """By name, from lists of places in the data by coding."""
+        names = list(self.spans)
         try:
-            codings = json.loads(self.metadata.get("codings", "{}"))
-            unknown = codings.keys() - self.spans.keys()
-            texts = all(type(how) is str for how in codings.values())
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise self._damaged(f"its codings are not JSON ({error})") from error
-        if unknown or not texts:
-            raise self._damaged(f"it codes arrays it has not: {sorted(unknown)[:3]}")
-        return codings
+            found = json.loads(self.metadata.get("codings", "{}"))
+            pairs = [(row, how) for how, rows in found.items() for row in rows]
+            if any(type(row) is not int or row < 0 for row, _ in pairs):
+                raise ValueError("a place that is none")
+            return {names[row]: how for row, how in pairs}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self._damaged(f"its codings are odd ({error})") from error
+        except RecursionError as error:
+            raise self._damaged("its codings are nested") from error
 
     def _spans(self, entries: dict[str, Any], start: int) -> dict[str, Span]:
         """The arrays in order, without the seal; each begins where the last ended."""
@@ -325,6 +331,28 @@ def digest(data: Any) -> bytes:
 def to_json(value: Any) -> str:
     """The one way JSON is written here; ValueError for NaN and infinities."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def deflated(text: str) -> str:
+    """A text as it is, or, where it is long, deflated and in base 64 behind "zlib:"."""
+    if len(text) < LONG_TEXT:
+        return text
+    return "zlib:" + base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def inflated(text: str) -> str:
+    """Undoes `deflated`; ValueError where it can't."""
+    if not text.startswith("zlib:"):
+        return text
+    try:
+        inflater = zlib.decompressobj()
+        data = base64.b64decode(text[5:], validate=True)
+        found = inflater.decompress(data, LONGEST_HEADER)
+    except zlib.error as error:
+        raise ValueError(f"a text is damaged: {error}") from error
+    if not inflater.eof:
+        raise ValueError("a text ends early, or is too long")
+    return found.decode()
 
 
 def _json_object(text: bytes) -> dict[str, Any] | None:

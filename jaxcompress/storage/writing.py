@@ -52,7 +52,8 @@ def write(
             )
     raw = {name: count_bytes(slots[name]) for name in order}
     codable = [name for name in order if coded and raw[name] >= arrays.LEAST]
-    longest = {name: "-" * arrays.LONGEST for name in codable}
+    # Room for a list of arrays under each coding there is.
+    longest = {name: "-" * 20 * arrays.CODINGS for name in codable}
     widest = max(CODES.values(), key=len)
     most = {name: (widest, (*slots[name].shape, raw[name])) for name in order}
     room = len(_header(order, slots, raw, most, longest, metadata))
@@ -112,7 +113,11 @@ def _header(
 ) -> bytes:
     """The header for arrays of these sizes, some under another dtype and shape."""
     if codings:
-        metadata = {**metadata, "codings": to_json(dict(codings))}
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(order):
+            if name in codings:
+                rows.setdefault(codings[name], []).append(row)
+        metadata = {**metadata, "codings": to_json(rows)}
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name in order:

@@ -38,13 +38,13 @@ def learn_merges(
     *,
     min_frequency: int = 1,
     allowed: Callable[[str], bool] = lambda piece: True,
-    repeated: bool = False,
     order: Order = most_frequent,
 ) -> list[Merge]:
     """The merges of byte-pair encoding, first to last.
 
     Start with characters; count pairs of neighbors; make the most frequent pair one
-    piece wherever it stands; repeat. Neighbors that overlap ("aa" twice in "aaa") are
+    piece wherever it stands; repeat. No piece arises twice: the merges inside a piece
+    depend on its own text only. Neighbors that overlap ("aa" twice in "aaa") are
     counted twice. Pairs are kept in a heap with the counts they had when they changed
     last, and only the words that hold the pair are visited: time is that of all changes
     together, not merges times words.
@@ -54,8 +54,6 @@ def learn_merges(
       merges: how many, at most; fewer where no pair is left.
       min_frequency: stop at a pair that is rarer.
       allowed: which pieces may arise.
-      repeated: also merge pairs that give a piece which exists already, as
-        `tokenizers` does and SentencePiece does not; those are counted as merges too.
       order: what is smallest for the pair to merge next.
     """
     parts = [list(word) for word in words]
@@ -76,20 +74,16 @@ def learn_merges(
     heap = [(order(counts[pair], *pair), counts[pair], pair) for pair in touched]
     heapq.heapify(heap)
     found: list[Merge] = []
-    known: set[str] = set()
     while heap and len(found) < merges:
         _, count, pair = heapq.heappop(heap)
         if count != counts[pair] or count < 1:
             continue  # it changed since, and stands in the heap again
         merge = Merge(*pair, count)
-        if merge.piece in known and not repeated:
-            continue
         if not allowed(merge.piece):
             continue
         if count < min_frequency:
             break
         found.append(merge)
-        known.add(merge.piece)
         touched = set()
         for i in sorted(places.pop(pair)):
             change(i, -1, touched)

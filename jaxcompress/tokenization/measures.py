@@ -74,7 +74,7 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:
         raise ValueError("the texts are empty; there is nothing to measure")
     unknown = _unknown(tokenizer)
     known = np.flatnonzero(~unknown)
-    covered = int(counts[known] @ tokenizer.token_bytes(known))
+    covered = min(size, int(counts[known] @ tokenizer.token_bytes(known)))
     return Measures(
         bytes=size,
         tokens=tokens,

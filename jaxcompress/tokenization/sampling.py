@@ -69,8 +69,8 @@ def sample(
             return byte_pairs.segment(word, rank, dropout=dropout, draw=draw)
         return unigrams.sample(word, scores, alpha=alpha, draw=draw, longest=longest)
 
-    for part, verbatim in tokenizer.parts(text):
-        if verbatim:
+    for part, raw in tokenizer.parts(text):
+        if raw:
             found += _bytes(tokenizer, part)
             continue
         for i, plain in enumerate(symbol.split(part)):

@@ -24,23 +24,26 @@ from jaxcompress.tokenization.piece_models import (
     USER_DEFINED,
     Piece,
 )
-from jaxcompress.tokenization.symbols import SPACE, any_of
+from jaxcompress.tokenization.symbols import MARKS, SPACE, any_of
 
 KINDS = ("bpe", "unigram", "char")
 NORMALIZATIONS = ("identity", "nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 _CHUNK = 4000  # bytes of text in one training sentence
 _WORD = re.compile(r" *[^ ]+| +")
-_CACHED_WORDS = 1 << 17
-_LONGEST_CACHED = 64  # characters
+_REMEMBERED = 1 << 21  # characters of words
 
 
 class SentencePieceTokenizer:
     """Text to ids and back; `decode(encode(text)) == text` for every Python string.
 
     Characters without a piece become bytes, one id each. Ids of no text: 0 (unknown),
-    `bos_id`, `eos_id` and control symbols; no text is encoded as one of them. Where no
-    piece reaches from a word into the next, text is encoded word by word and words are
-    remembered, which changes no segmentation and is faster.
+    `bos_id`, `eos_id` and control symbols; no text is encoded as one of them.
+
+    Where no piece reaches from a word into the next, words are segmented one by one and
+    remembered. For byte pairs that changes nothing and is faster. For unigram models it
+    is slower than SentencePiece on a whole text, but does not depend on what stands
+    around a word: SentencePiece adds up scores in float32, and in a long text equal and
+    nearly equal segmentations are told apart by rounding only.
 
     A model that normalizes text or has no byte pieces is not `lossless`: it works as
     SentencePiece itself does, and unknown characters become id 0.
@@ -73,73 +76,73 @@ class SentencePieceTokenizer:
             if piece.type in (CONTROL, USER_DEFINED)
             and i not in (self.bos_id, self.eos_id)
         }
-        # What SentencePiece would take for something else goes in as bytes: the space
-        # symbol itself, words that spell a control or byte piece (they are taken for it
-        # in 0.2.0), and what UTF-8 cannot hold.
         reserved = [p.text for p in read.pieces if p.type in (CONTROL, UNKNOWN)]
-        self._verbatim = re.compile(
-            f"(?:[{SPACE}\ud800-\udfff]|<0x[0-9A-F]{{2}}>|{any_of(reserved)})+"
-        )
+        self._raw, self._reserved = _patterns(reserved)
         self._by_words = not any(re.search("[^ ] ", p) for p in _texts(read.pieces))
-        self._words: dict[str, list[int]] = {}
+        self._known: dict[str, list[int]] = {}
+        self._remembered = 0  # characters
         self.digest = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without begin or end marks."""
         if not self.lossless:
             return self._processor.EncodeAsIds(text.encode("utf-8", "replace").decode())
-        ids: list[int] = []
-        for part, verbatim in self.parts(text):
-            if verbatim:
-                raw = part.encode("utf-8", "surrogatepass")
-                ids += [self.byte_ids[byte] for byte in raw]
-            elif self._by_words:
-                self._encode_words(part, ids)
-            else:
-                ids += self._encode_plain(part)
-        return ids
+        units: list[str] = []
+        for part, raw in self.parts(text):
+            units += [part] if raw else self.words(part)
+        if not self._by_words:
+            return [i for ids in self._encode_all(units) for i in ids]
+        if self._remembered > _REMEMBERED:
+            self._known.clear()
+            self._remembered = 0
+        known = self._known
+        fresh = [unit for unit in dict.fromkeys(units) if unit not in known]
+        known.update(zip(fresh, self._encode_all(fresh), strict=True))
+        self._remembered += sum(map(len, fresh))
+        return [i for unit in units for i in known[unit]]
 
     def parts(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Parts of the text, and which of them must be written as bytes."""
-        start = 0
-        for match in self._verbatim.finditer(text):
-            if match.start() > start:
-                yield text[start : match.start()], False
-            yield match.group(), True
-            start = match.end()
-        if start < len(text):
-            yield text[start:], False
+        """Parts of the text, and which of them must be written as bytes.
+
+        A reserved word in the text is cut behind its first character.
+        """
+        for i, part in enumerate(self._raw.split(text)):
+            if i % 2:
+                yield part, True
+                continue
+            start = 0
+            while match := self._reserved.search(part, start):
+                yield part[start : match.start() + 1], False
+                start = match.start() + 1
+            if start < len(part):
+                yield part[start:], False
 
     def words(self, text: str) -> list[str]:
         """The parts of one of the `parts` that are segmented on their own."""
         return _WORD.findall(text) if self._by_words else [text]
 
-    def _encode_words(self, text: str, ids: list[int]) -> None:
-        known = self._words
-        for word in _WORD.findall(text):
-            found = known.get(word)
-            if found is None:
-                found = self._encode_plain(word)
-                if len(word) <= _LONGEST_CACHED:
-                    if len(known) >= _CACHED_WORDS:
-                        known.clear()
-                    known[word] = found
-            ids += found
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Ids of words and of raw parts.
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """Ids of text without the space symbol, of which all bytes stand for a space.
-
-        They come up where a space is not a piece, or is in an unknown word.
+        In ids of words all bytes of the space symbol stand for a space. They come up
+        where a space is not a piece, or is in an unknown word.
         """
-        ids = self._processor.EncodeAsIds(text)
         symbol = [self.byte_ids[byte] for byte in SPACE.encode()]
-        at = 0
-        for _ in range(ids.count(symbol[0])):
-            at = ids.index(symbol[0], at)
-            if ids[at : at + 3] == symbol:
-                ids[at : at + 3] = [self.byte_ids[0x20]]
-            at += 1
-        return ids
+        raw = {i: text for i, text in enumerate(texts) if self._raw.match(text)}
+        plain = [" " if i in raw else text for i, text in enumerate(texts)]
+        found = self._processor.EncodeAsIds(plain, num_threads=1)
+        for i, ids in enumerate(found):
+            if i in raw:
+                data = raw[i].encode("utf-8", "surrogatepass")
+                found[i] = [self.byte_ids[byte] for byte in data]
+                continue
+            at = 0
+            for _ in range(ids.count(symbol[0])):
+                at = ids.index(symbol[0], at)
+                if ids[at : at + 3] == symbol:
+                    ids[at : at + 3] = [self.byte_ids[0x20]]
+                at += 1
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; marks vanish, bytes that are no UTF-8 become U+FFFD."""
@@ -206,7 +209,8 @@ def train_pieces(
         "user_defined_symbols": list(user_symbols),
         "control_symbols": list(control_symbols),
     }
-    sentences = [chunk for text in texts for chunk in _chunks(text)]
+    _, reserved = _patterns([*MARKS, *control_symbols])
+    sentences = [chunk for text in texts for chunk in _chunks(text, reserved)]
     try:
         model = _run(sentences, vocab_size, options)
     except RuntimeError as error:
@@ -266,11 +270,11 @@ def _cut(
     return first(bisect.bisect_left(counts, True, key=lambda n: not often(n)))
 
 
-def _chunks(text: str) -> Iterator[str]:
+def _chunks(text: str, reserved: re.Pattern) -> Iterator[str]:
     """Parts of bounded size that begin, not end, with a newline.
 
-    SentencePiece drops newlines at the end of a sentence and whole sentences that hold
-    a NUL or are too long.
+    SentencePiece drops newlines at the end of a sentence, reserved words, and whole
+    sentences that hold a NUL or are too long.
     """
     text = re.sub("[\0\ud800-\udfff]", " ", text)
     chunk, size = [], 0
@@ -279,10 +283,28 @@ def _chunks(text: str) -> Iterator[str]:
         if size + length > _CHUNK and chunk:
             yield "".join(chunk)
             chunk, size = [], 0
+        while match := reserved.search(line):
+            yield "".join([*chunk, line[: match.start() + 1]])
+            chunk, size = [], 0
+            line = line[match.start() + 1 :]
         chunk.append(line)
         size += length
     if size:
         yield "".join(chunk)
+
+
+def _patterns(reserved: Sequence[str]) -> tuple[re.Pattern, re.Pattern]:
+    """What goes in as bytes, and words that must not go in whole.
+
+    What SentencePiece would take for something else: the space symbol itself, what
+    UTF-8 cannot hold, and words that spell a mark, a control symbol or a byte piece.
+    """
+    single = "".join(re.escape(word) for word in reserved if len(word) == 1)
+    longer = any_of([word for word in reserved if len(word) > 1])
+    return (
+        re.compile(f"([{SPACE}\ud800-\udfff{single}]+)"),
+        re.compile(f"<0x[0-9A-F]{{2}}>|{longer}"),
+    )
 
 
 def _largest(error: RuntimeError) -> int | None:

@@ -153,7 +153,6 @@ def learn_pieces(
         scores = prune(words, scores, max(wanted, int(shrink * len(scores))), longest)
         if len(scores) <= wanted:
             break
-    scores = {p: score for p, score in scores.items() if _best(p, scores, longest)}
     lowest = min(scores.values())
     ordered = sorted(characters, key=lambda c: (-characters[c], c))
     missing = [c for c in ordered if c not in scores]
@@ -272,9 +271,9 @@ def prune(
         if len(piece) == 1:
             kept[piece] = score
             continue
-        if not _best(piece, scores, longest):
-            continue
         others = _without(piece, scores, longest)
+        if sum(scores.get(p, -math.inf) for p in others) > score:
+            continue
         n = uses[piece]
         with_it = math.log(n) - math.log(total)
         moved = math.log(total + n * (len(others) - 1))
@@ -290,14 +289,6 @@ def prune(
 def _without(piece: str, scores: Scores, longest: int) -> list[str]:
     """The best segmentation of a piece into two parts or more."""
     return viterbi(piece, scores, longest=min(longest, len(piece) - 1))
-
-
-def _best(piece: str, scores: Scores, longest: int) -> bool:
-    """Whether no segmentation of the piece is likelier than the piece itself."""
-    if len(piece) == 1:
-        return True
-    others = _without(piece, scores, longest)
-    return sum(scores.get(p, -math.inf) for p in others) <= scores[piece]
 
 
 def digamma(x: float) -> float:

@@ -1,0 +1,100 @@
+"""What does compression block by block take: time, peak memory, straight from disk?
+
+Error feedback on every linear layer of a model, calibration included, with its weights
+read from the file as their block comes. Run it in a process of its own, so that the
+peak is that of this work:
+
+    python experiments/blockwise.py SmolLM2.gguf text.txt
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from nearest import commit
+
+import jaxcompress as jc
+from jaxcompress import demo, reporting
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = ""
+    text: str = ""
+    recipe: str = "gptq(bits=4, block=128)"
+    calibration: int = 64  # windows
+    tokens: int = 512  # in a window
+    store: str = ""  # directory of finished blocks
+    fast: bool = False  # the reference model, one window
+    results: str = "experiments/results/blockwise.jsonl"
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Seconds, peak bytes of the process, and the errors that were reported."""
+    if config.fast:
+        config = dataclasses.replace(config, calibration=1, store="")
+        model, weights, tokenizer = jc.models.load("reference")
+        text = demo.heldout_text()
+    else:
+        model, weights, tokenizer = jc.models.open_weights(config.model)
+        text = Path(config.text).read_text(encoding="utf-8")
+    count = config.calibration * config.tokens
+    ids = np.array(tokenizer.encode(text[: 8 * count])[:count])
+    batches = list(ids.reshape(-1, min(4, config.calibration), config.tokens))
+    before = reporting.peak_memory()
+    wall, processor = time.perf_counter(), time.process_time()
+    small, report = jc.compress_blockwise(
+        model,
+        weights,
+        [(".*kernel", config.recipe)],
+        batches,
+        store=config.store or None,
+        report=True,
+        progress=True,
+    )
+    errors = [row.output_error for row in report if row.output_error is not None]
+    return {
+        "experiment": "blockwise",
+        "model": Path(config.model).name or "reference",
+        "recipe": config.recipe,
+        "calibration_tokens": count,
+        "seconds": time.perf_counter() - wall,
+        "processor_seconds": time.process_time() - processor,
+        "peak_bytes": reporting.peak_memory(),
+        "peak_bytes_before": before,
+        "layers": len(errors),
+        "mean_output_error": float(np.mean(errors)),
+        "result_bytes": jc.nbytes(small),
+        "commit": commit(),
+        "jax": metadata.version("jax"),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Config):
+        if field.name in ("model", "text"):
+            parser.add_argument(field.name, nargs="?", default=field.default)
+        elif field.type is bool or field.type == "bool":
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=type(field.default), default=field.default
+            )
+    config = Config(**vars(parser.parse_args()))
+    row = run(config)
+    print(json.dumps(row))
+    if not config.fast:
+        Path(config.results).parent.mkdir(parents=True, exist_ok=True)
+        reporting.append_lines(config.results, [row])
+
+
+if __name__ == "__main__":
+    main()

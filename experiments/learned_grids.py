@@ -1,0 +1,143 @@
+"""What does learning the grid gain, and which way of rounding learns best?
+
+Quantizes the layers' kernels to nearest, with error feedback, and learned on the
+expected output error with each kind of rounding, and with the width found too; compares
+all with the float model, on text that was not used for calibration. One JSON line per
+row; the reference model by default, or a model and a text whose end is measured on:
+
+    python experiments/learned_grids.py SmolLM2.gguf text.txt --block 128
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from nearest import commit
+
+import jaxcompress as jc
+from jaxcompress import demo, reporting
+from jaxcompress.evaluation import Apply, windows
+
+KERNELS = r"layers/.*kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "reference"
+    text: str = ""
+    bits: int = 3
+    block: int = 64
+    steps: int = 60  # of descent
+    calibration: int = 64  # windows
+    windows: int = 16  # of text to measure on
+    tokens: int = 512  # in a window
+    only: str = ""  # methods whose text holds this
+    fast: bool = False  # one method, a few windows
+    results: str = "experiments/results/learned_grids.jsonl"
+
+
+def methods(config: Config) -> list[str]:
+    """Recipes of the rows."""
+    options = f"bits={config.bits}, block={config.block}"
+    descent = f"block={config.block}, grid='asymmetric', steps={config.steps}"
+    found = [
+        f"asymmetric({options})",
+        f"gptq({options}, grid='asymmetric')",
+        *(
+            f"learned(bits={config.bits}, {descent}, rounding='{rounding}')"
+            for rounding in ("nearest", "offsets", "relaxed", "coordinates")
+        ),
+        f"learned(bits='auto', cost=0.03, {descent})",
+    ]
+    return [method for method in found if config.only in method]
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """The rows, one per method."""
+    if config.fast:
+        config = dataclasses.replace(
+            config,
+            model="reference",
+            text="",
+            tokens=64,
+            calibration=8,
+            windows=4,
+            steps=4,
+            only="rounding='coordinates'",
+        )
+    model, params, tokenizer = jc.models.load(config.model, scan=True)
+    if config.text:
+        whole = Path(config.text).read_text(encoding="utf-8")
+        cut = int(0.8 * len(whole))
+    else:
+        whole = demo.heldout_text()
+        cut = len(whole) // 2
+    ids = np.asarray(tokenizer.encode(whole[:cut]), np.int32)
+    count = min(config.calibration, ids.size // config.tokens) // 2 * 2
+    seen = ids[: count * config.tokens].reshape(-1, 2, config.tokens)
+    batches = windows(
+        tokenizer.encode(whole[cut:]), config.tokens, 1, limit=config.windows
+    )
+    moments = jc.collect_moments(model, params, list(seen), select=KERNELS)
+    layout = {name: jc.Layout((0,), (1,), (2,)) for name in moments}
+    rows: list[dict[str, Any]] = []
+    for method in methods(config):
+        clock = time.process_time()
+        small = jc.compress(params, [(KERNELS, method)], moments, layout=layout)
+        jax.block_until_ready(small)
+        seconds = time.process_time() - clock
+        nodes = jax.tree.leaves(small, is_leaf=lambda x: isinstance(x, jc.Quantized))
+        held = [x for x in nodes if isinstance(x, jc.Quantized)]
+        ready = jax.jit(jc.materialize)(small)
+        report = jc.compare(Apply(model), params, ready, batches)
+        rows.append(
+            {
+                "model": Path(config.model).name,
+                "method": method,
+                "bits_per_weight": 8 * jc.nbytes(held) / sum(x.size for x in held),
+                "widths": sorted({x.bits for x in held}),
+                "kl": report.kl,
+                "kl_standard_error": report.kl_standard_error,
+                "perplexity": report.small.perplexity,
+                "dense_perplexity": report.dense.perplexity,
+                "tokens": report.tokens,
+                "calibration_tokens": int(seen.size),
+                "processor_seconds": seconds,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+        del small, held, nodes, ready
+    about = {
+        "commit": commit(),
+        "jax": metadata.version("jax"),
+        "device": jax.devices()[0].device_kind,
+        "shared": True,
+    }
+    return [row | about for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Config):
+        if field.name in ("model", "text"):
+            parser.add_argument(field.name, nargs="?", default=field.default)
+        elif isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=type(field.default), default=field.default
+            )
+    config = Config(**vars(parser.parse_args()))
+    rows = run(config)
+    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
+    reporting.append_lines(config.results, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""What does a model lose with the pieces that a domain never uses, and what is saved?
+
+The vocabulary of a model is trimmed to the pieces of the first part of a text, and once
+more to those and the pieces that the model itself finds likely there, so that nearly no
+probability is cut off. Perplexity is measured on a part of that text, bits per byte on
+its end, which was not counted, and on docstrings of the standard library, which are out
+of the domain. One JSON line per row; rows that are there are not computed again:
+
+    python experiments/tokenizers_trimming.py SmolLM2.gguf text.txt
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from nearest import docstrings
+from train_reference import commit
+
+import jaxcompress as jc
+from jaxcompress import reporting, tokenization
+from jaxcompress.evaluation import Apply, LanguageModelMetrics, windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "reference"
+    text: str = ""  # by default docstrings
+    fraction: float = 0.8  # of the text, in which pieces are counted
+    cut_off: str = "none,1,0.001,0.0004"  # probability that may be lost; 1: only used
+    windows: int = 8  # of each text
+    calibration: int = 16  # windows, of the counted text, for likely pieces
+    tokens: int = 512  # in a window
+    fast: bool = False
+    results: str = "experiments/results/tokenizers_trimming.jsonl"
+
+
+def mean_probabilities(model: Any, params: Any, batches: list) -> np.ndarray:
+    """Mean over tokens of what the model predicts for each piece, float64 [V]."""
+
+    @jax.jit
+    def total(params, tokens):
+        logits = model.apply({"params": params}, tokens)
+        return jax.nn.softmax(logits, axis=-1).sum(axis=(0, 1))
+
+    sums = [np.asarray(total(params, b["tokens"]), np.float64) for b in batches]
+    found = sum(sums)
+    return found / found.sum()
+
+
+def kept_pieces(used: np.ndarray, likely: np.ndarray, cut_off: float) -> np.ndarray:
+    """Used pieces, and the likeliest others until the rest have less than `cut_off`."""
+    others = np.flatnonzero(~used)
+    others = others[np.argsort(-likely[others])]
+    rest = likely[others].sum() - np.cumsum(likely[others])
+    more = others[: int((rest >= cut_off).sum()) + 1]
+    return (
+        np.flatnonzero(used) if cut_off >= 1 else np.union1d(np.flatnonzero(used), more)
+    )
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """The rows that the results file lacks; each is appended when it is done."""
+    if config.fast:
+        config = dataclasses.replace(
+            config,
+            model="reference",
+            windows=1,
+            calibration=1,
+            tokens=128,
+            cut_off="none,1,0.01",
+        )
+    if config.text:
+        whole = Path(config.text).read_text(encoding="utf-8")
+    else:
+        whole = docstrings(20_000 if config.fast else 400_000)[
+            30_000 * (not config.fast) :
+        ]
+    start = whole.index("\n", int(len(whole) * config.fraction)) + 1
+    texts = {"in_domain": whole[:start], "held_out": whole[start:]}
+    texts["out_of_domain"] = docstrings(30_000)
+    model, params, tokenizer = jc.models.load(config.model, scan=True)
+    counts = tokenization.count_pieces(
+        tokenizer, texts["in_domain"].splitlines(keepends=True)
+    )
+    ids = np.array(tokenizer.encode(texts["in_domain"]))
+    # The same text for every row, whatever the number of its tokens there.
+    scored = config.windows * (config.tokens - 1) + 1
+    parts = {
+        name: tokenizer.decode(tokenizer.encode(text)[:scored])
+        for name, text in texts.items()
+    }
+    used = counts > 0
+    used[ids] = True
+    size = config.calibration * (config.tokens - 1) + 1
+    calibration = windows(ids[-size:], config.tokens, 1, limit=config.calibration)
+    about = {
+        "experiment": "tokenizers_trimming",
+        "model": Path(config.model).name,
+        "text": Path(config.text).stem or "docstrings",
+        "windows": config.windows,
+        "tokens": config.tokens,
+        "commit": commit(),
+        "jax": metadata.version("jax"),
+        "device": jax.devices()[0].device_kind,
+    }
+    path, done = Path(config.results), set()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            there = json.loads(line)
+            done.add((there["model"], there["text"], there["cut_off"]))
+    rows, likely = [], None
+    for cut_off in config.cut_off.split(","):
+        if (about["model"], about["text"], cut_off) in done:
+            continue
+        trimmed, lost = (model, params, tokenizer), 0.0
+        if cut_off != "none":
+            if likely is None:
+                likely = mean_probabilities(model, params, calibration)
+            keep = kept_pieces(used, likely, float(cut_off))
+            trimmed = jc.models.trim_vocabulary(model, params, tokenizer, keep)
+            _, kept = tokenization.trim(tokenizer, keep)
+            lost = 1 - likely[kept].sum()
+        row = {
+            "cut_off": cut_off,
+            "lost_probability": lost,
+            **measure(*trimmed, parts, config),
+        }
+        rows.append(row | about)
+        reporting.append_lines(path, rows[-1:])
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def measure(
+    model: Any, params: Any, tokenizer: Any, parts: dict, config: Config
+) -> dict:
+    """Sizes, and for each text bytes per token, perplexity and bits per byte."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        jc.models.save_model(path, model, half, tokenizer)
+        file_bytes = path.stat().st_size
+    found: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "weights": sum(x.size for x in jax.tree.leaves(params)),
+        "embedding_bytes": tokenization.embedding_bytes(tokenizer, model.width),
+        "tokenizer_bytes": len(tokenizer.to_bytes()),
+        "file_bytes_bfloat16": file_bytes,
+    }
+    for name, text in parts.items():
+        ids = tokenizer.encode(text)
+        if tokenizer.decode(ids) != text:
+            raise ValueError(f"{name} did not come back from its {len(ids)} ids")
+        batches = windows(
+            ids,
+            config.tokens,
+            1,
+            token_bytes=tokenizer.token_bytes(ids),
+        )
+        score = jc.evaluate(LanguageModelMetrics(Apply(model)), params, batches)
+        found |= {
+            f"{name}_bytes_per_token": len(text.encode()) / len(ids),
+            f"{name}_perplexity": float(np.exp(score["loss"])),
+            f"{name}_bits_per_byte": score["bits_per_byte"],
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Config):
+        if field.name in ("model", "text"):
+            parser.add_argument(field.name, nargs="?", default=field.default)
+        elif field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=field.type, default=field.default
+            )
+    run(Config(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
