@@ -88,7 +88,11 @@ def run(config: Config) -> list[dict[str, Any]]:
         return rows
     done = known(config)
     for name in names:
-        if all((label(config, name), text) in done for text in batches):
+        data = 0 if name.startswith(WITHOUT_DATA) else config.calibration
+        if all(
+            (label(config, name), text, data * config.tokens) in done
+            for text in batches
+        ):
             continue
         recipe = rules(config, name)
         clock, processor = time.perf_counter(), time.process_time()
@@ -124,7 +128,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "model": Path(config.model).name,
                     "method": label(config, name),
                     "recipe": recipe,
-                    "calibration_tokens": config.calibration * config.tokens,
+                    "calibration_tokens": data * config.tokens,
                     "text": text,
                     "tokens": found.tokens,
                     **sizes,
@@ -134,6 +138,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "kl_standard_error": found.kl_standard_error,
                     "top1_agreement": found.agreement,
                     **took,
+                    "peak_bytes": reporting.peak_memory(),
                     "commit": commit(),
                     "jax": metadata.version("jax"),
                     "device": jax.devices()[0].device_kind,
@@ -229,14 +234,15 @@ def stored(path: Path, params: Any) -> dict[str, float]:
     }
 
 
-def known(config: Config) -> set[tuple[str, str]]:
-    """Methods and texts of the lines that are there."""
+def known(config: Config) -> set[tuple[str, str, int]]:
+    """Methods, texts and calibration tokens of the lines that are there."""
     path = Path(config.results)
     if config.fast or not path.exists():
         return set()
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     model = Path(config.model).name
-    return {(x["method"], x["text"]) for x in lines if x["model"] == model}
+    key = "method", "text", "calibration_tokens"
+    return {tuple(x[k] for k in key) for x in lines if x["model"] == model}
 
 
 def main() -> None:
