@@ -36,6 +36,7 @@ class Config:
     cut_off: str = "none,1,0.001,0.0004"  # probability that may be lost; 1: only used
     windows: int = 8  # of each text
     calibration: int = 16  # windows, of the counted text, for likely pieces
+    calibrated: str = "measured"  # they begin with the measured ones; or "other"
     tokens: int = 512  # in a window
     fast: bool = False
     results: str = "experiments/results/tokenizers_trimming.jsonl"
@@ -99,26 +100,29 @@ def run(config: Config) -> list[dict[str, Any]]:
     used = counts > 0
     used[ids] = True
     size = config.calibration * (config.tokens - 1) + 1
-    calibration = windows(ids[-size:], config.tokens, 1, limit=config.calibration)
+    chosen = ids[-size:] if config.calibrated == "other" else ids[:size]
+    calibration = windows(chosen, config.tokens, 1, limit=config.calibration)
     about = {
         "experiment": "tokenizers_trimming",
         "model": Path(config.model).name,
         "text": Path(config.text).stem or "docstrings",
         "windows": config.windows,
+        "calibrated": config.calibrated,
         "tokens": config.tokens,
         "commit": commit(),
         "jax": metadata.version("jax"),
         "device": jax.devices()[0].device_kind,
     }
+    identity = ("model", "text", "windows", "tokens", "calibrated")
     path, done = Path(config.results), set()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             there = json.loads(line)
-            done.add((there["model"], there["text"], there["cut_off"]))
+            done.add((*(there[key] for key in identity), there["cut_off"]))
     rows, likely = [], None
     for cut_off in config.cut_off.split(","):
-        if (about["model"], about["text"], cut_off) in done:
+        if (*(about[key] for key in identity), cut_off) in done:
             continue
         trimmed, lost = (model, params, tokenizer), 0.0
         if cut_off != "none":
