@@ -661,6 +661,46 @@ def test_factorized_and_quantized_runs_in_an_unmodified_model(tmp_path):
     assert 0 < error < 0.05
 
 
+def test_pruned_factorized_quantized_and_coded_by_one_chain(tmp_path):
+    x = random(5, 64)
+    params = Model().init(jax.random.key(0), x)["params"]
+    rows = correlated(128)
+    stages = jc.chain(
+        # one kernel through every stage, the other pruned or factorized
+        [("up/kernel", "magnitude(sparsity=0.5)"), ("down/kernel", None)],
+        [("up/kernel/values", "svd(keep=0.9)"), ("down/kernel", "svd(rank=40)")],
+        [(".*/(left|right)", "symmetric(bits=8, block=32)")],
+        "entropy_code()",
+        "code_floats()",
+    )
+    small = jc.compress(params, stages, {"down/kernel": moments_of(rows)})
+    assert isinstance(small["up"]["kernel"], jc.Sparse)
+    names = set(jc.leaf_names(small))
+    assert {"up/kernel/values/left/codes", "down/kernel/right/codes"} <= names
+    assert isinstance(small["up"]["kernel"].values.left.codes, jc.Coded)
+    jc.save(tmp_path / "small.safetensors", small)
+    loaded = jc.load(tmp_path / "small.safetensors")
+    assert jax.tree.structure(loaded) == jax.tree.structure(small)
+    for a, b in zip(*map(jax.tree.leaves, (small, loaded)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert (tmp_path / "small.safetensors").stat().st_size < jc.nbytes(params) / 2
+    dense = jax.jit(jc.materialize)(small)
+    assert float(np.mean(np.asarray(dense["up"]["kernel"]) == 0)) >= 0.5
+    run = jax.jit(Model().apply)
+    want = run({"params": dense}, x)
+    np.testing.assert_allclose(run({"params": loaded}, x), want, atol=1e-5)
+
+    @jax.jit
+    def quick(params, x):
+        with jc.fast():
+            return Model().apply({"params": params}, x)
+
+    np.testing.assert_allclose(quick(loaded, x), want, atol=1e-5)
+    error = np.linalg.norm(want - run({"params": params}, x))
+    assert 0 < error < 0.7 * np.linalg.norm(want)
+
+
 def test_tensor_leaves_run_and_are_stored(tmp_path):
     class Attention(nn.Module):
         @nn.compact
