@@ -65,7 +65,7 @@ def run(
         ids, LENGTH, BATCH, token_bytes=tokenizer.token_bytes(ids), limit=limit
     )
     dense_path = folder / "reference-float32.safetensors"
-    save_model(dense_path, model, params, tokenizer)
+    save_model(dense_path, model, params, tokenizer, coded=False)
     rows, texts, report = [], [], None
     for i, recipe in enumerate(recipes):
         small = compress(params, chain(recipe, "entropy_code()", "code_floats()"))

@@ -11,6 +11,7 @@ import pytest
 from models_for_tests import Product, Rounded, product, rounded
 
 import jaxcompress as jc
+from jaxcompress.quantization.latent import latent
 from jaxcompress.quantization.nearest import asymmetric, symmetric
 from jaxcompress.tree.leaves import data_fields, leaf_type, static_fields
 from jaxcompress.tree.methods import describe, parse, traits
@@ -518,6 +519,10 @@ EXAMPLES = {
     "Packed": lambda: symmetric(X, bits=3).codes,
     "Coded": lambda: jc.entropy_code(jnp.arange(20000).reshape(2, 100, 100) % 99 // 98),
     "CodedFloats": lambda: jc.code_floats(jnp.round(8 * X)),
+    "CodedWords": lambda: (
+        jc.code_floats(jax.random.normal(jax.random.key(0), (2, 64, 64))).bits
+    ),
+    "Latent": lambda: latent(asymmetric(X, bits=3, block=5), X),
 }
 
 

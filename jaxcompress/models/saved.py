@@ -28,12 +28,14 @@ def save_model(
     params: Params,
     tokenizer: Tokenizer | None = None,
     metadata: Mapping[str, Any] | None = None,
+    *,
+    coded: bool | str = True,
 ) -> None:
     """Write a model, compressed or not, to one file that `load_saved` reads back.
 
     The file holds the tree `{"params": ..., "tokenizer": uint8 [bytes]}`; the model's
-    settings join `metadata` (JSON values) under "architecture". Raises ValueError where
-    `metadata` has such a key already.
+    settings join `metadata` (JSON values) under "architecture"; `coded` is that of
+    `save`. Raises ValueError where `metadata` has such a key already.
     """
     metadata = dict(metadata or {})
     if ARCHITECTURE in metadata:
@@ -45,7 +47,7 @@ def save_model(
     if tokenizer is not None:
         tree["tokenizer"] = np.frombuffer(tokenizer.to_bytes(), np.uint8)
     metadata[ARCHITECTURE] = describe(model)
-    container.save(path, tree, metadata=metadata)
+    container.save(path, tree, metadata=metadata, coded=coded)
 
 
 def load_saved(
