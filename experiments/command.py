@@ -1,4 +1,4 @@
-"""What experiments share: a command line made of a `Config`, and who ran what, where."""
+"""What experiments share: a command line made of a `Config`, and what ran where."""
 
 import argparse
 import dataclasses
@@ -50,7 +50,7 @@ def commit() -> str:
 
 
 def about() -> dict[str, Any]:
-    """Commit, versions and device; machines are shared unless a table says otherwise."""
+    """Commit, versions, device; the machine is shared unless a table says otherwise."""
     return {
         "commit": commit(),
         "jax": metadata.version("jax"),

@@ -268,7 +268,7 @@ def _kl(
     alpha: float = 0.0,
     reverse: bool = False,
 ) -> jax.Array:
-    """`T^2 KL(p || a p + (1 - a) q)`, `[...]`; p is the teacher, reversed the student."""
+    """`T^2 KL(p || a p + (1 - a) q)`, `[...]`; p is the teacher, or reversed q."""
     q, p = _both(student_logits, teacher_logits, temperature, mask)
     if reverse:
         p, q = q, p
