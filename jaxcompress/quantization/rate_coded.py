@@ -1,0 +1,386 @@
+"""Integers at their entropy times a step per input: `RateCoded`, and its bytes."""
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcompress.entropy import rans
+from jaxcompress.entropy.packing import (
+    bits_needed,
+    pack_bits,
+    packed_rows,
+    unpack_bits,
+)
+from jaxcompress.entropy.tables import read_numbers, write_numbers
+from jaxcompress.quantization import contexts, densities, trellis
+from jaxcompress.tree.leaves import Leaf, leaf, static
+
+LARGEST = 1 << 15  # levels are below it: one word holds an escaped one
+PLACES = 576  # of a walk, at most: its beginning costs a few bits
+
+
+@leaf
+class RateCoded(Leaf):
+    """Weights `steps[i] * level[i, o]`, the levels entropy-coded; decoded inside `jit`.
+
+    Invariant: every data array has the stack axes in front, and a slice of all of them
+    is the `RateCoded` of a slice. Each row of levels is cut into walks of `places`
+    outputs, the last filled up; a lane codes the same number of walks, one after the
+    other, and so all lanes begin walks together. The table of a level follows from the
+    kinds of its row and column (`contexts.Contexts`) and, with a trellis, from whether
+    the state of its walk is odd: such tables stand behind the others.
+
+    Args:
+      words: uint16 `[..., words]`; offsets: int32 `[..., lanes + 1]`; states: uint32
+        `[..., lanes]`: a `rans.Stream`.
+      frequencies: uint16 `[..., parities * contexts, columns]`, which `parameters`
+        uint8 `[..., contexts, 2]` determine.
+      rows: uint8 `[..., inputs]`; columns: uint8 `[..., outputs]`; edges: uint8
+        `[..., contexts - 1]`.
+      steps: bfloat16 `[..., inputs]`.
+      places: outputs in a walk.
+      trellis: its number of states; 0 for plain integers.
+      kind: name of the dtype of the weights.
+    """
+
+    words: jax.Array
+    offsets: jax.Array
+    states: jax.Array
+    frequencies: jax.Array
+    parameters: jax.Array
+    rows: jax.Array
+    columns: jax.Array
+    edges: jax.Array
+    steps: jax.Array
+    places: int = static()
+    trellis: int = static()
+    kind: str = static()
+
+    lossless: ClassVar[bool] = True  # what the levels stand for comes back exactly
+    entropy_coded: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.steps.shape, self.columns.shape[-1])
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.kind)
+
+    def materialize(self) -> jax.Array:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+            return _weights(self)
+        return _decoded(self)
+
+    def levels(self) -> jax.Array:
+        """The integers, int32 `[..., inputs, outputs]`; traceable."""
+        return _each_slice(_levels, self)
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """What a file holds: one `stream` of bytes."""
+        return {"stream": np.frombuffer(write(self), np.uint8)}
+
+    @classmethod
+    def restored(
+        cls, arrays: dict[str, np.ndarray], static: dict[str, Any]
+    ) -> "RateCoded":
+        """Undoes `stored`, given the static fields; ValueError if they do not fit."""
+        return cls(**read(arrays, static))
+
+
+def walks(outputs: int) -> tuple[int, int]:
+    """How many walks a row of outputs is cut into, and the places of each."""
+    count = -(-outputs // PLACES)
+    return count, -(-outputs // count)
+
+
+def count_lanes(inputs: int, outputs: int, bits: float) -> int:
+    """Lanes for levels that take so many bits, with as few walks to fill up as can be.
+
+    About as many as `rans.count_lanes` would take, within a factor of two.
+    """
+    count, places = walks(outputs)
+    total = inputs * count
+    wanted = total / rans.count_lanes(total * places, int(bits / 8))
+    each = range(max(1, math.ceil(wanted / 2)), int(2 * wanted) + 1)
+    return min(
+        (-(-total // n) * n, abs(math.log(n / wanted)), -(-total // n)) for n in each
+    )[2]
+
+
+def rate_coded(
+    levels: np.ndarray, steps: np.ndarray, *, states: int, kind: str
+) -> RateCoded:
+    """Codes the levels of a stack of weights, each slice with its own tables.
+
+    Args:
+      levels: int32 `[..., inputs, outputs]`; with a trellis, its walks along outputs.
+      steps: `[..., inputs]`, numbers that bfloat16 holds.
+      states: of the trellis, or 0.
+      kind: dtype of the weights.
+
+    Raises:
+      ValueError: a level past 16 bits.
+    """
+    if np.abs(levels).max(initial=0) >= LARGEST:
+        raise ValueError(
+            f"a level of {np.abs(levels).max()} does not fit 16 bits: the rate is too "
+            "high for these weights; keep the leaf, or code_floats it"
+        )
+    lead, (inputs, outputs) = levels.shape[:-2], levels.shape[-2:]
+    parities = 2 if states else 1
+    _, places = walks(outputs)
+    slices = levels.reshape(-1, inputs, outputs)
+    found = [contexts.fit(each, parities) for each in slices]
+    lanes = count_lanes(inputs, outputs, max(each.bits for each in found))
+    kinds = max(len(each.parameters) for each in found)
+    edges = _stacked([each.edges for each in found], kinds - 1, 255)
+    parameters = _stacked([each.parameters for each in found], kinds, 0)
+    frequencies = np.stack([contexts.frequencies(x, parities) for x in parameters])
+    streams = []
+    for i, each in enumerate(found):
+        tables = _contexts(each.rows, each.columns, edges[i], places, lanes, np)
+        raw = _by_step(slices[i], places, lanes, np)
+        if states:
+            tables = tables + (raw & 1) * kinds
+        columns = contexts.columns_of(raw >> (parities - 1))
+        columns = contexts.escaped(columns, tables, frequencies[i])
+        streams.append(rans.encode(columns, frequencies[i], tables, raw=raw, escape=1))
+    offsets = np.stack([np.append(x.starts, x.ends[-1:]) for x in streams])
+    data = {
+        "words": _stacked([x.words for x in streams], int(offsets.max()), 0),
+        "offsets": offsets,
+        "states": np.stack([x.states for x in streams]),
+        "frequencies": frequencies,
+        "parameters": parameters,
+        "rows": np.stack([each.rows for each in found]),
+        "columns": np.stack([each.columns for each in found]),
+        "edges": edges,
+    }
+    return RateCoded(
+        **{k: jnp.asarray(x.reshape(lead + x.shape[1:])) for k, x in data.items()},
+        steps=jnp.asarray(steps, jnp.bfloat16),
+        places=places,
+        trellis=states,
+        kind=kind,
+    )
+
+
+def _stacked(arrays: list[np.ndarray], length: int, fill: int) -> np.ndarray:
+    """Arrays of different lengths in one, filled up."""
+    out = np.full((len(arrays), length, *arrays[0].shape[1:]), fill, arrays[0].dtype)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return out
+
+
+def _by_step(x: Any, places: int, lanes: int, xp: Any) -> Any:
+    """`[inputs, outputs]` as `[steps, lanes]`, walk after walk, filled up with zeros.
+
+    Zero is a level that state 0 allows, and leads from it to itself.
+    """
+    inputs, outputs = x.shape
+    count = -(-outputs // places)
+    x = xp.pad(x, [(0, 0), (0, count * places - outputs)])
+    x = x.reshape(inputs * count, places)
+    each = -(-inputs * count // lanes)
+    x = xp.pad(x, [(0, each * lanes - inputs * count), (0, 0)])
+    return x.reshape(lanes, each * places).T
+
+
+def _contexts(
+    rows: Any, columns: Any, edges: Any, places: int, lanes: int, xp: Any
+) -> Any:
+    """The context of each symbol, uint8 `[steps, lanes]`."""
+    scale = rows[:, None].astype(xp.int32) + columns[None].astype(xp.int32)
+    found = xp.zeros(scale.shape, xp.uint8)
+    for i in range(edges.shape[0]):
+        found = found + (scale >= edges[i].astype(xp.int32)).astype(xp.uint8)
+    return _by_step(found, places, lanes, xp)
+
+
+def _levels(coded: RateCoded) -> jax.Array:
+    """Levels of one slice, int32 `[inputs, outputs]`."""
+    (inputs,), (outputs,) = coded.rows.shape, coded.columns.shape
+    (lanes,), places = coded.states.shape, coded.places
+    count = -(-outputs // places)
+    each = -(-inputs * count // lanes)
+    kinds = coded.parameters.shape[0]
+    tables = _contexts(coded.rows, coded.columns, coded.edges, places, lanes, jnp)
+    column = np.arange(densities.WIDTH, dtype=np.int32) - densities.REACH
+    values, memory = column[None], None
+    if coded.trellis:
+        values = np.stack([2 * column, 2 * column + 1])
+
+        def step(walk: Any, level: jax.Array) -> tuple[Any, jax.Array]:
+            place, state = walk
+            place = jnp.where(place + 1 == places, 0, place + 1)
+            state = trellis.advance(state, level, coded.trellis)
+            state = jnp.where(place == 0, 0, state)
+            return (place, state), (state & 1) * kinds
+
+        zero = jnp.zeros(lanes, jnp.int32)
+        memory = step, (jnp.int32(0), zero), zero
+    levels = rans.decode(
+        rans.Stream(coded.words, coded.offsets[:-1], coded.offsets[1:], coded.states),
+        coded.frequencies,
+        jnp.asarray(np.repeat(values, kinds, axis=0)),
+        tables,
+        steps=each * places,
+        escape=1,
+        memory=memory,
+    )
+    levels = levels.T.reshape(lanes * each, places)[: inputs * count]
+    return levels.reshape(inputs, count * places)[:, :outputs]
+
+
+def _slice_weights(coded: RateCoded) -> jax.Array:
+    steps = coded.steps.astype(jnp.float32)[:, None]
+    return (steps * _levels(coded).astype(jnp.float32)).astype(coded.kind)
+
+
+def _weights(coded: RateCoded) -> jax.Array:
+    return _each_slice(_slice_weights, coded)
+
+
+@jax.jit
+def _decoded(coded: RateCoded) -> jax.Array:
+    return _weights(coded)
+
+
+def _each_slice(function: Any, coded: RateCoded) -> jax.Array:
+    lead = coded.states.shape[:-1]
+    if not lead:
+        return function(coded)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), coded)
+    out = lax.map(function, flat)
+    return out.reshape(*lead, *out.shape[1:])
+
+
+def side_bits(found: contexts.Contexts, outputs: int, bits: float) -> int:
+    """Bits of a slice's stream that are not its words, which take `bits`."""
+    inputs = found.rows.size
+    lanes = count_lanes(inputs, outputs, bits)
+    widths = [bits_needed(x.max()) for x in (found.rows, found.columns)]
+    layout = _layout(1, inputs, outputs, lanes, len(found.parameters), *widths)
+    sizes = (
+        math.prod(shape) * np.dtype(kind).itemsize for kind, shape in layout.values()
+    )
+    return 8 * sum(sizes)
+
+
+def write(coded: RateCoded) -> bytes:
+    """The bytes of a leaf: no padding, and no tables, which `parameters` determine.
+
+    Numbers: one more than the stack axes, their sizes, inputs, outputs, lanes,
+    contexts, bits of row and of column kinds. Then, little endian, the arrays that
+    `_layout` lists, and the words of each slice.
+    """
+    lead = coded.states.shape[:-1]
+    widths = [bits_needed(np.asarray(x).max()) for x in (coded.rows, coded.columns)]
+    sizes = [coded.states.shape[-1], coded.parameters.shape[-2], *widths]
+    out = [write_numbers([len(lead) + 1, *lead, *coded.shape[-2:], *sizes])]
+    offsets = np.asarray(coded.offsets).reshape(-1, coded.offsets.shape[-1])
+    arrays = {
+        "edges": np.asarray(coded.edges),
+        "parameters": np.asarray(coded.parameters),
+        "steps": np.asarray(coded.steps).view(np.uint16),
+        "rows": _packed(coded.rows, widths[0]),
+        "columns": _packed(coded.columns, widths[1]),
+        "states": np.asarray(coded.states),
+        "lengths": np.diff(offsets),
+    }
+    for name, (kind, _) in _layout(1, *coded.shape[-2:], *sizes).items():
+        out.append(arrays[name].astype(kind).tobytes())
+    words = np.asarray(coded.words).reshape(len(offsets), -1)
+    for row, last in zip(words, offsets[:, -1], strict=True):
+        out.append(row[:last].astype("<u2").tobytes())
+    return b"".join(out)
+
+
+def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a leaf, from what it stored and its static fields.
+
+    Raises:
+      ValueError: they do not fit each other. (What fits and is wrong all the same, a
+        checksum must find.)
+    """
+    data = memoryview(np.ascontiguousarray(arrays["stream"], np.uint8))
+    (axes,), at = read_numbers(data, 0, 1)
+    _require(0 < axes < 16, f"{axes - 1} stack axes")
+    lead, at = read_numbers(data, at, axes - 1)
+    (inputs, outputs, lanes, kinds, *widths), at = read_numbers(data, at, 6)
+    places, states = static["places"], static["trellis"]
+    slices = math.prod(lead)
+    _require(inputs > 0 and outputs > 0, f"weights of {inputs} x {outputs}")
+    _require(0 < places == walks(outputs)[1], f"walks of {places} places")
+    _require(0 < lanes <= inputs * outputs, f"{lanes} lanes")
+    _require(0 < kinds <= 255 and all(0 < w <= 8 for w in widths), f"{kinds} contexts")
+    _require(states == 0 or states in trellis.CHECKS, f"a trellis of {states} states")
+    found = {}
+    for name, (kind, shape) in _layout(
+        slices, inputs, outputs, lanes, kinds, *widths
+    ).items():
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        _require(at + size <= len(data), f"{len(data)} bytes, cut off in its {name}")
+        found[name] = np.frombuffer(data, kind, math.prod(shape), at).reshape(shape)
+        at += size
+    offsets = np.zeros((slices, lanes + 1), np.int64)
+    np.cumsum(found.pop("lengths"), axis=1, out=offsets[:, 1:])
+    total = int(offsets[:, -1].sum())
+    _require(at + 2 * total == len(data), f"{len(data) - at} bytes of {total} words")
+    words = np.zeros((slices, int(offsets[:, -1].max(initial=0))), np.uint16)
+    for row, last in zip(words, offsets[:, -1], strict=True):
+        row[:last] = np.frombuffer(data, "<u2", int(last), at)
+        at += 2 * int(last)
+    parities = 2 if states else 1
+    tables = [contexts.frequencies(x, parities) for x in found["parameters"]]
+    for name, width, length in zip(
+        ("rows", "columns"), widths, (inputs, outputs), strict=True
+    ):
+        found[name] = unpack_bits(found[name], width, length, axis=-1)
+    found |= {
+        "words": words,
+        "offsets": offsets.astype(np.int32),
+        "frequencies": np.stack(tables),
+        "steps": found["steps"].astype(np.uint16).view(jnp.bfloat16),
+        "states": found["states"].astype(np.uint32),
+    }
+    return {
+        **{name: x.reshape((*lead, *x.shape[1:])) for name, x in found.items()},
+        **static,
+    }
+
+
+def _layout(
+    slices: int,
+    inputs: int,
+    outputs: int,
+    lanes: int,
+    kinds: int,
+    row_bits: int,
+    column_bits: int,
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each array of a stream, in their order."""
+    return {
+        "edges": ("u1", (slices, kinds - 1)),
+        "parameters": ("u1", (slices, kinds, 2)),
+        "steps": ("<u2", (slices, inputs)),
+        "rows": ("u1", (slices, packed_rows(row_bits, inputs))),
+        "columns": ("u1", (slices, packed_rows(column_bits, outputs))),
+        "states": ("<u4", (slices, lanes)),
+        "lengths": ("<u4", (slices, lanes)),
+    }
+
+
+def _packed(kinds: jax.Array, width: int) -> np.ndarray:
+    return pack_bits(np.asarray(kinds), width, axis=-1)
+
+
+def _require(fits: bool, found: str) -> None:
+    if not fits:
+        raise ValueError(f"not rate-coded weights: {found}; the file is damaged")
