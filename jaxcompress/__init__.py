@@ -57,6 +57,7 @@ from jaxcompress.quantization.mixed import mixed_channels
 from jaxcompress.quantization.nearest import asymmetric
 from jaxcompress.quantization.nearest import sign_split
 from jaxcompress.quantization.nearest import symmetric
+from jaxcompress.quantization.rate_coded import CodedLevels
 from jaxcompress.quantization.rate_coded import RateCoded
 from jaxcompress.quantization.rate_distortion import rate_distortion
 from jaxcompress.quantization.second_order import gptq

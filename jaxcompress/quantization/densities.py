@@ -31,7 +31,8 @@ def table(scale: int, shape: int, parities: int, parity: int) -> np.ndarray:
     levels = np.abs(parities * symbols + parity)
     logs = log2(np.maximum(levels, 1).astype(np.float64))
     powers = exp2(SHAPES[shape] * (logs - (scale / 8 - 4)))
-    density = np.where(levels > 0, exp2(-np.minimum(powers, 1000.0)), 1.0)
+    powers = np.where(levels > 0, powers, 0.0)
+    density = exp2(-np.minimum(powers - powers.min(), 1000.0))
     total = np.float64(0)
     for term in density:  # in this order, whatever the machine
         total += term

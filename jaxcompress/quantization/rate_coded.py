@@ -1,5 +1,6 @@
-"""Integers at their entropy times a step per input: `RateCoded`, and its bytes."""
+"""A step per input times integers at their entropy: `RateCoded` of `CodedLevels`."""
 
+import dataclasses
 import math
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from jaxcompress.entropy.packing import (
 )
 from jaxcompress.entropy.tables import read_numbers, write_numbers
 from jaxcompress.quantization import contexts, densities, trellis
-from jaxcompress.tree.leaves import Leaf, leaf, static
+from jaxcompress.tree.leaves import Leaf, dense, leaf, static
 
 LARGEST = 1 << 15  # levels are below it: one word holds an escaped one
 PLACES = 576  # of a walk, at most: its beginning costs a few bits
@@ -25,14 +26,41 @@ PLACES = 576  # of a walk, at most: its beginning costs a few bits
 
 @leaf
 class RateCoded(Leaf):
-    """Weights `steps[i] * level[i, o]`, the levels entropy-coded; decoded inside `jit`.
+    """Weights `steps[i] * levels[i, o]`.
+
+    Args:
+      levels: integers `[..., inputs, outputs]`, as a rule `CodedLevels`.
+      steps: bfloat16 `[..., inputs]`.
+      kind: name of the dtype of the weights.
+    """
+
+    levels: Any
+    steps: jax.Array
+    kind: str = static()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.levels.shape
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.kind)
+
+    def materialize(self) -> jax.Array:
+        steps = self.steps.astype(jnp.float32)[..., None]
+        return (steps * dense(self.levels).astype(jnp.float32)).astype(self.kind)
+
+
+@leaf
+class CodedLevels(Leaf):
+    """Integers `[..., inputs, outputs]` at their entropy, decoded inside `jit`.
 
     Invariant: every data array has the stack axes in front, and a slice of all of them
-    is the `RateCoded` of a slice. Each row of levels is cut into walks of `places`
-    outputs, the last filled up; a lane codes the same number of walks, one after the
-    other, and so all lanes begin walks together. The table of a level follows from the
-    kinds of its row and column (`contexts.Contexts`) and, with a trellis, from whether
-    the state of its walk is odd: such tables stand behind the others.
+    is the `CodedLevels` of a slice. Each row is cut into walks of `places` outputs, the
+    last filled up; a lane codes the same number of walks, one after the other, and so
+    all lanes begin walks together. The table of a level follows from the kinds of its
+    row and column (`contexts.Contexts`) and, with a trellis, from whether the state of
+    its walk is odd: such tables stand behind the others.
 
     Args:
       words: uint16 `[..., words]`; offsets: int32 `[..., lanes + 1]`; states: uint32
@@ -41,10 +69,9 @@ class RateCoded(Leaf):
         uint8 `[..., contexts, 2]` determine.
       rows: uint8 `[..., inputs]`; columns: uint8 `[..., outputs]`; edges: uint8
         `[..., contexts - 1]`.
-      steps: bfloat16 `[..., inputs]`.
       places: outputs in a walk.
       trellis: its number of states; 0 for plain integers.
-      kind: name of the dtype of the weights.
+      kind: name of the dtype of the integers, int8 where they fit.
     """
 
     words: jax.Array
@@ -55,17 +82,16 @@ class RateCoded(Leaf):
     rows: jax.Array
     columns: jax.Array
     edges: jax.Array
-    steps: jax.Array
     places: int = static()
     trellis: int = static()
     kind: str = static()
 
-    lossless: ClassVar[bool] = True  # what the levels stand for comes back exactly
+    lossless: ClassVar[bool] = True
     entropy_coded: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.steps.shape, self.columns.shape[-1])
+        return (*self.rows.shape, self.columns.shape[-1])
 
     @property
     def dtype(self) -> Any:
@@ -73,12 +99,8 @@ class RateCoded(Leaf):
 
     def materialize(self) -> jax.Array:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
-            return _weights(self)
-        return _decoded(self)
-
-    def levels(self) -> jax.Array:
-        """The integers, int32 `[..., inputs, outputs]`; traceable."""
-        return _each_slice(_levels, self)
+            return _each_slice(self)
+        return _decoded(_roomy(self))
 
     def stored(self) -> dict[str, np.ndarray]:
         """What a file holds: one `stream` of bytes."""
@@ -87,7 +109,7 @@ class RateCoded(Leaf):
     @classmethod
     def restored(
         cls, arrays: dict[str, np.ndarray], static: dict[str, Any]
-    ) -> "RateCoded":
+    ) -> "CodedLevels":
         """Undoes `stored`, given the static fields; ValueError if they do not fit."""
         return cls(**read(arrays, static))
 
@@ -98,45 +120,42 @@ def walks(outputs: int) -> tuple[int, int]:
     return count, -(-outputs // count)
 
 
-def count_lanes(inputs: int, outputs: int, bits: float) -> int:
-    """Lanes for levels that take so many bits, with as few walks to fill up as can be.
+def count_lanes(inputs: int, outputs: int) -> int:
+    """Lanes for a slice of this shape, with as few walks to fill up as can be.
 
     About as many as `rans.count_lanes` would take, within a factor of two.
     """
     count, places = walks(outputs)
     total = inputs * count
-    wanted = total / rans.count_lanes(total * places, int(bits / 8))
+    wanted = total / rans.count_lanes(total * places)
     each = range(max(1, math.ceil(wanted / 2)), int(2 * wanted) + 1)
     return min(
         (-(-total // n) * n, abs(math.log(n / wanted)), -(-total // n)) for n in each
     )[2]
 
 
-def rate_coded(
-    levels: np.ndarray, steps: np.ndarray, *, states: int, kind: str
-) -> RateCoded:
+def code_levels(levels: np.ndarray, states: int) -> CodedLevels:
     """Codes the levels of a stack of weights, each slice with its own tables.
 
     Args:
       levels: int32 `[..., inputs, outputs]`; with a trellis, its walks along outputs.
-      steps: `[..., inputs]`, numbers that bfloat16 holds.
       states: of the trellis, or 0.
-      kind: dtype of the weights.
 
     Raises:
       ValueError: a level past 16 bits.
     """
-    if np.abs(levels).max(initial=0) >= LARGEST:
+    largest = int(np.abs(levels).max(initial=0))
+    if largest >= LARGEST:
         raise ValueError(
-            f"a level of {np.abs(levels).max()} does not fit 16 bits: the rate is too "
-            "high for these weights; keep the leaf, or code_floats it"
+            f"a level of {largest} does not fit 16 bits: the rate is too high for "
+            "these weights; keep the leaf, or code_floats it"
         )
     lead, (inputs, outputs) = levels.shape[:-2], levels.shape[-2:]
     parities = 2 if states else 1
     _, places = walks(outputs)
     slices = levels.reshape(-1, inputs, outputs)
     found = [contexts.fit(each, parities) for each in slices]
-    lanes = count_lanes(inputs, outputs, max(each.bits for each in found))
+    lanes = count_lanes(inputs, outputs)
     kinds = max(len(each.parameters) for each in found)
     edges = _stacked([each.edges for each in found], kinds - 1, 255)
     parameters = _stacked([each.parameters for each in found], kinds, 0)
@@ -161,12 +180,11 @@ def rate_coded(
         "columns": np.stack([each.columns for each in found]),
         "edges": edges,
     }
-    return RateCoded(
+    return CodedLevels(
         **{k: jnp.asarray(x.reshape(lead + x.shape[1:])) for k, x in data.items()},
-        steps=jnp.asarray(steps, jnp.bfloat16),
         places=places,
         trellis=states,
-        kind=kind,
+        kind="int8" if largest < 128 else "int16",
     )
 
 
@@ -203,8 +221,8 @@ def _contexts(
     return _by_step(found, places, lanes, xp)
 
 
-def _levels(coded: RateCoded) -> jax.Array:
-    """Levels of one slice, int32 `[inputs, outputs]`."""
+def _slice(coded: CodedLevels) -> jax.Array:
+    """One slice, `[inputs, outputs]`."""
     (inputs,), (outputs,) = coded.rows.shape, coded.columns.shape
     (lanes,), places = coded.states.shape, coded.places
     count = -(-outputs // places)
@@ -235,64 +253,85 @@ def _levels(coded: RateCoded) -> jax.Array:
         memory=memory,
     )
     levels = levels.T.reshape(lanes * each, places)[: inputs * count]
-    return levels.reshape(inputs, count * places)[:, :outputs]
-
-
-def _slice_weights(coded: RateCoded) -> jax.Array:
-    steps = coded.steps.astype(jnp.float32)[:, None]
-    return (steps * _levels(coded).astype(jnp.float32)).astype(coded.kind)
-
-
-def _weights(coded: RateCoded) -> jax.Array:
-    return _each_slice(_slice_weights, coded)
+    levels = levels.reshape(inputs, count * places)[:, :outputs]
+    return levels.astype(coded.kind)
 
 
 @jax.jit
-def _decoded(coded: RateCoded) -> jax.Array:
-    return _weights(coded)
+def _decoded(coded: CodedLevels) -> jax.Array:
+    return _each_slice(coded)
 
 
-def _each_slice(function: Any, coded: RateCoded) -> jax.Array:
+def _each_slice(coded: CodedLevels) -> jax.Array:
     lead = coded.states.shape[:-1]
     if not lead:
-        return function(coded)
+        return _slice(coded)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), coded)
-    out = lax.map(function, flat)
+    out = lax.map(_slice, flat)
     return out.reshape(*lead, *out.shape[1:])
 
 
-def side_bits(found: contexts.Contexts, outputs: int, bits: float) -> int:
-    """Bits of a slice's stream that are not its words, which take `bits`."""
+def _roomy(coded: CodedLevels) -> CodedLevels:
+    """Words and contexts filled up to sizes that many leaves share: fewer compilations.
+
+    What is filled up is never used.
+    """
+    kinds = coded.parameters.shape[-2]
+    room = max(0, contexts.MOST - kinds)
+    width = coded.frequencies.shape[-1]
+    lead = coded.states.shape[:-1]
+    tables = coded.frequencies.reshape(*lead, -1, kinds, width)
+    tables = _filled(tables, -2, kinds + room, 0).reshape(*lead, -1, width)
+    words = max(64, coded.words.shape[-1])
+    return dataclasses.replace(
+        coded,
+        words=_filled(coded.words, -1, 1 << (words - 1).bit_length(), 0),
+        frequencies=tables,
+        parameters=_filled(coded.parameters, -2, kinds + room, 0),
+        edges=_filled(coded.edges, -1, kinds + room - 1, 255),
+    )
+
+
+def _filled(x: jax.Array, axis: int, size: int, value: int) -> Any:
+    room = [(0, 0)] * x.ndim
+    room[axis] = (0, size - x.shape[axis])
+    xp = jnp if isinstance(x, jax.Array) and len(x.devices()) > 1 else np
+    return xp.pad(xp.asarray(x), room, constant_values=value)
+
+
+def side_bits(found: contexts.Contexts, outputs: int) -> int:
+    """Bits of a slice in a file that are not its words."""
     inputs = found.rows.size
-    lanes = count_lanes(inputs, outputs, bits)
+    lanes = count_lanes(inputs, outputs)
     widths = [bits_needed(x.max()) for x in (found.rows, found.columns)]
-    layout = _layout(1, inputs, outputs, lanes, len(found.parameters), *widths)
+    layout = _layout(1, inputs, outputs, lanes, len(found.parameters), *widths, 2)
     sizes = (
         math.prod(shape) * np.dtype(kind).itemsize for kind, shape in layout.values()
     )
-    return 8 * sum(sizes)
+    return 8 * sum(sizes) + 16 * inputs
 
 
-def write(coded: RateCoded) -> bytes:
+def write(coded: CodedLevels) -> bytes:
     """The bytes of a leaf: no padding, and no tables, which `parameters` determine.
 
     Numbers: one more than the stack axes, their sizes, inputs, outputs, lanes,
-    contexts, bits of row and of column kinds. Then, little endian, the arrays that
-    `_layout` lists, and the words of each slice.
+    contexts, bits of row and of column kinds, bytes of a length. Then, little endian,
+    the arrays that `_layout` lists, and the words of each slice.
     """
     lead = coded.states.shape[:-1]
     widths = [bits_needed(np.asarray(x).max()) for x in (coded.rows, coded.columns)]
-    sizes = [coded.states.shape[-1], coded.parameters.shape[-2], *widths]
-    out = [write_numbers([len(lead) + 1, *lead, *coded.shape[-2:], *sizes])]
     offsets = np.asarray(coded.offsets).reshape(-1, coded.offsets.shape[-1])
+    lengths = np.diff(offsets)
+    wide = 2 if lengths.max() < 1 << 16 else 4
+    sizes = [coded.states.shape[-1], coded.parameters.shape[-2], *widths, wide]
+    out = [write_numbers([len(lead) + 1, *lead, *coded.shape[-2:], *sizes])]
     arrays = {
         "edges": np.asarray(coded.edges),
         "parameters": np.asarray(coded.parameters),
-        "steps": np.asarray(coded.steps).view(np.uint16),
         "rows": _packed(coded.rows, widths[0]),
         "columns": _packed(coded.columns, widths[1]),
         "states": np.asarray(coded.states),
-        "lengths": np.diff(offsets),
+        "lengths": lengths,
     }
     for name, (kind, _) in _layout(1, *coded.shape[-2:], *sizes).items():
         out.append(arrays[name].astype(kind).tobytes())
@@ -313,17 +352,18 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
     (axes,), at = read_numbers(data, 0, 1)
     _require(0 < axes < 16, f"{axes - 1} stack axes")
     lead, at = read_numbers(data, at, axes - 1)
-    (inputs, outputs, lanes, kinds, *widths), at = read_numbers(data, at, 6)
+    (inputs, outputs, lanes, kinds, *widths, wide), at = read_numbers(data, at, 7)
     places, states = static["places"], static["trellis"]
     slices = math.prod(lead)
     _require(inputs > 0 and outputs > 0, f"weights of {inputs} x {outputs}")
     _require(0 < places == walks(outputs)[1], f"walks of {places} places")
     _require(0 < lanes <= inputs * outputs, f"{lanes} lanes")
+    _require(wide in (2, 4), f"lengths of {wide} bytes")
     _require(0 < kinds <= 255 and all(0 < w <= 8 for w in widths), f"{kinds} contexts")
     _require(states == 0 or states in trellis.CHECKS, f"a trellis of {states} states")
     found = {}
     for name, (kind, shape) in _layout(
-        slices, inputs, outputs, lanes, kinds, *widths
+        slices, inputs, outputs, lanes, kinds, *widths, wide
     ).items():
         size = math.prod(shape) * np.dtype(kind).itemsize
         _require(at + size <= len(data), f"{len(data)} bytes, cut off in its {name}")
@@ -347,7 +387,6 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
         "words": words,
         "offsets": offsets.astype(np.int32),
         "frequencies": np.stack(tables),
-        "steps": found["steps"].astype(np.uint16).view(jnp.bfloat16),
         "states": found["states"].astype(np.uint32),
     }
     return {
@@ -364,16 +403,16 @@ def _layout(
     kinds: int,
     row_bits: int,
     column_bits: int,
+    wide: int,
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of each array of a stream, in their order."""
     return {
         "edges": ("u1", (slices, kinds - 1)),
         "parameters": ("u1", (slices, kinds, 2)),
-        "steps": ("<u2", (slices, inputs)),
         "rows": ("u1", (slices, packed_rows(row_bits, inputs))),
         "columns": ("u1", (slices, packed_rows(column_bits, outputs))),
         "states": ("<u4", (slices, lanes)),
-        "lengths": ("<u4", (slices, lanes)),
+        "lengths": (f"<u{wide}", (slices, lanes)),
     }
 
 
@@ -383,4 +422,4 @@ def _packed(kinds: jax.Array, width: int) -> np.ndarray:
 
 def _require(fits: bool, found: str) -> None:
     if not fits:
-        raise ValueError(f"not rate-coded weights: {found}; the file is damaged")
+        raise ValueError(f"not coded levels: {found}; the file is damaged")

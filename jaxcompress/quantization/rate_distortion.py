@@ -87,11 +87,10 @@ def rate_distortion(
         prepared = prepare(*one, order=order, damping=damping)
         found.append(_search(*prepared, rate, states))
     levels, steps = (np.stack(part) for part in zip(*found, strict=True))
-    return rate_coded.rate_coded(
-        levels.reshape(x.shape),
-        steps.reshape(*lead, inputs),
-        states=states,
-        kind=jnp.dtype(x.dtype).name,
+    return RateCoded(
+        rate_coded.code_levels(levels.reshape(x.shape), states),
+        jnp.asarray(steps.reshape(*lead, inputs), jnp.bfloat16),
+        jnp.dtype(x.dtype).name,
     )
 
 
@@ -255,5 +254,5 @@ def _rate(levels: np.ndarray, outputs: int, states: int) -> float:
     """Bits per weight of levels, some of `outputs` columns that are like them."""
     found = contexts.fit(levels, 2 if states else 1)
     bits = found.bits * outputs / levels.shape[1]
-    bits += rate_coded.side_bits(found, outputs, bits)
+    bits += rate_coded.side_bits(found, outputs)
     return bits / (levels.shape[0] * outputs)

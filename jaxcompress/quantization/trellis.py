@@ -65,7 +65,7 @@ def search(x: jax.Array, states: int) -> jax.Array:
       int32 `[places, walks]`.
     """
     before, subset = _ways(states)
-    offset = jnp.arange(4, dtype=jnp.float32)[:, None]
+    offset = jnp.arange(4, dtype=x.dtype)[None, :, None]
     levels = jnp.round((x[:, None] - offset) / 4) * 4 + offset  # [places, 4, walks]
     costs = (x[:, None] - levels) ** 2
 
