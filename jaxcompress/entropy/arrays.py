@@ -27,8 +27,22 @@ def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
 
     `fast` prefers the splits that decode sooner, see `code_floats`.
     """
+    raw, sizes = _tried(array, fast)
+    best = min(sizes, key=sizes.get, default=None)
+    return best if best is not None and sizes[best] < GAIN * raw else None
+
+
+def estimate(array: np.ndarray) -> float:
+    """About the bytes that an array takes in a file."""
+    raw, sizes = _tried(array, False)
+    share = min([raw, *sizes.values()]) / max(1, raw)
+    return share * array.nbytes
+
+
+def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, int]]:
+    """Bytes of a sample, as it is and by each coding that holds it."""
     if array.nbytes < LEAST or array.dtype.itemsize not in (1, 2, 4, 8):
-        return None
+        return array.nbytes, {}
     flat = np.ascontiguousarray(array).reshape(-1)
     width = planes.block_width(array.shape)
     if flat.size > PLACES * SAMPLE:
@@ -40,8 +54,7 @@ def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
         data = None if words is None else streams.encode_chunk(words, name, width)
         if data is not None:
             sizes[name] = len(data)
-    best = min(sizes, key=sizes.get, default=None)
-    return best if best is not None and sizes[best] < GAIN * flat.nbytes else None
+    return flat.nbytes, sizes
 
 
 def encode(
