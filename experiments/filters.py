@@ -147,7 +147,9 @@ def run(config: Config) -> list[dict[str, Any]]:
     moments = jc.collect_moments(function, variables, batches, select=select)
     layout = jc.layout(function, variables, batches[0])
     groups = filter_groups(model)
-    scores = jc.score_units(moments, groups, params=variables, layout=layout)
+    scores = jc.score_units(
+        moments, groups, params=variables, layout=layout, by="activation"
+    )
     for fraction in (0.5,) if config.fast else (0.25, 0.5, 0.75):
         keep = jc.choose_units(scores, fraction)
         for made_up in (None, moments):

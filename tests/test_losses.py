@@ -162,6 +162,14 @@ def test_labels_out_of_range_show():
         assert d.cross_entropy(student, labels, mask=MASK)[0, 2] == 0
 
 
+def test_a_teacher_alone_needs_no_labels():
+    labels = jnp.full(SHAPE, -1)
+    found = d.loss(STUDENT, TEACHER, labels, temperature=T, soft_weight=1)
+    wanted = d.forward_kl(STUDENT, TEACHER, temperature=T)
+    np.testing.assert_array_equal(found, wanted)
+    assert np.isnan(d.loss(STUDENT, TEACHER, labels, soft_weight=0.5)).all()
+
+
 def test_impossible_tokens_of_the_teacher():
     """A teacher may forbid a token; a student that allows it has a finite loss."""
     student, teacher = arrays()

@@ -162,6 +162,18 @@ def test_activation_is_the_root_mean_square_of_what_a_unit_sends():
     np.testing.assert_array_equal(silent, np.zeros(INPUTS))
 
 
+def test_units_are_scored_by_loss_where_weights_are_known():
+    known, params = {"down/kernel": moments_of(samples())}, layer(False)
+    found = {
+        by: score_units(known, GROUP, params=params, by=by)
+        for by in ("auto", "activation", "loss")
+    }
+    np.testing.assert_array_equal(found["auto"], found["loss"])
+    assert np.any(np.argsort(found["activation"]) != np.argsort(found["loss"]))
+    alone = score_units(known, GROUP)
+    np.testing.assert_array_equal(alone, found["activation"])
+
+
 def test_readers_add_up_and_silent_inputs_are_worth_nothing():
     x = samples()
     x[:, 4] = 0
@@ -490,7 +502,7 @@ def test_moments_and_trees_that_do_not_fit():
         remove_units(params, [("up/kernel", "1")], [0])
     with pytest.raises(ValueError, match="no kernel that reads"):
         score_units({}, GROUP)
-    with pytest.raises(ValueError, match="'loss', not 'luck'"):
+    with pytest.raises(ValueError, match="or 'loss', not 'luck'"):
         score_units(known, GROUP, by="luck")
     with pytest.raises(ValueError, match="pass params"):
         score_units(known, GROUP, by="loss")

@@ -40,10 +40,12 @@ def loss(
     Source: Hinton, Vinyals and Dean 2015 (arXiv 1503.02531).
     """
     _check_fraction("soft_weight", soft_weight, closed=True)
-    hard = cross_entropy(student_logits, labels, mask=mask)
     soft = forward_kl(
         student_logits, teacher_logits, temperature=temperature, mask=mask
     )
+    if soft_weight == 1:  # labels may then be anything: 0 * NaN is NaN
+        return soft
+    hard = cross_entropy(student_logits, labels, mask=mask)
     return (1 - soft_weight) * hard + soft_weight * soft
 
 
@@ -81,8 +83,7 @@ def forward_kl(
     Raises ValueError on vocabularies or shapes that differ, or a temperature not
     above 0.
     """
-    student, teacher = _both(student_logits, teacher_logits, temperature, mask)
-    return only(temperature**2 * divergence(teacher, student), mask)
+    return _kl(student_logits, teacher_logits, temperature, mask)
 
 
 def reverse_kl(
@@ -96,8 +97,7 @@ def reverse_kl(
 
     Errors as `forward_kl`. Source: Gu et al. 2024, MiniLLM (arXiv 2306.08543).
     """
-    student, teacher = _both(student_logits, teacher_logits, temperature, mask)
-    return only(temperature**2 * divergence(student, teacher), mask)
+    return _kl(student_logits, teacher_logits, temperature, mask, reverse=True)
 
 
 def soft_cross_entropy(
@@ -156,9 +156,7 @@ def skewed_kl(
     (0, 1). Source: Ko et al. 2024, DistiLLM (arXiv 2402.03898, equation 4).
     """
     _check_fraction("alpha", alpha)
-    student, teacher = _both(student_logits, teacher_logits, temperature, mask)
-    mixed = _mixture(teacher, student, alpha)
-    return only(temperature**2 * divergence(teacher, mixed), mask)
+    return _kl(student_logits, teacher_logits, temperature, mask, alpha=alpha)
 
 
 def skewed_reverse_kl(
@@ -171,9 +169,9 @@ def skewed_reverse_kl(
 ) -> jax.Array:
     """`T^2 KL(q || a q + (1 - a) p)`, `[...]`: the student's side of `skewed_kl`."""
     _check_fraction("alpha", alpha)
-    student, teacher = _both(student_logits, teacher_logits, temperature, mask)
-    mixed = _mixture(student, teacher, alpha)
-    return only(temperature**2 * divergence(student, mixed), mask)
+    return _kl(
+        student_logits, teacher_logits, temperature, mask, alpha=alpha, reverse=True
+    )
 
 
 def mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -259,6 +257,24 @@ def _both(
         log_probs(student, temperature=temperature, mask=mask),
         log_probs(teacher, temperature=temperature, mask=mask),
     )
+
+
+def _kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    temperature: float,
+    mask: jax.Array | None,
+    *,
+    alpha: float = 0.0,
+    reverse: bool = False,
+) -> jax.Array:
+    """`T^2 KL(p || a p + (1 - a) q)`, `[...]`; p is the teacher, or reversed q."""
+    q, p = _both(student_logits, teacher_logits, temperature, mask)
+    if reverse:
+        p, q = q, p
+    if alpha:
+        q = _mixture(p, q, alpha)
+    return only(temperature**2 * divergence(p, q), mask)
 
 
 def _mixture(first: jax.Array, second: jax.Array, weight: float) -> jax.Array:

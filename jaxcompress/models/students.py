@@ -81,7 +81,7 @@ def fewer_neurons(
     Raises as `neuron_groups`, `score_units`, `choose_units`, `remove_units`.
     """
     groups = neuron_groups(model)
-    scores = score_units(moments, groups, params=params, by="loss")
+    scores = score_units(moments, groups, params=params)
     keep = choose_units(scores, sparsity)
     small = remove_units(params, groups, keep, moments)
     return resized(model, small), small

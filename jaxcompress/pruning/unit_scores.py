@@ -31,7 +31,7 @@ def score_units(
     *,
     params: Params | None = None,
     layout: Mapping[str, Layout] | None = None,
-    by: Literal["activation", "loss"] = "activation",
+    by: Literal["auto", "activation", "loss"] = "auto",
     damping: float = DAMPING,
 ) -> Any:
     """What each unit of a group is worth to the kernels that read it.
@@ -49,7 +49,10 @@ def score_units(
         unit of its group. "loss": units are taken out one by one, each time the one
         that costs least while all other inputs, and the bias, make up for it; a unit's
         score is the share of the readers' output (of its expected square) that is lost
-        by then, 1 for the last. `units * inputs**2` operations and more.
+        by then, 1 for the last. `units * inputs**2` operations and more. "auto": by
+        loss where `params` are given, else by activation. By loss costs a model less
+        once the readers make up for what goes, several times less for heads
+        (`experiments/README.md`).
       damping: added to the diagonal of the second moment, as a fraction of its mean.
 
     Returns:
@@ -64,8 +67,12 @@ def score_units(
     optimal brain surgeon; Muralidharan et al. 2024, "Compact language models via
     pruning and knowledge distillation" (arXiv 2407.14679, section 2), activations.
     """
-    if by not in ("activation", "loss"):
-        raise ValueError(f"score_units goes by 'activation' or 'loss', not {by!r}")
+    if by not in ("auto", "activation", "loss"):
+        raise ValueError(
+            f"score_units goes by 'auto', 'activation' or 'loss', not {by!r}"
+        )
+    if by == "auto":
+        by = "activation" if params is None else "loss"
     if by == "loss" and params is None:
         raise ValueError("score_units by='loss' looks at weights; pass params=params")
     check_damping(damping, "score_units")

@@ -1,0 +1,60 @@
+"""What experiments share: a command line made of a `Config`, and what ran where."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+POSITIONAL = ("model", "text")
+
+
+def parse(config: type, description: str | None) -> Any:
+    """The configuration that the command line asks for.
+
+    A field is an option of its name, a boolean one a flag; `model` and `text` are
+    positional, where the class has them. Fields that say so in their metadata
+    (`metadata={"fixed": True}`) are left out.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    for field in dataclasses.fields(config):
+        if field.metadata.get("fixed"):
+            continue
+        if field.name in POSITIONAL:
+            parser.add_argument(field.name, nargs="?", default=field.default)
+        elif isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            kind = type(field.default)
+            parser.add_argument(f"--{field.name}", type=kind, default=field.default)
+    return config(**vars(parser.parse_args()))
+
+
+def rows_of(path: str | Path) -> list[dict[str, Any]]:
+    """The rows that a file of results holds; makes room for more."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def commit() -> str:
+    """The commit that is checked out here."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def about() -> dict[str, Any]:
+    """Commit, versions, device; the machine is shared unless a table says otherwise."""
+    return {
+        "commit": commit(),
+        "jax": metadata.version("jax"),
+        "flax": metadata.version("flax"),
+        "device": jax.devices()[0].device_kind,
+        "machine": "shared with other work",
+    }

@@ -1,0 +1,209 @@
+"""How much of what compression lost does distillation bring back?
+
+Starts from what the best method after training leaves of the reference model (kernels
+of the layers at 2 bits; half of the weights at zero; a fifth of the neurons removed;
+thin factors of eight tenths of the weights), or of a model and text that are given (2
+bits), and trains it towards the float model's predictions: the side parameters only
+(scales, zero points and norms; codes fixed), or all parameters of the layers, quantized
+weights through the rounding. The embedding stays. Measured on text not trained on:
+divergence from the float model before and after, and the part of it that came back, for
+each seed of the batches. One JSON line per row, appended as it is done; rows that the
+results hold already are not run again:
+
+    python experiments/recovery.py
+    python experiments/recovery.py SmolLM2.gguf text.txt --only "2 bits, side" --batch 1
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pruned
+from command import about, parse, rows_of
+from library_text import batch_at, training_tokens
+
+import jaxcompress as jc
+from jaxcompress import distillation, models, reporting
+from jaxcompress.evaluation import Apply
+
+KERNELS = pruned.KERNELS
+READERS = r"layer_\d+/mlp/down_proj/kernel"
+SIDE = r".*(scale|zero_point)"  # of quantized kernels, and of norms
+ROWS = (
+    "2 bits, side",
+    "2 bits, all",
+    "half of the weights, all",
+    "four fifths of the neurons, all",
+    "rank, all",
+)
+STARTS = {  # the methods to choose the best from, for as many bytes
+    "2 bits": (
+        "gptq(bits=2, block=64, grid='asymmetric')",
+        "learned(bits=2, block=64, grid='asymmetric', steps=40)",
+    ),
+    "half of the weights": ("alps(sparsity=0.5)",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(pruned.Config):
+    steps: int = 240
+    batch: int = 4  # windows in a step
+    rate: float = 5e-4  # of Adam, falling linearly to zero
+    side_rate: float = 1e-3  # on scales and norms, alone
+    step_rate: float = 5e-5  # on scales and norms, while weights train
+    seeds: int = 3
+    folder: str = ""  # for checkpoints
+    results: str = "experiments/results/recovery.jsonl"
+
+
+def start_of(
+    kind: str, model: Any, params: Any, moments: Any, measure: Any
+) -> tuple[Any, Any, str]:
+    """The model, its compressed parameters, and the recipe, of least divergence."""
+    if kind == "four fifths of the neurons":
+        groups = models.neuron_groups(model)
+        scores = jc.score_units(moments, groups, params=params)
+        keep = jc.choose_units(scores, 0.2, scope="group")
+        small = jc.remove_units(params, groups, keep, moments)
+        return models.resized(model, small), small, "remove_units, by loss"
+    if kind == "rank":
+        options = {"moments": moments, "pattern": KERNELS}
+        plan = jc.plan_ranks(params, budget=0.8, **options)
+        return model, jc.compress(params, plan, moments), "plan_ranks(budget=0.8)"
+    found = []
+    for method in STARTS[kind]:
+        small = jc.compress(params, [(KERNELS, method)], moments)
+        # Layers are alike still: one compilation of a layer serves all.
+        small, scanned = models.stack_layers(small), model.clone(scan=True)
+        found.append((measure(scanned, small).kl, scanned, small, method))
+        print(method, found[-1][0], flush=True)
+    return min(found, key=lambda each: each[0])[1:]
+
+
+def optimizer_of(way: str, config: Config) -> optax.GradientTransformation:
+    def adam(rate: float) -> optax.GradientTransformation:
+        return optax.adam(optax.linear_schedule(rate, 0.0, config.steps))
+
+    if way == "side":
+        rules = [(SIDE, adam(config.side_rate)), (".*", None)]
+    else:
+        side = (SIDE, adam(config.step_rate))
+        rules = [("embed.*", None), side, (".*", adam(config.rate))]
+    return jc.optimizers.by_name(rules)
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """New rows of the table, in order; appends each to the results as it is done."""
+    if config.fast:
+        config = dataclasses.replace(
+            config, steps=2, batch=2, tokens=32, calibration=4, windows=2, seeds=1
+        )
+    name = Path(config.model).name
+    tokens = config.steps * config.batch * config.tokens
+    keys = ("model", "row", "seed", "training_tokens")
+    held = {tuple(row[key] for key in keys) for row in rows_of(config.results)}
+    todo = [
+        (row, seed)
+        for row in (ROWS[:1] if config.fast and not config.only else ROWS)
+        for seed in range(config.seeds)
+        if config.only in row and (name, row, seed, tokens) not in held
+    ]
+    if not todo:
+        return []
+    model, params, tokenizer = models.load(config.model, scan=False)
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    learned_from, measured_on = pruned.texts(config)
+    if config.text:
+        text = np.asarray(tokenizer.encode(learned_from), np.int32)
+    else:
+        text = training_tokens(tokenizer, 50_000 if config.fast else 2_000_000)
+    heldout = pruned.cut(tokenizer, measured_on, config, config.windows)
+    seen = text[: config.calibration // 2 * 2 * config.tokens]
+    seen = seen.reshape(-1, 2, config.tokens)
+    scanned, stacked = model.clone(scan=True), models.stack_layers(params)
+    teach = Apply(scanned)
+
+    def measure(less: Any, small: Any) -> Any:
+        ready = jax.jit(jc.materialize)(small)
+        return jc.compare(teach, stacked, ready, heldout, small_apply_fn=Apply(less))
+
+    made: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for row, seed in todo:
+        kind, way = row.rsplit(", ", 1)
+        if kind not in made:
+            select = READERS if "neurons" in kind else KERNELS
+            moments = jc.collect_moments(model, params, seen, select=select)
+            less, small, recipe = start_of(kind, model, params, moments, measure)
+            made = {kind: (less, small, recipe, measure(less, small))}
+        less, start, recipe, before = made[kind]
+        tree = start
+        if way == "all" and kind == "2 bits":
+            tree = jc.straight_through(lambda _, small=start: small)(stacked)
+        optimizer = optimizer_of(way, config)
+        loss = distillation.soft_labels(Apply(less), teach, stacked)
+        clock = time.process_time()
+        key = jax.random.key(seed)
+        state = distillation.train(
+            jc.make_train_step(loss, optimizer),
+            distillation.init_state(tree, optimizer, dtype=jnp.float32, key=key),
+            functools.partial(
+                batch_at,
+                tokens=text,
+                length=config.tokens,
+                batch=config.batch,
+                seed=seed,
+            ),
+            steps=config.steps,
+            folder=Path(config.folder) / row / str(seed) if config.folder else None,
+            every=40,
+            report=lambda number, metrics: (
+                print(number, round(metrics["loss"], 4), flush=True)
+                if number % 20 == 0
+                else None
+            ),
+        )
+        seconds = time.process_time() - clock
+        small = jc.settle(distillation.cast_like(state.params, tree))
+        after = measure(less, small)
+        back = (before.kl - after.kl) / before.kl
+        rows.append(
+            {
+                "model": name,
+                "row": row,
+                "seed": seed,
+                "recipe": recipe,
+                "bytes": jc.nbytes(small),
+                "bytes_before": jc.nbytes(start),
+                "dense_bytes": jc.nbytes(params),
+                "kl_before": before.kl,
+                "kl_after": after.kl,
+                "kl_standard_error": after.kl_standard_error,
+                "perplexity_before": before.small.perplexity,
+                "perplexity_after": after.small.perplexity,
+                "dense_perplexity": before.dense.perplexity,
+                "fraction_recovered": back,
+                "fraction_per_million_tokens": back / tokens * 1e6,
+                "training_tokens": tokens,
+                "calibration_tokens": seen.size,
+                "tokens": after.tokens,
+                "rates": [config.rate, config.side_rate, config.step_rate],
+                "processor_seconds": seconds,
+                **about(),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+        reporting.append_lines(config.results, rows[-1:])
+    return rows
+
+
+if __name__ == "__main__":
+    run(parse(Config, __doc__))
