@@ -158,7 +158,7 @@ def test_all_levels_come_back(states):
     levels = np.clip(levels, -32766, 32766)
     levels[0, 3], levels[1, 5, 7] = 0, 32767 - (states > 0)
     if states:
-        count, places = rate_coded.walks(700)
+        count, places = trellis.walks(700)
         for stack, row, walk in np.ndindex(2, 40, count):
             state, part = 0, levels[stack, row, walk * places : (walk + 1) * places]
             for i, level in enumerate(part):
@@ -215,6 +215,7 @@ def by_definition(x, second, scale):
         rest = np.arange(j + 1, len(x))
         inverse = np.linalg.inv(second[j:, j:])
         step = scale * np.sqrt(inverse[0, 0])  # what this row's error is worth
+        step = float(jnp.asarray(step, jnp.bfloat16))
         level = np.round(x[j] / step)
         size = np.sum(level**2)
         shrunk = np.sum(level * x[j]) / step / size if size else 0.0
@@ -349,6 +350,21 @@ def test_moments_help_and_none_mean_equal_inputs():
     looked_up = jc.Moments(jnp.float32(7), tokens=jnp.ones(300))
     leaf, same = (jc.rate_distortion(x, m, rate=2.0) for m in (None, looked_up))
     np.testing.assert_array_equal(leaf.materialize(), same.materialize())
+
+
+def test_an_input_a_million_times_larger():
+    """As some models have; its row needs more bits than a table has columns."""
+    second = covariance(64)
+    large = np.where(np.arange(64) == 5, 1e3, 1.0)
+    second = second * np.outer(large, large) + 1e-3 * np.eye(64)
+    x = jnp.asarray(gaussian(64, 300), jnp.float32)
+    moments = jc.moments_from_covariance(jnp.asarray(second, jnp.float32))
+    leaf = jc.rate_distortion(x, moments, rate=3.0, damping=1e-9)
+    levels = np.abs(np.asarray(leaf.levels.materialize()))
+    assert 1000 < levels[5].max() <= 2**14 + 2 and leaf.levels.dtype == "int16"
+    change = np.asarray(leaf.materialize() - x, np.float64)
+    parts = np.sum(change * (second @ change), axis=1)
+    assert parts[5] < 0.5 * parts.sum()
 
 
 def test_zeros_cost_next_to_nothing():

@@ -10,18 +10,11 @@ import numpy as np
 from jax import lax
 
 from jaxcompress.entropy import rans
-from jaxcompress.entropy.packing import (
-    bits_needed,
-    pack_bits,
-    packed_rows,
-    unpack_bits,
-)
-from jaxcompress.entropy.tables import read_numbers, write_numbers
-from jaxcompress.quantization import contexts, densities, trellis
+from jaxcompress.entropy.packing import bits_needed
+from jaxcompress.quantization import contexts, densities, level_files, trellis
 from jaxcompress.tree.leaves import Leaf, dense, leaf, static
 
 LARGEST = 1 << 15  # levels are below it: one word holds an escaped one
-PLACES = 576  # of a walk, at most: its beginning costs a few bits
 
 
 @leaf
@@ -104,20 +97,14 @@ class CodedLevels(Leaf):
 
     def stored(self) -> dict[str, np.ndarray]:
         """What a file holds: one `stream` of bytes."""
-        return {"stream": np.frombuffer(write(self), np.uint8)}
+        return {"stream": np.frombuffer(level_files.write(self), np.uint8)}
 
     @classmethod
     def restored(
         cls, arrays: dict[str, np.ndarray], static: dict[str, Any]
     ) -> "CodedLevels":
         """Undoes `stored`, given the static fields; ValueError if they do not fit."""
-        return cls(**read(arrays, static))
-
-
-def walks(outputs: int) -> tuple[int, int]:
-    """How many walks a row of outputs is cut into, and the places of each."""
-    count = -(-outputs // PLACES)
-    return count, -(-outputs // count)
+        return cls(**level_files.read(arrays, static))
 
 
 def count_lanes(inputs: int, outputs: int) -> int:
@@ -125,7 +112,7 @@ def count_lanes(inputs: int, outputs: int) -> int:
 
     About as many as `rans.count_lanes` would take, within a factor of two.
     """
-    count, places = walks(outputs)
+    count, places = trellis.walks(outputs)
     total = inputs * count
     wanted = total / rans.count_lanes(total * places)
     each = range(max(1, math.ceil(wanted / 2)), int(2 * wanted) + 1)
@@ -152,7 +139,7 @@ def code_levels(levels: np.ndarray, states: int) -> CodedLevels:
         )
     lead, (inputs, outputs) = levels.shape[:-2], levels.shape[-2:]
     parities = 2 if states else 1
-    _, places = walks(outputs)
+    _, places = trellis.walks(outputs)
     slices = levels.reshape(-1, inputs, outputs)
     found = [contexts.fit(each, parities) for each in slices]
     lanes = count_lanes(inputs, outputs)
@@ -304,122 +291,10 @@ def side_bits(found: contexts.Contexts, outputs: int) -> int:
     inputs = found.rows.size
     lanes = count_lanes(inputs, outputs)
     widths = [bits_needed(x.max()) for x in (found.rows, found.columns)]
-    layout = _layout(1, inputs, outputs, lanes, len(found.parameters), *widths, 2)
+    layout = level_files.layout(
+        1, inputs, outputs, lanes, len(found.parameters), *widths, 2
+    )
     sizes = (
         math.prod(shape) * np.dtype(kind).itemsize for kind, shape in layout.values()
     )
     return 8 * sum(sizes) + 16 * inputs
-
-
-def write(coded: CodedLevels) -> bytes:
-    """The bytes of a leaf: no padding, and no tables, which `parameters` determine.
-
-    Numbers: one more than the stack axes, their sizes, inputs, outputs, lanes,
-    contexts, bits of row and of column kinds, bytes of a length. Then, little endian,
-    the arrays that `_layout` lists, and the words of each slice.
-    """
-    lead = coded.states.shape[:-1]
-    widths = [bits_needed(np.asarray(x).max()) for x in (coded.rows, coded.columns)]
-    offsets = np.asarray(coded.offsets).reshape(-1, coded.offsets.shape[-1])
-    lengths = np.diff(offsets)
-    wide = 2 if lengths.max() < 1 << 16 else 4
-    sizes = [coded.states.shape[-1], coded.parameters.shape[-2], *widths, wide]
-    out = [write_numbers([len(lead) + 1, *lead, *coded.shape[-2:], *sizes])]
-    arrays = {
-        "edges": np.asarray(coded.edges),
-        "parameters": np.asarray(coded.parameters),
-        "rows": _packed(coded.rows, widths[0]),
-        "columns": _packed(coded.columns, widths[1]),
-        "states": np.asarray(coded.states),
-        "lengths": lengths,
-    }
-    for name, (kind, _) in _layout(1, *coded.shape[-2:], *sizes).items():
-        out.append(arrays[name].astype(kind).tobytes())
-    words = np.asarray(coded.words).reshape(len(offsets), -1)
-    for row, last in zip(words, offsets[:, -1], strict=True):
-        out.append(row[:last].astype("<u2").tobytes())
-    return b"".join(out)
-
-
-def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a leaf, from what it stored and its static fields.
-
-    Raises:
-      ValueError: they do not fit each other. (What fits and is wrong all the same, a
-        checksum must find.)
-    """
-    data = memoryview(np.ascontiguousarray(arrays["stream"], np.uint8))
-    (axes,), at = read_numbers(data, 0, 1)
-    _require(0 < axes < 16, f"{axes - 1} stack axes")
-    lead, at = read_numbers(data, at, axes - 1)
-    (inputs, outputs, lanes, kinds, *widths, wide), at = read_numbers(data, at, 7)
-    places, states = static["places"], static["trellis"]
-    slices = math.prod(lead)
-    _require(inputs > 0 and outputs > 0, f"weights of {inputs} x {outputs}")
-    _require(0 < places == walks(outputs)[1], f"walks of {places} places")
-    _require(0 < lanes <= inputs * outputs, f"{lanes} lanes")
-    _require(wide in (2, 4), f"lengths of {wide} bytes")
-    _require(0 < kinds <= 255 and all(0 < w <= 8 for w in widths), f"{kinds} contexts")
-    _require(states == 0 or states in trellis.CHECKS, f"a trellis of {states} states")
-    found = {}
-    for name, (kind, shape) in _layout(
-        slices, inputs, outputs, lanes, kinds, *widths, wide
-    ).items():
-        size = math.prod(shape) * np.dtype(kind).itemsize
-        _require(at + size <= len(data), f"{len(data)} bytes, cut off in its {name}")
-        found[name] = np.frombuffer(data, kind, math.prod(shape), at).reshape(shape)
-        at += size
-    offsets = np.zeros((slices, lanes + 1), np.int64)
-    np.cumsum(found.pop("lengths"), axis=1, out=offsets[:, 1:])
-    total = int(offsets[:, -1].sum())
-    _require(at + 2 * total == len(data), f"{len(data) - at} bytes of {total} words")
-    words = np.zeros((slices, int(offsets[:, -1].max(initial=0))), np.uint16)
-    for row, last in zip(words, offsets[:, -1], strict=True):
-        row[:last] = np.frombuffer(data, "<u2", int(last), at)
-        at += 2 * int(last)
-    parities = 2 if states else 1
-    tables = [contexts.frequencies(x, parities) for x in found["parameters"]]
-    for name, width, length in zip(
-        ("rows", "columns"), widths, (inputs, outputs), strict=True
-    ):
-        found[name] = unpack_bits(found[name], width, length, axis=-1)
-    found |= {
-        "words": words,
-        "offsets": offsets.astype(np.int32),
-        "frequencies": np.stack(tables),
-        "states": found["states"].astype(np.uint32),
-    }
-    return {
-        **{name: x.reshape((*lead, *x.shape[1:])) for name, x in found.items()},
-        **static,
-    }
-
-
-def _layout(
-    slices: int,
-    inputs: int,
-    outputs: int,
-    lanes: int,
-    kinds: int,
-    row_bits: int,
-    column_bits: int,
-    wide: int,
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each array of a stream, in their order."""
-    return {
-        "edges": ("u1", (slices, kinds - 1)),
-        "parameters": ("u1", (slices, kinds, 2)),
-        "rows": ("u1", (slices, packed_rows(row_bits, inputs))),
-        "columns": ("u1", (slices, packed_rows(column_bits, outputs))),
-        "states": ("<u4", (slices, lanes)),
-        "lengths": (f"<u{wide}", (slices, lanes)),
-    }
-
-
-def _packed(kinds: jax.Array, width: int) -> np.ndarray:
-    return pack_bits(np.asarray(kinds), width, axis=-1)
-
-
-def _require(fits: bool, found: str) -> None:
-    if not fits:
-        raise ValueError(f"not coded levels: {found}; the file is damaged")

@@ -18,6 +18,7 @@ from jaxcompress.tree.methods import method
 EXACT = 0.005  # of the rate: how near the coded size comes
 TRIES = 6
 ORDERS = ("pivoted", "activation", "natural")
+LARGEST = 2.0**14  # levels of a row; sixteen bits hold them
 SAMPLE = 192  # outputs on which the step is first sought
 
 
@@ -168,8 +169,11 @@ def sweep(
       scale: what an output's error in the factor's units is quantized to.
     """
     outputs = x.shape[1]
-    count, places = rate_coded.walks(outputs)
+    count, places = trellis.walks(outputs)
     steps = scale * jnp.diagonal(factor) / (2 if states else 1)
+
+    def stored(step: jax.Array) -> jax.Array:
+        return step.astype(jnp.bfloat16).astype(jnp.float32)
 
     def nearest(row: jax.Array) -> jax.Array:
         if not states:
@@ -180,12 +184,13 @@ def sweep(
     def replace(aux: Any, j: jax.Array, row: jax.Array) -> tuple[jax.Array, Any]:
         del aux
         step = steps[jnp.minimum(j, x.shape[0] - 1)]
+        step = stored(jnp.maximum(step, jnp.max(jnp.abs(row)) / LARGEST))
         row = row / step
         levels = nearest(row)
         size = jnp.sum(levels * levels)
         shrunk = jnp.sum(levels * row) / jnp.where(size > 0, size, 1)
-        stored = (shrunk * step).astype(jnp.bfloat16).astype(jnp.float32)
-        return stored * levels, (levels.astype(jnp.int32), stored)
+        step = stored(shrunk * step)  # the same, where levels are many
+        return step * levels, (levels.astype(jnp.int32), step)
 
     return feed_back(x, factor, replace)
 

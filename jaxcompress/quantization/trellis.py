@@ -31,6 +31,14 @@ CHECKS = {
     256: (0o515, 0o362),
 }
 
+PLACES = 576  # of a walk, at most: its beginning costs a few bits
+
+
+def walks(outputs: int) -> tuple[int, int]:
+    """How many walks a row of outputs is cut into, and the places of each."""
+    count = -(-outputs // PLACES)
+    return count, -(-outputs // count)
+
 
 def advance(state: jax.Array, level: jax.Array, states: int) -> jax.Array:
     """The state after a level; integers of any shape. A walk begins in state 0.
