@@ -317,18 +317,29 @@ def verify(options: argparse.Namespace) -> None:
 
 def pack(options: argparse.Namespace) -> None:
     progress = _progress("packing", "parts")
-    found = storage.pack(options.folder, options.out, progress=progress)
+    found = storage.pack(
+        options.folder, options.out, base=options.base, progress=progress
+    )
     before, after = found["bytes"], found["packed"]
     _print(
         f"{options.out}: {reporting.grouped(after)} bytes of "
         f"{reporting.grouped(before)} in {found['files']} file(s), "
         f"{100 * after / max(1, before):.1f} %"
     )
+    if options.base:
+        _print(f"{found['differences']} part(s) are differences from {options.base}")
+    if storage.is_orbax(options.folder):
+        _print(
+            "Orbax has compressed the arrays in its files, which are kept as they are: "
+            "jaxcompress.save of what Orbax restores takes fewer bytes"
+        )
 
 
 def unpack(options: argparse.Namespace) -> None:
     progress = _progress("unpacking", "files")
-    found = storage.unpack(options.file, options.out, progress=progress)
+    found = storage.unpack(
+        options.file, options.out, base=options.base, progress=progress
+    )
     _print(
         f"{options.out}: {reporting.grouped(found['bytes'])} bytes in "
         f"{found['files']} file(s), as they were packed"

@@ -116,8 +116,14 @@ def parser() -> argparse.ArgumentParser:
         "pack a directory with a checkpoint into one file, without loss",
         "pack SmolLM2-135M smollm2.packed",
     ).add_argument
-    add("folder", help="a directory, such as one of Hugging Face")
+    add("folder", help="a directory of Hugging Face, of Orbax, or any other")
     add("out", help="the file to write")
+    add(
+        "--base",
+        metavar="DIR",
+        help="keep tensors as differences from those of the same name in this "
+        "directory, such as the model that was fine-tuned; unpack needs it again",
+    )
 
     add = command(
         commands.unpack,
@@ -126,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     ).add_argument
     add("file", help="a file written by pack")
     add("out", help="the directory to make")
+    add("--base", metavar="DIR", help="the directory that pack was given as --base")
 
     add = command(
         commands.demo_,

@@ -16,7 +16,8 @@ from jaxcompress.entropy import planes, streams
 from jaxcompress.entropy.splits import SPLITS
 
 LEAST = 2048  # bytes; what a shorter array would gain its entry in a header costs
-SAMPLE = 1 << 14  # words, at four places
+SAMPLE = 1 << 12  # words, at each of so many places
+PLACES = 4
 GAIN = 0.99  # of the bytes as they are, at most, on a sample
 CODINGS = len((*SPLITS, "halves", streams.ZSTD))
 
@@ -26,26 +27,34 @@ def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
 
     `fast` prefers the splits that decode sooner, see `code_floats`.
     """
-    if array.nbytes < LEAST or array.dtype.itemsize not in (1, 2, 4, 8):
-        return None
-    flat = np.ascontiguousarray(array).reshape(-1)
-    width = planes.block_width(array.shape)
-    part = min(SAMPLE, flat.size)
-    places = np.linspace(0, flat.size - part, 4 if flat.size > 4 * part else 1)
-    sizes = {name: 0 for name in _candidates(array.dtype, fast)}
-    raw = 0
-    for place in places.astype(np.int64):
-        some = flat[place : place + part]
-        raw += some.nbytes
-        for name in list(sizes):
-            words = _words(some, name)
-            data = None if words is None else streams.encode_chunk(words, name, width)
-            if data is None:
-                del sizes[name]
-            else:
-                sizes[name] += len(data)
+    raw, sizes = _tried(array, fast)
     best = min(sizes, key=sizes.get, default=None)
     return best if best is not None and sizes[best] < GAIN * raw else None
+
+
+def estimate(array: np.ndarray) -> float:
+    """About the bytes that an array takes in a file."""
+    raw, sizes = _tried(array, False)
+    share = min([raw, *sizes.values()]) / max(1, raw)
+    return share * array.nbytes
+
+
+def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, int]]:
+    """Bytes of a sample, as it is and by each coding that holds it."""
+    if array.nbytes < LEAST or array.dtype.itemsize not in (1, 2, 4, 8):
+        return array.nbytes, {}
+    flat = np.ascontiguousarray(array).reshape(-1)
+    width = planes.block_width(array.shape)
+    if flat.size > PLACES * SAMPLE:
+        places = np.linspace(0, flat.size - SAMPLE, PLACES).astype(np.int64)
+        flat = np.concatenate([flat[place : place + SAMPLE] for place in places])
+    sizes = {}
+    for name in _candidates(array.dtype, fast):
+        words = _words(flat, name)
+        data = None if words is None else streams.encode_chunk(words, name, width)
+        if data is not None:
+            sizes[name] = len(data)
+    return flat.nbytes, sizes
 
 
 def encode(

@@ -11,7 +11,7 @@ import numpy as np
 MOST = 8
 BLOCKS = 64  # in a class, at least
 TABLE = 500.0  # bits that one more table takes, about
-SAMPLE = 128  # symbols of each block that are counted
+SAMPLE = 32  # symbols of each block that are counted
 
 
 def classes_of(symbols: np.ndarray) -> np.ndarray:
@@ -36,31 +36,30 @@ def classes_of(symbols: np.ndarray) -> np.ndarray:
     counts = np.bincount(
         (shares[:, None] * 256 + sample).ravel(), minlength=256 * count
     )
-    counts = counts.reshape(count, 256).astype(np.float64)
+    counts = counts.reshape(count, 256)
+    counts = counts[:, counts.any(axis=0)].astype(np.float64)
     scale = symbols.shape[1] / sample.shape[1]
     return _cut(counts, scale, most)[shares]
 
 
 def _sums(symbols: np.ndarray) -> np.ndarray:
-    """Sums of rows, by halves: several times as fast as a sum of bytes."""
-    half = symbols.shape[1] // 2
-    sums = symbols[:, :half].astype(np.uint16) + symbols[:, half:]
-    while half > 32 and half % 2 == 0:
-        half //= 2
-        sums = sums[:, :half] + sums[:, half:]
-    return sums.sum(axis=1, dtype=np.uint32)
+    """Sums of rows of at most 1024 bytes, a multiple of 8; four 16-bit sums a word."""
+    eight = symbols.view(np.uint64)
+    mask = np.uint64(0x00FF00FF00FF00FF)
+    four = (eight & mask) + ((eight >> np.uint64(8)) & mask)
+    return four.sum(axis=1).view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.uint32)
 
 
 def _cut(counts: np.ndarray, scale: float, most: int) -> np.ndarray:
     """The class of each share: runs of shares that cost least, tables included.
 
     Args:
-      counts: `[shares, 256]`, of a sample.
+      counts: `[shares, symbols]`, of a sample.
       scale: symbols for each of the sample.
       most: classes.
     """
     shares = len(counts)
-    below = np.concatenate([np.zeros((1, 256)), counts.cumsum(axis=0)])
+    below = np.concatenate([np.zeros((1, counts.shape[1])), counts.cumsum(axis=0)])
     first, last = np.triu_indices(shares + 1, 1)
     within = below[last] - below[first]
     total = within.sum(axis=1)

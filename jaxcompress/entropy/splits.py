@@ -7,8 +7,8 @@ outside its window is kept apart, except zero, which is symbol 0. Sign and low b
 the rest, laid side by side: fields of 4, 2 or 1 bits of the words `j`, `j + w/2`, ...
 of a block of `w`, so that all steps work on rows of neighbours.
 
-On the host all work is on bytes, in arrays that stay in the cache, by multiplying and
-dividing where NumPy has no vector instruction for shifts of bytes.
+On the host all work is on arrays that stay in the cache, by multiplying and dividing
+where NumPy has no vector instruction for shifts.
 """
 
 import dataclasses
@@ -90,36 +90,29 @@ def take_apart(
         if split.signed:
             _fold(words // 128, 1, rests)
         return missed
-    below, above, coarse = np.empty((3, *words.shape), np.uint8)
-    np.copyto(below, words, casting="unsafe")
-    np.copyto(above, words >> np.uint16(8), casting="unsafe")
-    # The symbol is the upper byte's share, counted from the base, then the lower's.
-    np.bitwise_and(above, 127, out=coarse)
+    low = split.low
+    high = words >> np.uint16(low)
+    np.bitwise_and(high, np.uint16((1 << 15 - low) - 1), out=high)
     if split.window:
-        np.subtract(coarse, base // split.step, out=coarse)
-    most = (16 if split.paired else 256) // split.step
-    outside = coarse >= most if int(coarse.max()) >= most else None
-    np.multiply(coarse, split.step, out=coarse)
-    np.bitwise_or(coarse, below // (1 << split.low), out=coarse)
-    if outside is not None:
-        coarse[outside] = 0
-    if split.window and not coarse.all():
-        missed = np.flatnonzero((coarse == 0) & (split.high_part(words) != 0))
+        # What lies below the base comes out large.
+        np.subtract(high, np.uint16(base), out=high)
+        if int(high.max()) > split.window:
+            high[high > split.window] = 0
+        if not high.min():
+            missed = np.flatnonzero((high == 0) & (split.high_part(words) != 0))
     if split.paired:
         half = words.shape[1] // 2
-        np.multiply(coarse[:, half:], 16, out=symbols)
-        np.bitwise_or(symbols, coarse[:, :half], out=symbols)
-    else:
-        symbols[:] = coarse
-    np.bitwise_and(below, (1 << split.low) - 1, out=below)
-    np.bitwise_and(above, 128, out=above)
-    if split.low < 7:  # the sign on top of the low bits
-        np.floor_divide(above, 1 << 7 - split.low, out=above)
-    np.bitwise_or(below, above, out=below)
+        np.multiply(high[:, half:], np.uint16(16), out=high[:, half:])
+        high = high[:, :half] | high[:, half:]
+    np.copyto(symbols, high, casting="unsafe")
+    # The sign on top of the low bits, in the lower byte.
+    rest = words & np.uint16(0x8000 | (1 << low) - 1)
+    np.bitwise_or(rest, rest >> np.uint16(15 - low), out=rest)
+    rest = rest.astype(np.uint8)
     at = shift = 0
     for bits in _fields(split.rest_bits):
         size = words.shape[1] * bits // 8
-        part = below // (1 << shift) if shift else below
+        part = rest // (1 << shift) if shift else rest
         if bits < 8 and shift + bits < split.rest_bits:
             part = part & ((1 << bits) - 1)
         _fold(part, bits, rests[:, at : at + size])
@@ -135,41 +128,34 @@ def put_together(
         if not split.signed:
             out[:] = symbols
             return
-        _unfold(rests, 1, out)
-        np.multiply(out, 128, out=out)
+        _unfold(rests, 1, 7, out)
         np.bitwise_or(out, symbols, out=out)
         return
-    width = out.shape[1]
-    low, high, number = np.empty((3, *out.shape), np.uint8)
-    if split.paired:
-        np.bitwise_and(symbols, 15, out=number[:, : width // 2])
-        np.floor_divide(symbols, 16, out=number[:, width // 2 :])
-        symbols = number
+    low, width = split.low, out.shape[1]
+    rest = rests
     at = shift = 0
     for bits in _fields(split.rest_bits):
         size = width * bits // 8
-        part = low if shift == 0 else high
-        _unfold(rests[:, at : at + size], bits, part)
-        if shift:
-            np.multiply(part, 1 << shift, out=part)
-            np.bitwise_or(low, part, out=low)
+        packed = rests[:, at : at + size]
+        if bits < 8:
+            part = np.empty(out.shape, np.uint8)
+            _unfold(packed, bits, shift, part)
+            rest = np.bitwise_or(rest, part, out=part) if shift else part
         at, shift = at + size, shift + bits
-    # `low` holds low bits and, above them, the sign: the sign goes to the upper byte.
-    np.bitwise_and(low, 1 << split.low, out=high)
-    if split.low < 7:
-        np.multiply(high, 1 << 7 - split.low, out=high)
-    np.bitwise_and(low, (1 << split.low) - 1, out=low)
-    share = np.floor_divide(symbols, split.step)
+    if split.paired:
+        number = np.empty(out.shape, np.uint8)
+        np.bitwise_and(symbols, 15, out=number[:, : width // 2])
+        np.floor_divide(symbols, 16, out=number[:, width // 2 :])
+        symbols = number
+    np.multiply(symbols, 1 << low, out=out, dtype=np.uint16)
     if split.window:
-        np.add(share, base // split.step, out=share)
-        if not symbols.all():
-            share[symbols == 0] = 0
-    np.bitwise_or(high, share, out=high)
-    np.multiply(symbols, 1 << split.low, out=share)
-    np.bitwise_or(low, share, out=low)
-    np.copyto(out, high)
-    np.left_shift(out, 8, out=out)
-    np.bitwise_or(out, low, out=out)
+        np.add(out, np.uint16(base << low), out=out)
+        if not symbols.min():
+            out[symbols == 0] = 0
+    # The rest holds low bits and, above them, the sign, which goes to the top.
+    spread = np.multiply(rest, 1 + (1 << 15 - low), dtype=np.uint16)
+    np.bitwise_and(spread, np.uint16(0x8000 | (1 << low) - 1), out=spread)
+    np.bitwise_or(out, spread, out=out)
 
 
 def words_of(
@@ -230,14 +216,12 @@ def _fold(part: np.ndarray, bits: int, out: np.ndarray) -> None:
         np.bitwise_or(out, more, out=out)
 
 
-def _unfold(packed: np.ndarray, bits: int, out: np.ndarray) -> None:
-    """Undoes `_fold`."""
-    step = packed.shape[1]
-    for j in range(8 // bits):
-        part = out[:, j * step : (j + 1) * step]
-        if j:
-            np.floor_divide(packed, 1 << j * bits, out=part)
-        else:
-            part[:] = packed
-    if bits < 8:
-        np.bitwise_and(out, (1 << bits) - 1, out=out)
+def _unfold(packed: np.ndarray, bits: int, shift: int, out: np.ndarray) -> None:
+    """Undoes `_fold`; the numbers come `shift` bits up, which must leave them room."""
+    # One product moves each number to the top of its byte; what is above is lost.
+    steps = (1 << np.arange(8 - bits, -1, -bits)).astype(np.uint8)[:, None]
+    table = out.reshape(len(out), steps.size, -1)
+    np.multiply(packed[:, None], steps, out=table)
+    np.floor_divide(out, 1 << 8 - bits, out=out)
+    if shift:
+        np.multiply(out, 1 << shift, out=out)

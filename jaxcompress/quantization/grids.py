@@ -147,12 +147,21 @@ def decode(codes: jax.Array, steps: Steps, *, grid: str, bits: Bits) -> jax.Arra
 
 
 def spread(steps: Steps, block: Block, inputs: int) -> Steps:
-    """Steps `[..., blocks, outputs]` repeated to broadcast against all `inputs`."""
+    """Steps `[..., blocks, outputs]` repeated to broadcast against all `inputs`.
+
+    Raises:
+      ValueError: the steps are not those of so many inputs in such blocks.
+    """
 
     def repeat(step: jax.Array | None) -> jax.Array | None:
         if step is None or step.shape[-2] == 1:
             return step
         *lead, blocks, outputs = step.shape
+        if type(block) is not int or blocks != -(-inputs // block):
+            raise ValueError(
+                f"{blocks} rows of steps for {inputs} inputs in blocks of {block}; the "
+                "leaf is damaged, or was put together from parts of others"
+            )
         wide = jnp.broadcast_to(step[..., None, :], (*lead, blocks, block, outputs))
         return wide.reshape((*lead, blocks * block, outputs))[..., :inputs, :]
 

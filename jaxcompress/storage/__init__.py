@@ -3,11 +3,12 @@
 from jaxcompress.storage.archive import pack, unpack
 from jaxcompress.storage.container import StoredParams, load, open, save, verify
 from jaxcompress.storage.manifest import FileDamaged
-from jaxcompress.storage.orbax import restore_orbax, save_orbax
+from jaxcompress.storage.orbax import is_orbax, restore_orbax, save_orbax
 
 __all__ = [
     "FileDamaged",
     "StoredParams",
+    "is_orbax",
     "load",
     "open",
     "pack",

@@ -5,11 +5,15 @@ file in parts, a header, then pieces of its tensors, of at most 64 MiB each. The
 metadata's `archive` lists path, bytes and BLAKE2b digest of each file. Tensors are
 found in `.safetensors` files; others (tokenizers, settings, pickles) are bytes. What
 unpacking gives is compared with the digests, which detect damage, not forgery.
+
+Packed against a base, a part of a tensor that the base has too may be a list instead,
+of the bytes of its difference (`entropy.deltas`): the file's `from` lists such parts
+with the base's file and first byte, the metadata's `base` the files needed.
 """
 
 import builtins
+import functools
 import hashlib
-import json
 import math
 import os
 import secrets
@@ -21,13 +25,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.storage import container
+from jaxcompress.entropy import deltas
+from jaxcompress.storage import bases, container
 from jaxcompress.storage.manifest import FileDamaged, Slot
-from jaxcompress.storage.tensors import CODES, LONGEST_HEADER, damaged
+from jaxcompress.storage.tensors import damaged
 from jaxcompress.storage.writing import beside, write
 
 PART = 1 << 26  # bytes of a file in memory at a time
-_NAMES = {code: name for name, code in CODES.items()}
 
 Progress = Callable[[list[Any]], Iterable[Any]]
 
@@ -36,6 +40,7 @@ def pack(
     folder: str | os.PathLike,
     path: str | os.PathLike,
     *,
+    base: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> dict[str, int]:
     """Packs a directory, such as a Hugging Face checkpoint, into one file.
@@ -47,14 +52,18 @@ def pack(
     Args:
       folder: the directory.
       path: of the archive, outside of it.
+      base: a directory with a checkpoint that this one came from, or a later one goes
+        to: tensors of the same name, dtype and size are kept as differences where these
+        are smaller. `unpack` needs it again.
       progress: wraps the list of parts that is worked through, as a progress bar does.
 
-    Returns: numbers of `files` and `parts`, `bytes` before and `packed`.
+    Returns: numbers of `files` and `parts`, parts among them that are `differences`,
+      `bytes` before and `packed`.
 
     Raises:
-      FileNotFoundError: no such directory, or no files in it.
-      ValueError: the archive would lie in the directory, or something in it is
-        neither file nor directory.
+      FileNotFoundError: no such directory, or no files in it; a base without tensors.
+      ValueError: the archive would lie in the directory, something in it is neither
+        file nor directory, or nothing in it is closer to the base than to nothing.
     """
     root, path = Path(folder), os.path.realpath(path)
     if not root.is_dir():
@@ -63,26 +72,43 @@ def pack(
         raise ValueError(
             f"{path} would lie in {root}, which is packed; write elsewhere"
         )
-    files = [_described(root, name) for name in _names(root)]
+    files = [bases.describe(root, name) for name in _names(root)]
     if not files:
         raise FileNotFoundError(f"{root} holds no files")
-    slots, lists = {}, []
+    other = None if base is None else bases.Base(base)
+    slots, lists, used, latest = {}, [], set(), {}
     for number, about in enumerate(files):
         nodes = []
-        for dtype, count, start in _parts(root / about["path"], about["bytes"]):
+        for dtype, count, start, place in _parts(root, about, other):
             name = f"files/{number}/{len(nodes)}"
-            source = root / about["path"]
-            slots[name] = Slot(dtype, (count,), _reader(source, dtype, count, start))
-            nodes.append({"array": dtype, "shape": [count]})
+            read = _reader(root / about["path"], dtype, count, start)
+            if place is None:
+                slots[name] = Slot(dtype, (count,), read)
+                nodes.append({"array": dtype, "shape": [count]})
+                continue
+            used.add(place[0])
+            about.setdefault("from", []).append([len(nodes), dtype, *place])
+            there = _reader(other.root / place[0], dtype, count, place[1])
+            rows = _differences(name, read, there, jnp.dtype(dtype).itemsize, latest)
+            for i, row in enumerate(rows):
+                slots[f"{name}/{i}"] = Slot("uint8", (count,), row)
+            nodes.append({"list": [{"array": "uint8", "shape": [count]}] * len(rows)})
         lists.append({"list": nodes})
-    about = container.describe(
-        {"dict": [["files", {"list": lists}]]}, {"archive": files}
-    )
+    metadata: dict[str, Any] = {"archive": files}
+    if other is not None:
+        if not used:
+            raise ValueError(
+                f"no tensor of {root} is closer to one of the same name, dtype and "
+                f"size in {base} than to none; pack without a base"
+            )
+        metadata["base"] = [bases.describe(other.root, name) for name in sorted(used)]
+    about = container.describe({"dict": [["files", {"list": lists}]]}, metadata)
     with beside(path) as file:
         write(file, slots, about, progress=progress)
     return {
         "files": len(files),
         "parts": len(slots),
+        "differences": sum(len(about.get("from", ())) for about in files),
         "bytes": sum(about["bytes"] for about in files),
         "packed": os.path.getsize(path),
     }
@@ -92,29 +118,38 @@ def unpack(
     path: str | os.PathLike,
     folder: str | os.PathLike,
     *,
+    base: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> dict[str, int]:
     """Writes the files of an archive into a new directory; every byte is checked.
 
     The directory appears when it is complete; an error leaves nothing.
 
+    Args:
+      path: of the archive.
+      folder: to make.
+      base: the directory that the archive was packed against, if any.
+      progress: as for `pack`, of the list of files.
+
     Returns: numbers of `files` and `bytes`.
 
     Raises:
       FileExistsError: the directory exists.
       FileDamaged: the archive is not what was written.
-      ValueError: the file is no archive.
+      ValueError: the file is no archive; a base is missing, or is not the one that
+        the archive was packed against, which its digests tell; or none was.
     """
     target = Path(folder).absolute()
     if target.exists():
         raise FileExistsError(f"{target} exists; name a directory that does not")
     with container.open(path) as stored:
         files = _listed(stored)
+        other = _base_of(stored, base)
         scratch = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
         work = list(enumerate(files))
         try:
             for number, about in work if progress is None else progress(work):
-                _write_file(stored, number, about, scratch / about["path"])
+                _write_file(stored, other, number, about, scratch / about["path"])
             os.rename(scratch, target)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -138,69 +173,54 @@ def _names(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _described(root: Path, name: str) -> dict[str, Any]:
-    state, size = hashlib.blake2b(digest_size=16), 0
-    with builtins.open(root / name, "rb") as file:
-        while data := file.read(1 << 20):
-            state.update(data)
-            size += len(data)
-    return {"path": name, "bytes": size, "digest": state.hexdigest()}
+def _parts(
+    root: Path, about: dict[str, Any], base: bases.Base | None
+) -> Iterator[tuple[str, int, int, tuple[str, int] | None]]:
+    """Dtype, numbers and first byte of the parts of a file, one behind another.
 
-
-def _parts(path: Path, size: int) -> Iterator[tuple[str, int, int]]:
-    """Dtype, numbers and first byte of the parts of a file, one behind another."""
-    at = 0
-    for dtype, start, stop in [*_tensors(path, size), ("uint8", size, size)]:
-        width = jnp.dtype(dtype).itemsize
-        for kind, first, last in (("uint8", at, start), (dtype, start, stop)):
-            step = PART // (width if kind == dtype else 1)
-            wide = jnp.dtype(kind).itemsize
-            for begin in range(first, last, step * wide):
-                yield kind, min(step, (last - begin) // wide), begin
-        at = stop
-
-
-def _tensors(path: Path, size: int) -> list[tuple[str, int, int]]:
-    """Dtype, first and last byte of the tensors in a .safetensors file, in order.
-
-    None in other files, and in what does not look as the format says it does.
+    And, of parts to be kept as differences, file and first byte in the base.
     """
-    if path.suffix != ".safetensors" or size < 8:
-        return []
-    with builtins.open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, LONGEST_HEADER):
-            return []
-        text = file.read(length)
-    try:
-        entries = json.loads(text)
-        found = []
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                first, last = entry["data_offsets"]
-                dtype = _NAMES.get(entry["dtype"], "uint8")
-                found.append((8 + length + first, 8 + length + last, dtype))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return []
-    at = 8 + length
-    for start, stop, dtype in sorted(found):
-        if (
-            not at <= start <= stop <= size
-            or (stop - start) % jnp.dtype(dtype).itemsize
-        ):
-            return []
-        at = stop
-    return [(dtype, start, stop) for start, stop, dtype in sorted(found)]
+    path, size, at = root / about["path"], about["bytes"], 0
+    end = bases.Tensor("", "uint8", size, size)
+    for one in [*bases.tensors(path, size), end]:
+        place = None if base is None else base.place(one)
+        if place is not None and not base.gains(path, one, *place):
+            place = None
+        yield from _pieces("uint8", at, one.start, None)
+        yield from _pieces(one.dtype, one.start, one.stop, place)
+        at = one.stop
+
+
+def _pieces(
+    dtype: str, first: int, last: int, place: tuple[str, int] | None
+) -> Iterator[tuple[str, int, int, tuple[str, int] | None]]:
+    width = jnp.dtype(dtype).itemsize
+    step = PART // width
+    for begin in range(first, last, step * width):
+        there = None if place is None else (place[0], place[1] + begin - first)
+        yield dtype, min(step, (last - begin) // width), begin, there
 
 
 def _reader(path: Path, dtype: str, count: int, start: int) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        raw = np.fromfile(
-            path, np.uint8, count * jnp.dtype(dtype).itemsize, offset=start
-        )
-        return raw.view(jnp.dtype(dtype))
+    return lambda: bases.read_numbers(path, dtype, count, start)
 
-    return read
+
+def _differences(
+    name: str,
+    read: Callable[[], np.ndarray],
+    there: Callable[[], np.ndarray],
+    rows: int,
+    latest: dict[str, np.ndarray],
+) -> list[Callable[[], np.ndarray]]:
+    """Readers of the bytes of a difference, made once and kept till the next is."""
+
+    def row(i: int) -> np.ndarray:
+        if name not in latest:
+            latest.clear()
+            latest[name] = deltas.difference(read(), there())
+        return latest[name][i]
+
+    return [functools.partial(row, i) for i in range(rows)]
 
 
 def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
@@ -219,11 +239,20 @@ def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
             seen.add(path)
         if len(lists) != len(files):
             raise ValueError(f"{len(files)} files, parts of {len(lists)}")
+        base = {one["path"]: one["bytes"] for one in stored.metadata.get("base", ())}
         for about, names in zip(files, lists, strict=True):
-            sizes = (stored.describe(name)[1:] for name in names)
-            total = sum(math.prod(s) * jnp.dtype(d).itemsize for s, d in sizes)
+            kinds = [_kind(stored, part) for part in names]
+            total = sum(math.prod(s) * jnp.dtype(d).itemsize for s, d in kinds)
             if total != about["bytes"] or type(about["digest"]) is not str:
                 raise ValueError(f"{about['path']}: parts of {total} bytes")
+            lists_there = [i for i, part in enumerate(names) if type(part) is list]
+            if [one[0] for one in about.get("from", ())] != lists_there:
+                raise ValueError(f"{about['path']}: differences {lists_there}")
+            for i, dtype, file, start in about.get("from", ()):
+                (width, count), _ = kinds[i]
+                fits = jnp.dtype(dtype).itemsize == width and type(start) is int
+                if not fits or not 0 <= start <= base[file] - width * count:
+                    raise ValueError(f"{about['path']}: {dtype} of {file}, {start}")
     except FileDamaged:
         raise
     except (ValueError, LookupError, TypeError) as error:
@@ -231,14 +260,57 @@ def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
     return files
 
 
+def _kind(
+    stored: container.StoredParams, part: str | list[str]
+) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a part: of a difference, those of all its bytes."""
+    if type(part) is str:
+        return stored.describe(part)[1:]
+    kinds = {stored.describe(name)[1:] for name in part}
+    ((shape, dtype),) = kinds
+    if len(shape) != 1 or dtype != "uint8":
+        raise ValueError(f"a difference of {dtype} {shape}")
+    return (len(part), *shape), dtype
+
+
+def _base_of(
+    stored: container.StoredParams, folder: str | os.PathLike | None
+) -> Path | None:
+    """The base's directory, its files checked."""
+    wanted = stored.metadata.get("base")
+    if wanted is None and folder is not None:
+        raise ValueError(f"{stored.path} was packed without a base; unpack it without")
+    if wanted is None:
+        return None
+    if folder is None:
+        raise ValueError(
+            f"{stored.path} was packed against a base, {wanted[0]['path']} of digest "
+            f"{wanted[0]['digest']}; name its directory (--base)"
+        )
+    bases.check(Path(folder), wanted)
+    return Path(folder)
+
+
 def _write_file(
-    stored: container.StoredParams, number: int, about: dict[str, Any], path: Path
+    stored: container.StoredParams,
+    base: Path | None,
+    number: int,
+    about: dict[str, Any],
+    path: Path,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    places = {i: place for i, *place in about.get("from", ())}
     state = hashlib.blake2b(digest_size=16)
     with builtins.open(path, "xb") as file:
-        for name in stored.tree["files"][number]:
-            data = stored.read(name, numpy=True).reshape(-1).view(np.uint8)
+        for i, part in enumerate(stored.tree["files"][number]):
+            if type(part) is str:
+                data = stored.read(part, numpy=True)
+            else:
+                rows = np.stack([stored.read(name, numpy=True) for name in part])
+                dtype, name, start = places[i]
+                there = _reader(base / name, dtype, rows.shape[1], start)()
+                data = deltas.restore(rows, there)
+            data = data.reshape(-1).view(np.uint8)
             file.write(data)
             state.update(data)
     if state.hexdigest() != about["digest"]:

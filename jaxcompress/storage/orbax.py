@@ -115,6 +115,12 @@ def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
     return manifest.decode(node, read)
 
 
+def is_orbax(path: str | os.PathLike) -> bool:
+    """Whether a directory on this machine is, or has in it, an Orbax checkpoint."""
+    marks = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
+    return any(set(marks) & set(names) for _, _, names in os.walk(path))
+
+
 def _absolute(path: str | os.PathLike) -> str:
     path = os.fspath(path)
     return path if "://" in path else os.path.abspath(path)
