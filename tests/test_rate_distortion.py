@@ -4,8 +4,10 @@ Oracles are float64 loops from the definitions; quality on a trained model is in
 test_reference.
 """
 
+import importlib
 import itertools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jaxcompress.calibration.feedback import inverse_factor
 from jaxcompress.quantization import contexts, densities, rate_coded, trellis
 from jaxcompress.quantization.rate_distortion import pivots, prepare, sweep
 
+EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 search = jax.jit(trellis.search, static_argnums=1)
 sweep_once = jax.jit(sweep, static_argnames="states")
 
@@ -431,3 +434,13 @@ def test_the_factor_is_what_the_theory_names():
         if len(rest):
             given -= second[j, j + 1 :] @ np.linalg.solve(rest, second[j + 1 :, j])
         assert float(factor[j, j]) ** -2 == pytest.approx(given, rel=1e-3)
+
+
+def test_the_experiment_runs_in_small(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    experiment = importlib.import_module("rate_distortion")
+    rows = experiment.run(experiment.Config(fast=True))
+    gaps = {(row["covariance"], row["states"]): row["gap"] for row in rows}
+    assert len(gaps) == 9
+    for name in experiment.covariances(8):
+        assert 0 < gaps[name, 128] < gaps[name, 8] < gaps[name, 0] < 0.6
