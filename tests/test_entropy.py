@@ -362,7 +362,7 @@ def test_a_pattern_costs_its_number_of_choices(kept, group):
     codes = np.asarray(dense(mask))
     coded = entropy_code(codes)
     check(coded, codes)
-    assert coded.width == 8 // group
+    assert coded.width <= 8 // group
     bits = np.log2(math.comb(group, kept)) / group
     assert bits < 8 * stored_bytes(coded) / codes.size < 1.03 * bits + 0.01
 
