@@ -42,6 +42,16 @@ def bits_of(x: np.ndarray) -> np.ndarray:
     return x.view(f"u{x.dtype.itemsize}")
 
 
+def test_an_exception_at_the_end_of_a_part_of_a_block_comes_back():
+    """The last block is filled up with its last word, here one outside the window."""
+    x = RANDOM.normal(0, 0.05, 20_001).astype(ml_dtypes.bfloat16)
+    x[-1] = 1e-38
+    coded = code_floats(x)
+    assert isinstance(coded, CodedFloats) and coded.bits.spots.size == 1
+    check(coded, x)
+    check(coded.bits, bits_of(x))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_floats_keep_every_bit(dtype):
     x = RANDOM.normal(0, 0.05, (2, 90, 60)).astype(dtype)
