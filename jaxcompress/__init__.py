@@ -57,7 +57,12 @@ from jaxcompress.quantization.mixed import mixed_channels
 from jaxcompress.quantization.nearest import asymmetric
 from jaxcompress.quantization.nearest import sign_split
 from jaxcompress.quantization.nearest import symmetric
+from jaxcompress.quantization.rate_coded import CodedLevels
+from jaxcompress.quantization.rate_coded import RateCoded
+from jaxcompress.quantization.rate_distortion import rate_distortion
 from jaxcompress.quantization.second_order import gptq
+from jaxcompress.rates import measure_curvatures
+from jaxcompress.rates import plan_rates
 from jaxcompress.running.fast import fast
 from jaxcompress.running.streaming import streaming
 from jaxcompress.storage.container import load

@@ -70,11 +70,11 @@ def plan_bits(
     Source: damages that add up as `sensitivity * error`, HIGGS (Malinovskii et al.
     2024, arXiv 2411.17525, theorem 1).
     """
-    _check_concrete(params, "plan_bits")
+    check_concrete(params, "plan_bits")
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"plan_bits takes a list of candidates, not {candidates!r}")
     layout, candidates = layout or {}, list(candidates)
-    planned = _planned(params, moments, pattern)
+    planned = planned_entries(params, moments, pattern)
     weights = _weights(planned, sensitivities)
     turns = iter(progress([entry.name for entry in planned]))
     costs = np.zeros((len(planned), len(candidates)), np.int64)
@@ -131,7 +131,7 @@ def measure_sensitivities(
     Raises:
       ValueError: sizes out of range, a loss that is not finite.
     """
-    _check_concrete(params, "measure_sensitivities")
+    check_concrete(params, "measure_sensitivities")
     if not sizes or not all(np.isfinite(size) and size > 0 for size in sizes):
         raise ValueError(
             f"measure_sensitivities takes sizes of noise above 0, not {sizes!r}"
@@ -139,7 +139,7 @@ def measure_sensitivities(
     layout = layout or {}
     found: dict[str, float] = {}
     base = float(loss_fn(params))
-    planned = _planned(params, moments, pattern)
+    planned = planned_entries(params, moments, pattern)
     turns = iter(progress([entry.name for entry in planned]))
     for number, entry in enumerate(planned):
         next(turns, None)
@@ -170,7 +170,8 @@ def measure_sensitivities(
     return found
 
 
-def _check_concrete(params: Params, name: str) -> None:
+def check_concrete(params: Params, name: str) -> None:
+    """Raises TypeError under a trace."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
         raise TypeError(
             f"{name} reads values on the host, so it can't run under jit, vmap or "
@@ -184,7 +185,8 @@ def _weight(x: Any, moments: Any = None) -> Any:
     return x
 
 
-def _planned(params: Params, moments: Any, pattern: str | None) -> list[Entry]:
+def planned_entries(params: Params, moments: Any, pattern: str | None) -> list[Entry]:
+    """The leaves whose names the pattern matches, or that a method takes by default."""
     chosen, _ = choose(params, _weight if pattern is None else [(pattern, _weight)])
     return [entry for entry in entries(params, moments) if entry.name in chosen]
 

@@ -17,7 +17,7 @@ ORDER = [
     ["calibration"],
     ["quantization", "pruning", "factorization"],
     ["planning", "evaluation", "running", "reporting", "straight_through"],
-    ["optimizers", "distillation"],
+    ["optimizers", "distillation", "rates"],
     ["tokenization"],
     ["models"],
     ["textcoding"],

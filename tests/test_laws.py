@@ -29,6 +29,8 @@ METHODS = [
     "nvfp4()",
     "mixed_channels(bits=3, keep=4, kept_bits=8, block=16)",
     "sign_split(bits=(3, 3)) > entropy_code()",
+    "rate_distortion(rate=3, states=8)",
+    "rate_distortion(rate=3, states=0, order='natural')",
     "outliers(keep=0.02)",
     "svd(rank=40)",
     "corrected(base='symmetric(bits=3, block=16)', rank=8)",

@@ -99,6 +99,24 @@ def test_data_helps(kl, moments):
     assert learned < fed
 
 
+def test_rates_beat_widths_at_equal_bytes(reference, kl, moments):
+    """Coded levels against packed codes; the file's bytes, scales included."""
+    _, params, _, layout, _ = reference
+    packed = "gptq(bits=3, block=64)"
+    small = jc.compress(params, [(KERNELS, packed)], moments, layout=layout)
+    weights = sum(x.size for x in params["layers"]["mlp"].values() for x in x.values())
+    weights += sum(
+        x.size for x in params["layers"]["attention"].values() for x in x.values()
+    )
+    before = jc.nbytes(params["layers"]) - jc.nbytes(small["layers"])
+    rate = 32 - 8 * before / weights
+    assert 3.2 < rate < 3.3
+    coded = kl(f"rate_distortion(rate={rate}, states=8)", moments)
+    fed = kl(packed, moments)
+    assert coded < 0.5 * fed
+    assert fed < kl("symmetric(bits=3, block=64, search=True)")
+
+
 def test_rounding_that_knows_of_outliers(kl, moments):
     nearest = kl("asymmetric(bits=3, block=64)", where=MLP)
     assert kl("hqq(bits=3, block=64)", where=MLP) < 0.97 * nearest

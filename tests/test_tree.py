@@ -516,6 +516,10 @@ EXAMPLES = {
     "Scaled": lambda: jc.Scaled(
         symmetric(X.astype(jnp.float32), bits=4), jnp.full((2, 12), 0.5), "bfloat16"
     ),
+    "RateCoded": lambda: jc.rate_distortion(jnp.tile(X, (1, 4, 8)), rate=3, states=8),
+    "CodedLevels": lambda: (
+        jc.rate_distortion(jnp.tile(X, (1, 4, 8)), rate=3, states=0).levels
+    ),
     "Packed": lambda: symmetric(X, bits=3).codes,
     "Coded": lambda: jc.entropy_code(jnp.arange(20000).reshape(2, 100, 100) % 99 // 98),
     "CodedFloats": lambda: jc.code_floats(jnp.round(8 * X)),

@@ -1,0 +1,275 @@
+"""How near does rate-distortion quantization come to the bound, and what is it worth?
+
+Without a model: Gaussian weights and three covariances of their inputs; bits per weight
+of the file beside those that reverse water-filling allows at the distortion reached.
+With one: file bytes and quality on the end of a text and on a second text, by rate and
+by what is switched on. One JSON line per row; rows that are there are left out:
+
+    python experiments/rate_distortion.py
+    python experiments/rate_distortion.py SmolLM2.gguf text.txt --rates 3.05,2.05
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import calibrated
+import jax
+import jax.numpy as jnp
+import numpy as np
+from nearest import commit
+
+import jaxcompress as jc
+from jaxcompress import demo, reporting
+from jaxcompress.evaluation import Apply
+
+KERNELS = r".*layer_\d+.*kernel"
+VARIANTS = ("rounding", "trellis", "planned", "planned, blockwise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = ""  # none: Gaussian weights
+    text: str = ""
+    rates: str = "4.05,3.05,2.55,2.05,1.6"
+    variants: str = ";".join(VARIANTS)
+    states: int = 128
+    embedding: float = 0.0  # rate of the embedding; 0: left as it is; -1: planned too
+    calibration: int = 64  # windows
+    curvature: int = 32  # windows of 128 tokens
+    windows: int = 8  # of each text
+    tokens: int = 512  # in a window
+    fraction: float = 0.8  # of the text is for calibration
+    cache: str = ""  # directory for moments
+    inputs: int = 192  # of the Gaussian weights
+    outputs: int = 2048
+    fast: bool = False
+    results: str = "experiments/results/rate_distortion.jsonl"
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """The rows that the results do not hold yet."""
+    if config.model:
+        return models(config)
+    if config.fast:
+        config = dataclasses.replace(config, inputs=64, outputs=256, rates="2.05")
+    return synthetic(config)
+
+
+def covariances(size: int) -> dict[str, np.ndarray]:
+    """Three covariances of trace `size`: rotated, with outlier channels, a process."""
+    rng = np.random.default_rng(0)
+    turns = [np.linalg.qr(rng.standard_normal((size, size)))[0] for _ in range(2)]
+    scales = np.exp(1.5 * rng.standard_normal(size))
+    places = np.arange(size)
+    found = {
+        "rotated": (turns[0] * np.exp(np.linspace(0, -8, size))) @ turns[0].T,
+        "outlier channels": scales[:, None]
+        * ((turns[1] * np.exp(np.linspace(0, -4, size))) @ turns[1].T)
+        * scales,
+        "AR(0.95)": 0.95 ** np.abs(np.subtract.outer(places, places)),
+    }
+    return {name: x * size / np.trace(x) for name, x in found.items()}
+
+
+def bound(variances: np.ndarray, distortion: float) -> float:
+    """Bits per component of a Gaussian vector at a mean squared error per component."""
+    low, high = 0.0, float(variances.max())
+    for _ in range(200):
+        level = (low + high) / 2
+        less = np.minimum(variances, level).mean() < distortion
+        low, high = (level, high) if less else (low, level)
+    return float(np.maximum(0, 0.5 * np.log2(variances / level)).mean())
+
+
+def synthetic(config: Config) -> list[dict[str, Any]]:
+    """Bits of the file beside the bound, for Gaussian weights."""
+    shape = config.inputs, config.outputs
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    rows = []
+    for name, covariance in covariances(config.inputs).items():
+        moments = jc.moments_from_covariance(jnp.asarray(covariance, jnp.float32))
+        for states in (0, 8, config.states):
+            for rate in map(float, config.rates.split(",")):
+                clock = time.process_time()
+                small = jc.rate_distortion(
+                    jnp.asarray(x), moments, rate=rate, states=states, damping=1e-6
+                )
+                seconds = time.process_time() - clock
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / "small.safetensors"
+                    jc.save(path, {"kernel": small})
+                    with jc.open(path) as file:
+                        bits = 8 * file.nbytes("kernel") / x.size
+                    loaded = jc.load(path)["kernel"]
+                error = np.asarray(loaded.materialize(), np.float64) - x
+                distortion = float(np.sum(error * (covariance @ error)) / x.size)
+                least = bound(np.linalg.eigvalsh(covariance), distortion)
+                rows.append(
+                    {
+                        "covariance": name,
+                        "states": states,
+                        "shape": shape,
+                        "bits_per_weight": bits,
+                        "distortion": distortion,
+                        "bound": least,
+                        "gap": bits - least,
+                        "processor_seconds": seconds,
+                        **about(),
+                    }
+                )
+                keep(config, rows)
+    return rows
+
+
+def models(config: Config) -> list[dict[str, Any]]:
+    """Rows of a model: rates by variants."""
+    model, params, tokenizer = jc.models.load(config.model, scan=False)
+    scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
+    taken = {f.name for f in dataclasses.fields(calibrated.Config)}
+    shared = {k: v for k, v in dataclasses.asdict(config).items() if k in taken}
+    shared = calibrated.Config(**shared | {"embedding": False})
+    calibration, batches = calibrated.texts(shared, tokenizer)
+    moments = calibrated.one_shot(shared, model, params, calibration)
+    pattern = KERNELS if config.embedding >= 0 else None
+    curvatures = None
+    if "planned" in config.variants:
+        ids = np.concatenate(calibration).reshape(-1, 128)
+        ids = ids[:: max(1, len(ids) // config.curvature)][: config.curvature]
+        curvatures = jc.measure_curvatures(
+            Apply(model),
+            params,
+            [{"tokens": ids}],
+            moments,
+            pattern=pattern,
+            key=jax.random.key(0),
+        )
+    rows: list[dict[str, Any]] = []
+    done = known(config)
+    for rate in map(float, config.rates.split(",")):
+        for variant in config.variants.split(";"):
+            label = {
+                "model": Path(config.model).name,
+                "variant": variant,
+                "rate": rate,
+                "embedding": config.embedding,
+                "states": 0 if variant == "rounding" else config.states,
+                "calibration_tokens": config.calibration * config.tokens,
+            }
+            if json.dumps(label) in done:
+                continue
+            options = f"rate={rate}, states={label['states']}"
+            recipe: list[Any] = [(KERNELS, f"rate_distortion({options})")]
+            if variant.startswith("planned"):
+                recipe = jc.plan_rates(
+                    params,
+                    moments,
+                    rate=rate,
+                    curvatures=curvatures,
+                    pattern=pattern,
+                    states=config.states,
+                )
+            if config.embedding > 0:
+                options = f"rate={config.embedding}, states={label['states']}"
+                recipe.append((".*embedding", f"rate_distortion({options})"))
+            clock, processor = time.perf_counter(), time.process_time()
+            if variant.endswith("blockwise"):
+                small = jc.compress_blockwise(
+                    model, params, recipe, calibration, progress=True
+                )
+            else:
+                small = jc.compress(
+                    params,
+                    recipe,
+                    moments,
+                    progress=lambda names: reporting.track(names, "compressing"),
+                )
+            took = {
+                "compress_seconds": time.perf_counter() - clock,
+                "compress_processor_seconds": time.process_time() - processor,
+            }
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "small.safetensors"
+                jc.models.save_model(path, model, small, tokenizer, {})
+                clock = time.perf_counter()
+                loaded = jc.models.load(path)[1]
+                took["load_seconds"] = time.perf_counter() - clock
+                if not demo.same_bits(small, loaded):
+                    raise ValueError("the file did not come back bit for bit")
+                sizes = calibrated.stored(path, loaded)
+            clock, processor = time.perf_counter(), time.process_time()
+            ready = jax.block_until_ready(jc.materialize(loaded))
+            took["decode_seconds"] = time.perf_counter() - clock
+            took["decode_processor_seconds"] = time.process_time() - processor
+            ready = jc.models.stack_layers(ready)
+            for text, each in batches.items():
+                found = jc.compare(
+                    Apply(scanned), dense, ready, reporting.track(each, variant)
+                )
+                rows.append(
+                    {
+                        **label,
+                        "text": text,
+                        "tokens": found.tokens,
+                        **sizes,
+                        "perplexity_float": found.dense.perplexity,
+                        "perplexity": found.small.perplexity,
+                        "bits_per_byte": found.small.bits_per_byte,
+                        "kl": found.kl,
+                        "kl_standard_error": found.kl_standard_error,
+                        "top1_agreement": found.agreement,
+                        **took,
+                        "peak_bytes": reporting.peak_memory(),
+                        **about(),
+                    }
+                )
+                keep(config, rows)
+    return rows
+
+
+def about() -> dict[str, Any]:
+    return {
+        "commit": commit(),
+        "jax": metadata.version("jax"),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def keep(config: Config, rows: list[dict[str, Any]]) -> None:
+    """Shows the latest row, and appends it to the results."""
+    print(json.dumps(reporting.plain(rows[-1])), flush=True)
+    if not config.fast:
+        reporting.append_lines(config.results, rows[-1:])
+
+
+def known(config: Config) -> set[str]:
+    """Labels of the rows of models that the results hold."""
+    path = Path(config.results)
+    if config.fast or not path.exists():
+        return set()
+    keys = "model", "variant", "rate", "embedding", "states", "calibration_tokens"
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {json.dumps({k: x[k] for k in keys}) for x in lines if "model" in x}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Config):
+        if field.name in ("model", "text"):
+            parser.add_argument(field.name, nargs="?", default=field.default)
+        elif isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(
+                f"--{field.name}", type=type(field.default), default=field.default
+            )
+    run(Config(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""A step per input times integers at their entropy: `RateCoded` of `CodedLevels`."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcompress.entropy import rans
+from jaxcompress.entropy.packing import bits_needed
+from jaxcompress.quantization import contexts, densities, level_files, trellis
+from jaxcompress.tree.leaves import Leaf, dense, leaf, static
+
+LARGEST = 1 << 15  # levels are below it: one word holds an escaped one
+
+
+@leaf
+class RateCoded(Leaf):
+    """Weights `steps[i] * levels[i, o]`.
+
+    Args:
+      levels: integers `[..., inputs, outputs]`, as a rule `CodedLevels`.
+      steps: bfloat16 `[..., inputs]`.
+      kind: name of the dtype of the weights.
+    """
+
+    levels: Any
+    steps: jax.Array
+    kind: str = static()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.levels.shape
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.kind)
+
+    def materialize(self) -> jax.Array:
+        steps = self.steps.astype(jnp.float32)[..., None]
+        return (steps * dense(self.levels).astype(jnp.float32)).astype(self.kind)
+
+
+@leaf
+class CodedLevels(Leaf):
+    """Integers `[..., inputs, outputs]` at their entropy, decoded inside `jit`.
+
+    Invariant: every data array has the stack axes in front, and a slice of all of them
+    is the `CodedLevels` of a slice. Each row is cut into walks of `places` outputs, the
+    last filled up; a lane codes the same number of walks, one after the other, and so
+    all lanes begin walks together. The table of a level follows from the kinds of its
+    row and column (`contexts.Contexts`) and, with a trellis, from whether the state of
+    its walk is odd: such tables stand behind the others.
+
+    Args:
+      words: uint16 `[..., words]`; offsets: int32 `[..., lanes + 1]`; states: uint32
+        `[..., lanes]`: a `rans.Stream`.
+      frequencies: uint16 `[..., parities * contexts, columns]`, which `parameters`
+        uint8 `[..., contexts, 2]` determine.
+      rows: uint8 `[..., inputs]`; columns: uint8 `[..., outputs]`; edges: uint8
+        `[..., contexts - 1]`.
+      places: outputs in a walk.
+      trellis: its number of states; 0 for plain integers.
+      kind: name of the dtype of the integers, int8 where they fit.
+    """
+
+    words: jax.Array
+    offsets: jax.Array
+    states: jax.Array
+    frequencies: jax.Array
+    parameters: jax.Array
+    rows: jax.Array
+    columns: jax.Array
+    edges: jax.Array
+    places: int = static()
+    trellis: int = static()
+    kind: str = static()
+
+    lossless: ClassVar[bool] = True
+    entropy_coded: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.rows.shape, self.columns.shape[-1])
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.kind)
+
+    def materialize(self) -> jax.Array:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+            return _each_slice(self)
+        return _decoded(_roomy(self))
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """What a file holds: one `stream` of bytes."""
+        return {"stream": np.frombuffer(level_files.write(self), np.uint8)}
+
+    @classmethod
+    def restored(
+        cls, arrays: dict[str, np.ndarray], static: dict[str, Any]
+    ) -> "CodedLevels":
+        """Undoes `stored`, given the static fields; ValueError if they do not fit."""
+        return cls(**level_files.read(arrays, static))
+
+
+def count_lanes(inputs: int, outputs: int) -> int:
+    """Lanes for a slice of this shape, with as few walks to fill up as can be.
+
+    About as many as `rans.count_lanes` would take, within a factor of two.
+    """
+    count, places = trellis.walks(outputs)
+    total = inputs * count
+    wanted = total / rans.count_lanes(total * places)
+    each = range(max(1, math.ceil(wanted / 2)), int(2 * wanted) + 1)
+    return min(
+        (-(-total // n) * n, abs(math.log(n / wanted)), -(-total // n)) for n in each
+    )[2]
+
+
+def code_levels(levels: np.ndarray, states: int) -> CodedLevels:
+    """Codes the levels of a stack of weights, each slice with its own tables.
+
+    Args:
+      levels: int32 `[..., inputs, outputs]`; with a trellis, its walks along outputs.
+      states: of the trellis, or 0.
+
+    Raises:
+      ValueError: a level past 16 bits.
+    """
+    largest = int(np.abs(levels).max(initial=0))
+    if largest >= LARGEST:
+        raise ValueError(
+            f"a level of {largest} does not fit 16 bits: the rate is too high for "
+            "these weights; keep the leaf, or code_floats it"
+        )
+    lead, (inputs, outputs) = levels.shape[:-2], levels.shape[-2:]
+    parities = 2 if states else 1
+    _, places = trellis.walks(outputs)
+    slices = levels.reshape(-1, inputs, outputs)
+    found = [contexts.fit(each, parities) for each in slices]
+    lanes = count_lanes(inputs, outputs)
+    kinds = max(len(each.parameters) for each in found)
+    edges = _stacked([each.edges for each in found], kinds - 1, 255)
+    parameters = _stacked([each.parameters for each in found], kinds, 0)
+    frequencies = np.stack([contexts.frequencies(x, parities) for x in parameters])
+    streams = []
+    for i, each in enumerate(found):
+        tables = _contexts(each.rows, each.columns, edges[i], places, lanes, np)
+        raw = _by_step(slices[i], places, lanes, np)
+        if states:
+            tables = tables + (raw & 1) * kinds
+        columns = contexts.columns_of(raw >> (parities - 1))
+        columns = contexts.escaped(columns, tables, frequencies[i])
+        streams.append(rans.encode(columns, frequencies[i], tables, raw=raw, escape=1))
+    offsets = np.stack([np.append(x.starts, x.ends[-1:]) for x in streams])
+    data = {
+        "words": _stacked([x.words for x in streams], int(offsets.max()), 0),
+        "offsets": offsets,
+        "states": np.stack([x.states for x in streams]),
+        "frequencies": frequencies,
+        "parameters": parameters,
+        "rows": np.stack([each.rows for each in found]),
+        "columns": np.stack([each.columns for each in found]),
+        "edges": edges,
+    }
+    return CodedLevels(
+        **{k: jnp.asarray(x.reshape(lead + x.shape[1:])) for k, x in data.items()},
+        places=places,
+        trellis=states,
+        kind="int8" if largest < 128 else "int16",
+    )
+
+
+def _stacked(arrays: list[np.ndarray], length: int, fill: int) -> np.ndarray:
+    """Arrays of different lengths in one, filled up."""
+    out = np.full((len(arrays), length, *arrays[0].shape[1:]), fill, arrays[0].dtype)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return out
+
+
+def _by_step(x: Any, places: int, lanes: int, xp: Any) -> Any:
+    """`[inputs, outputs]` as `[steps, lanes]`, walk after walk, filled up with zeros.
+
+    Zero is a level that state 0 allows, and leads from it to itself.
+    """
+    inputs, outputs = x.shape
+    count = -(-outputs // places)
+    x = xp.pad(x, [(0, 0), (0, count * places - outputs)])
+    x = x.reshape(inputs * count, places)
+    each = -(-inputs * count // lanes)
+    x = xp.pad(x, [(0, each * lanes - inputs * count), (0, 0)])
+    return x.reshape(lanes, each * places).T
+
+
+def _contexts(
+    rows: Any, columns: Any, edges: Any, places: int, lanes: int, xp: Any
+) -> Any:
+    """The context of each symbol, uint8 `[steps, lanes]`."""
+    scale = rows[:, None].astype(xp.int32) + columns[None].astype(xp.int32)
+    found = xp.zeros(scale.shape, xp.uint8)
+    for i in range(edges.shape[0]):
+        found = found + (scale >= edges[i].astype(xp.int32)).astype(xp.uint8)
+    return _by_step(found, places, lanes, xp)
+
+
+def _slice(coded: CodedLevels) -> jax.Array:
+    """One slice, `[inputs, outputs]`."""
+    (inputs,), (outputs,) = coded.rows.shape, coded.columns.shape
+    (lanes,), places = coded.states.shape, coded.places
+    count = -(-outputs // places)
+    each = -(-inputs * count // lanes)
+    kinds = coded.parameters.shape[0]
+    tables = _contexts(coded.rows, coded.columns, coded.edges, places, lanes, jnp)
+    column = np.arange(densities.WIDTH, dtype=np.int32) - densities.REACH
+    values, memory = column[None], None
+    if coded.trellis:
+        values = np.stack([2 * column, 2 * column + 1])
+
+        def step(walk: Any, level: jax.Array) -> tuple[Any, jax.Array]:
+            place, state = walk
+            place = jnp.where(place + 1 == places, 0, place + 1)
+            state = trellis.advance(state, level, coded.trellis)
+            state = jnp.where(place == 0, 0, state)
+            return (place, state), (state & 1) * kinds
+
+        zero = jnp.zeros(lanes, jnp.int32)
+        memory = step, (jnp.int32(0), zero), zero
+    levels = rans.decode(
+        rans.Stream(coded.words, coded.offsets[:-1], coded.offsets[1:], coded.states),
+        coded.frequencies,
+        jnp.asarray(np.repeat(values, kinds, axis=0)),
+        tables,
+        steps=each * places,
+        escape=1,
+        memory=memory,
+    )
+    levels = levels.T.reshape(lanes * each, places)[: inputs * count]
+    levels = levels.reshape(inputs, count * places)[:, :outputs]
+    return levels.astype(coded.kind)
+
+
+@jax.jit
+def _decoded(coded: CodedLevels) -> jax.Array:
+    return _each_slice(coded)
+
+
+def _each_slice(coded: CodedLevels) -> jax.Array:
+    lead = coded.states.shape[:-1]
+    if not lead:
+        return _slice(coded)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), coded)
+    out = lax.map(_slice, flat)
+    return out.reshape(*lead, *out.shape[1:])
+
+
+def _roomy(coded: CodedLevels) -> CodedLevels:
+    """Words and contexts filled up to sizes that many leaves share: fewer compilations.
+
+    What is filled up is never used.
+    """
+    kinds = coded.parameters.shape[-2]
+    room = max(0, contexts.MOST - kinds)
+    width = coded.frequencies.shape[-1]
+    lead = coded.states.shape[:-1]
+    tables = coded.frequencies.reshape(*lead, -1, kinds, width)
+    tables = _filled(tables, -2, kinds + room, 0).reshape(*lead, -1, width)
+    words = max(64, coded.words.shape[-1])
+    return dataclasses.replace(
+        coded,
+        words=_filled(coded.words, -1, 1 << (words - 1).bit_length(), 0),
+        frequencies=tables,
+        parameters=_filled(coded.parameters, -2, kinds + room, 0),
+        edges=_filled(coded.edges, -1, kinds + room - 1, 255),
+    )
+
+
+def _filled(x: jax.Array, axis: int, size: int, value: int) -> Any:
+    room = [(0, 0)] * x.ndim
+    room[axis] = (0, size - x.shape[axis])
+    xp = jnp if isinstance(x, jax.Array) and len(x.devices()) > 1 else np
+    return xp.pad(xp.asarray(x), room, constant_values=value)
+
+
+def side_bits(found: contexts.Contexts, outputs: int) -> int:
+    """Bits of a slice in a file that are not its words."""
+    inputs = found.rows.size
+    lanes = count_lanes(inputs, outputs)
+    widths = [bits_needed(x.max()) for x in (found.rows, found.columns)]
+    layout = level_files.layout(
+        1, inputs, outputs, lanes, len(found.parameters), *widths, 2
+    )
+    sizes = (
+        math.prod(shape) * np.dtype(kind).itemsize for kind, shape in layout.values()
+    )
+    return 8 * sum(sizes) + 16 * inputs

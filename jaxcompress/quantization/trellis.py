@@ -1,0 +1,96 @@
+"""Entropy-coded trellis quantization: a finer grid at the price of a coarser one.
+
+Levels are the integers `k`. A walk over the states of a shift register allows at each
+place either the even or the odd levels, so that a level costs the bits of a grid twice
+as coarse; which of them it takes decides, by `k mod 4`, where the walk goes on. The
+best walk is found by dynamic programming. With an ideal coder its squared error comes
+within 0.08 bit (8 states) to 0.04 bit (256) of the bound of rate-distortion theory for
+a Gaussian source, at any rate of one bit or more; rounding stays 0.25 bit away.
+
+Source: Marcellin and Fischer, "Trellis coded quantization of memoryless and
+Gauss-Markov sources", IEEE Trans. Communications 38 (1990); Fischer and Wang,
+"Entropy-constrained trellis-coded quantization", IEEE Trans. Information Theory 38
+(1992). The parity checks are those of Ungerboeck, "Channel coding with
+multilevel/phase signals", IEEE Trans. Information Theory 28 (1982), for amplitude
+modulation.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# By number of states: parity checks on the lowest bit of the levels, and on the next.
+CHECKS = {
+    8: (0o13, 0o04),
+    16: (0o23, 0o04),
+    32: (0o45, 0o10),
+    64: (0o103, 0o024),
+    128: (0o235, 0o126),
+    256: (0o515, 0o362),
+}
+
+PLACES = 576  # of a walk, at most: its beginning costs a few bits
+
+
+def walks(outputs: int) -> tuple[int, int]:
+    """How many walks a row of outputs is cut into, and the places of each."""
+    count = -(-outputs // PLACES)
+    return count, -(-outputs // count)
+
+
+def advance(state: jax.Array, level: jax.Array, states: int) -> jax.Array:
+    """The state after a level; integers of any shape. A walk begins in state 0.
+
+    In state `s` only levels `k` with `k % 2 == s % 2` are allowed.
+    """
+    low, high = (np.int32(check >> 1) for check in CHECKS[states])
+    return (state >> 1) ^ ((state & 1) * low) ^ (((level >> 1) & 1) * high)
+
+
+@functools.cache
+def _ways(states: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two states before each state, and `k mod 4` on the way: `[2, states]`."""
+    after = np.arange(states)
+    low, high = (check >> 1 for check in CHECKS[states])
+    parity = after >> (states.bit_length() - 2)
+    before = [
+        ((after ^ parity * low ^ bit * high) << 1) % (2 * states) | parity
+        for bit in (0, 1)
+    ]
+    return np.stack(before), np.stack([parity, parity + 2])
+
+
+def search(x: jax.Array, states: int) -> jax.Array:
+    """Levels of the walk nearest to `x`, by squared error.
+
+    Args:
+      x: float32 `[places, walks]`, finite.
+      states: one of `CHECKS`.
+
+    Returns:
+      int32 `[places, walks]`.
+    """
+    before, subset = _ways(states)
+    offset = jnp.arange(4, dtype=x.dtype)[None, :, None]
+    levels = jnp.round((x[:, None] - offset) / 4) * 4 + offset  # [places, 4, walks]
+    costs = (x[:, None] - levels) ** 2
+
+    def forward(total: jax.Array, cost: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ways = [total[before[bit]] + cost[subset[bit]] for bit in (0, 1)]
+        return jnp.minimum(*ways), ways[1] < ways[0]
+
+    start = jnp.full((states, x.shape[1]), jnp.inf).at[0].set(0)
+    total, second = jax.lax.scan(forward, start, costs)
+
+    def back(state: jax.Array, place: tuple) -> tuple[jax.Array, jax.Array]:
+        second, levels = place
+        way = jnp.take_along_axis(second, state[None], axis=0)[0].astype(jnp.int32)
+        at = jnp.asarray(subset)[way, state]
+        level = jnp.take_along_axis(levels, at[None], axis=0)[0]
+        return jnp.asarray(before, jnp.int32)[way, state], level
+
+    end = jnp.argmin(total, axis=0).astype(jnp.int32)
+    _, found = jax.lax.scan(back, end, (second, levels), reverse=True)
+    return found.astype(jnp.int32)

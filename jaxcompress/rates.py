@@ -1,0 +1,239 @@
+"""`plan_rates`: one rate for the model, shared out over its leaves in closed form."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.calibration.feedback import inverse_factor
+from jaxcompress.planning import check_concrete, planned_entries
+from jaxcompress.quantization.rate_distortion import prepare
+from jaxcompress.tree import layouts
+from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.paths import Entry
+from jaxcompress.types import Batch, Params, Rule
+
+ROW_BITS, COLUMN_BITS = 21, 5  # of side information
+SMALLEST = 0.05  # bits above the side information: every leaf gets them
+
+
+def measure_curvatures(
+    apply_fn: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
+    batches: Iterable[Batch],
+    moments: Mapping[str, Any],
+    *,
+    layout: Mapping[str, Layout] | None = None,
+    pattern: str | None = None,
+    damping: float = 0.01,
+    key: jax.Array,
+) -> dict[str, float]:
+    """How fast the divergence from the model grows with the error of each leaf.
+
+    An error E of a leaf that is white in the metric of its inputs' second moment
+    (`E^T S E` has variance `v` in every direction, as error feedback leaves it) moves
+    the model's predictions by `curvature * v * weights` nats per token, to
+    second order.
+    It is half the squared gradient of the log-probability of what the model itself
+    would say, in that metric: one backward pass for each sequence, all leaves at once.
+
+    Args:
+      apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
+      params: pytree of arrays, concrete.
+      batches: dicts with "tokens" `[B, T]`, none of them padding; some 4 096 tokens
+        in all are enough.
+      moments: by kernel name; a leaf without a second moment has the identity.
+      layout, pattern: as for `plan_bits`.
+      damping: as in `rate_distortion`.
+      key: of the sampled tokens.
+
+    Raises:
+      ValueError: no batches, or gradients that are not finite.
+
+    Source: the Fisher information as in GuidedQuant (Kim et al. 2025, arXiv
+    2505.07004) and YAQA (Tseng et al. 2025, arXiv 2505.22988), one number per leaf.
+    """
+    check_concrete(params, "measure_curvatures")
+    layout, planned = layout or {}, planned_entries(params, moments, pattern)
+    kinds = {entry.name: _kind(entry, layout) for entry in planned}
+    factors = {
+        entry.name: _factors(entry, kinds[entry.name], damping)
+        for entry in planned
+        if getattr(entry.moments, "second", None) is not None
+    }
+
+    @jax.jit
+    def gradient(params: Params, tokens: jax.Array, key: jax.Array) -> Params:
+        def score(params: Params) -> jax.Array:
+            logits = apply_fn(params, tokens[None])[0].astype(jnp.float32)
+            said = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+            logs = jax.nn.log_softmax(logits)
+            return jnp.take_along_axis(logs, said[:, None], axis=-1).sum()
+
+        return jax.grad(score)(params)
+
+    total, tokens = dict.fromkeys(kinds, 0.0), 0
+    for batch in batches:
+        for row in jnp.asarray(batch["tokens"]):
+            found = gradient(params, row, jax.random.fold_in(key, tokens))
+            tokens += row.size
+            for entry in planned_entries(found, None, pattern):
+                matrix = layouts.matricize(entry.value, kinds[entry.name])
+                total[entry.name] += float(_square(matrix, factors.get(entry.name)))
+    if not tokens:
+        raise ValueError("there are no batches; pass at least one")
+    found = {e.name: total[e.name] / (2 * tokens * e.value.size) for e in planned}
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name}: its gradient is {value} on these batches; look for NaN in "
+                "the weights before it"
+            )
+    return found
+
+
+def plan_rates(
+    params: Params,
+    moments: Mapping[str, Any],
+    *,
+    rate: float,
+    curvatures: Mapping[str, float] | None = None,
+    layout: Mapping[str, Layout] | None = None,
+    pattern: str | None = None,
+    states: int = 128,
+    order: str = "pivoted",
+    damping: float = 0.01,
+) -> list[Rule]:
+    """A recipe of `rate_distortion` whose rates average to one, of least divergence.
+
+    At a variance `v` of a leaf's error each weight costs `log2(1 / v) / 2` bits and
+    adds `curvature * v` to the divergence, which is least where that is the same for
+    all leaves. What a leaf then costs is the entropy of Gaussian levels, row by row;
+    rows that the error exceeds cost next to nothing. One number is left, found by
+    bisection.
+
+    Args:
+      params: pytree of arrays, concrete.
+      moments: by kernel name.
+      rate: bits per weight on average over the planned leaves, side information
+        included.
+      curvatures: of `measure_curvatures`; None: all alike.
+      layout, pattern: as for `plan_bits`.
+      states, order, damping: passed on to `rate_distortion`.
+
+    Returns:
+      Rules `(exact name, "rate_distortion(rate=...)")`.
+
+    Raises:
+      ValueError: a curvature that is missing or not positive, or a rate below the side
+        information.
+    """
+    check_concrete(params, "plan_rates")
+    layout, planned = layout or {}, planned_entries(params, moments, pattern)
+    sizes = np.array([entry.value.size for entry in planned], np.float64)
+    logs, floors, bends = [], [], []
+    for entry in planned:
+        value = 1.0 if curvatures is None else curvatures.get(entry.name, 0.0)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"{entry.name}: a curvature of {value}; measure it with the same "
+                "pattern, on batches that reach this leaf"
+            )
+        kind = _kind(entry, layout)
+        layouts.check_layout(entry.name, entry.value.shape, kind)
+        matrix = layouts.matricize(entry.value, kind)
+        logs.append(_deviations(matrix, entry.moments, order, damping))
+        inputs, outputs = matrix.shape[-2:]
+        floors.append(ROW_BITS / outputs + COLUMN_BITS / inputs)
+        bends.append(0.5 * math.log2(value))
+    least = float(np.dot(floors, sizes) / sizes.sum()) + SMALLEST
+    if not least < rate <= 12:
+        raise ValueError(
+            f"plan_rates takes {least:.3f} to 12 bits per weight for these leaves, not "
+            f"{rate!r}; what describes their rows and columns takes the first"
+        )
+
+    def rates(level: float) -> np.ndarray:
+        found = [
+            floor + max(SMALLEST, float(_entropy(log - level + bend).mean()))
+            for log, bend, floor in zip(logs, bends, floors, strict=True)
+        ]
+        return np.array(found)
+
+    low, high = -64.0, 64.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = rates(middle) @ sizes / sizes.sum() > rate
+        low, high = (middle, high) if above else (low, middle)
+    options = (
+        ""
+        if (states, order, damping) == (128, "pivoted", 0.01)
+        else (f", states={states}, order={order!r}, damping={damping}")
+    )
+    return [
+        (re.escape(entry.name), f"rate_distortion(rate={min(each, 12):.4f}{options})")
+        for entry, each in zip(planned, rates(high), strict=True)
+    ]
+
+
+def _kind(entry: Entry, layout: Mapping[str, Layout]) -> Layout:
+    default = layouts.ROWS if entry.embedding else layouts.DENSE
+    return layout.get(entry.name, default)
+
+
+def _factors(entry: Entry, kind: Layout, damping: float) -> jax.Array:
+    """`[slices, inputs, inputs]`."""
+    second = jnp.asarray(entry.moments.second)
+    flat = second.reshape(-1, *second.shape[-2:])
+    return jnp.stack([inverse_factor(each, damping=damping) for each in flat])
+
+
+@jax.jit
+def _square(gradient: jax.Array, factors: jax.Array | None) -> jax.Array:
+    """Squared norm of a gradient `[..., inputs, outputs]` in its inputs' metric."""
+    flat = gradient.reshape(-1, *gradient.shape[-2:]).astype(jnp.float32)
+    if factors is not None:
+        flat = jnp.matmul(factors, flat)
+    return jnp.sum(flat * flat)
+
+
+def _deviations(x: jax.Array, moments: Any, order: str, damping: float) -> np.ndarray:
+    """Base-2 logarithm of each row's size, in units of what a step is measured in."""
+    second = getattr(moments, "second", None)
+    flat = x.reshape(-1, *x.shape[-2:]).astype(jnp.float32)
+    if second is not None:
+        second = second.reshape(-1, *second.shape[-2:])
+    found = []
+    for i, each in enumerate(flat):
+        one = None if second is None else second[i]
+        target, factor, _ = prepare(each, one, None, order=order, damping=damping)
+        sizes = np.sqrt(np.mean(np.square(np.asarray(target, np.float64)), axis=1))
+        sizes = np.maximum(sizes, 1e-30)
+        found.append(np.log2(sizes / np.asarray(jnp.diagonal(factor), np.float64)))
+    return np.concatenate(found)
+
+
+def _entropy(logs: np.ndarray) -> np.ndarray:
+    """Bits of rounded Gaussian numbers of these standard deviations, as log2."""
+    points, bits = _curve()
+    return np.interp(logs, points, bits) + np.maximum(0, logs - points[-1])
+
+
+@functools.cache
+def _curve() -> tuple[np.ndarray, np.ndarray]:
+    points = np.linspace(-4, 5, 181)
+    edges = np.arange(-256, 257) - 0.5
+    bits = []
+    for point in points:
+        scale = 2.0**point * math.sqrt(2)
+        below = np.array([math.erf(edge / scale) for edge in edges]) / 2
+        shares = np.diff(below)
+        shares = shares[shares > 0]
+        bits.append(-(shares * np.log2(shares)).sum())
+    bits[0] = 0.0
+    return points, np.array(bits)

@@ -1,0 +1,433 @@
+"""Levels near the rate-distortion bound: the trellis, the coder's contexts, the search.
+
+Oracles are float64 loops from the definitions; quality on a trained model is in
+test_reference.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress.calibration.feedback import inverse_factor
+from jaxcompress.quantization import contexts, densities, rate_coded, trellis
+from jaxcompress.quantization.rate_distortion import pivots, prepare, sweep
+
+search = jax.jit(trellis.search, static_argnums=1)
+sweep_once = jax.jit(sweep, static_argnames="states")
+
+
+def follow(levels, states):
+    """The states before each level of one walk, from the parity-check definition.
+
+    Bit `i` of a register of `n` is fed the sum of the checks' bits at `n - i`.
+    """
+    low, high = trellis.CHECKS[states]
+    size = states.bit_length() - 1
+    register, found = [0] * size, []
+    for level in levels:
+        found.append(sum(bit << i for i, bit in enumerate(register)))
+        first, second = level % 2, level // 2 % 2
+        assert first == register[0]
+        register = [
+            (register[i + 1] if i + 1 < size else 0)
+            ^ (low >> (i + 1) & first)
+            ^ (high >> (i + 1) & second)
+            for i in range(size)
+        ]
+    return found
+
+
+def entropy(values):
+    _, counts = np.unique(values, return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def gaussian(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def covariance(size, decay=4.0, seed=0):
+    rng = np.random.default_rng(seed)
+    turn = np.linalg.qr(rng.standard_normal((size, size)))[0]
+    scales = np.exp(rng.standard_normal(size) / 2)
+    return (
+        scales[:, None]
+        * ((turn * np.exp(np.linspace(0, -decay, size))) @ turn.T)
+        * scales
+    )
+
+
+@pytest.mark.parametrize("states", sorted(trellis.CHECKS))
+def test_a_walk_keeps_to_the_code(states):
+    levels = np.asarray(search(jnp.asarray(4 * gaussian(40, 5), jnp.float32), states))
+    for walk in levels.T:
+        by_definition = follow([int(k) for k in walk], states)
+        state, seen = jnp.int32(0), []
+        for level in walk:
+            seen.append(int(state))
+            state = trellis.advance(state, jnp.int32(level), states)
+        assert seen == by_definition
+
+
+@pytest.mark.parametrize("states", [8, 16])
+def test_the_walk_found_is_the_best_of_all(states):
+    x = 2 * gaussian(7, 6, seed=1)
+    levels = np.asarray(search(jnp.asarray(x, jnp.float32), states))
+    for place, walk in zip(x.T, levels.T, strict=True):
+        best = math.inf
+        # Two choices a place, whether half the level is odd, tell the whole walk.
+        for bits in itertools.product((0, 1), repeat=len(place)):
+            state, cost = 0, 0.0
+            for value, bit in zip(place, bits, strict=True):
+                offset = (state & 1) + 2 * bit
+                level = 4 * round((value - offset) / 4) + offset
+                cost += (value - level) ** 2
+                state = int(trellis.advance(np.int32(state), np.int32(level), states))
+            best = min(best, cost)
+        assert np.sum((place - walk) ** 2) == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize(("states", "most"), [(8, 0.09), (128, 0.06)])
+@pytest.mark.parametrize("step", [0.26, 1.2])
+def test_the_trellis_comes_near_the_bound(states, most, step):
+    x = gaussian(576, 64, seed=2)
+    levels = np.asarray(search(jnp.asarray(x / step, jnp.float32), states))
+    odd = levels % 2 == 1
+    rate = sum(m.mean() * entropy(levels[m]) for m in (odd, ~odd))
+    shrunk = np.sum(levels * x) / np.sum(levels**2.0)
+    gap = rate + 0.5 * np.log2(np.mean((x - shrunk * levels) ** 2))
+    assert 0 < gap < most
+    rounded = np.round(x / (2 * step))
+    shrunk = np.sum(rounded * x) / np.sum(rounded**2)
+    plain = entropy(rounded) + 0.5 * np.log2(np.mean((x - shrunk * rounded) ** 2))
+    assert gap < plain - 0.1
+
+
+def test_tables_are_densities_and_the_same_everywhere():
+    x = np.linspace(-30, 30, 1001)
+    np.testing.assert_allclose(densities.exp2(x), np.exp2(x), rtol=4e-15)
+    y = np.exp(np.linspace(-10, 10, 1001))
+    np.testing.assert_allclose(densities.log2(y), np.log2(y), rtol=1e-14, atol=1e-15)
+    for scale, shape, parity in itertools.product(
+        (0, 20, 44, 70, 127), (0, 4, 11), (0, 1)
+    ):
+        table = densities.table(scale, shape, 2, parity).astype(np.int64)
+        assert table.sum() == 4096 and table[-1] >= 1 and table.shape == (512,)
+        levels = 2 * np.arange(-255, 256) + parity
+        b, s = densities.SHAPES[shape], 2 ** (scale / 8 - 4)
+        far = 2 * np.arange(-1020, 1021) + parity
+        least = (parity / s) ** b
+        shares = np.exp2(least - (np.abs(levels) / s) ** b)
+        shares /= np.exp2(least - (np.abs(far) / s) ** b).sum()
+        assert np.abs(table[:-1] - 4095 * shares).max() <= 1.5
+    # Files depend on these numbers: they may never change.
+    assert densities.table(36, 8, 1, 0)[250:261].tolist() == GOLDEN
+
+
+GOLDEN = [0, 5, 60, 340, 962, 1360, 962, 340, 60, 5, 0]
+
+
+def test_contexts_cost_what_the_stream_takes():
+    rng = np.random.default_rng(3)
+    scales = np.exp(rng.uniform(-1, 3, (300, 1))) * np.exp(rng.uniform(0, 1, 200))
+    levels = np.rint(rng.standard_normal((300, 200)) * scales).astype(np.int32)
+    found = contexts.fit(levels, 1)
+    ideal = sum(entropy(row) for row in np.rint(rng.standard_normal((400, 4000)))) / 400
+    assert ideal > 0 and 4 <= len(found.parameters) <= contexts.MOST
+    words = 16 * rate_coded.code_levels(levels, 0).words.size
+    assert abs(words - found.bits) < 0.002 * found.bits
+    bits = found.bits / levels.size
+    # A Gaussian of every size at its own entropy, within 2 %.
+    sizes = np.log2(scales * math.sqrt(2 * math.pi * math.e)).mean()
+    assert bits < entropy(levels) - 0.5
+    assert sizes < bits < 1.02 * sizes + 0.06
+
+
+@pytest.mark.parametrize("states", [0, 8])
+def test_all_levels_come_back(states):
+    rng = np.random.default_rng(4)
+    levels = np.rint(rng.standard_t(1.5, (2, 40, 700)) * [[[1]], [[30]]]).astype(
+        np.int32
+    )
+    levels = np.clip(levels, -32766, 32766)
+    levels[0, 3], levels[1, 5, 7] = 0, 32767 - (states > 0)
+    if states:
+        count, places = trellis.walks(700)
+        for stack, row, walk in np.ndindex(2, 40, count):
+            state, part = 0, levels[stack, row, walk * places : (walk + 1) * places]
+            for i, level in enumerate(part):
+                part[i] = level - (level - state) % 2
+                state = int(trellis.advance(np.int32(state), part[i], states))
+    coded = rate_coded.code_levels(levels, states)
+    np.testing.assert_array_equal(coded.materialize(), levels)
+    steps = np.exp2(rng.integers(-9, 3, (2, 40)))
+    leaf = jc.RateCoded(coded, jnp.asarray(steps, jnp.bfloat16), "float32")
+    weights = np.asarray(jax.jit(lambda leaf: leaf.materialize())(leaf))
+    np.testing.assert_array_equal(
+        weights, (levels * steps[..., None]).astype("float32")
+    )
+    one = jax.tree.map(lambda x: x[1], leaf)
+    np.testing.assert_array_equal(one.materialize(), weights[1])
+    again = type(coded).restored(coded.stored(), statics(coded))
+    for a, b in zip(*map(jax.tree.leaves, (coded, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def statics(coded):
+    return {"places": coded.places, "trellis": coded.trellis, "kind": coded.kind}
+
+
+def test_damaged_bytes_are_told():
+    x = jnp.asarray(gaussian(32, 80), jnp.float32)
+    leaf = jc.rate_distortion(x, rate=3).levels
+    data = np.array(leaf.stored()["stream"])
+    for cut in (1, 5, 20, len(data) // 2, len(data) - 1):
+        with pytest.raises(ValueError, match="damaged"):
+            type(leaf).restored({"stream": data[:cut]}, statics(leaf))
+    with pytest.raises(ValueError, match="walks of 79 places"):
+        type(leaf).restored({"stream": data}, statics(leaf) | {"places": 79})
+    with pytest.raises(ValueError, match="trellis of 12 states"):
+        type(leaf).restored({"stream": data}, statics(leaf) | {"trellis": 12})
+    rng, raised = np.random.default_rng(0), 0
+    for _ in range(200):  # anything may come back, but in the right shape, or an error
+        bad = data.copy()
+        bad[rng.integers(len(data) // 3, size=3)] ^= rng.integers(1, 256, 3, np.uint8)
+        try:
+            back = type(leaf).restored({"stream": bad}, statics(leaf))
+        except ValueError:
+            raised += 1
+        else:
+            assert back.columns.shape[-1] > 0
+    assert raised > 20
+
+
+def by_definition(x, second, scale):
+    """Rounding with feedback in natural order, float64: levels, and steps as stored."""
+    x, levels, steps = x.astype(np.float64).copy(), [], []
+    for j in range(len(x)):
+        rest = np.arange(j + 1, len(x))
+        inverse = np.linalg.inv(second[j:, j:])
+        step = scale * np.sqrt(inverse[0, 0])  # what this row's error is worth
+        step = float(jnp.asarray(step, jnp.bfloat16))
+        level = np.round(x[j] / step)
+        size = np.sum(level**2)
+        shrunk = np.sum(level * x[j]) / step / size if size else 0.0
+        stored = float(jnp.asarray(shrunk * step, jnp.bfloat16))
+        if len(rest):
+            pull = np.linalg.solve(second[np.ix_(rest, rest)], second[rest, j])
+            x[rest] -= np.outer(pull, stored * level - x[j])
+        levels.append(level)
+        steps.append(stored)
+    return np.array(levels), np.array(steps)
+
+
+def test_the_sweep_is_successive_cancellation():
+    x, second = gaussian(24, 60), covariance(24)
+    target, factor, _ = prepare(
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(second, jnp.float32),
+        None,
+        order="natural",
+        damping=1e-6,
+    )
+    levels, steps = sweep_once(target, factor, jnp.float32(0.2), states=0)
+    second = second + 1e-6 * np.mean(np.diag(second)) * np.eye(24)
+    wanted, sizes = by_definition(x, second, 0.2)
+    assert np.mean(np.asarray(levels) != wanted) < 0.01
+    np.testing.assert_allclose(steps, sizes, rtol=2**-7)
+
+    def loss(levels, steps):
+        change = np.asarray(levels) * np.asarray(steps)[:, None] - x
+        return np.trace(change.T @ second @ change)
+
+    assert loss(levels, steps) == pytest.approx(loss(wanted, sizes), rel=0.01)
+    # Every direction gets the error of a uniform distribution: 1 / 12 of the square.
+    fine, steps = sweep_once(target, factor, jnp.float32(0.01), states=0)
+    assert loss(fine, steps) / x.size == pytest.approx(0.01**2 / 12, rel=0.1)
+
+
+def test_pivots_explain_most_first():
+    second = covariance(12)
+    found = list(pivots(second))
+    assert sorted(found) == list(range(12))
+    for i in range(1, 12):
+        done, left = found[:i], [j for j in range(12) if j not in found[:i]]
+        inside = np.linalg.solve(second[np.ix_(done, done)], second[np.ix_(done, left)])
+        variances = np.diag(second)[left] - np.sum(
+            second[np.ix_(done, left)] * inside, 0
+        )
+        assert left[int(np.argmax(variances))] == found[i]
+
+
+@pytest.mark.parametrize("rate", [0.7, 2.0, 4.5])
+@pytest.mark.parametrize("shape", [(128, 400), (2, 96, 300)])
+def test_the_file_meets_the_rate(rate, shape, tmp_path):
+    x = gaussian(*shape) * np.exp(gaussian(*shape[:-1], 1, seed=1) / 2)
+    moments = jc.moments_from_covariance(
+        jnp.broadcast_to(
+            jnp.asarray(covariance(shape[-2]), jnp.float32),
+            (*shape[:-2], shape[-2], shape[-2]),
+        )
+    )
+    leaf = jc.rate_distortion(jnp.asarray(x, jnp.float32), moments, rate=rate)
+    jc.save(tmp_path / "x.safetensors", {"kernel": leaf})
+    with jc.open(tmp_path / "x.safetensors") as file:
+        bits = 8 * file.nbytes("kernel") / x.size
+    assert bits == pytest.approx(rate, rel=0.01)
+    np.testing.assert_array_equal(
+        jc.load(tmp_path / "x.safetensors")["kernel"].materialize(), leaf.materialize()
+    )
+
+
+def water_filling(variances, distortion):
+    low, high = 0.0, float(variances.max())
+    for _ in range(100):
+        level = (low + high) / 2
+        less = np.minimum(variances, level).mean() < distortion
+        low, high = (level, high) if less else (low, level)
+    return np.maximum(0, 0.5 * np.log2(variances / level)).mean()
+
+
+@pytest.mark.parametrize(("states", "most"), [(0, 0.32), (128, 0.13)])
+def test_it_comes_near_the_bound(states, most):
+    places = np.arange(96)
+    second = 0.9 ** np.abs(np.subtract.outer(places, places))
+    x = gaussian(96, 1200)
+    moments = jc.moments_from_covariance(jnp.asarray(second, jnp.float32))
+    leaf = jc.rate_distortion(
+        jnp.asarray(x, jnp.float32), moments, rate=3.0, states=states, damping=1e-6
+    )
+    change = np.asarray(leaf.materialize(), np.float64) - x
+    distortion = np.sum(change * (second @ change)) / x.size
+    bits = 8 * leaf.levels.stored()["stream"].nbytes / x.size + 16 / 1200
+    gap = bits - water_filling(np.linalg.eigvalsh(second), distortion)
+    assert 0 < gap < most
+
+
+def test_drifted_inputs_get_a_target_of_their_own():
+    rng = np.random.default_rng(5)
+    inputs = rng.standard_normal((3000, 40)) @ rng.standard_normal((40, 40))
+    drifted = inputs + 0.7 * rng.standard_normal(inputs.shape) @ np.diag(
+        np.arange(40) / 9
+    )
+    x = rng.standard_normal((40, 120))
+    plain = {
+        "count": jnp.float32(3000),
+        "mean": jnp.asarray(inputs.mean(0), jnp.float32),
+        "second": jnp.asarray(inputs.T @ inputs / 3000, jnp.float32),
+    }
+    moments = jc.Moments(
+        **plain,
+        drifted=jnp.asarray(drifted.T @ drifted / 3000, jnp.float32),
+        cross=jnp.asarray(inputs.T @ drifted / 3000, jnp.float32),
+    )
+    lost = {}
+    for name, given in (("corrected", moments), ("plain", jc.Moments(**plain))):
+        leaf = jc.rate_distortion(
+            jnp.asarray(x, jnp.float32), given, rate=3.0, states=8
+        )
+        change = drifted @ np.asarray(leaf.materialize(), np.float64) - inputs @ x
+        lost[name] = np.sum(change**2)
+    assert lost["corrected"] < 0.9 * lost["plain"]
+
+
+def test_moments_help_and_none_mean_equal_inputs():
+    x, second = jnp.asarray(gaussian(64, 300), jnp.float32), covariance(64)
+    moments = jc.moments_from_covariance(jnp.asarray(second, jnp.float32))
+    lost = []
+    for given in (moments, None):
+        leaf = jc.rate_distortion(x, given, rate=2.0)
+        change = np.asarray(leaf.materialize() - x, np.float64)
+        lost.append((np.trace(change.T @ second @ change), np.sum(change**2)))
+    assert lost[0][0] < 0.5 * lost[1][0] and lost[0][1] > lost[1][1]
+    looked_up = jc.Moments(jnp.float32(7), tokens=jnp.ones(300))
+    leaf, same = (jc.rate_distortion(x, m, rate=2.0) for m in (None, looked_up))
+    np.testing.assert_array_equal(leaf.materialize(), same.materialize())
+
+
+def test_an_input_a_million_times_larger():
+    """As some models have; its row needs more bits than a table has columns."""
+    second = covariance(64)
+    large = np.where(np.arange(64) == 5, 1e3, 1.0)
+    second = second * np.outer(large, large) + 1e-3 * np.eye(64)
+    x = jnp.asarray(gaussian(64, 300), jnp.float32)
+    moments = jc.moments_from_covariance(jnp.asarray(second, jnp.float32))
+    leaf = jc.rate_distortion(x, moments, rate=3.0, damping=1e-9)
+    levels = np.abs(np.asarray(leaf.levels.materialize()))
+    assert 1000 < levels[5].max() <= 2**14 + 2 and leaf.levels.dtype == "int16"
+    change = np.asarray(leaf.materialize() - x, np.float64)
+    parts = np.sum(change * (second @ change), axis=1)
+    assert parts[5] < 0.5 * parts.sum()
+
+
+def test_zeros_cost_next_to_nothing():
+    leaf = jc.rate_distortion(jnp.zeros((64, 200)), rate=3.0)
+    assert not np.asarray(leaf.materialize()).any()
+    x = jnp.asarray(gaussian(64, 200), jnp.float32).at[10:40].set(0)
+    half = jc.rate_distortion(x, rate=2.0)
+    assert not np.asarray(half.materialize()[10:40]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 0}, "0 to 12 bits"),
+        ({"rate": 13.0}, "0 to 12 bits"),
+        ({"rate": 2.0, "states": 12}, "states, not 12"),
+        ({"rate": 2.0, "order": "random"}, "'pivoted' or"),
+        ({"rate": 2.0, "damping": 0}, "damping between"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        jc.rate_distortion(jnp.ones((64, 64)), **options)
+
+
+def test_what_cannot_be_met_is_told():
+    x = jnp.asarray(gaussian(200, 3), jnp.float32)
+    with pytest.raises(ValueError, match="describe rows and columns"):
+        jc.rate_distortion(x, rate=1.0)
+    with pytest.raises(ValueError, match=r"\(200, 200\)"):
+        jc.rate_distortion(
+            x, jc.moments_from_covariance(jnp.eye(100, dtype=jnp.float32)), rate=2.0
+        )
+    with pytest.raises(ValueError, match="16 bits"):
+        rate_coded.code_levels(np.full((4, 4), 40000, np.int32), 0)
+
+
+def test_steps_train_and_levels_do_not():
+    leaf = jc.rate_distortion(jnp.asarray(gaussian(64, 100), jnp.float32), rate=3)
+    trainable, frozen = jc.partition({"kernel": leaf})
+    arrays = jax.tree.leaves(trainable)
+    assert [x.shape for x in arrays] == [(64,)]
+    slopes = jax.grad(
+        lambda t: jnp.sum(jc.combine(t, frozen)["kernel"].materialize() ** 2)
+    )(trainable)
+    steps = np.asarray(leaf.steps, np.float64)
+    wanted = (
+        2
+        * steps
+        * np.sum(np.asarray(leaf.levels.materialize(), np.float64) ** 2, axis=1)
+    )
+    np.testing.assert_allclose(
+        np.asarray(jax.tree.leaves(slopes)[0], np.float64), wanted, rtol=0.01
+    )
+
+
+def test_the_factor_is_what_the_theory_names():
+    """Its diagonal is one over the deviation of an input given those to come."""
+    second = covariance(10)
+    factor = inverse_factor(jnp.asarray(second, jnp.float32), damping=1e-9)
+    for j in range(10):
+        rest = second[j + 1 :, j + 1 :]
+        given = second[j, j]
+        if len(rest):
+            given -= second[j, j + 1 :] @ np.linalg.solve(rest, second[j + 1 :, j])
+        assert float(factor[j, j]) ** -2 == pytest.approx(given, rel=1e-3)
