@@ -13,16 +13,18 @@ import jax
 POSITIONAL = ("model", "text")
 
 
-def parse(config: type, description: str | None) -> Any:
+def parse(
+    config: type, description: str | None, *, leave_out: tuple[str, ...] = ()
+) -> Any:
     """The configuration that the command line asks for.
 
     A field is an option of its name, a boolean one a flag; `model` and `text` are
-    positional, where the class has them. Fields that say so in their metadata
-    (`metadata={"fixed": True}`) are left out.
+    positional, where the class has them and they are not left out. With `--fast`
+    results go to a file of their own, unless one is named.
     """
     parser = argparse.ArgumentParser(description=description)
     for field in dataclasses.fields(config):
-        if field.metadata.get("fixed"):
+        if field.name in leave_out:
             continue
         if field.name in POSITIONAL:
             parser.add_argument(field.name, nargs="?", default=field.default)
@@ -31,7 +33,11 @@ def parse(config: type, description: str | None) -> Any:
         else:
             kind = type(field.default)
             parser.add_argument(f"--{field.name}", type=kind, default=field.default)
-    return config(**vars(parser.parse_args()))
+    found = config(**vars(parser.parse_args()))
+    if found.fast and found.results == config.results:
+        aside = f"{Path(config.results).stem}_fast.jsonl"
+        found = dataclasses.replace(found, results=aside)
+    return found
 
 
 def rows_of(path: str | Path) -> list[dict[str, Any]]:

@@ -8,13 +8,10 @@ two fake ones, and how far their losses are apart. One JSON line per row:
     python experiments/distillation_speed.py
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import time
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
@@ -22,10 +19,11 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax
 import numpy as np
 import optax
+from command import about, parse
 from distilled_depth import Config as DepthConfig
-from distilled_depth import batch_at, objective, training_tokens
+from distilled_depth import objective
 from jax.sharding import AxisType
-from nearest import commit
+from library_text import batch_at, training_tokens
 
 import jaxcompress as jc
 from jaxcompress import distillation, reporting
@@ -80,14 +78,11 @@ def run(config: Config) -> list[dict[str, Any]]:
             jax.block_until_ready(states[kind])
             if turn:
                 times[kind].append(time.process_time() - clock)
-    about = {
+    setting = {
         "tokens_per_step": config.batch * config.tokens,
         "student_layers": student.layers,
         "teacher_layers": teacher.layers,
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "device": jax.devices()[0].device_kind,
-        "shared": True,
+        **about(),
     }
     rows = [
         {
@@ -125,26 +120,12 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "largest_relative_difference_of_losses": max(apart),
             }
         )
-    rows = [row | about for row in rows]
+    rows = [row | setting for row in rows]
     for row in rows:
         print(json.dumps(row), flush=True)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.type is bool or field.type == "bool":
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            kind = type(field.default)
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    if config.results:
-        Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-        reporting.append_lines(config.results, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    reporting.append_lines(config.results, run(config))

@@ -10,22 +10,17 @@ order. All are measured on the held-out text. One JSON line per row:
 A row that is interrupted resumes from its folder.
 """
 
-import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
-from nearest import commit
-from train_reference import Config as ReferenceConfig
-from train_reference import library_files, long_lines
+from command import about, parse
+from library_text import batch_at, training_tokens
 
 import jaxcompress as jc
 from jaxcompress import demo, distillation, reporting
@@ -51,33 +46,6 @@ class Config:
     fast: bool = False  # two short rows
     folder: str = ""  # for checkpoints
     results: str = "experiments/results/distilled_depth.jsonl"
-
-
-def training_tokens(tokenizer: Any, size: int) -> np.ndarray:
-    """Tokens of library files, about `size` bytes of them, none of them held out."""
-    held = long_lines(demo.heldout_text())
-    found: list[int] = []
-    texts = library_files(ReferenceConfig())
-    order = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
-    for name in order[::-1]:  # the held-out files are the first of this order
-        own = long_lines(texts[name])
-        if len(own & held) <= 0.1 * len(own):
-            found += [tokenizer.bos_id, *tokenizer.encode(texts[name])]
-            size -= len(texts[name])
-        if size <= 0:
-            break
-    return np.asarray(found, np.int32)
-
-
-def batch_at(
-    step: int, tokens: np.ndarray, length: int, batch: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Windows at random places, as a function of the seed and the step."""
-    random = np.random.default_rng((seed, step))
-    starts = random.integers(0, len(tokens) - length, batch)
-    mask = np.ones((batch, length), bool)
-    mask[:, 0] = False
-    return {"tokens": tokens[starts[:, None] + np.arange(length)], "mask": mask}
 
 
 def inner_loss(
@@ -137,17 +105,14 @@ def run(config: Config) -> list[dict[str, Any]]:
     heldout = windows(
         ids, 256, 4, token_bytes=tokenizer.token_bytes(ids), limit=config.windows
     )
-    about = {
+    setting = {
         "layers": student.layers,
         "weights": reporting.weight_count(start),
         "teacher_weights": reporting.weight_count(params),
         "tokens_per_step": config.batch * config.tokens,
         "seed": config.seed,
         "rate": config.rate,
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "device": jax.devices()[0].device_kind,
-        "shared": True,
+        **about(),
     }
     rows: list[dict[str, Any]] = []
 
@@ -167,7 +132,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             "heldout_tokens": report.tokens,
             "processor_seconds": seconds,
         }
-        rows.append(row | about)
+        rows.append(row | setting)
         print(json.dumps(row), flush=True)
         if config.results:
             Path(config.results).parent.mkdir(parents=True, exist_ok=True)
@@ -203,16 +168,5 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.type is bool or field.type == "bool":
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            kind = type(field.default)
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default)
-    run(Config(**vars(parser.parse_args())))
-
-
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))

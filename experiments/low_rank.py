@@ -14,21 +14,20 @@ not run again:
     python experiments/low_rank.py SmolLM2.gguf text.txt
 """
 
-import argparse
 import ast
 import dataclasses
 import json
 import re
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pruned import KERNELS, calibration, commit, cut, kernels, texts
+from command import about, parse, rows_of
+from pruned import KERNELS, calibration, cut, kernels, texts
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -167,11 +166,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             config, model="reference", text="", calibration=4, windows=4, tokens=128
         )
     path, title = Path(config.results), Path(config.model).name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = set()
-    if path.exists():
-        lines = map(json.loads, path.read_text().splitlines())
-        held = {(line["model"], line["row"]) for line in lines}
+    held = {(line["model"], line["row"]) for line in rows_of(path)}
     todo = [name for name in names(config) if (title, name) not in held]
     if not todo:
         return []
@@ -210,9 +205,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             "kl_standard_error": report.kl_standard_error,
             "processor_seconds": seconds,
             "calibration_tokens": inputs.size,
-            "commit": commit(),
-            "jax": metadata.version("jax"),
-            "device": jax.devices()[0].device_kind,
+            **about(),
         }
         reporting.append_lines(path, [row])
         print(json.dumps(row), flush=True)
@@ -241,22 +234,5 @@ def stored(model: Any, params: Any, small: Any, tokenizer: Any) -> dict[str, Any
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    if config.fast and config.results == Config.results:
-        config = dataclasses.replace(config, results="low_rank_fast.jsonl")
-    run(config)
-
-
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))

@@ -11,7 +11,6 @@ import argparse
 import ast
 import dataclasses
 import json
-import subprocess
 import sysconfig
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from command import commit
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -153,11 +153,6 @@ def _dense_row(config: Config, name: str, report: Any, params: Any) -> dict[str,
         "perplexity": report.dense.perplexity,
         "bits_per_byte": report.dense.bits_per_byte,
     }
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:

@@ -10,19 +10,17 @@ teacher's divergence says how far it strays. One JSON line per row:
     python experiments/on_policy.py
 """
 
-import argparse
 import dataclasses
 import json
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from distilled_depth import batch_at, training_tokens
-from nearest import commit
+from command import about, parse
+from library_text import batch_at, training_tokens
 
 import jaxcompress as jc
 from jaxcompress import demo, distillation, reporting
@@ -107,10 +105,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             "processor_seconds": seconds,
             "warmup_steps": config.warmup,
             "seed": config.seed,
-            "commit": commit(),
-            "jax": metadata.version("jax"),
-            "device": jax.devices()[0].device_kind,
-            "shared": True,
+            **about(),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -162,16 +157,5 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.type is bool or field.type == "bool":
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            kind = type(field.default)
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default)
-    run(Config(**vars(parser.parse_args())))
-
-
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))

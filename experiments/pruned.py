@@ -11,18 +11,16 @@ of the methods holds layer by layer, and where it does not:
     python experiments/pruned.py SmolLM2.gguf text.txt --kernels "layer_.?[05]/.*kernel"
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
-import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from command import about, parse, rows_of
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -145,10 +143,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             config, model="reference", text="", calibration=4, windows=4, tokens=128
         )
     path = Path(config.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = []
-    if path.exists():
-        done = [json.loads(line) for line in path.read_text().splitlines()]
+    done = rows_of(path)
     name = Path(config.model).name
     held = {(row["model"], row.get("recipe"), pruned_kernels(row)) for row in done}
     recipes = [
@@ -188,13 +183,6 @@ def _measure(
         model, params, [batch["tokens"] for batch in batches], select=config.kernels
     )
     scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
-    about = {
-        "calibration_tokens": inputs.size,
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "flax": metadata.version("flax"),
-        "device": jax.devices()[0].device_kind,
-    }
     rows = []
     for method, setting, recipe in todo:
         clock = time.process_time()
@@ -224,7 +212,8 @@ def _measure(
             "layer_loss": sum(losses.values()),
             "heldout_layer_loss": sum(others.values()),
             "prune_processor_seconds": seconds,
-            **about,
+            "calibration_tokens": inputs.size,
+            **about(),
             "layer_losses": losses,
             "heldout_layer_losses": others,
         }
@@ -235,29 +224,7 @@ def _measure(
     return rows
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    if config.fast:
-        config = dataclasses.replace(config, results="pruned_fast.jsonl")
-    for row in run(config):
+if __name__ == "__main__":
+    for row in run(parse(Config, __doc__)):
         if "summary" in row:
             print(json.dumps(row))
-
-
-if __name__ == "__main__":
-    main()

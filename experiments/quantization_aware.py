@@ -10,22 +10,17 @@ divergence from the float model and by bits per byte. One JSON line per row:
     python experiments/quantization_aware.py
 """
 
-import argparse
 import dataclasses
-import hashlib
 import json
 import time
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from nearest import commit
-from train_reference import Config as ReferenceConfig
-from train_reference import library_files, long_lines
+from command import about, parse
+from library_text import training_tokens
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -51,22 +46,6 @@ class Config:
     windows: int = 64  # of held-out text
     fast: bool = False  # few steps and windows
     results: str = "experiments/results/quantization_aware.jsonl"
-
-
-def training_tokens(tokenizer: Any, size: int) -> np.ndarray:
-    """Tokens of library files, about `size` bytes of them, none of them held out."""
-    held = long_lines(demo.heldout_text())
-    found: list[int] = []
-    texts = library_files(ReferenceConfig())
-    order = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
-    for name in order[::-1]:  # the held-out files are the first of this order
-        own = long_lines(texts[name])
-        if len(own & held) <= 0.1 * len(own):
-            found += [tokenizer.bos_id, *tokenizer.encode(texts[name])]
-            size -= len(texts[name])
-        if size <= 0:
-            break
-    return np.asarray(found, np.int32)
 
 
 def train(
@@ -181,13 +160,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     latent = jc.straight_through(lambda _: best)(params)
     whole, seconds = train(apply_fn, params, latent, tokens, config)
     add("learned, then weights and steps trained through rounding", whole, seconds)
-    about = {
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "device": jax.devices()[0].device_kind,
-        "shared": True,
-    }
-    return [row | about for row in rows]
+    return [row | about() for row in rows]
 
 
 def params_of(params: Any, part: str) -> list[jax.Array]:
@@ -195,20 +168,6 @@ def params_of(params: Any, part: str) -> list[jax.Array]:
     return [x["kernel"] for x in params["layers"][part].values()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-    reporting.append_lines(config.results, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    reporting.append_lines(config.results, run(config))

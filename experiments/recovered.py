@@ -11,13 +11,11 @@ that the results hold already are not run again:
     python experiments/recovered.py
 """
 
-import argparse
 import dataclasses
 import functools
 import hashlib
 import json
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import numpy as np
 import optax
 import pruned
 import train_reference
+from command import about, parse, rows_of
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -106,10 +105,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
         todo = ROWS[3:]
     path = Path(config.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = []
-    if path.exists():
-        done = [json.loads(line) for line in path.read_text().splitlines()]
+    done = rows_of(path)
     held = {(row["method"], tuple(row["sparsities"])) for row in done}
     model, dense, tokenizer = jc.models.load("reference", scan=True)
     learned_from, measured_on = pruned.texts(config)
@@ -173,10 +169,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             "kl_standard_error": report.kl_standard_error,
             "processor_seconds": time.process_time() - clock,
             "rate": config.rate,
-            "commit": pruned.commit(),
-            "jax": metadata.version("jax"),
-            "flax": metadata.version("flax"),
-            "device": jax.devices()[0].device_kind,
+            **about(),
         }
         reporting.append_lines(path, [row])
         print(json.dumps(row), flush=True)
@@ -184,22 +177,5 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text", "fraction"):
-            continue
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    if config.fast:
-        config = dataclasses.replace(config, results="recovered_fast.jsonl")
-    run(config)
-
-
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__, leave_out=("model", "text", "fraction")))

@@ -11,17 +11,16 @@ not run again:
     python experiments/sparse_cost.py
 """
 
-import argparse
 import dataclasses
 import json
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import pruned
 import structured
+from command import about, parse, rows_of
 
 import jaxcompress as jc
 from jaxcompress import demo, models, reporting
@@ -62,26 +61,16 @@ def run(config: Config) -> list[dict[str, Any]]:
         config = dataclasses.replace(config, calibration=4, windows=4, tokens=64)
         disk = DISK[7:8]
     path = Path(config.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = []
-    if path.exists():
-        done = [json.loads(line) for line in path.read_text().splitlines()]
+    done = rows_of(path)
     model, params, tokenizer = models.load("reference", scan=False)
     learned_from, measured_on = pruned.texts(config)
     inputs = pruned.calibration(tokenizer, learned_from, config)
     batches = pruned.cut(tokenizer, measured_on, config, config.windows)
     scanned, dense = model.clone(scan=True), models.stack_layers(params)
-    about = {
-        "commit": pruned.commit(),
-        "jax": metadata.version("jax"),
-        "flax": metadata.version("flax"),
-        "device": jax.devices()[0].device_kind,
-        "machine": "shared with other work",
-    }
     rows: list[dict[str, Any]] = []
 
     def add(row: dict[str, Any]) -> None:
-        rows.append(row | about)
+        rows.append(row | about())
         reporting.append_lines(path, rows[-1:])
         print(json.dumps(rows[-1]), flush=True)
 
@@ -147,22 +136,5 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text", "fraction"):
-            continue
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    if config.fast:
-        config = dataclasses.replace(config, results="sparse_cost_fast.jsonl")
-    run(config)
-
-
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__, leave_out=("model", "text", "fraction")))

@@ -11,16 +11,15 @@ per row, appended as it is done; rows that the results hold already are not run 
     python experiments/structured.py SmolLM2.gguf text.txt
 """
 
-import argparse
 import dataclasses
 import json
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import pruned
+from command import about, parse, rows_of
 
 import jaxcompress as jc
 from jaxcompress import models, reporting
@@ -57,24 +56,13 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
         fractions = fractions[-1:]
     path = Path(config.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = []
-    if path.exists():
-        done = [json.loads(line) for line in path.read_text().splitlines()]
+    done = rows_of(path)
     keys = ("model", "kind", "by", "fraction", "made_up")
     held = {tuple(row[key] for key in keys) for row in done}
     model, params, tokenizer = models.load(config.model, scan=False)
     learned_from, measured_on = pruned.texts(config)
     inputs = pruned.calibration(tokenizer, learned_from, config)
     batches = pruned.cut(tokenizer, measured_on, config, config.windows)
-    about = {
-        "calibration_tokens": inputs.size,
-        "commit": pruned.commit(),
-        "jax": metadata.version("jax"),
-        "flax": metadata.version("flax"),
-        "device": jax.devices()[0].device_kind,
-        "machine": "shared with other work",
-    }
     rows: list[dict[str, Any]] = []
 
     def measure(kind: str, fraction: float, small: Any, less: Any, **more: Any) -> None:
@@ -100,7 +88,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             "dense_bytes": jc.nbytes(params),
             "forward_processor_seconds": seconds[1],
             "dense_forward_processor_seconds": seconds[0],
-            **about,
+            "calibration_tokens": inputs.size,
+            **about(),
         }
         reporting.append_lines(path, [row])
         print(json.dumps(row), flush=True)
@@ -145,22 +134,5 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    if config.fast:
-        config = dataclasses.replace(config, results="structured_fast.jsonl")
-    run(config)
-
-
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))

@@ -1,4 +1,4 @@
-"""Matrices, inputs and losses in NumPy float64, for tests of factors."""
+"""Matrices, inputs, moments and losses, for tests of pruning and of factors."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,3 +39,23 @@ def output_loss(x, value, rows):
 
 def squared(x, value):
     return float(np.sum((np.asarray(x, np.float64) - wide(value)) ** 2))
+
+
+def weights(*shape, seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_t(4, shape), dtype)
+
+
+def covariance(inputs, seed=0):
+    """Correlated inputs of very different size: a decaying spectrum, turned."""
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.normal(size=(inputs, inputs)))
+    second = (basis * np.arange(1.0, inputs + 1) ** -1.2) @ basis.T
+    size = np.exp(0.7 * rng.normal(size=inputs))
+    return second * np.outer(size, size)
+
+
+def moments(inputs=24, seed=0):
+    return jc.moments_from_covariance(
+        jnp.asarray(covariance(inputs, seed), jnp.float32)
+    )

@@ -1,5 +1,6 @@
 """What the definitions say, in NumPy float64, one weight and one block at a time."""
 
+import itertools
 import math
 
 import numpy as np
@@ -99,3 +100,36 @@ def nearest(x, grid, bits, block, scale, zero=None, negative=None):
         far = np.abs(values[..., None] - table)
         result[where] = table[far.argmin(-1)]
     return result
+
+
+def first_largest(scores, kept):
+    """Indices of the `kept` largest of a list, equal ones in order."""
+    ranked = sorted(range(len(scores)), key=lambda i: -float(scores[i]))  # stable
+    return ranked[:kept]
+
+
+def oracle_mask(score, sparsity=None, pattern=None, scope="leaf"):
+    """The mask of one matrix of scores, by sorting whatever competes."""
+    inputs, outputs = score.shape
+    mask = np.zeros(score.shape, bool)
+    if pattern and ":" in pattern:
+        keep, group = map(int, pattern.split(":"))
+        for o, start in itertools.product(range(outputs), range(0, inputs, group)):
+            for i in first_largest(score[start : start + group, o], keep):
+                mask[start + i, o] = True
+    elif pattern:
+        rows, columns = map(int, pattern.split("x"))
+        corners = list(
+            itertools.product(range(0, inputs, rows), range(0, outputs, columns))
+        )
+        norms = [(score[i : i + rows, o : o + columns] ** 2).sum() for i, o in corners]
+        for at in first_largest(norms, round((1 - sparsity) * len(corners))):
+            i, o = corners[at]
+            mask[i : i + rows, o : o + columns] = True
+    elif scope == "row":
+        for o in range(outputs):
+            mask[first_largest(score[:, o], round((1 - sparsity) * inputs)), o] = True
+    else:
+        kept = first_largest(score.ravel(), round((1 - sparsity) * score.size))
+        mask.ravel()[kept] = True
+    return mask

@@ -83,6 +83,31 @@ def test_plain_arrays_are_coded_where_it_pays_and_come_back(path):
     assert path.read_bytes() == first
 
 
+def test_a_coding_must_gain_a_hundredth():
+    """Less is not worth the time that decoding takes."""
+    assert arrays.choose(TREE["noise"]) is None
+    bits = TREE["noise"].copy()
+    bits[:12] = 0  # about 0.4 % less
+    assert arrays.choose(bits) is None
+    bits[:200] = 0
+    assert arrays.choose(bits) == "zstd"
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place(path, monkeypatch):
+    """Else a machine that stops between the two would leave neither file."""
+    seen = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+
+        def spy(*given, name=name, real=real):
+            seen.append(name)
+            return real(*given)
+
+        monkeypatch.setattr(os, name, spy)
+    storage.save(path, {"a": TREE["small"]})
+    assert seen[:2] == ["fsync", "replace"] and seen[2:] in ([], ["fsync"])
+
+
 def test_coding_may_be_left_out(path):
     tree = {name: x for name, x in TREE.items() if name != "float8"}
     storage.save(path, tree, coded=False)

@@ -1,22 +1,17 @@
-"""Pruning: which weights stay, what the others make up for, storage, and bad input."""
+"""Pruning: which weights stay, how they are stored, masks over trees, bad input."""
 
-import dataclasses
 import functools
-import itertools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import serialization
+from matrices_for_tests import covariance, moments, weights
+from oracles import first_largest, oracle_mask
 
 import jaxcompress as jc
-from jaxcompress.calibration.feedback import layer_loss
-from jaxcompress.calibration.moments import moments_from_covariance
 from jaxcompress.entropy.integers import Coded, entropy_code, stored_bytes
-from jaxcompress.optimizers import cubic_sparsity, gradual_pruning, keep_masked_zero
 from jaxcompress.pruning import (
     Sparse,
     alps,
@@ -49,57 +44,6 @@ CHOICES = [
     {"pattern": "4x5", "sparsity": 0.5},
 ]
 RECONSTRUCTIONS = [sparsegpt, alps]
-
-
-def weights(*shape, seed=0, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.standard_t(4, shape), dtype)
-
-
-def covariance(inputs, seed=0):
-    """Correlated inputs of very different size: a decaying spectrum, turned."""
-    rng = np.random.default_rng(seed)
-    basis, _ = np.linalg.qr(rng.normal(size=(inputs, inputs)))
-    second = (basis * np.arange(1.0, inputs + 1) ** -1.2) @ basis.T
-    size = np.exp(0.7 * rng.normal(size=inputs))
-    return second * np.outer(size, size)
-
-
-def moments(inputs=INPUTS, seed=0):
-    return moments_from_covariance(jnp.asarray(covariance(inputs, seed), jnp.float32))
-
-
-def first_largest(scores, kept):
-    """Indices of the `kept` largest of a list, equal ones in order."""
-    ranked = sorted(range(len(scores)), key=lambda i: -float(scores[i]))  # stable
-    return ranked[:kept]
-
-
-def oracle_mask(score, sparsity=None, pattern=None, scope="leaf"):
-    """The mask of one matrix of scores, by sorting whatever competes."""
-    inputs, outputs = score.shape
-    mask = np.zeros(score.shape, bool)
-    if pattern and ":" in pattern:
-        keep, group = map(int, pattern.split(":"))
-        for o, start in itertools.product(range(outputs), range(0, inputs, group)):
-            for i in first_largest(score[start : start + group, o], keep):
-                mask[start + i, o] = True
-    elif pattern:
-        rows, columns = map(int, pattern.split("x"))
-        corners = list(
-            itertools.product(range(0, inputs, rows), range(0, outputs, columns))
-        )
-        norms = [(score[i : i + rows, o : o + columns] ** 2).sum() for i, o in corners]
-        for at in first_largest(norms, round((1 - sparsity) * len(corners))):
-            i, o = corners[at]
-            mask[i : i + rows, o : o + columns] = True
-    elif scope == "row":
-        for o in range(outputs):
-            mask[first_largest(score[:, o], round((1 - sparsity) * inputs)), o] = True
-    else:
-        kept = first_largest(score.ravel(), round((1 - sparsity) * score.size))
-        mask.ravel()[kept] = True
-    return mask
 
 
 # Which weights stay.
@@ -150,123 +94,6 @@ def test_a_threshold_drops_what_is_not_above_it():
     assert even.values.shape == (2, INPUTS // 2, OUTPUTS)
     with pytest.raises(TypeError, match="host method"):
         jax.jit(lambda x: magnitude(x, threshold=0.5))(x)
-
-
-# What is moved to make up for it.
-
-
-def oracle_sparsegpt(x, second, counts=None, group=None, block=128, damping=0.01):
-    """Optimal brain surgeon in float64, inverting anew for every row."""
-    x, (inputs, outputs) = np.array(x, np.float64), x.shape
-    second = second + damping * np.diag(second).mean() * np.eye(inputs)
-    inverse = [np.linalg.inv(second[j:, j:]) for j in range(inputs)]
-    mask = np.zeros(x.shape, bool)
-    for j in range(inputs):
-        if j % block == 0:
-            rows = range(j, min(j + block, inputs))
-            cost = np.array([x[i] ** 2 / inverse[i][0, 0] for i in rows])
-            if group:
-                for o in range(outputs):
-                    for i in first_largest(cost[:, o], group):
-                        mask[j + i, o] = True
-            else:
-                for at in first_largest(cost.ravel(), counts[j // block]):
-                    mask[j + at // outputs, at % outputs] = True
-        error = np.where(mask[j], 0, x[j]) / inverse[j][0, 0]
-        x[j:] -= np.outer(inverse[j][:, 0], error)
-    return x, mask
-
-
-@pytest.mark.parametrize(
-    ("options", "oracle"),
-    [
-        ({"sparsity": 0.5, "block": 9}, {"counts": [45, 45, 30], "block": 9}),
-        ({"sparsity": 0.7}, {"counts": [72]}),
-        ({"pattern": "2:4"}, {"group": 2, "block": 4}),
-    ],
-)
-def test_sparsegpt_is_the_optimal_brain_surgeon(options, oracle):
-    x = weights(INPUTS, OUTPUTS)
-    leaf = sparsegpt(x, moments(), **options)
-    value, mask = oracle_sparsegpt(x, covariance(INPUTS), **oracle)
-    np.testing.assert_array_equal(leaf.kept, mask)
-    np.testing.assert_allclose(leaf.materialize(), value, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("options", [{"sparsity": 0.6}, {"pattern": "2:4"}])
-def test_alps_weights_are_the_best_on_their_support(options):
-    x, second = weights(INPUTS, OUTPUTS), covariance(INPUTS)
-    leaf = alps(x, moments(), **options)
-    mask, value = np.asarray(leaf.kept), np.asarray(leaf.materialize(), np.float64)
-    damped = second + 0.01 * np.diag(second).mean() * np.eye(INPUTS)
-    wide, pull = np.asarray(x, np.float64), damped @ np.asarray(x, np.float64)
-    best = np.zeros(wide.shape)
-    for o in range(OUTPUTS):
-        on = mask[:, o]
-        best[on, o] = np.linalg.solve(damped[np.ix_(on, on)], pull[on, o])
-
-    def loss(w):
-        return np.sum((w - wide) * (damped @ (w - wide)))
-
-    assert loss(best) <= loss(value) * (1 + 1e-6)
-    assert loss(value) < loss(best) * 1.001
-
-
-@pytest.mark.parametrize(
-    ("sparsity", "pattern"), [(0.5, None), (0.7, None), (None, "2:4")]
-)
-def test_better_methods_lose_less(sparsity, pattern):
-    x, known = weights(64, 48), moments(64)
-    small = [
-        f(x, known, sparsity=sparsity, pattern=pattern).materialize()
-        for f in (alps, sparsegpt, wanda, magnitude)
-    ]
-    found = [float(layer_loss(x, value, known.second)) for value in small]
-    kept = [int(jnp.sum(value != 0)) for value in small]
-    assert found[0] < 0.85 * found[1] < 0.85 * found[2] < 0.85 * found[3]
-    exact = round((1 - (sparsity or 0.5)) * 64 * 48)
-    per_output = 48 * round((1 - (sparsity or 0.5)) * 64)
-    assert kept == [exact, exact, exact if pattern else per_output, exact]
-
-
-@pytest.mark.parametrize("method", RECONSTRUCTIONS)
-def test_stacks_are_pruned_slice_by_slice(method):
-    x, known = weights(2, INPUTS, OUTPUTS), [moments(seed=0), moments(seed=1)]
-    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *known)
-    whole = jax.jit(method(sparsity=0.5))(x, both)
-    for i in range(2):
-        one = method(x[i], known[i], sparsity=0.5)
-        np.testing.assert_array_equal(whole.kept[i], one.kept)
-        part = jax.tree.map(lambda leaf, i=i: leaf[i], whole).materialize()
-        np.testing.assert_allclose(part, one.materialize(), rtol=1e-4, atol=1e-4)
-
-
-def test_drifted_inputs_are_the_inputs():
-    x, first, second = weights(INPUTS, OUTPUTS), moments(seed=0), moments(seed=1)
-    both = dataclasses.replace(first, drifted=second.second)
-    for method in (wanda, *RECONSTRUCTIONS):
-        np.testing.assert_array_equal(
-            method(x, both, sparsity=0.5).materialize(),
-            method(x, second, sparsity=0.5).materialize(),
-        )
-
-
-@pytest.mark.parametrize("method", [magnitude, wanda, sparsegpt, alps])
-def test_layers_of_zeros_and_inputs_that_are_always_zero(method):
-    zero = jnp.zeros((INPUTS, OUTPUTS))
-    leaf = method(zero, moments(), sparsity=0.5)
-    np.testing.assert_array_equal(leaf.materialize(), zero)
-    assert int(jnp.sum(leaf.kept)) == INPUTS * OUTPUTS // 2
-    dead = covariance(INPUTS)
-    dead[::2] = dead[:, ::2] = 0
-    known = moments_from_covariance(jnp.asarray(dead, jnp.float32))
-    value = method(weights(INPUTS, OUTPUTS), known, sparsity=0.5).materialize()
-    assert np.all(np.isfinite(value))
-    if method in (wanda, sparsegpt):
-        np.testing.assert_array_equal(value[::2], 0)
-    nothing = moments_from_covariance(jnp.zeros((INPUTS, INPUTS)))
-    value = method(weights(INPUTS, OUTPUTS), nothing, sparsity=0.5).materialize()
-    assert np.all(np.isfinite(value))
 
 
 # Storage.
@@ -397,125 +224,6 @@ def test_scores_weigh_by_gradients_and_inputs():
     mask = make_masks(TREE, scores, 0.5, scope="row")["mlp"]["kernel"]
     expected = wanda(TREE["mlp"]["kernel"], known["mlp/kernel"], sparsity=0.5)
     np.testing.assert_array_equal(mask, expected.kept)
-
-
-# In training.
-
-
-def quadratic(target):
-    return jax.grad(
-        lambda p: sum(
-            0.5 * jnp.sum((x - y) ** 2)
-            for x, y in zip(*map(jax.tree.leaves, (p, target)), strict=True)
-        )
-    )
-
-
-def train(optimizer, params, steps, state=None, *, pass_on=False, seen=lambda *_: None):
-    target = jax.tree.map(lambda x: weights(*x.shape, seed=5), params)
-    state = jax.jit(optimizer.init)(params) if state is None else state
-
-    @jax.jit
-    def step(params, state):
-        slopes = quadratic(target)(params)
-        extra = {"gradients": slopes} if pass_on else {}
-        updates, state = optimizer.update(slopes, state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
-    for _ in range(steps):
-        params, state = step(params, state)
-        seen(params, state)
-    return params, state
-
-
-def small_tree():
-    return {"a": {"kernel": weights(12, 8)}, "b": {"bias": jnp.ones(5)}}
-
-
-def test_masked_weights_stay_zero_under_adamw_while_others_train():
-    params = small_tree()
-    scores = magnitude_scores(params, names=".*kernel")
-    masks = make_masks(params, scores, pattern="2:4")
-    adamw = optax.adamw(0.05, weight_decay=0.1)
-    optimizer = optax.chain(adamw, keep_masked_zero(masks))
-    trained, state = train(optimizer, params, 4)  # starts dense: set to zero at once
-    mask = np.asarray(masks["a"]["kernel"])
-    value = np.asarray(trained["a"]["kernel"])
-    np.testing.assert_array_equal(value != 0, mask)
-    free, _ = train(adamw, params, 4)
-    np.testing.assert_allclose(value[mask], free["a"]["kernel"][mask], rtol=1e-6)
-    np.testing.assert_array_equal(trained["b"]["bias"], free["b"]["bias"])
-    np.testing.assert_array_equal(state[-1].masks["a"]["kernel"], mask)
-    sparse_params = {"kernel": magnitude(params["a"]["kernel"], sparsity=0.5)}
-    assert jax.tree.structure(masks_of(sparse_params)).num_leaves == 1
-    short = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    updates, _ = optax.chain(keep_masked_zero(masks)).update(short, state[-1:], params)
-    value = optax.apply_updates(params, updates)["a"]["kernel"]
-    np.testing.assert_array_equal(value[~mask], 0)
-    with pytest.raises(ValueError, match="mask of shape"):
-        optimizer.init({"a": {"kernel": jnp.ones((4, 4))}, "b": {"bias": jnp.ones(5)}})
-    with pytest.raises(ValueError, match="needs the parameters"):
-        keep_masked_zero(masks).update(params, state[-1])
-
-
-@pytest.mark.parametrize("pattern", [None, "2:4"])
-def test_gradual_pruning_follows_its_schedule_and_never_turns_back(pattern):
-    score = functools.partial(magnitude_scores, names=".*kernel")
-    schedule = cubic_sparsity(0.5, start=2, stop=8)
-    optimizer = optax.chain(
-        optax.adam(0.05), gradual_pruning(score, schedule, every=2, pattern=pattern)
-    )
-    zeros = []
-
-    def seen(params, state):
-        zero = np.asarray(params["a"]["kernel"]) == 0
-        np.testing.assert_array_equal(zero, ~np.asarray(state[-1].masks["a"]["kernel"]))
-        zeros.append(zero)
-
-    half, state = train(optimizer, small_tree(), 6, seen=seen)
-    # A checkpoint in the middle goes on as if nothing had happened.
-    restored = serialization.from_bytes(state, serialization.to_bytes(state))
-    restored = jax.tree.map(jnp.asarray, restored)
-    resumed, _ = train(optimizer, half, 5, restored)
-    whole, _ = train(optimizer, half, 5, state, seen=seen)
-    np.testing.assert_array_equal(resumed["a"]["kernel"], whole["a"]["kernel"])
-    for before, after in itertools.pairwise(zeros):
-        assert np.all(after[before])
-    for step, zero in enumerate(zeros):
-        t = min(max((step - step % 2 - 2) / 6, 0), 1)
-        wanted = 0.5 - 0.5 * (1 - t) ** 3
-        if pattern:
-            kept = max(2, round((1 - wanted) * 4))
-            groups = (~zero).reshape(3, 4, 8).sum(axis=1)
-            np.testing.assert_array_equal(groups, kept)
-        else:
-            assert zero.sum() == 96 - round((1 - wanted) * 96)
-
-
-def test_gradual_pruning_by_gradients():
-    score = functools.partial(taylor_scores, names=".*kernel")
-    optimizer = optax.chain(optax.sgd(0.0), gradual_pruning(score, lambda step: 0.75))
-    params = small_tree()
-    pruned, _ = train(optimizer, params, 1, pass_on=True)
-    kernel = np.asarray(params["a"]["kernel"])
-    slopes = kernel - np.asarray(weights(12, 8, seed=5))
-    mask = oracle_mask(np.abs(kernel * slopes), sparsity=0.75)
-    np.testing.assert_array_equal(pruned["a"]["kernel"], np.where(mask, kernel, 0))
-    with pytest.raises(ValueError, match="needs gradients"):
-        train(optimizer, params, 1)
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: cubic_sparsity(1.0, stop=5), "final sparsity .* not 1.0"),
-        (lambda: cubic_sparsity(0.5, start=5, stop=5), "not from 5 to 5"),
-        (lambda: gradual_pruning(magnitude_scores, abs, every=0), "not 0"),
-    ],
-)
-def test_schedules_out_of_range(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
 
 
 # Bad input.

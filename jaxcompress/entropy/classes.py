@@ -11,7 +11,7 @@ import numpy as np
 MOST = 8
 BLOCKS = 64  # in a class, at least
 TABLE = 500.0  # bits that one more table takes, about
-SAMPLE = 32  # symbols of each block that are counted
+SAMPLE = 1 << 17  # symbols that are counted, as many of each block, 32 or more
 
 
 def classes_of(symbols: np.ndarray) -> np.ndarray:
@@ -32,7 +32,7 @@ def classes_of(symbols: np.ndarray) -> np.ndarray:
     shares = np.empty(blocks, np.int64)
     shares[order] = np.arange(blocks) // share
     count = int(shares.max()) + 1
-    sample = symbols[:, :SAMPLE]
+    sample = symbols[:, : max(32, SAMPLE // blocks)]
     counts = np.bincount(
         (shares[:, None] * 256 + sample).ravel(), minlength=256 * count
     )

@@ -1,0 +1,297 @@
+"""Coded floats and words: every bit back, small, decoded in blocks and chunks."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from lossless_checks import check, decode, entropy_bytes, reload
+
+import jaxcompress as jc
+from jaxcompress.entropy import (
+    CodedFloats,
+    CodedWords,
+    code_floats,
+    literals,
+    planes,
+)
+from jaxcompress.entropy.integers import stored_bytes
+from jaxcompress.entropy.parallel import in_order
+from jaxcompress.entropy.words import code_words
+from jaxcompress.tree.leaves import dense, static_fields
+
+RANDOM = np.random.default_rng(7)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Each test draws the same, whichever ran before it."""
+    global RANDOM
+    RANDOM = np.random.default_rng(7)
+
+
+def gaussian(shape, deviation, low, high, dtype):
+    values = np.rint(RANDOM.normal((low + high) / 2, deviation, shape))
+    return np.clip(values, low, high).astype(dtype)
+
+
+FLOATS = [ml_dtypes.bfloat16, np.float16, np.float32, ml_dtypes.float8_e4m3fn]
+
+
+def bits_of(x: np.ndarray) -> np.ndarray:
+    return x.view(f"u{x.dtype.itemsize}")
+
+
+def test_an_exception_at_the_end_of_a_part_of_a_block_comes_back():
+    """The last block is filled up with its last word, here one outside the window."""
+    x = RANDOM.normal(0, 0.05, 20_001).astype(ml_dtypes.bfloat16)
+    x[-1] = 1e-38
+    coded = code_floats(x)
+    assert isinstance(coded, CodedFloats) and coded.bits.spots.size == 1
+    check(coded, x)
+    check(coded.bits, bits_of(x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_floats_keep_every_bit(dtype):
+    x = RANDOM.normal(0, 0.05, (2, 90, 60)).astype(dtype)
+    size = x.dtype.itemsize * 8
+    special = RANDOM.integers(0, 2**size, 400, dtype=np.uint64)
+    high = np.array([0, 1, 2, 3, 0, 1, 2, 3, 1], np.uint64)
+    special[:9] = high << np.uint64(size - 2)
+    if dtype in FLOATS[:3]:
+        infinity = bits_of(np.array([np.inf], dtype))[0].astype(np.uint64)
+        special[9:100] = infinity + np.arange(91, dtype=np.uint64)  # and NaN payloads
+    special[100:120] = np.arange(20)  # subnormals
+    bits_of(x)[1].reshape(-1)[:400] = special
+    coded = code_floats(x)
+    assert isinstance(coded, CodedFloats) and isinstance(coded.bits, CodedWords)
+    check(coded, x)
+
+    def body(carry, leaf):  # a scan on the CPU quiets NaN of bfloat16 it stacks
+        return carry, jax.lax.bitcast_convert_type(dense(leaf), word)
+
+    word = bits_of(x).dtype
+    found = jax.jit(lambda leaf: jax.lax.scan(body, 0, leaf)[1])(coded)
+    np.testing.assert_array_equal(found, bits_of(x))
+    check(jax.tree.map(lambda part: part[1], coded), x[1])
+
+
+@pytest.mark.parametrize(
+    "dtype, most", list(zip(FLOATS, [10.57, 13.6, 26.6, 6.6], strict=True))
+)
+def test_gaussian_floats_cost_their_exponents_entropy_and_the_rest(dtype, most):
+    x = RANDOM.normal(0, 0.05, (500, 400)).astype(dtype)
+    coded = code_floats(x)
+    assert stored_bytes(coded) * 8 / x.size < most
+    if dtype is ml_dtypes.bfloat16:
+        wide = code_floats(x.astype(np.float32))  # nothing in the lower halves
+        assert stored_bytes(wide) == stored_bytes(coded)
+        check(wide, x.astype(np.float32))
+
+
+def test_floats_of_few_values_cost_the_entropy_of_these():
+    steps = gaussian((200, 200), 2.4, 0, 15, np.float32) - 8
+    for x in (steps, steps * np.float32(0.0137)):
+        coded = code_floats(x)
+        assert stored_bytes(coded) < 1.02 * entropy_bytes(steps)
+        check(coded, x)
+    ones = np.ones(600, ml_dtypes.bfloat16)
+    assert stored_bytes(code_floats(ones)) < 20
+    check(code_floats(ones), ones)
+
+
+def test_floats_that_do_not_shrink_are_left_alone():
+    noise = RANDOM.integers(0, 2**16, (60, 60)).astype(np.uint16)
+    for x in (noise.view(np.float16), np.ones((0, 3), np.float32), np.ones(1)):
+        assert code_floats(x) is x
+    with pytest.raises(TypeError, match="entropy_code"):
+        code_floats(noise)
+    with pytest.raises(TypeError, match="code_floats is a host method"):
+        jax.jit(code_floats)(jnp.ones((9, 9)))
+
+
+def test_stacked_vectors_are_coded_layer_by_layer():
+    scales = jnp.asarray(
+        np.random.default_rng(0).standard_normal((3, 4096)), jnp.bfloat16
+    )
+    params = {"norm": {"scale": scales}, "bias": scales[0]}
+    coded = jc.compress(params, "code_floats()")
+    assert isinstance(coded["norm"]["scale"], jc.CodedFloats)
+    assert isinstance(coded["bias"], jc.CodedFloats)
+    _, layers = jax.lax.scan(
+        lambda carry, leaf: (carry, leaf.materialize()), 0, coded["norm"]["scale"]
+    )
+    np.testing.assert_array_equal(layers, scales)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+@pytest.mark.parametrize("fast", [False, True])
+def test_scales_of_blocks_are_used(dtype, fast):
+    """Rows of unequal scale cost about what they would alone."""
+    scales = np.repeat(np.exp(RANDOM.normal(0, 1.5, (256, 1))), 2, axis=0)
+    x = (RANDOM.normal(0, 0.05, (512, 512)) * scales).astype(dtype)
+    x[3, 5], x[100, 7] = np.array([3e-39, 3e4]).astype(dtype)  # outside any window
+    coded = code_floats(x, fast=fast)
+    check(coded, x)
+    np.testing.assert_array_equal(bits_of(np.asarray(decode(coded))), bits_of(x))
+    even = RANDOM.normal(0, 0.05, x.shape).astype(dtype)
+    even = stored_bytes(code_floats(even, fast=fast))
+    assert stored_bytes(coded) < even + (0.35 if fast else 0.25) * x.size / 8
+    whole = entropy_bytes(bits_of(x) >> [9, 12, 25][FLOATS.index(dtype)])
+    pooled = whole + x.size * [9, 12, 25][FLOATS.index(dtype)] / 8
+    assert stored_bytes(coded) < pooled - 0.15 * x.size / 8
+
+
+def test_whole_numbers_and_lattices_cost_their_integers():
+    integers = np.rint(RANDOM.normal(0, 3000, (200, 300))) + 0.0  # no -0.0
+    for power, dtype in ((0, np.float32), (-9, np.float32), (3, np.float32)):
+        x = (integers * 2.0**power).astype(dtype)
+        coded = code_floats(x)
+        assert coded.power is not None and coded.power >= power
+        assert stored_bytes(coded) < 1.01 * entropy_bytes(integers) + 2000
+        check(coded, x)
+    x[0, 0] = -0.0  # an integer has no negative zero
+    coded = code_floats(x)
+    assert coded.power is None
+    check(coded, x)
+
+
+def test_tails_of_shorter_numbers_are_not_stored():
+    x = RANDOM.normal(0, 0.05, (400, 384)).astype(np.float32)
+    x[40:300] = x[40:300].astype(np.float16)
+    coded = code_floats(x)
+    check(coded, x)
+    assert stored_bytes(coded) * 8 / x.size < 26.7 - 13 * 260 / 400
+
+
+# Coded words: blocks, lanes, chunks
+
+
+def bits_read(data: bytes, end: int, lengths: np.ndarray, count: int) -> list[int]:
+    """Symbols of one stream, by the definition: codes as strings, read from the end."""
+    text = "".join(format(byte, "08b") for byte in data[:end][::-1])
+    text = text[text.index("1") + 1 :]
+    codes, number = {}, 0
+    for length in range(11, 0, -1):
+        for symbol in np.flatnonzero(lengths == length):
+            codes[format(number >> 11 - length, f"0{length}b")] = int(symbol)
+            number += 1 << 11 - length
+    out = []
+    while len(out) < count:
+        size = next(n for n in range(1, 12) if text[:n] in codes)
+        out.append(codes[text[:size]])
+        text = text[size:]
+    return out
+
+
+@pytest.mark.parametrize("spread", [3.0, 6.0, 40.0])
+def test_literals_of_zstandard_are_understood(spread):
+    plane = RANDOM.normal(120, spread, 4000).clip(0, 255).astype(np.uint8)
+    for _ in range(9):  # chance repetitions make a block that XLA can't decode
+        RANDOM.shuffle(plane)
+        frame = planes._compressor().compress(plane.tobytes())
+        if found := literals.parse(frame):
+            break
+    (block,) = found
+    assert block.count == 4000 and len(block.ends) == 4
+    kraft = (0.5 ** block.lengths[block.lengths > 0].astype(float)).sum()
+    assert kraft == 1 and set(np.flatnonzero(block.lengths)) >= set(plane)
+    read, start = [], 0
+    for end in block.ends:
+        read += bits_read(frame, end, block.lengths, 1000)
+        start = end
+    np.testing.assert_array_equal(read, plane)
+    assert start == len(frame) - 1  # what follows says that there are no sequences
+
+
+def test_what_is_not_only_literals_is_left_to_the_library():
+    for plane in (b"abcdefgh" * 900, bytes(5000), RANDOM.bytes(5000)):
+        assert literals.parse(planes._compressor().compress(plane)) is None
+    for frame in (b"", b"12345678", literals.MAGIC):
+        with pytest.raises(ValueError, match="not a Zstandard frame"):
+            literals.parse(frame)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Arrays of a few thousand numbers are several chunks."""
+    monkeypatch.setattr(planes, "CHUNK", 1 << 14)
+
+
+@pytest.mark.parametrize("split", ["bfloat16", "bfloat16 pairs"])
+def test_words_in_chunks_come_back_whole_and_by_rows(small_chunks, split):
+    x = (RANDOM.normal(0, 1, (170, 300)) * 0.02).astype(np.float32).view(np.uint32)
+    x[10:60] = 0
+    x[10:60, ::7] = x[90:140, ::7]  # repetitions, and so blocks that are kept raw
+    x[120, 3:8] = [0x7F800001, 0xFFFFFFFF, 1, 0x80000000, 0x00800000]
+    coded, size = code_words(x, split, 0)
+    assert abs(stored_bytes(coded) - size) < 60
+    assert coded.bases.shape == (4,) and coded.spots.size >= 3
+    check(coded, x)
+    np.testing.assert_array_equal(decode(coded), x)
+    rows = np.array([[0, 169, 10], [59, 120, -1]])
+    np.testing.assert_array_equal(coded.take_rows(jnp.asarray(rows)), x[rows])
+    check(reload(coded), x)
+
+
+def test_slices_of_coded_words_stand_alone():
+    x = RANDOM.normal(0, 0.02, (3, 64, 90)) * np.array([1, 9, 0.1])[:, None, None]
+    x = x.astype(ml_dtypes.bfloat16).view(np.uint16)
+    coded, _ = code_words(x, "bfloat16", 1)
+    scan = jax.jit(lambda p: jax.lax.scan(lambda c, x: (c, dense(x)), 0, p)[1])
+    np.testing.assert_array_equal(scan(coded), x)
+    for i in range(3):
+        one = jax.tree.map(lambda part, i=i: part[i], coded)
+        check(one, x[i])
+        np.testing.assert_array_equal(one.take_rows(jnp.array([5, 63])), x[i][[5, 63]])
+
+
+def test_damaged_words_raise_or_keep_their_shape(small_chunks):
+    x = RANDOM.normal(0, 0.02, (90, 300)).astype(np.float32).view(np.uint32)
+    coded, _ = code_words(x, "bfloat16", 0)
+    fields = {name: getattr(coded, name) for name in static_fields(coded)}
+    stream = coded.stored()["stream"]
+    refused = 0
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        damaged = stream.copy()
+        if seed % 3 == 0:
+            damaged = damaged[: random.integers(0, damaged.size)]
+        elif seed % 3 == 1:
+            damaged[random.integers(0, damaged.size)] ^= 1 << random.integers(0, 8)
+        else:
+            at = random.choice([0, 20, damaged.size - 60])
+            damaged[at + random.integers(0, 50)] = random.integers(0, 256)
+        try:
+            leaf = CodedWords.restored({"stream": damaged}, fields)
+            assert leaf.on_host().shape == x.shape
+        except ValueError:
+            refused += 1
+    assert refused > 150
+    arrays, structure = jax.tree.flatten(coded)
+    for seed in range(2 * len(arrays)):
+        random = np.random.default_rng(seed)
+        damaged = [np.array(part) for part in arrays]
+        raw = damaged[seed % len(damaged)].reshape(-1).view(np.uint8)
+        raw[:] = random.integers(0, 256, raw.shape)
+        leaf = jax.tree.unflatten(structure, damaged)
+        assert decode(jax.tree.map(jnp.asarray, leaf)).shape == x.shape
+    for wrong in ({"split": "float16"}, {"kind": "uint8"}, {"trailing": (9, 9)}):
+        with pytest.raises(ValueError, match=r"damaged|not coded"):
+            CodedWords.restored({"stream": stream}, {**fields, **wrong})
+
+
+def test_threads_give_chunks_in_order():
+    import threading
+
+    seen = set()
+
+    def work(i):
+        seen.add(threading.get_ident())
+        return i * i
+
+    assert list(in_order(work, range(50), threads=3)) == [i * i for i in range(50)]
+    assert list(in_order(work, range(3), threads=1)) == [0, 1, 4]
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(lambda i: 1 // i, range(5), threads=2))

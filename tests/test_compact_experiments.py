@@ -1,0 +1,58 @@
+"""The experiments on pruning, low rank and distillation run, in small."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+
+EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module
+
+
+def test_low_rank(experiment, tmp_path):
+    module = experiment("low_rank")
+    path = tmp_path / "rows.jsonl"
+    config = module.Config(fast=True, only="weighted", results=str(path))
+    rows = module.run(config)
+    assert [row["row"] for row in rows] == ["weighted 0.8"]
+    assert rows == [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0]["identity_gap"] < 1e-5 and 0.78 < rows[0]["kept_weights"] <= 0.8
+    assert module.run(config) == [], "what is there is not computed again"
+
+
+def test_layers_removed(experiment, tmp_path):
+    module = experiment("structured")
+    config = module.Config(
+        fast=True, only="layers", results=str(tmp_path / "rows.jsonl")
+    )
+    (row,) = module.run(config)
+    assert row["parameters"] < 0.8 * row["dense_parameters"]
+    assert row["bytes"] < 0.8 * row["dense_bytes"]
+    assert row["rise"] > 0
+
+
+@pytest.mark.slow
+def test_recovery(experiment, tmp_path, monkeypatch):
+    module = experiment("recovery")
+    monkeypatch.setitem(module.STARTS, "2 bits", module.STARTS["2 bits"][:1])
+    path = tmp_path / "rows.jsonl"
+    (row,) = module.run(module.Config(fast=True, results=str(path)))
+    assert row["bytes"] == row["bytes_before"] < row["dense_bytes"] / 4
+    assert 0 < row["kl_after"] < row["kl_before"]
+    assert row["training_tokens"] == 2 * 2 * 32
+
+
+@pytest.mark.slow
+def test_students_that_write(experiment, tmp_path):
+    module = experiment("on_policy")
+    path = tmp_path / "rows.jsonl"
+    rows = module.run(module.Config(fast=True, results=str(path)))
+    assert [row["row"] for row in rows[1:]] == list(module.ROWS)[1:3]
+    assert len({row["scored_tokens"] for row in rows[1:]}) == 1
+    assert len(path.read_text().splitlines()) == len(rows)
