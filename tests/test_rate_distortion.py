@@ -256,6 +256,18 @@ def test_the_sweep_is_successive_cancellation():
     assert loss(fine, steps) / x.size == pytest.approx(0.01**2 / 12, rel=0.1)
 
 
+@pytest.mark.parametrize("states", [8, 128])
+@pytest.mark.parametrize("outputs", [577, 1153, 1190])
+def test_walks_that_are_filled_up_come_back(states, outputs):
+    """The last walk of a row ends in the zeros that the coder fills it up with."""
+    count, places = trellis.walks(outputs)
+    assert count * places > outputs
+    x = jnp.asarray(gaussian(48, outputs), jnp.float32)
+    levels, _ = sweep_once(x, jnp.eye(48), jnp.float32(0.4), states=states)
+    coded = rate_coded.code_levels(np.asarray(levels), states)
+    np.testing.assert_array_equal(coded.materialize(), levels)
+
+
 def test_pivots_explain_most_first():
     second = covariance(12)
     found = list(pivots(second))

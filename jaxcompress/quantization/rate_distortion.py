@@ -170,6 +170,10 @@ def sweep(
     """
     outputs = x.shape[1]
     count, places = trellis.walks(outputs)
+    gap, weights = count * places - outputs, None
+    if gap:  # what fills the last walk up must be zeros: the coder puts them there
+        filled = jnp.arange(count * places) >= outputs
+        weights = jnp.where(filled, 1e9, 1.0).reshape(count, places).T
     steps = scale * jnp.diagonal(factor) / (2 if states else 1)
 
     def stored(step: jax.Array) -> jax.Array:
@@ -178,8 +182,9 @@ def sweep(
     def nearest(row: jax.Array) -> jax.Array:
         if not states:
             return jnp.round(row)
-        row = jnp.pad(row, (0, count * places - outputs)).reshape(count, places)
-        return trellis.search(row.T, states).T.reshape(-1)[:outputs].astype(row.dtype)
+        row = jnp.pad(row, (0, gap)).reshape(count, places)
+        found = trellis.search(row.T, states, weights)
+        return found.T.reshape(-1)[:outputs].astype(row.dtype)
 
     def replace(aux: Any, j: jax.Array, row: jax.Array) -> tuple[jax.Array, Any]:
         del aux

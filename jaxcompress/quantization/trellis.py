@@ -62,12 +62,13 @@ def _ways(states: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(before), np.stack([parity, parity + 2])
 
 
-def search(x: jax.Array, states: int) -> jax.Array:
+def search(x: jax.Array, states: int, weights: jax.Array | None = None) -> jax.Array:
     """Levels of the walk nearest to `x`, by squared error.
 
     Args:
       x: float32 `[places, walks]`, finite.
       states: one of `CHECKS`.
+      weights: of the squared errors, likewise; all one if not given.
 
     Returns:
       int32 `[places, walks]`.
@@ -76,6 +77,8 @@ def search(x: jax.Array, states: int) -> jax.Array:
     offset = jnp.arange(4, dtype=x.dtype)[None, :, None]
     levels = jnp.round((x[:, None] - offset) / 4) * 4 + offset  # [places, 4, walks]
     costs = (x[:, None] - levels) ** 2
+    if weights is not None:
+        costs = costs * weights[:, None]
 
     def forward(total: jax.Array, cost: jax.Array) -> tuple[jax.Array, jax.Array]:
         ways = [total[before[bit]] + cost[subset[bit]] for bit in (0, 1)]
