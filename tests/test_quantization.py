@@ -1,5 +1,7 @@
 """Round to nearest: grids, steps, packing, and what bad input gives."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -279,6 +281,13 @@ def test_codes_are_counted_and_really_packed():
     assert isinstance(leaf.codes, Packed) and leaf.codes.packed.nbytes == 1536
     assert nbytes(leaf) == held(symmetric(bits=3, block=128))
     assert int(dense(leaf.codes).max()) == 7 and int(dense(leaf.codes).min()) == 0
+
+
+def test_steps_of_another_block_size_are_refused():
+    leaf = symmetric(weights(48, 6), bits=4, block=16)
+    for block in (24, None):
+        with pytest.raises(ValueError, match="3 rows of steps for 48 inputs"):
+            dataclasses.replace(leaf, block=block).materialize()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -266,6 +266,8 @@ def test_walks_that_are_filled_up_come_back(states, outputs):
     levels, _ = sweep_once(x, jnp.eye(48), jnp.float32(0.4), states=states)
     coded = rate_coded.code_levels(np.asarray(levels), states)
     np.testing.assert_array_equal(coded.materialize(), levels)
+    with pytest.raises(ValueError, match="no walk through a trellis"):
+        rate_coded.code_levels(np.asarray(levels) + 1, states)
 
 
 def test_pivots_explain_most_first():

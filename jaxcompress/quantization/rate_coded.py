@@ -129,7 +129,7 @@ def code_levels(levels: np.ndarray, states: int) -> CodedLevels:
       states: of the trellis, or 0.
 
     Raises:
-      ValueError: a level past 16 bits.
+      ValueError: a level past 16 bits, or one that its walk does not allow.
     """
     largest = int(np.abs(levels).max(initial=0))
     if largest >= LARGEST:
@@ -152,6 +152,7 @@ def code_levels(levels: np.ndarray, states: int) -> CodedLevels:
         tables = _contexts(each.rows, each.columns, edges[i], places, lanes, np)
         raw = _by_step(slices[i], places, lanes, np)
         if states:
+            _check_walks(raw.reshape(-1, places, lanes), states)
             tables = tables + (raw & 1) * kinds
         columns = contexts.columns_of(raw >> (parities - 1))
         columns = contexts.escaped(columns, tables, frequencies[i])
@@ -173,6 +174,19 @@ def code_levels(levels: np.ndarray, states: int) -> CodedLevels:
         trellis=states,
         kind="int8" if largest < 128 else "int16",
     )
+
+
+def _check_walks(levels: np.ndarray, states: int) -> None:
+    """Raises where a decoder would lose its way: `[walks, places, lanes]`."""
+    state = np.zeros_like(levels[:, 0])
+    for place in range(levels.shape[1]):
+        here = levels[:, place]
+        if ((here ^ state) & 1).any():
+            raise ValueError(
+                f"levels that no walk through a trellis of {states} states gives; make "
+                "them with trellis.search, zeros behind the last output"
+            )
+        state = trellis.advance(state, here, states)
 
 
 def _stacked(arrays: list[np.ndarray], length: int, fill: int) -> np.ndarray:
