@@ -9,12 +9,10 @@ by what is switched on. One JSON line per row; rows that are there are left out:
     python experiments/rate_distortion.py SmolLM2.gguf text.txt --rates 3.05,2.05
 """
 
-import argparse
 import dataclasses
 import json
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import calibrated
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nearest import commit
+from command import about, parse, rows_of
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -232,14 +230,6 @@ def models(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def about() -> dict[str, Any]:
-    return {
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "device": jax.devices()[0].device_kind,
-    }
-
-
 def keep(config: Config, rows: list[dict[str, Any]]) -> None:
     """Shows the latest row, and appends it to the results."""
     print(json.dumps(reporting.plain(rows[-1])), flush=True)
@@ -249,27 +239,10 @@ def keep(config: Config, rows: list[dict[str, Any]]) -> None:
 
 def known(config: Config) -> set[str]:
     """Labels of the rows of models that the results hold."""
-    path = Path(config.results)
-    if config.fast or not path.exists():
-        return set()
     keys = "model", "variant", "rate", "embedding", "states", "calibration_tokens"
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {json.dumps({k: x[k] for k in keys}) for x in lines if "model" in x}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default
-            )
-    run(Config(**vars(parser.parse_args())))
+    rows = [] if config.fast else rows_of(config.results)
+    return {json.dumps({k: x[k] for k in keys}) for x in rows if "model" in x}
 
 
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))

@@ -37,10 +37,9 @@ def measure_curvatures(
 
     An error E of a leaf that is white in the metric of its inputs' second moment
     (`E^T S E` has variance `v` in every direction, as error feedback leaves it) moves
-    the model's predictions by `curvature * v * weights` nats per token, to
-    second order.
-    It is half the squared gradient of the log-probability of what the model itself
-    would say, in that metric: one backward pass for each sequence, all leaves at once.
+    the model's predictions by `curvature * v * weights` nats per token, to second
+    order: half the squared gradient, in that metric, of the log-probability of what
+    the model itself would say. One backward pass per sequence serves all leaves.
 
     Args:
       apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
@@ -55,14 +54,14 @@ def measure_curvatures(
     Raises:
       ValueError: no batches, or gradients that are not finite.
 
-    Source: the Fisher information as in GuidedQuant (Kim et al. 2025, arXiv
-    2505.07004) and YAQA (Tseng et al. 2025, arXiv 2505.22988), one number per leaf.
+    Source: the Fisher information, as GuidedQuant (ICML 2025) and YAQA (arXiv
+    2505.22988) use it; here one number per leaf.
     """
     check_concrete(params, "measure_curvatures")
     layout, planned = layout or {}, planned_entries(params, moments, pattern)
     kinds = {entry.name: _kind(entry, layout) for entry in planned}
     factors = {
-        entry.name: _factors(entry, kinds[entry.name], damping)
+        entry.name: _factors(entry, damping)
         for entry in planned
         if getattr(entry.moments, "second", None) is not None
     }
@@ -170,13 +169,9 @@ def plan_rates(
         middle = (low + high) / 2
         above = rates(middle) @ sizes / sizes.sum() > rate
         low, high = (middle, high) if above else (low, middle)
-    options = (
-        ""
-        if (states, order, damping) == (128, "pivoted", 0.01)
-        else (f", states={states}, order={order!r}, damping={damping}")
-    )
+    options = f"states={states}, order={order!r}, damping={damping}"
     return [
-        (re.escape(entry.name), f"rate_distortion(rate={min(each, 12):.4f}{options})")
+        (re.escape(entry.name), f"rate_distortion(rate={min(each, 12):.4f}, {options})")
         for entry, each in zip(planned, rates(high), strict=True)
     ]
 
@@ -186,7 +181,7 @@ def _kind(entry: Entry, layout: Mapping[str, Layout]) -> Layout:
     return layout.get(entry.name, default)
 
 
-def _factors(entry: Entry, kind: Layout, damping: float) -> jax.Array:
+def _factors(entry: Entry, damping: float) -> jax.Array:
     """`[slices, inputs, inputs]`."""
     second = jnp.asarray(entry.moments.second)
     flat = second.reshape(-1, *second.shape[-2:])

@@ -384,6 +384,25 @@ def test_an_input_a_million_times_larger():
     assert parts[5] < 0.5 * parts.sum()
 
 
+def test_scales_of_any_range_come_back():
+    """More octaves than kinds: none is taken for the edge that stands for none."""
+    scales = np.exp2(np.linspace(0, 14, 300))
+    levels = np.rint(gaussian(300, 40) * scales[:, None] / 16).astype(np.int32)
+    levels = np.clip(levels * np.exp2(np.linspace(0, 1, 40)), -32767, 32767)
+    levels = levels.astype(np.int32)
+    coded = rate_coded.code_levels(levels, 0)
+    assert int(coded.rows.max()) + int(coded.columns.max()) < 255
+    np.testing.assert_array_equal(coded.materialize(), levels)
+
+
+def test_moments_that_are_none_are_told():
+    x = jnp.asarray(gaussian(64, 100), jnp.float32)
+    second = jnp.eye(64).at[3, 3].set(-5.0)
+    moments = jc.Moments(jnp.float32(9), jnp.zeros(64), second)
+    with pytest.raises(ValueError, match="not positive definite"):
+        jc.rate_distortion(x, moments, rate=2.0)
+
+
 def test_zeros_cost_next_to_nothing():
     leaf = jc.rate_distortion(jnp.zeros((64, 200)), rate=3.0)
     assert not np.asarray(leaf.materialize()).any()

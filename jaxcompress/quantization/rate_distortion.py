@@ -39,7 +39,8 @@ def rate_distortion(
     factor's diagonal), levels are not clipped, a trellis takes the place of rounding,
     and each row is shrunk to its least-squares size before its error is fed on. So
     rows of which the outputs hardly depend cost next to nothing. The step is searched
-    until the coded size is within half a percent of the rate.
+    until the coded size is within half a percent of the rate; on small leaves, where
+    sizes jump, the nearest of six attempts is taken.
 
     Without moments all inputs count alike. With drifted moments the target is
     corrected for the compressed prefix, as in `gptq`.
@@ -56,11 +57,12 @@ def rate_distortion(
       damping: as in `gptq`.
 
     Raises:
-      ValueError: an option out of range, moments that do not fit, or a rate that the
-        side information alone exceeds.
+      ValueError: an option out of range, moments that do not fit or are not positive
+        definite, or a rate that no step meets within five percent (the side
+        information alone may exceed it).
 
-    Source: Lifar et al., "WaterSIC" (arXiv 2603.04956), for steps and shrinkage; the
-    trellis is that of `trellis`.
+    Source: "WaterSIC" (2026, arXiv 2603.04956) for steps and shrinkage; pivots, trellis
+    and contexts are additions, the trellis that of `trellis`.
     """
     if not 0 < rate <= 12:
         raise ValueError(f"rate_distortion takes 0 to 12 bits per weight, not {rate!r}")
@@ -123,6 +125,11 @@ def prepare(
     elif order == "activation":
         first = np.argsort(-np.diagonal(np.asarray(second)), kind="stable")
     target, factor = _ordered(x, second, cross, jnp.asarray(first), damping=damping)
+    if not (jnp.isfinite(target).all() and jnp.isfinite(factor).all()):
+        raise ValueError(
+            f"the second moment with damping={damping} is not positive definite, or not "
+            "finite; raise damping, or calibrate on more tokens"
+        )
     return target, factor, first
 
 
