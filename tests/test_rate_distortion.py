@@ -369,16 +369,18 @@ def test_moments_help_and_none_mean_equal_inputs():
     np.testing.assert_array_equal(leaf.materialize(), same.materialize())
 
 
-def test_an_input_a_million_times_larger():
+def test_an_input_ten_thousand_times_larger():
     """As some models have; its row needs more bits than a table has columns."""
     second = covariance(64)
-    large = np.where(np.arange(64) == 5, 1e3, 1.0)
+    large = np.where(np.arange(64) == 5, 1e4, 1.0)
     second = second * np.outer(large, large) + 1e-3 * np.eye(64)
     x = jnp.asarray(gaussian(64, 300), jnp.float32)
     moments = jc.moments_from_covariance(jnp.asarray(second, jnp.float32))
     leaf = jc.rate_distortion(x, moments, rate=3.0, damping=1e-9)
     levels = np.abs(np.asarray(leaf.levels.materialize()))
-    assert 1000 < levels[5].max() <= 2**14 + 2 and leaf.levels.dtype == "int16"
+    assert (
+        0.99 * 2**14 < levels[5].max() < 1.01 * 2**14 and leaf.levels.dtype == "int16"
+    )
     change = np.asarray(leaf.materialize() - x, np.float64)
     parts = np.sum(change * (second @ change), axis=1)
     assert parts[5] < 0.5 * parts.sum()
@@ -393,6 +395,21 @@ def test_scales_of_any_range_come_back():
     coded = rate_coded.code_levels(levels, 0)
     assert int(coded.rows.max()) + int(coded.columns.max()) < 255
     np.testing.assert_array_equal(coded.materialize(), levels)
+
+
+def test_what_explains_most_goes_last():
+    """In any other order the deviations differ less, and the same bits buy less."""
+    scales = np.exp(1.5 * gaussian(96, seed=9))
+    second = scales[:, None] * covariance(96, decay=4.0) * scales
+    moments = jc.moments_from_covariance(jnp.asarray(second, jnp.float32))
+    x, lost = jnp.asarray(gaussian(96, 400), jnp.float32), {}
+    for order in ("pivoted", "activation", "natural"):
+        leaf = jc.rate_distortion(
+            x, moments, rate=1.5, states=8, order=order, damping=1e-6
+        )
+        change = np.asarray(leaf.materialize() - x, np.float64)
+        lost[order] = np.sum(change * (second @ change))
+    assert lost["pivoted"] < 0.95 * lost["natural"] < lost["activation"]
 
 
 def test_moments_that_are_none_are_told():

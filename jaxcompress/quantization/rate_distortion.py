@@ -127,8 +127,8 @@ def prepare(
     target, factor = _ordered(x, second, cross, jnp.asarray(first), damping=damping)
     if not (jnp.isfinite(target).all() and jnp.isfinite(factor).all()):
         raise ValueError(
-            f"the second moment with damping={damping} is not positive definite, or not "
-            "finite; raise damping, or calibrate on more tokens"
+            f"the second moment with damping={damping} is not positive definite, or "
+            "not finite; raise damping, or calibrate on more tokens"
         )
     return target, factor, first
 
