@@ -59,3 +59,14 @@ def moments(inputs=24, seed=0):
     return jc.moments_from_covariance(
         jnp.asarray(covariance(inputs, seed), jnp.float32)
     )
+
+
+def drifted_moments(rows, drifted):
+    """Moments of `rows`, `[tokens, inputs]`, and of a compressed prefix's."""
+    count = len(rows)
+    return jc.Moments(
+        count=jnp.ones(()),
+        second=jnp.asarray(rows.T @ rows / count, jnp.float32),
+        drifted=jnp.asarray(drifted.T @ drifted / count, jnp.float32),
+        cross=jnp.asarray(rows.T @ drifted / count, jnp.float32),
+    )

@@ -1,7 +1,6 @@
 """Coarse codes and a thin product that makes up for them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from matrices_for_tests import (
@@ -10,6 +9,7 @@ from matrices_for_tests import (
     OUTPUTS,
     RANK,
     correlated,
+    drifted_moments,
     moments_of,
     output_loss,
     random,
@@ -18,7 +18,6 @@ from matrices_for_tests import (
 )
 
 import jaxcompress as jc
-from jaxcompress.calibration.moments import Moments
 from jaxcompress.factorization import corrected
 
 BASE = "symmetric(bits=3, block=8)"
@@ -48,13 +47,7 @@ def test_a_correction_is_the_best_of_its_rank():
 def test_a_correction_aims_at_the_original_outputs():
     x, rows = random(INPUTS, OUTPUTS), correlated(INPUTS)
     drifted = rows + 0.3 * rows.std() * random(*rows.shape, seed=5)
-    count = len(rows)
-    moments = Moments(
-        count=jnp.ones(()),
-        second=jnp.asarray(rows.T @ rows / count, jnp.float32),
-        drifted=jnp.asarray(drifted.T @ drifted / count, jnp.float32),
-        cross=jnp.asarray(rows.T @ drifted / count, jnp.float32),
-    )
+    moments = drifted_moments(rows, drifted)
     leaf = corrected(x, moments, base=BASE, rank=RANK, damping=0.0)
     # reduced-rank regression of what the coarse weights leave of the outputs
     wanted = rows @ x - drifted @ wide(leaf.terms[0])

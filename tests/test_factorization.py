@@ -14,6 +14,7 @@ from matrices_for_tests import (
     RANK,
     SIZES,
     correlated,
+    drifted_moments,
     moments_of,
     output_loss,
     random,
@@ -94,13 +95,7 @@ def test_moments_that_are_none_show():
 def test_drifted_moments_move_the_target():
     x, rows = random(INPUTS, OUTPUTS), correlated(INPUTS)
     drifted = rows + 0.3 * rows.std() * random(*rows.shape, seed=5)
-    count = len(rows)
-    moments = Moments(
-        count=jnp.ones(()),
-        second=jnp.asarray(rows.T @ rows / count, jnp.float32),
-        drifted=jnp.asarray(drifted.T @ drifted / count, jnp.float32),
-        cross=jnp.asarray(rows.T @ drifted / count, jnp.float32),
-    )
+    moments = drifted_moments(rows, drifted)
     leaf = svd(x, moments, rank=RANK, damping=0.0)
     # reduced-rank regression of the outputs on the drifted inputs, on the samples
     wanted = rows @ x
