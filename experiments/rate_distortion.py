@@ -3,14 +3,19 @@
 Without a model: Gaussian weights and three covariances of their inputs; bits per weight
 of the file beside those that reverse water-filling allows at the distortion reached.
 With one: file bytes and quality on the end of a text and on a second text, by rate and
-by what is switched on. One JSON line per row; rows that are there are left out:
+by what is switched on; a variant that is a method is taken as it stands, at rate 0. One
+JSON line per row; rows that are there are left out:
 
     python experiments/rate_distortion.py
     python experiments/rate_distortion.py SmolLM2.gguf text.txt --rates 3.05,2.05
+    python experiments/rate_distortion.py SmolLM2.gguf text.txt --rates 0 \\
+        --variants "gptq(bits=3, block=128, grid='asymmetric')"
 """
 
 import dataclasses
+import itertools
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -20,14 +25,17 @@ import calibrated
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from command import about, parse, rows_of
 
 import jaxcompress as jc
-from jaxcompress import demo, reporting
+from jaxcompress import demo, distillation, reporting
 from jaxcompress.evaluation import Apply
+from jaxcompress.running.decoding import decoded
 
-KERNELS = r".*layer_\d+.*kernel"
-VARIANTS = ("rounding", "trellis", "planned", "planned, blockwise")
+KERNELS = r".*layer.*kernel"
+SIDE = r"layers/.*(steps|scale)"  # of rows, and of norms
+VARIANTS = ("rounding", "trellis", "planned", "planned, blockwise", "planned, tuned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,9 @@ class Config:
     windows: int = 8  # of each text
     tokens: int = 512  # in a window
     fraction: float = 0.8  # of the text is for calibration
+    prior: float = 0.5  # for Gaussian weights, beside none
+    tuning: int = 64  # windows to tune on, one in a step
+    tuning_rate: float = 3e-3
     cache: str = ""  # directory for moments
     inputs: int = 192  # of the Gaussian weights
     outputs: int = 2048
@@ -55,7 +66,9 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.model:
         return models(config)
     if config.fast:
-        config = dataclasses.replace(config, inputs=64, outputs=256, rates="2.05")
+        config = dataclasses.replace(
+            config, inputs=64, outputs=256, rates="2.05", prior=0.0
+        )
     return synthetic(config)
 
 
@@ -89,14 +102,15 @@ def synthetic(config: Config) -> list[dict[str, Any]]:
     """Bits of the file beside the bound, for Gaussian weights."""
     shape = config.inputs, config.outputs
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    rows = []
+    rows, priors = [], sorted({0.0, config.prior})
     for name, covariance in covariances(config.inputs).items():
         moments = jc.moments_from_covariance(jnp.asarray(covariance, jnp.float32))
-        for states in (0, 8, config.states):
+        for states, prior in itertools.product((0, 8, config.states), priors):
             for rate in map(float, config.rates.split(",")):
                 clock = time.process_time()
+                options = {"states": states, "damping": 1e-6, "prior": prior}
                 small = jc.rate_distortion(
-                    jnp.asarray(x), moments, rate=rate, states=states, damping=1e-6
+                    jnp.asarray(x), moments, rate=rate, **options
                 )
                 seconds = time.process_time() - clock
                 with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +125,7 @@ def synthetic(config: Config) -> list[dict[str, Any]]:
                 rows.append(
                     {
                         "covariance": name,
-                        "states": states,
+                        **options,
                         "shape": shape,
                         "bits_per_weight": bits,
                         "distortion": distortion,
@@ -134,66 +148,81 @@ def models(config: Config) -> list[dict[str, Any]]:
     shared = calibrated.Config(**shared | {"embedding": False})
     calibration, batches = calibrated.texts(shared, tokenizer)
     moments = calibrated.one_shot(shared, model, params, calibration)
+    stacked = stack(moments)
+    layout = jc.layout(scanned, dense, calibration[0][:1])
     pattern = KERNELS if config.embedding >= 0 else None
-    curvatures = None
+    curvatures = {}
     if "planned" in config.variants:
         ids = np.concatenate(calibration).reshape(-1, 128)
         ids = ids[:: max(1, len(ids) // config.curvature)][: config.curvature]
+        clock = time.process_time()
         curvatures = jc.measure_curvatures(
-            Apply(model),
-            params,
+            Apply(scanned),
+            dense,
             [{"tokens": ids}],
-            moments,
+            stacked,
+            layout=layout,
             pattern=pattern,
             key=jax.random.key(0),
         )
+        print("curvatures", time.process_time() - clock, flush=True)
     rows: list[dict[str, Any]] = []
     done = known(config)
     for rate in map(float, config.rates.split(",")):
         for variant in config.variants.split(";"):
+            fixed = "(" in variant
             label = {
                 "model": Path(config.model).name,
                 "variant": variant,
                 "rate": rate,
                 "embedding": config.embedding,
-                "states": 0 if variant == "rounding" else config.states,
+                "states": 0 if variant == "rounding" or fixed else config.states,
                 "calibration_tokens": config.calibration * config.tokens,
             }
             if json.dumps(label) in done:
                 continue
-            options = f"rate={rate}, states={label['states']}"
-            recipe: list[Any] = [(KERNELS, f"rate_distortion({options})")]
+            looped = fixed or "blockwise" in variant
+            tree, known_of = (params, moments) if looped else (dense, stacked)
+            options = f"states={label['states']}"
+            method = f"rate_distortion(rate={rate}, {options})"
+            recipe: list[Any] = [(KERNELS, variant if fixed else method)]
+            clock, processor = time.perf_counter(), time.process_time()
             if variant.startswith("planned"):
                 recipe = jc.plan_rates(
-                    params,
-                    moments,
+                    tree,
+                    known_of,
                     rate=rate,
-                    curvatures=curvatures,
+                    curvatures=by_layer(curvatures) if looped else curvatures,
+                    layout=None if looped else layout,
                     pattern=pattern,
                     states=config.states,
                 )
             if config.embedding > 0:
-                options = f"rate={config.embedding}, states={label['states']}"
-                recipe.append((".*embedding", f"rate_distortion({options})"))
-            clock, processor = time.perf_counter(), time.process_time()
-            if variant.endswith("blockwise"):
+                method = f"rate_distortion(rate={config.embedding}, {options})"
+                recipe.append((".*embedding", method))
+            if "blockwise" in variant:
                 small = jc.compress_blockwise(
                     model, params, recipe, calibration, progress=True
                 )
             else:
                 small = jc.compress(
-                    params,
+                    tree,
                     recipe,
-                    moments,
+                    known_of,
+                    layout=None if looped else layout,
                     progress=lambda names: reporting.track(names, "compressing"),
                 )
+            if variant.endswith("tuned"):
+                small = tuned(config, scanned, dense, small, calibration)
             took = {
                 "compress_seconds": time.perf_counter() - clock,
                 "compress_processor_seconds": time.process_time() - processor,
             }
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "small.safetensors"
-                jc.models.save_model(path, model, small, tokenizer, {})
+                jc.models.save_model(
+                    path, model if looped else scanned, small, tokenizer, {}
+                )
                 clock = time.perf_counter()
                 loaded = jc.models.load(path)[1]
                 took["load_seconds"] = time.perf_counter() - clock
@@ -204,7 +233,8 @@ def models(config: Config) -> list[dict[str, Any]]:
             ready = jax.block_until_ready(jc.materialize(loaded))
             took["decode_seconds"] = time.perf_counter() - clock
             took["decode_processor_seconds"] = time.process_time() - processor
-            ready = jc.models.stack_layers(ready)
+            if looped:
+                ready = jc.models.stack_layers(ready)
             for text, each in batches.items():
                 found = jc.compare(
                     Apply(scanned), dense, ready, reporting.track(each, variant)
@@ -228,6 +258,66 @@ def models(config: Config) -> list[dict[str, Any]]:
                 )
                 keep(config, rows)
     return rows
+
+
+def stack(moments: dict[str, jc.Moments]) -> dict[str, jc.Moments]:
+    """Moments of the looped model as those of the scanned one."""
+    places: dict[str, dict[int, str]] = {}
+    for name in moments:
+        found = re.match(r"layer_(\d+)/", name)
+        if found:
+            number = int(found[1])
+            places.setdefault(f"layers/{name[found.end() :]}", {})[number] = name
+    whole = {name: x for name, x in moments.items() if not name.startswith("layer_")}
+    for name, layers in places.items():
+        each = [moments[layers[i]] for i in range(len(layers))]
+        whole[name] = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    return whole
+
+
+def by_layer(curvatures: dict[str, Any]) -> dict[str, float]:
+    """Curvatures of the scanned model as those of the looped one."""
+    found = {}
+    for name, value in curvatures.items():
+        if name.startswith("layers/"):
+            rest = name.removeprefix("layers/")
+            found |= {f"layer_{i}/{rest}": float(x) for i, x in enumerate(value)}
+        else:
+            found[name] = value
+    return found
+
+
+def tuned(
+    config: Config, model: Any, dense: Any, small: Any, calibration: list[np.ndarray]
+) -> Any:
+    """The steps and norms that bring the predictions nearest; levels stay."""
+    optimizer = jc.optimizers.relative(
+        optax.adam(optax.cosine_decay_schedule(config.tuning_rate, config.tuning))
+    )
+    optimizer = jc.optimizers.by_name([(SIDE, optimizer), (".*", None)])
+    windows = np.concatenate(calibration)
+    mask = np.arange(windows.shape[1])[None] > 0
+    start = decoded(small)
+    state = distillation.train(
+        jc.make_train_step(
+            distillation.soft_labels(Apply(model), Apply(model), dense), optimizer
+        ),
+        distillation.init_state(
+            start, optimizer, dtype=jnp.float32, key=jax.random.key(0)
+        ),
+        lambda number: {"tokens": windows[[number % len(windows)]], "mask": mask},
+        steps=config.tuning,
+        report=lambda number, metrics: print(number, metrics["loss"], flush=True),
+    )
+    found = distillation.cast_like(state.params, start)
+
+    def joined(old: Any, new: Any) -> Any:
+        if isinstance(old, jc.RateCoded):  # the levels as they were coded
+            return dataclasses.replace(old, steps=new.steps)
+        return new
+
+    leaf = lambda x: isinstance(x, jc.RateCoded)  # noqa: E731
+    return jax.tree.map(joined, small, found, is_leaf=leaf)
 
 
 def keep(config: Config, rows: list[dict[str, Any]]) -> None:

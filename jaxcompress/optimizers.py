@@ -228,6 +228,31 @@ def by_name(
     return optax.multi_transform(chosen, labels)
 
 
+def relative(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Trains the logarithms of magnitudes: what `optimizer` returns is relative.
+
+    For scales and steps, which differ by orders of magnitude within one array: with
+    `relative(optax.adam(0.01))` each changes by about a percent per step. Zeros stay.
+
+    Raises:
+      ValueError: in `update`, no parameters.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Params | None = None
+    ) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError(
+                "relative needs the parameters; call update(gradients, state, params)"
+            )
+        size = jax.tree.map(jnp.abs, params)
+        scaled = jax.tree.map(jnp.multiply, updates, size)
+        found, state = optimizer.update(scaled, state, params)
+        return jax.tree.map(jnp.multiply, found, size), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 def layerwise_rates(
     decay: float, *, looped: str = r"layer_(\d+)/.*", stacked: str = r"layers/.*"
 ) -> optax.GradientTransformation:

@@ -1,7 +1,6 @@
 """`plan_rates`: one rate for the model, shared out over its leaves in closed form."""
 
-import functools
-import math
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,7 +11,11 @@ import numpy as np
 
 from jaxcompress.calibration.feedback import inverse_factor
 from jaxcompress.planning import check_concrete, planned_entries
-from jaxcompress.quantization.rate_distortion import prepare
+from jaxcompress.quantization.rate_distortion import (
+    deviations,
+    gaussian_bits,
+    prepare,
+)
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.paths import Entry
@@ -32,7 +35,8 @@ def measure_curvatures(
     pattern: str | None = None,
     damping: float = 0.01,
     key: jax.Array,
-) -> dict[str, float]:
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> dict[str, Any]:
     """How fast the divergence from the model grows with the error of each leaf.
 
     An error E of a leaf that is white in the metric of its inputs' second moment
@@ -50,6 +54,10 @@ def measure_curvatures(
       layout, pattern: as for `plan_bits`.
       damping: as in `rate_distortion`.
       key: of the sampled tokens.
+      progress: wraps the list of sequences; `tqdm.tqdm`, say.
+
+    Returns:
+      By name, a number, or `[slices]` for a stack.
 
     Raises:
       ValueError: no batches, or gradients that are not finite.
@@ -76,24 +84,30 @@ def measure_curvatures(
 
         return jax.grad(score)(params)
 
-    total, tokens = dict.fromkeys(kinds, 0.0), 0
-    for batch in batches:
-        for row in jnp.asarray(batch["tokens"]):
-            found = gradient(params, row, jax.random.fold_in(key, tokens))
-            tokens += row.size
-            for entry in planned_entries(found, None, pattern):
-                matrix = layouts.matricize(entry.value, kinds[entry.name])
-                total[entry.name] += float(_square(matrix, factors.get(entry.name)))
-    if not tokens:
+    rows = [row for batch in batches for row in jnp.asarray(batch["tokens"])]
+    if not rows:
         raise ValueError("there are no batches; pass at least one")
-    found = {e.name: total[e.name] / (2 * tokens * e.value.size) for e in planned}
-    for name, value in found.items():
-        if not math.isfinite(value):
+    total: dict[str, Any] = dict.fromkeys(kinds, 0.0)
+    tokens = 0
+    for row in progress(rows):
+        found = gradient(params, row, jax.random.fold_in(key, tokens))
+        tokens += row.size
+        for entry in planned_entries(found, None, pattern):
+            matrix = layouts.matricize(entry.value, kinds[entry.name])
+            squares = np.asarray(_squares(matrix, factors.get(entry.name)))
+            total[entry.name] = total[entry.name] + squares.astype(np.float64)
+    curvatures: dict[str, Any] = {}
+    for entry in planned:
+        found = total[entry.name]
+        found = found * found.size / (2 * tokens * entry.value.size)
+        if not np.isfinite(found).all():
             raise ValueError(
-                f"{name}: its gradient is {value} on these batches; look for NaN in "
-                "the weights before it"
+                f"{entry.name}: its gradient is not finite on these batches; look for "
+                "NaN in the weights before it"
             )
-    return found
+        stacked = layouts.matricize(entry.value, kinds[entry.name]).ndim > 2
+        curvatures[entry.name] = found if stacked else float(found[0])
+    return curvatures
 
 
 def plan_rates(
@@ -101,7 +115,7 @@ def plan_rates(
     moments: Mapping[str, Any],
     *,
     rate: float,
-    curvatures: Mapping[str, float] | None = None,
+    curvatures: Mapping[str, Any] | None = None,
     layout: Mapping[str, Layout] | None = None,
     pattern: str | None = None,
     states: int = 128,
@@ -126,7 +140,8 @@ def plan_rates(
       states, order, damping: passed on to `rate_distortion`.
 
     Returns:
-      Rules `(exact name, "rate_distortion(rate=...)")`.
+      Rules `(exact name, "rate_distortion(rate=...)")`, a rate for each slice of a
+      stack.
 
     Raises:
       ValueError: a curvature that is missing or not positive, or a rate below the side
@@ -134,22 +149,26 @@ def plan_rates(
     """
     check_concrete(params, "plan_rates")
     layout, planned = layout or {}, planned_entries(params, moments, pattern)
-    sizes = np.array([entry.value.size for entry in planned], np.float64)
-    logs, floors, bends = [], [], []
+    slices, sizes, logs, floors, bends = [], [], [], [], []
     for entry in planned:
+        kind = _kind(entry, layout)
+        layouts.check_layout(entry.name, entry.value.shape, kind)
+        matrix = layouts.matricize(entry.value, kind)
+        inputs, outputs = matrix.shape[-2:]
+        count = entry.value.size // (inputs * outputs)
         value = 1.0 if curvatures is None else curvatures.get(entry.name, 0.0)
-        if not (math.isfinite(value) and value > 0):
+        value = np.asarray(value, np.float64)
+        if value.size not in (1, count) or not (np.isfinite(value) & (value > 0)).all():
             raise ValueError(
                 f"{entry.name}: a curvature of {value}; measure it with the same "
                 "pattern, on batches that reach this leaf"
             )
-        kind = _kind(entry, layout)
-        layouts.check_layout(entry.name, entry.value.shape, kind)
-        matrix = layouts.matricize(entry.value, kind)
-        logs.append(_deviations(matrix, entry.moments, order, damping))
-        inputs, outputs = matrix.shape[-2:]
-        floors.append(ROW_BITS / outputs + COLUMN_BITS / inputs)
-        bends.append(0.5 * math.log2(value))
+        logs += _deviations(matrix, entry.moments, order, damping)
+        slices.append(count if matrix.ndim > 2 else 0)
+        sizes += [inputs * outputs] * count
+        floors += [ROW_BITS / outputs + COLUMN_BITS / inputs] * count
+        bends += list(np.broadcast_to(0.5 * np.log2(value), (count,)))
+    sizes = np.array(sizes, np.float64)
     least = float(np.dot(floors, sizes) / sizes.sum()) + SMALLEST
     if not least < rate <= 12:
         raise ValueError(
@@ -159,7 +178,7 @@ def plan_rates(
 
     def rates(level: float) -> np.ndarray:
         found = [
-            floor + max(SMALLEST, float(_entropy(log - level + bend).mean()))
+            floor + max(SMALLEST, float(gaussian_bits(log - level + bend).mean()))
             for log, bend, floor in zip(logs, bends, floors, strict=True)
         ]
         return np.array(found)
@@ -170,10 +189,12 @@ def plan_rates(
         above = rates(middle) @ sizes / sizes.sum() > rate
         low, high = (middle, high) if above else (low, middle)
     options = f"states={states}, order={order!r}, damping={damping}"
-    return [
-        (re.escape(entry.name), f"rate_distortion(rate={min(each, 12):.4f}, {options})")
-        for entry, each in zip(planned, rates(high), strict=True)
-    ]
+    found, plan = iter(np.round(np.minimum(rates(high), 12), 4).tolist()), []
+    for entry, count in zip(planned, slices, strict=True):
+        each = tuple(itertools.islice(found, count)) if count else next(found)
+        method = f"rate_distortion(rate={each}, {options})"
+        plan.append((re.escape(entry.name), method))
+    return plan
 
 
 def _kind(entry: Entry, layout: Mapping[str, Layout]) -> Layout:
@@ -189,16 +210,22 @@ def _factors(entry: Entry, damping: float) -> jax.Array:
 
 
 @jax.jit
-def _square(gradient: jax.Array, factors: jax.Array | None) -> jax.Array:
-    """Squared norm of a gradient `[..., inputs, outputs]` in its inputs' metric."""
+def _squares(gradient: jax.Array, factors: jax.Array | None) -> jax.Array:
+    """Squared norms of a gradient in its inputs' metric, one for each slice.
+
+    Args:
+      gradient: `[..., inputs, outputs]`; factors: `[slices, inputs, inputs]`.
+    """
     flat = gradient.reshape(-1, *gradient.shape[-2:]).astype(jnp.float32)
     if factors is not None:
         flat = jnp.matmul(factors, flat)
-    return jnp.sum(flat * flat)
+    return jnp.sum(flat * flat, axis=(1, 2))
 
 
-def _deviations(x: jax.Array, moments: Any, order: str, damping: float) -> np.ndarray:
-    """Base-2 logarithm of each row's size, in units of what a step is measured in."""
+def _deviations(
+    x: jax.Array, moments: Any, order: str, damping: float
+) -> list[np.ndarray]:
+    """Of each slice, `deviations` of its rows."""
     second = getattr(moments, "second", None)
     flat = x.reshape(-1, *x.shape[-2:]).astype(jnp.float32)
     if second is not None:
@@ -207,28 +234,6 @@ def _deviations(x: jax.Array, moments: Any, order: str, damping: float) -> np.nd
     for i, each in enumerate(flat):
         one = None if second is None else second[i]
         target, factor, _ = prepare(each, one, None, order=order, damping=damping)
-        sizes = np.sqrt(np.mean(np.square(np.asarray(target, np.float64)), axis=1))
-        sizes = np.maximum(sizes, 1e-30)
-        found.append(np.log2(sizes / np.asarray(jnp.diagonal(factor), np.float64)))
-    return np.concatenate(found)
-
-
-def _entropy(logs: np.ndarray) -> np.ndarray:
-    """Bits of rounded Gaussian numbers of these standard deviations, as log2."""
-    points, bits = _curve()
-    return np.interp(logs, points, bits) + np.maximum(0, logs - points[-1])
-
-
-@functools.cache
-def _curve() -> tuple[np.ndarray, np.ndarray]:
-    points = np.linspace(-4, 5, 181)
-    edges = np.arange(-256, 257) - 0.5
-    bits = []
-    for point in points:
-        scale = 2.0**point * math.sqrt(2)
-        below = np.array([math.erf(edge / scale) for edge in edges]) / 2
-        shares = np.diff(below)
-        shares = shares[shares > 0]
-        bits.append(-(shares * np.log2(shares)).sum())
-    bits[0] = 0.0
-    return points, np.array(bits)
+        logs = deviations(target, factor)
+        found.append(np.full(len(each), -100.0) if logs is None else logs)
+    return found

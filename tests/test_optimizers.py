@@ -85,6 +85,25 @@ def test_layerwise_rates():
         np.testing.assert_allclose(change, -rate, rtol=1e-5)
 
 
+def test_relative_updates_are_those_of_logarithms():
+    """Adam on log |x| of a loss, beside Adam on x with relative updates."""
+    start = {"a": jnp.array([1e-3, -2.0, 50.0]), "b": jnp.zeros(2)}
+    slope = {"a": jnp.array([30.0, 0.4, -0.02]), "b": jnp.ones(2)}
+    optimizer, plain = jc.optimizers.relative(optax.adam(0.01)), optax.adam(0.01)
+    logs = {"a": jnp.log(jnp.abs(start["a"]))}
+    state, state_of_logs, x = optimizer.init(start), plain.init(logs), start
+    for _ in range(3):
+        updates, state = optimizer.update(slope, state, x)
+        x = optax.apply_updates(x, updates)
+        slopes = {"a": slope["a"] * jnp.sign(start["a"]) * jnp.exp(logs["a"])}
+        moved_logs, state_of_logs = plain.update(slopes, state_of_logs, logs)
+        logs = optax.apply_updates(logs, moved_logs)
+    wanted = jnp.sign(start["a"]) * jnp.exp(logs["a"])
+    np.testing.assert_allclose(x["a"], wanted, rtol=1e-3)
+    assert abs(float(x["a"][0]) / 1e-3 - 1) == pytest.approx(0.03, rel=0.05)
+    np.testing.assert_array_equal(x["b"], 0)
+
+
 def test_layerwise_rates_of_stacked_layers():
     params = {"layers": {"kernel": draw(3, 4, 4), "bias": draw(3, 4)}, "head": draw(4)}
     optimizer = optax.chain(optax.sgd(1.0), jc.optimizers.layerwise_rates(0.5))
@@ -134,6 +153,12 @@ WRONG = {
         "no pattern matches embed/embedding",
     ),
     "no rule": (lambda: jc.optimizers.by_name([(".*",)]), "is not a rule"),
+    "relative": (
+        lambda: jc.optimizers.relative(optax.sgd(1.0)).update(
+            DENSE, jc.optimizers.relative(optax.sgd(1.0)).init(DENSE)
+        ),
+        "relative needs the parameters",
+    ),
     "decay": (lambda: jc.optimizers.layerwise_rates(0.0), "decay is 0.0"),
     "no layers": (
         lambda: jc.optimizers.layerwise_rates(0.5).update({"a": draw(2)}, None),

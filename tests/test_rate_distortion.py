@@ -328,6 +328,59 @@ def test_it_comes_near_the_bound(states, most):
     assert 0 < gap < most
 
 
+def test_the_prior_gives_up_what_is_too_dear():
+    """Where the inputs hardly reach some directions, it comes nearer to the bound."""
+    turn, _ = np.linalg.qr(gaussian(96, 96, seed=3))
+    second = (turn * np.exp(np.linspace(0, -8, 96))) @ turn.T
+    x = gaussian(96, 800)
+    moments = jc.moments_from_covariance(jnp.asarray(second, jnp.float32))
+    gaps = {}
+    for prior in (0.0, 0.5):
+        leaf = jc.rate_distortion(
+            jnp.asarray(x, jnp.float32), moments, rate=2, damping=1e-6, prior=prior
+        )
+        change = np.asarray(leaf.materialize(), np.float64) - x
+        distortion = np.sum(change * (second @ change)) / x.size
+        bits = 8 * leaf.levels.stored()["stream"].nbytes / x.size + 16 / 800
+        gaps[prior] = bits - water_filling(np.linalg.eigvalsh(second), distortion)
+    assert 0 < gaps[0.5] < gaps[0.0] - 0.04
+
+
+def test_the_target_with_a_prior_is_ridge_regression():
+    second, x = covariance(24), gaussian(24, 40)
+    target, factor, first = prepare(
+        *(jnp.asarray(a, jnp.float32) for a in (x, second)),
+        None,
+        order="pivoted",
+        damping=1e-9,
+        ridge=0.3,
+    )
+    wide = second + 0.3 * np.eye(24)
+    wanted = np.linalg.solve(wide, second @ x)[first]
+    np.testing.assert_allclose(target, wanted, rtol=1e-3, atol=1e-4)
+    inverse = np.linalg.inv(wide)[first][:, first]
+    found = np.asarray(factor, np.float64)
+    np.testing.assert_allclose(found.T @ found, inverse, rtol=1e-3, atol=1e-4)
+
+
+def test_each_slice_of_a_stack_has_its_rate():
+    x = gaussian(2, 32, 200).astype(np.float32)
+    second = np.stack([covariance(32), np.eye(32)]).astype(np.float32)
+    moments = jc.moments_from_covariance(jnp.asarray(second))
+    leaf = jc.rate_distortion(jnp.asarray(x), moments, rate=(4.0, 2.0), states=8)
+    for i, rate in enumerate((4.0, 2.0)):
+        alone = jc.rate_distortion(
+            jnp.asarray(x[i]),
+            jc.moments_from_covariance(jnp.asarray(second[i])),
+            rate=rate,
+            states=8,
+        )
+        np.testing.assert_array_equal(
+            leaf.levels.materialize()[i], alone.levels.materialize()
+        )
+        np.testing.assert_array_equal(leaf.steps[i], alone.steps)
+
+
 def test_drifted_inputs_get_a_target_of_their_own():
     rng = np.random.default_rng(5)
     inputs = rng.standard_normal((3000, 40)) @ rng.standard_normal((40, 40))
@@ -436,6 +489,9 @@ def test_zeros_cost_next_to_nothing():
         ({"rate": 2.0, "states": 12}, "states, not 12"),
         ({"rate": 2.0, "order": "random"}, "'pivoted' or"),
         ({"rate": 2.0, "damping": 0}, "damping between"),
+        ({"rate": 2.0, "prior": -1}, "prior of 0 or more"),
+        ({"rate": (2.0, 3.0)}, "2 rates for a stack of 1"),
+        ({"rate": ()}, "0 to 12 bits"),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -491,6 +547,6 @@ def test_the_experiment_runs_in_small(monkeypatch):
     experiment = importlib.import_module("rate_distortion")
     rows = experiment.run(experiment.Config(fast=True))
     gaps = {(row["covariance"], row["states"]): row["gap"] for row in rows}
-    assert len(gaps) == 9
+    assert len(gaps) == len(rows) == 9
     for name in experiment.covariances(8):
         assert 0 < gaps[name, 128] < gaps[name, 8] < gaps[name, 0] < 0.6
