@@ -127,10 +127,8 @@ def test_curvatures_of_a_scanned_model_are_by_slice():
     def looped(params, tokens):
         x = params["embed"]["embedding"][tokens]
         for i in range(2):
-            kernel, bias = (
-                params[f"layer_{i}"]["dense"][k] for k in ("kernel", "bias")
-            )
-            x = x + nn.tanh(x) @ kernel + bias
+            dense = params[f"layer_{i}"]["dense"]
+            x = x + nn.tanh(x) @ dense["kernel"] + dense["bias"][None, None]
         return x @ params["embed"]["embedding"].T
 
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 32)
