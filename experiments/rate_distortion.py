@@ -35,7 +35,14 @@ from jaxcompress.running.decoding import decoded
 
 KERNELS = r".*layer.*kernel"
 SIDE = r"layers/.*(steps|scale)"  # of rows, and of norms
-VARIANTS = ("rounding", "trellis", "planned", "planned, blockwise", "planned, tuned")
+VARIANTS = (  # equal rates; a rate per leaf; and outputs that do more coded finer
+    "rounding",
+    "trellis",
+    "by leaf",
+    "planned",
+    "planned, blockwise",
+    "planned, tuned",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,24 +155,24 @@ def models(config: Config) -> list[dict[str, Any]]:
     shared = calibrated.Config(**shared | {"embedding": False})
     calibration, batches = calibrated.texts(shared, tokenizer)
     moments = calibrated.one_shot(shared, model, params, calibration)
-    stacked = stack(moments)
+    plain = stack(moments)
     layout = jc.layout(scanned, dense, calibration[0][:1])
     pattern = KERNELS if config.embedding >= 0 else None
-    curvatures = {}
-    if "planned" in config.variants:
+    measured = plain
+    if "planned" in config.variants or "by leaf" in config.variants:
         ids = np.concatenate(calibration).reshape(-1, 128)
         ids = ids[:: max(1, len(ids) // config.curvature)][: config.curvature]
-        clock = time.process_time()
-        curvatures = jc.measure_curvatures(
+        measured = jc.measure_curvatures(
             Apply(scanned),
             dense,
             [{"tokens": ids}],
-            stacked,
+            plain,
             layout=layout,
             pattern=pattern,
             key=jax.random.key(0),
+            progress=lambda rows: reporting.track(rows, "curvatures"),
         )
-        print("curvatures", time.process_time() - clock, flush=True)
+    by_leaf = {name: averaged(x) for name, x in measured.items()}
     rows: list[dict[str, Any]] = []
     done = known(config)
     for rate in map(float, config.rates.split(",")):
@@ -182,17 +189,22 @@ def models(config: Config) -> list[dict[str, Any]]:
             if json.dumps(label) in done:
                 continue
             looped = fixed or "blockwise" in variant
-            tree, known_of = (params, moments) if looped else (dense, stacked)
+            planned = variant.startswith(("planned", "by leaf"))
+            known_of = plain
+            if planned:
+                known_of = by_leaf if variant.startswith("by leaf") else measured
+            if looped:
+                known_of = looped_moments(known_of)
+            tree = params if looped else dense
             options = f"states={label['states']}"
             method = f"rate_distortion(rate={rate}, {options})"
             recipe: list[Any] = [(KERNELS, variant if fixed else method)]
             clock, processor = time.perf_counter(), time.process_time()
-            if variant.startswith("planned"):
+            if planned:
                 recipe = jc.plan_rates(
                     tree,
                     known_of,
                     rate=rate,
-                    curvatures=by_layer(curvatures) if looped else curvatures,
                     layout=None if looped else layout,
                     pattern=pattern,
                     states=config.states,
@@ -275,16 +287,27 @@ def stack(moments: dict[str, jc.Moments]) -> dict[str, jc.Moments]:
     return whole
 
 
-def by_layer(curvatures: dict[str, Any]) -> dict[str, float]:
-    """Curvatures of the scanned model as those of the looped one."""
+def looped_moments(moments: dict[str, jc.Moments]) -> dict[str, jc.Moments]:
+    """Moments of the scanned model as those of the looped one."""
     found = {}
-    for name, value in curvatures.items():
+    for name, value in moments.items():
         if name.startswith("layers/"):
             rest = name.removeprefix("layers/")
-            found |= {f"layer_{i}/{rest}": float(x) for i, x in enumerate(value)}
+            for i in range(value.count.shape[0]):
+                each = jax.tree.map(lambda x, i=i: x[i], value)
+                found[f"layer_{i}/{rest}"] = each
         else:
             found[name] = value
     return found
+
+
+def averaged(moments: jc.Moments) -> jc.Moments:
+    """One curvature for all outputs of a leaf."""
+    found = moments.curvatures
+    if found is None:
+        return moments
+    mean = jnp.broadcast_to(found.mean(axis=-1, keepdims=True), found.shape)
+    return dataclasses.replace(moments, curvatures=mean)
 
 
 def tuned(

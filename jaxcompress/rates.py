@@ -1,5 +1,6 @@
 """`plan_rates`: one rate for the model, shared out over its leaves in closed form."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.feedback import inverse_factor
+from jaxcompress.calibration.moments import Moments, require
+from jaxcompress.entropy.packing import bits_needed
 from jaxcompress.planning import check_concrete, planned_entries
+from jaxcompress.quantization import rate_coded
 from jaxcompress.quantization.rate_distortion import (
     deviations,
     gaussian_bits,
@@ -36,14 +40,15 @@ def measure_curvatures(
     damping: float = 0.01,
     key: jax.Array,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
-) -> dict[str, Any]:
-    """How fast the divergence from the model grows with the error of each leaf.
+) -> dict[str, Moments]:
+    """How fast the divergence from the model grows with the error of each output.
 
-    An error E of a leaf that is white in the metric of its inputs' second moment
-    (`E^T S E` has variance `v` in every direction, as error feedback leaves it) moves
-    the model's predictions by `curvature * v * weights` nats per token, to second
-    order: half the squared gradient, in that metric, of the log-probability of what
-    the model itself would say. One backward pass per sequence serves all leaves.
+    An error E of a leaf `[inputs, outputs]` that is white in the metric of its inputs'
+    second moment (column `o` of `E^T S E` has variance `v[o]` in every direction, as
+    error feedback leaves it) moves the model's predictions by `inputs *
+    dot(curvatures, v)` nats per token, to second order: half the squared gradient, in
+    that metric, of the log-probability of what the model itself would say. One backward
+    pass per sequence serves all leaves.
 
     Args:
       apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
@@ -57,13 +62,13 @@ def measure_curvatures(
       progress: wraps the list of sequences; `tqdm.tqdm`, say.
 
     Returns:
-      By name, a number, or `[slices]` for a stack.
+      The moments, those of the leaves completed by `curvatures` `[..., outputs]`.
 
     Raises:
       ValueError: no batches, or gradients that are not finite.
 
     Source: the Fisher information, as GuidedQuant (ICML 2025) and YAQA (arXiv
-    2505.22988) use it; here one number per leaf.
+    2505.22988) use it; here one number per output.
     """
     check_concrete(params, "measure_curvatures")
     layout, planned = layout or {}, planned_entries(params, moments, pattern)
@@ -96,18 +101,21 @@ def measure_curvatures(
             matrix = layouts.matricize(entry.value, kinds[entry.name])
             squares = np.asarray(_squares(matrix, factors.get(entry.name)))
             total[entry.name] = total[entry.name] + squares.astype(np.float64)
-    curvatures: dict[str, Any] = {}
+    completed = dict(moments)
     for entry in planned:
-        found = total[entry.name]
-        found = found * found.size / (2 * tokens * entry.value.size)
+        matrix = layouts.matricize(entry.value, kinds[entry.name])
+        shape = *matrix.shape[:-2], matrix.shape[-1]
+        found = total[entry.name].reshape(shape) / (2 * tokens * matrix.shape[-2])
         if not np.isfinite(found).all():
             raise ValueError(
                 f"{entry.name}: its gradient is not finite on these batches; look for "
                 "NaN in the weights before it"
             )
-        stacked = layouts.matricize(entry.value, kinds[entry.name]).ndim > 2
-        curvatures[entry.name] = found if stacked else float(found[0])
-    return curvatures
+        known = moments.get(entry.name) or Moments(jnp.zeros(shape[:-1]))
+        completed[entry.name] = dataclasses.replace(
+            known, curvatures=jnp.asarray(found, jnp.float32)
+        )
+    return completed
 
 
 def plan_rates(
@@ -115,7 +123,6 @@ def plan_rates(
     moments: Mapping[str, Any],
     *,
     rate: float,
-    curvatures: Mapping[str, Any] | None = None,
     layout: Mapping[str, Layout] | None = None,
     pattern: str | None = None,
     states: int = 128,
@@ -132,10 +139,10 @@ def plan_rates(
 
     Args:
       params: pytree of arrays, concrete.
-      moments: by kernel name.
+      moments: by kernel name, of `measure_curvatures`; without curvatures all errors
+        count alike.
       rate: bits per weight on average over the planned leaves, side information
         included.
-      curvatures: of `measure_curvatures`; None: all alike.
       layout, pattern: as for `plan_bits`.
       states, order, damping: passed on to `rate_distortion`.
 
@@ -149,6 +156,9 @@ def plan_rates(
     """
     check_concrete(params, "plan_rates")
     layout, planned = layout or {}, planned_entries(params, moments, pattern)
+    measured = any(
+        getattr(entry.moments, "curvatures", None) is not None for entry in planned
+    )
     slices, sizes, logs, floors, bends = [], [], [], [], []
     for entry in planned:
         kind = _kind(entry, layout)
@@ -156,18 +166,18 @@ def plan_rates(
         matrix = layouts.matricize(entry.value, kind)
         inputs, outputs = matrix.shape[-2:]
         count = entry.value.size // (inputs * outputs)
-        value = 1.0 if curvatures is None else curvatures.get(entry.name, 0.0)
-        value = np.asarray(value, np.float64)
-        if value.size not in (1, count) or not (np.isfinite(value) & (value > 0)).all():
-            raise ValueError(
-                f"{entry.name}: a curvature of {value}; measure it with the same "
-                "pattern, on batches that reach this leaf"
-            )
-        logs += _deviations(matrix, entry.moments, order, damping)
         slices.append(count if matrix.ndim > 2 else 0)
+        bent = _curvatures(entry, matrix) if measured else np.ones((count, outputs))
+        scales = rate_coded.column_scales(bent)
+        finer = rate_coded.SCALES[scales]
+        matrix = matrix.reshape(count, inputs, outputs) / finer[:, None]
+        logs += _deviations(matrix, entry.moments, order, damping)
         sizes += [inputs * outputs] * count
-        floors += [ROW_BITS / outputs + COLUMN_BITS / inputs] * count
-        bends += list(np.broadcast_to(0.5 * np.log2(value), (count,)))
+        column = COLUMN_BITS + bits_needed(int(scales.max()))
+        floors += [ROW_BITS / outputs + column / inputs] * count
+        bends += list(
+            0.5 * np.log2((bent * finer.astype(np.float64) ** 2).mean(axis=1))
+        )
     sizes = np.array(sizes, np.float64)
     least = float(np.dot(floors, sizes) / sizes.sum()) + SMALLEST
     if not least < rate <= 12:
@@ -197,6 +207,21 @@ def plan_rates(
     return plan
 
 
+def _curvatures(entry: Entry, matrix: jax.Array) -> np.ndarray:
+    """Float64 `[slices, outputs]`."""
+    again = "measure them with the same pattern, on batches that reach this leaf"
+    try:
+        known = require(entry.moments, matrix, "plan_rates", fields=("curvatures",))
+    except ValueError as error:
+        raise ValueError(f"{entry.name}: {error}; {again}") from error
+    found = np.asarray(known.curvatures, np.float64).reshape(-1, matrix.shape[-1])
+    if not (np.isfinite(found).all() and (found.mean(axis=1) > 0).all()):
+        raise ValueError(
+            f"{entry.name}: curvatures that are all zero, or not finite; {again}"
+        )
+    return found
+
+
 def _kind(entry: Entry, layout: Mapping[str, Layout]) -> Layout:
     default = layouts.ROWS if entry.embedding else layouts.DENSE
     return layout.get(entry.name, default)
@@ -211,7 +236,7 @@ def _factors(entry: Entry, damping: float) -> jax.Array:
 
 @jax.jit
 def _squares(gradient: jax.Array, factors: jax.Array | None) -> jax.Array:
-    """Squared norms of a gradient in its inputs' metric, one for each slice.
+    """Squared norms of a gradient's columns in its inputs' metric, `[slices, outputs]`.
 
     Args:
       gradient: `[..., inputs, outputs]`; factors: `[slices, inputs, inputs]`.
@@ -219,7 +244,7 @@ def _squares(gradient: jax.Array, factors: jax.Array | None) -> jax.Array:
     flat = gradient.reshape(-1, *gradient.shape[-2:]).astype(jnp.float32)
     if factors is not None:
         flat = jnp.matmul(factors, flat)
-    return jnp.sum(flat * flat, axis=(1, 2))
+    return jnp.sum(flat * flat, axis=1)
 
 
 def _deviations(

@@ -4,6 +4,7 @@ Oracles are float64 loops from the definitions; quality on a trained model is in
 test_reference.
 """
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -170,7 +171,7 @@ def test_all_levels_come_back(states):
     coded = rate_coded.code_levels(levels, states)
     np.testing.assert_array_equal(coded.materialize(), levels)
     steps = np.exp2(rng.integers(-9, 3, (2, 40)))
-    leaf = jc.RateCoded(coded, jnp.asarray(steps, jnp.bfloat16), "float32")
+    leaf = jc.RateCoded(coded, jnp.asarray(steps, jnp.bfloat16), None, "float32")
     weights = np.asarray(jax.jit(lambda leaf: leaf.materialize())(leaf))
     np.testing.assert_array_equal(
         weights, (levels * steps[..., None]).astype("float32")
@@ -379,6 +380,35 @@ def test_each_slice_of_a_stack_has_its_rate():
             leaf.levels.materialize()[i], alone.levels.materialize()
         )
         np.testing.assert_array_equal(leaf.steps[i], alone.steps)
+
+
+def test_outputs_that_do_more_are_coded_finer(tmp_path):
+    """Errors in inverse proportion to the curvatures, less loss at the same size."""
+    second, x = covariance(48), gaussian(2, 48, 600)
+    curvatures = np.exp(2 * gaussian(2, 600, seed=5))
+    known = jc.moments_from_covariance(jnp.asarray(np.stack([second] * 2), jnp.float32))
+    loss = {}
+    for name in ("even", "weighted"):
+        if name == "weighted":
+            found = jnp.asarray(curvatures, jnp.float32)
+            known = dataclasses.replace(known, curvatures=found)
+        leaf = jc.rate_distortion(jnp.asarray(x, jnp.float32), known, rate=3, states=8)
+        jc.save(tmp_path / f"{name}.safetensors", {"kernel": leaf})
+        with jc.open(tmp_path / f"{name}.safetensors") as file:
+            assert 8 * file.nbytes("kernel") / x.size == pytest.approx(3, rel=0.01)
+        back = jc.load(tmp_path / f"{name}.safetensors")["kernel"].materialize()
+        np.testing.assert_array_equal(back, leaf.materialize())
+        error = np.asarray(back, np.float64) - x
+        each = np.einsum("sio,ij,sjo->so", error, second, error)
+        loss[name] = (curvatures * each).sum(axis=1)
+    gain = np.exp(np.log(curvatures).mean(axis=1)) / curvatures.mean(axis=1)
+    assert (loss["weighted"] < 0.5 * loss["even"]).all()
+    assert (loss["weighted"] > gain * loss["even"]).all()
+    scales = np.asarray(leaf.scales.materialize()).squeeze(1)
+    wide = curvatures + curvatures.mean(axis=1, keepdims=True) / 8
+    slope = np.log2(wide) / 2 - scales / 4
+    assert (np.ptp(slope, axis=1) <= 0.2501).all()
+    assert (scales.min(axis=1) == 0).all()
 
 
 def test_drifted_inputs_get_a_target_of_their_own():

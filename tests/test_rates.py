@@ -1,5 +1,6 @@
 """One rate shared out over leaves: measured curvatures, and plans."""
 
+import dataclasses
 import re
 
 import flax.linen as nn
@@ -63,45 +64,44 @@ def test_curvature_foretells_the_divergence(case, name):
         moved(variance**0.5 * jax.random.normal(jax.random.key(i), shape))
         for i in range(12)
     ]
-    foretold = found[name] * variance * kernel.size
+    foretold = float(found[name].curvatures.mean()) * variance * kernel.size
     assert float(np.mean(draws)) == pytest.approx(foretold, rel=0.25)
 
 
 def test_what_matters_more_is_coded_finer(case):
-    params, _, moments, found = case
-    assert found["hard/kernel"] > 10 * found["soft/kernel"]
-    rules = dict(jc.plan_rates(params, moments, rate=3.0, curvatures=found, states=8))
+    params, _, _, found = case
+    hard, soft = (found[f"{name}/kernel"].curvatures for name in ("hard", "soft"))
+    assert hard.mean() > 10 * soft.mean()
+    rules = dict(jc.plan_rates(params, found, rate=3.0, states=8))
     rates = {
         name: float(re.search(r"rate=([\d.]+)", rules[re.escape(name)])[1])
-        for name in found
+        for name in ("soft/kernel", "hard/kernel", "embed/embedding")
     }
     assert rates["hard/kernel"] > rates["soft/kernel"] + 1
     sizes = {"embed/embedding": VOCABULARY * FEATURES}
     sizes |= dict.fromkeys(("soft/kernel", "hard/kernel"), FEATURES**2)
     mean = sum(rates[n] * sizes[n] for n in sizes) / sum(sizes.values())
     assert mean == pytest.approx(3.0, abs=0.001)
-    small = jc.compress(params, list(rules.items()), moments)
+    small = jc.compress(params, list(rules.items()), found)
     assert isinstance(small["hard"]["kernel"], jc.RateCoded)
     assert small["hard"]["kernel"].levels.trellis == 8
 
 
 def test_slices_of_a_stack_are_planned_one_by_one(case):
     """As the same layers by themselves."""
-    params, _, moments, found = case
+    params, _, _, found = case
     names = "soft/kernel", "hard/kernel"
     apart = {"a": {"kernel": params["soft"]["kernel"]}} | {
         "b": {"kernel": params["hard"]["kernel"]}
     }
-    known = {"a/kernel": moments[names[0]], "b/kernel": moments[names[1]]}
-    curvatures = {"a/kernel": found[names[0]], "b/kernel": found[names[1]]}
-    plan = jc.plan_rates(apart, known, rate=3.0, curvatures=curvatures)
+    known = {"a/kernel": found[names[0]], "b/kernel": found[names[1]]}
+    plan = jc.plan_rates(apart, known, rate=3.0)
     stacked = {"c": {"kernel": jnp.stack([x["kernel"] for x in apart.values()])}}
     both = jax.tree.map(lambda *x: jnp.stack(x), *known.values())
     ((name, method),) = jc.plan_rates(
         stacked,
         {"c/kernel": both},
         rate=3.0,
-        curvatures={"c/kernel": np.array([found[n] for n in names])},
         layout={"c/kernel": jc.Layout((0,), (1,), (2,))},
     )
     rates = [float(re.search(r"rate=([\d.]+)", rule[1])[1]) for rule in plan]
@@ -157,17 +157,45 @@ def test_curvatures_of_a_scanned_model_are_by_slice():
         pattern=".*kernel",
         key=key,
     )
-    np.testing.assert_allclose(
-        found["layers/dense/kernel"], list(alone.values()), rtol=1e-4
-    )
+    for i in range(2):
+        np.testing.assert_allclose(
+            found["layers/dense/kernel"].curvatures[i],
+            alone[f"layer_{i}/dense/kernel"].curvatures,
+            rtol=1e-3,
+        )
+
+
+def test_the_curvature_of_an_output_is_that_of_its_errors(case):
+    params, tokens, _, found = case
+    curvatures = np.asarray(found["hard/kernel"].curvatures, np.float64)
+    second = np.asarray(found["hard/kernel"].second, np.float64)
+    second = second + 0.01 * np.mean(np.diag(second)) * np.eye(FEATURES)
+    root = np.linalg.inv(np.linalg.cholesky(second)).T
+    order = np.argsort(curvatures)
+    kl = []
+    for part in (order[:16], order[-16:]):
+        noise = np.zeros((FEATURES, FEATURES))
+        for seed in range(8):
+            draws = np.random.default_rng(seed).standard_normal((FEATURES, 16))
+            noise[:, part] = 0.01 * root @ draws
+            kernel = params["hard"]["kernel"] + jnp.asarray(noise, jnp.float32)
+            new = {**params, "hard": {**params["hard"], "kernel": kernel}}
+            kl.append(divergence(apply(params, tokens), apply(new, tokens)).mean())
+    measured = np.mean(kl[8:]) / np.mean(kl[:8])
+    foretold = curvatures[order[-16:]].sum() / curvatures[order[:16]].sum()
+    assert foretold > 1.5
+    assert measured == pytest.approx(foretold, rel=0.3)
 
 
 def test_an_equal_slope_costs_less_than_an_equal_rate(case):
     params, tokens, moments, found = case
-    planned = jc.plan_rates(params, moments, rate=2.5, curvatures=found)
+    planned = jc.plan_rates(params, found, rate=2.5)
     kl = {}
-    for name, recipe in (("planned", planned), ("even", "rate_distortion(rate=2.5)")):
-        small = jc.compress(params, recipe, moments)
+    for name, recipe, known in (
+        ("planned", planned, found),
+        ("even", "rate_distortion(rate=2.5)", moments),
+    ):
+        small = jc.compress(params, recipe, known)
         kl[name] = divergence(apply(params, tokens), apply(small, tokens)).mean()
     assert kl["planned"] < 0.8 * kl["even"]
 
@@ -186,13 +214,12 @@ def test_the_entropy_of_rounded_gaussians():
 
 def test_bad_input_is_told(case):
     params, tokens, moments, found = case
-    with pytest.raises(ValueError, match=r"soft/kernel: a curvature of 0\.0"):
-        jc.plan_rates(
-            params, moments, rate=3.0, curvatures=found | {"soft/kernel": 0.0}
-        )
-    with pytest.raises(ValueError, match=r"hard/kernel: a curvature of 0\.0"):
-        less = {name: x for name, x in found.items() if name != "hard/kernel"}
-        jc.plan_rates(params, moments, rate=3.0, curvatures=less)
+    zero = dataclasses.replace(found["soft/kernel"], curvatures=jnp.zeros(FEATURES))
+    with pytest.raises(ValueError, match="soft/kernel: curvatures that are all zero"):
+        jc.plan_rates(params, found | {"soft/kernel": zero}, rate=3.0)
+    with pytest.raises(ValueError, match=r"hard/kernel: .*measure them with the same"):
+        less = found | {"hard/kernel": moments["hard/kernel"]}
+        jc.plan_rates(params, less, rate=3.0)
     with pytest.raises(ValueError, match="rows and columns takes the first"):
         jc.plan_rates(params, moments, rate=0.1)
     with pytest.raises(ValueError, match="there are no batches"):

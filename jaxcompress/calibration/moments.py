@@ -26,6 +26,7 @@ class Moments:
     drifted: jax.Array | None = None  # same of x', the compressed prefix's inputs
     cross: jax.Array | None = None  # [..., inputs, inputs] average of x x'^T
     tokens: jax.Array | None = None  # [..., rows] times each embedding row was read
+    curvatures: jax.Array | None = None  # [..., outputs] of `measure_curvatures`
 
     @property
     def norms(self) -> jax.Array:
@@ -85,7 +86,7 @@ class Moments:
     def project(self, weight: jax.Array) -> "Moments":
         """The moments of `x @ weight`, for a `weight` `[..., inputs, outputs]`."""
         wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
-        changed: dict[str, Any] = {"tokens": None}
+        changed: dict[str, Any] = {"tokens": None, "curvatures": None}
         if self.mean is not None:
             mean = _matmul(self.mean[..., None, :], wide)
             changed["mean"] = mean.squeeze(-2)
@@ -191,6 +192,7 @@ def require(
         "drifted": square,
         "cross": square,
         "tokens": (*stack, outputs),
+        "curvatures": (*stack, outputs),
     }
     for name in fields:
         value = getattr(moments, name)
@@ -216,4 +218,5 @@ _ABSENT = {
     "drifted": "compress with compress_blockwise, which measures the drift",
     "cross": "compress with compress_blockwise, which measures the drift",
     "tokens": "only an embedding that is looked up has token counts",
+    "curvatures": "complete the moments with measure_curvatures",
 }

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxcompress.calibration.feedback import damped, feed_back, inverse_factor
 from jaxcompress.calibration.moments import Moments, require
+from jaxcompress.entropy.packing import bits_needed
 from jaxcompress.quantization import contexts, rate_coded, trellis
 from jaxcompress.quantization.rate_coded import RateCoded
 from jaxcompress.quantization.second_order import corrected_target
@@ -23,6 +24,7 @@ TRIES = 6
 ORDERS = ("pivoted", "activation", "natural")
 LARGEST = 2.0**14  # levels of a row; sixteen bits hold them
 SAMPLE = 192  # outputs on which the step is first sought
+BLOCK = 32  # rows fed back at once: what moves within stays in the cache
 
 
 @method(traceable=False)
@@ -47,11 +49,12 @@ def rate_distortion(
     sizes jump, the nearest of six attempts is taken.
 
     Without moments all inputs count alike. With drifted moments the target is
-    corrected for the compressed prefix, as in `gptq`.
+    corrected for the compressed prefix, as in `gptq`. With curvatures
+    (`measure_curvatures`) outputs whose errors do more are quantized finer.
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`; one search per slice.
-      moments: of the inputs; `second`, or `drifted` and `cross`.
+      moments: of the inputs; `second`, or `drifted` and `cross`; and `curvatures`.
       rate: bits per weight in the file, above 0 and at most 12; or one number for each
         slice of a stack.
       states: of the trellis, 8 to 256 in powers of two; more gain less and less and
@@ -99,10 +102,16 @@ def rate_distortion(
     if not (prior >= 0 and math.isfinite(prior)):
         raise ValueError(f"rate_distortion takes a prior of 0 or more, not {prior!r}")
     second, cross = _statistics(x, moments)
+    scales = np.zeros((*lead, x.shape[-1]), np.uint8)
+    if getattr(moments, "curvatures", None) is not None:
+        known = require(moments, x, "rate_distortion", fields=("curvatures",))
+        scales = rate_coded.column_scales(known.curvatures)
+    x32 = x.astype(jnp.float32) / rate_coded.SCALES[scales][..., None, :]
     flat = [
         None if a is None else jnp.reshape(a, (-1, *a.shape[-2:]))
-        for a in (x.astype(jnp.float32), second, cross)
+        for a in (x32, second, cross)
     ]
+    side = bits_needed(int(scales.max())) if scales.any() else 0
 
     def one(i: int) -> tuple[np.ndarray, np.ndarray]:
         weights, *known = (None if a is None else a[i] for a in flat)
@@ -114,7 +123,7 @@ def rate_distortion(
             scale = _first_guess(*prepared[:2], bits)
             ridge = prior * 4.0**scale / 12 / size
             prepared = prepare(weights, *known, **options, ridge=ridge)
-        return _search(*prepared, bits, states)
+        return _search(*prepared, bits, states, side)
 
     with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
         found = list(pool.map(one, range(count)))
@@ -122,6 +131,7 @@ def rate_distortion(
     return RateCoded(
         rate_coded.code_levels(levels.reshape(x.shape), states),
         jnp.asarray(steps.reshape(*lead, inputs), jnp.bfloat16),
+        rate_coded.packed_scales(scales),
         jnp.dtype(x.dtype).name,
     )
 
@@ -246,14 +256,23 @@ def sweep(
         step = stored(shrunk * step)  # the same, where levels are many
         return step * levels, (levels.astype(jnp.int32), step)
 
-    return feed_back(x, factor, replace)
+    return feed_back(x, factor, replace, block=BLOCK)
 
 
 def _search(
-    x: jax.Array, factor: jax.Array, first: jax.Array, rate: float, states: int
+    x: jax.Array,
+    factor: jax.Array,
+    first: jax.Array,
+    rate: float,
+    states: int,
+    side: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Levels and steps, in natural order, whose coded size meets the rate."""
+    """Levels and steps, in natural order, whose coded size meets the rate.
+
+    `side` is what else each column takes, in bits.
+    """
     inputs, outputs = x.shape
+    rate = max(rate - side / inputs, 1e-3)
     back = np.argsort(first)
     log_scale = _first_guess(x, factor, rate)
     if log_scale is None:  # all weights are zero
@@ -281,9 +300,9 @@ def _search(
             log_scale = _next(tried, rate)
     gap, levels, steps = best
     if gap > 0.05 * rate:
-        side = _rate(np.zeros_like(levels), outputs, states)
+        least = _rate(np.zeros_like(levels), outputs, states)
         raise ValueError(
-            f"no step gives {inputs} x {outputs} weights {rate} bits each; {side:.3f} "
+            f"no step gives {inputs} x {outputs} weights {rate} bits each; {least:.3f} "
             "of them describe rows and columns. Raise the rate, or keep the leaf"
         )
     return levels, steps
