@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # rows fed back within before the rows behind are updated at once
+BLOCK = 32  # rows fed back within, in the cache, before those behind are updated
 
 if hasattr(jax, "enable_x64"):
     float64 = jax.enable_x64

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.feedback import (
-    BLOCK,
     damped,
     each_slice,
     feed_back,
@@ -33,7 +32,7 @@ def sparsegpt(
     sparsity: float | None = None,
     pattern: str | None = None,
     damping: float = 0.01,
-    block: int = BLOCK,
+    block: int = 128,
 ) -> Sparse:
     """Prunes input row after input row, each row's error fed into those still to come.
 

@@ -24,7 +24,6 @@ TRIES = 6
 ORDERS = ("pivoted", "activation", "natural")
 LARGEST = 2.0**14  # levels of a row; sixteen bits hold them
 SAMPLE = 192  # outputs on which the step is first sought
-BLOCK = 32  # rows fed back at once: what moves within stays in the cache
 
 
 @method(traceable=False)
@@ -256,7 +255,7 @@ def sweep(
         step = stored(shrunk * step)  # the same, where levels are many
         return step * levels, (levels.astype(jnp.int32), step)
 
-    return feed_back(x, factor, replace, block=BLOCK)
+    return feed_back(x, factor, replace)
 
 
 def _search(
