@@ -160,17 +160,8 @@ def models(config: Config) -> list[dict[str, Any]]:
     pattern = KERNELS if config.embedding >= 0 else None
     measured = plain
     if "planned" in config.variants or "by leaf" in config.variants:
-        ids = np.concatenate(calibration).reshape(-1, 128)
-        ids = ids[:: max(1, len(ids) // config.curvature)][: config.curvature]
-        measured = jc.measure_curvatures(
-            Apply(scanned),
-            dense,
-            [{"tokens": ids}],
-            plain,
-            layout=layout,
-            pattern=pattern,
-            key=jax.random.key(0),
-            progress=lambda rows: reporting.track(rows, "curvatures"),
+        measured = with_curvatures(
+            config, scanned, dense, plain, calibration, layout, pattern
         )
     by_leaf = {name: averaged(x) for name, x in measured.items()}
     rows: list[dict[str, Any]] = []
@@ -295,6 +286,48 @@ def stack(moments: dict[str, jc.Moments]) -> dict[str, jc.Moments]:
         each = [moments[layers[i]] for i in range(len(layers))]
         whole[name] = jax.tree.map(lambda *x: jnp.stack(x), *each)
     return whole
+
+
+def with_curvatures(
+    config: Config,
+    model: Any,
+    dense: Any,
+    moments: dict[str, jc.Moments],
+    calibration: list[np.ndarray],
+    layout: Any,
+    pattern: str | None,
+) -> dict[str, jc.Moments]:
+    """The moments with curvatures, which the cache keeps for the next run."""
+    kind = "all" if pattern is None else "kernels"
+    size = f"{config.calibration}-{config.curvature}-{kind}"
+    name = f"{Path(config.model).stem}-curvatures-{size}.npz"
+    path = Path(config.cache) / name if config.cache else None
+    if path is not None and path.exists():
+        with np.load(path) as file:
+            kept = {key.replace("|", "/"): jnp.asarray(file[key]) for key in file}
+        return {
+            key: dataclasses.replace(x, curvatures=kept.get(key))
+            for key, x in moments.items()
+        }
+    ids = np.concatenate(calibration).reshape(-1, 128)
+    ids = ids[:: max(1, len(ids) // config.curvature)][: config.curvature]
+    found = jc.measure_curvatures(
+        Apply(model),
+        dense,
+        [{"tokens": ids}],
+        moments,
+        layout=layout,
+        pattern=pattern,
+        key=jax.random.key(0),
+        progress=lambda rows: reporting.track(rows, "curvatures"),
+    )
+    if path is not None:
+        known = {key: x.curvatures for key, x in found.items()}
+        np.savez(
+            path,
+            **{k.replace("/", "|"): x for k, x in known.items() if x is not None},
+        )
+    return found
 
 
 def looped_moments(moments: dict[str, jc.Moments]) -> dict[str, jc.Moments]:
