@@ -1,11 +1,14 @@
 """Strict JAX for every test: two fake devices, no silent rank promotion.
 
 Each file has a budget of processor time, compilation included; files over it are named
-at the end of a run.
+at the end of a run. All processes of a run share what they compile.
 """
 
+import atexit
 import collections
 import os
+import shutil
+import tempfile
 import time
 
 import pytest
@@ -14,6 +17,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="jaxcompress-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
 import jax  # noqa: E402
 
