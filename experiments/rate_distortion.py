@@ -1,19 +1,15 @@
-"""How near does rate-distortion quantization come to the bound, and what is it worth?
+"""What are codes at the rate-distortion bound worth on a model?
 
-Without a model: Gaussian weights and three covariances of their inputs; bits per weight
-of the file beside those that reverse water-filling allows at the distortion reached.
-With one: file bytes and quality on the end of a text and on a second text, by rate and
-by what is switched on; a variant that is a method is taken as it stands, at rate 0. One
-JSON line per row; rows that are there are left out:
+File bytes and quality on the end of a text and on a second text, by rate and by what
+is switched on; a variant that is a method is taken as it stands, at rate 0. One JSON
+line per row; rows that are there are left out:
 
-    python experiments/rate_distortion.py
     python experiments/rate_distortion.py SmolLM2.gguf text.txt --rates 3.05,2.05
     python experiments/rate_distortion.py SmolLM2.gguf text.txt --rates 0 \\
         --variants "gptq(bits=3, block=128, grid='asymmetric')"
 """
 
 import dataclasses
-import itertools
 import json
 import re
 import tempfile
@@ -31,7 +27,7 @@ from command import about, parse, rows_of
 import jaxcompress as jc
 from jaxcompress import demo, distillation, reporting
 from jaxcompress.evaluation import Apply
-from jaxcompress.running.decoding import decoded
+from jaxcompress.running.decoding import decoded, recoded
 
 KERNELS = r".*layer.*kernel"
 SIDE = r"layers/.*(steps|scale)"  # of rows, and of norms
@@ -47,7 +43,7 @@ VARIANTS = (  # equal rates; a rate per leaf; and outputs that do more coded fin
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model: str = ""  # none: Gaussian weights
+    model: str = "reference"
     text: str = ""
     rates: str = "4.05,3.05,2.55,2.05,1.6"
     variants: str = ";".join(VARIANTS)
@@ -58,96 +54,28 @@ class Config:
     windows: int = 8  # of each text
     tokens: int = 512  # in a window
     fraction: float = 0.8  # of the text is for calibration
-    prior: float = 0.5  # for Gaussian weights, beside none
     tuning: int = 64  # windows to tune on, one in a step
     tuning_rate: float = 3e-3
     cache: str = ""  # directory for moments
-    inputs: int = 192  # of the Gaussian weights
-    outputs: int = 2048
-    fast: bool = False
+    fast: bool = False  # the reference model and little text
     results: str = "experiments/results/rate_distortion.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows that the results do not hold yet."""
-    if config.model:
-        return models(config)
+    """The rows that the results do not hold yet: rates by variants."""
     if config.fast:
         config = dataclasses.replace(
-            config, inputs=64, outputs=256, rates="2.05", prior=0.0
+            config,
+            model="reference",
+            rates="2.05",
+            variants="by leaf;planned, tuned",
+            states=8,
+            calibration=8,
+            curvature=4,
+            windows=2,
+            tokens=256,
+            tuning=4,
         )
-    return synthetic(config)
-
-
-def covariances(size: int) -> dict[str, np.ndarray]:
-    """Three covariances of trace `size`: rotated, with outlier channels, a process."""
-    rng = np.random.default_rng(0)
-    turns = [np.linalg.qr(rng.standard_normal((size, size)))[0] for _ in range(2)]
-    scales = np.exp(1.5 * rng.standard_normal(size))
-    places = np.arange(size)
-    found = {
-        "rotated": (turns[0] * np.exp(np.linspace(0, -8, size))) @ turns[0].T,
-        "outlier channels": scales[:, None]
-        * ((turns[1] * np.exp(np.linspace(0, -4, size))) @ turns[1].T)
-        * scales,
-        "AR(0.95)": 0.95 ** np.abs(np.subtract.outer(places, places)),
-    }
-    return {name: x * size / np.trace(x) for name, x in found.items()}
-
-
-def bound(variances: np.ndarray, distortion: float) -> float:
-    """Bits per component of a Gaussian vector at a mean squared error per component."""
-    low, high = 0.0, float(variances.max())
-    for _ in range(200):
-        level = (low + high) / 2
-        less = np.minimum(variances, level).mean() < distortion
-        low, high = (level, high) if less else (low, level)
-    return float(np.maximum(0, 0.5 * np.log2(variances / level)).mean())
-
-
-def synthetic(config: Config) -> list[dict[str, Any]]:
-    """Bits of the file beside the bound, for Gaussian weights."""
-    shape = config.inputs, config.outputs
-    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    rows, priors = [], sorted({0.0, config.prior})
-    for name, covariance in covariances(config.inputs).items():
-        moments = jc.moments_from_covariance(jnp.asarray(covariance, jnp.float32))
-        for states, prior in itertools.product((0, 8, config.states), priors):
-            for rate in map(float, config.rates.split(",")):
-                clock = time.process_time()
-                options = {"states": states, "damping": 1e-6, "prior": prior}
-                small = jc.rate_distortion(
-                    jnp.asarray(x), moments, rate=rate, **options
-                )
-                seconds = time.process_time() - clock
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "small.safetensors"
-                    jc.save(path, {"kernel": small})
-                    with jc.open(path) as file:
-                        bits = 8 * file.nbytes("kernel") / x.size
-                    loaded = jc.load(path)["kernel"]
-                error = np.asarray(loaded.materialize(), np.float64) - x
-                distortion = float(np.sum(error * (covariance @ error)) / x.size)
-                least = bound(np.linalg.eigvalsh(covariance), distortion)
-                rows.append(
-                    {
-                        "covariance": name,
-                        **options,
-                        "shape": shape,
-                        "bits_per_weight": bits,
-                        "distortion": distortion,
-                        "bound": least,
-                        "gap": bits - least,
-                        "processor_seconds": seconds,
-                        **about(),
-                    }
-                )
-                keep(config, rows)
-    return rows
-
-
-def models(config: Config) -> list[dict[str, Any]]:
-    """Rows of a model: rates by variants."""
     model, params, tokenizer = jc.models.load(config.model, scan=False)
     scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
     taken = {f.name for f in dataclasses.fields(calibrated.Config)}
@@ -375,15 +303,7 @@ def tuned(
         steps=config.tuning,
         report=lambda number, metrics: print(number, metrics["loss"], flush=True),
     )
-    found = distillation.cast_like(state.params, start)
-
-    def joined(old: Any, new: Any) -> Any:
-        if isinstance(old, jc.RateCoded):  # the levels as they were coded
-            return dataclasses.replace(old, steps=new.steps)
-        return new
-
-    leaf = lambda x: isinstance(x, jc.RateCoded)  # noqa: E731
-    return jax.tree.map(joined, small, found, is_leaf=leaf)
+    return recoded(distillation.cast_like(state.params, start), small)
 
 
 def keep(config: Config, rows: list[dict[str, Any]]) -> None:
@@ -397,7 +317,7 @@ def known(config: Config) -> set[str]:
     """Labels of the rows of models that the results hold."""
     keys = "model", "variant", "rate", "embedding", "states", "calibration_tokens"
     rows = [] if config.fast else rows_of(config.results)
-    return {json.dumps({k: x[k] for k in keys}) for x in rows if "model" in x}
+    return {json.dumps({k: x[k] for k in keys}) for x in rows}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxcompress.calibration.feedback import inverse_factor
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.entropy.packing import bits_needed
 from jaxcompress.planning import check_concrete, planned_entries
 from jaxcompress.quantization import rate_coded
 from jaxcompress.quantization.rate_distortion import (
@@ -27,6 +26,8 @@ from jaxcompress.types import Batch, Params, Rule
 
 ROW_BITS, COLUMN_BITS = 21, 5  # of side information
 SMALLEST = 0.05  # bits above the side information: every leaf gets them
+SMALLEST_COLUMN = 1e-9  # of the mean square of a slice
+BINS = 16  # an octave of sizes is sorted into
 
 
 def measure_curvatures(
@@ -136,9 +137,9 @@ def plan_rates(
 
     At a variance `v` of a leaf's error each weight costs `log2(1 / v) / 2` bits and
     adds `curvature * v` to the divergence, which is least where that is the same for
-    all leaves. What a leaf then costs is the entropy of Gaussian levels, row by row;
-    rows that the error exceeds cost next to nothing. One number is left, found by
-    bisection.
+    all leaves. What a leaf then costs is the entropy of Gaussian levels, each as large
+    as its row and its column have them; those that the error exceeds cost next to
+    nothing. One number is left, found by bisection.
 
     Args:
       params: pytree of arrays, concrete.
@@ -162,7 +163,7 @@ def plan_rates(
     measured = any(
         getattr(entry.moments, "curvatures", None) is not None for entry in planned
     )
-    slices, sizes, logs, floors, bends = [], [], [], [], []
+    slices, sizes, spreads, floors, bends = [], [], [], [], []
     for entry in planned:
         kind = _kind(entry, layout)
         layouts.check_layout(entry.name, entry.value.shape, kind)
@@ -174,9 +175,9 @@ def plan_rates(
         scales = rate_coded.column_scales(bent)
         finer = rate_coded.SCALES[scales]
         matrix = matrix.reshape(count, inputs, outputs) / finer[:, None]
-        logs += _deviations(matrix, entry.moments, order, damping)
+        spreads += _spreads(matrix, entry.moments, order, damping)
         sizes += [inputs * outputs] * count
-        column = COLUMN_BITS + bits_needed(int(scales.max()))
+        column = COLUMN_BITS + rate_coded.scale_bits(scales)
         floors += [ROW_BITS / outputs + column / inputs] * count
         bends += list(
             0.5 * np.log2((bent * finer.astype(np.float64) ** 2).mean(axis=1))
@@ -191,8 +192,8 @@ def plan_rates(
 
     def rates(level: float) -> np.ndarray:
         found = [
-            floor + max(SMALLEST, float(gaussian_bits(log - level + bend).mean()))
-            for log, bend, floor in zip(logs, bends, floors, strict=True)
+            floor + max(SMALLEST, shares @ gaussian_bits(logs - level + bend))
+            for (logs, shares), bend, floor in zip(spreads, bends, floors, strict=True)
         ]
         return np.array(found)
 
@@ -250,10 +251,14 @@ def _squares(gradient: jax.Array, factors: jax.Array | None) -> jax.Array:
     return jnp.sum(flat * flat, axis=1)
 
 
-def _deviations(
+def _spreads(
     x: jax.Array, moments: Any, order: str, damping: float
-) -> list[np.ndarray]:
-    """Of each slice, `deviations` of its rows."""
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each slice, the sizes that its levels have at a scale of one, as log2.
+
+    Returns:
+      Sizes, and the share of the levels that has each.
+    """
     second = getattr(moments, "second", None)
     flat = x.reshape(-1, *x.shape[-2:]).astype(jnp.float32)
     if second is not None:
@@ -262,6 +267,15 @@ def _deviations(
     for i, each in enumerate(flat):
         one = None if second is None else second[i]
         target, factor, _ = prepare(each, one, None, order=order, damping=damping)
-        logs = deviations(target, factor)
-        found.append(np.full(len(each), -100.0) if logs is None else logs)
+        rows = deviations(target, factor)
+        if rows is None:
+            found.append((np.array([-100.0]), np.ones(1)))
+            continue
+        relative = np.square(np.asarray(target / factor.diagonal()[:, None]))
+        relative = (relative * np.exp2(-2 * rows)[:, None]).mean(axis=0)
+        columns = np.log2(np.maximum(relative, SMALLEST_COLUMN)) / 2
+        places = np.rint(BINS * (rows[:, None] + columns)).astype(np.int64)
+        counts = np.bincount((places - places.min()).reshape(-1))
+        logs = (places.min() + np.arange(counts.size)) / BINS
+        found.append((logs, counts / counts.sum()))
     return found

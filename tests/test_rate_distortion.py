@@ -5,10 +5,8 @@ test_reference.
 """
 
 import dataclasses
-import importlib
 import itertools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +14,12 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
+from jaxcompress import demo
 from jaxcompress.calibration.feedback import inverse_factor
 from jaxcompress.quantization import contexts, densities, rate_coded, trellis
 from jaxcompress.quantization.rate_distortion import pivots, prepare, sweep
+from jaxcompress.running.decoding import decoded, recoded
 
-EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 search = jax.jit(trellis.search, static_argnums=1)
 sweep_once = jax.jit(sweep, static_argnames="states")
 
@@ -560,6 +559,24 @@ def test_steps_train_and_levels_do_not():
     )
 
 
+def test_trained_steps_go_back_to_coded_levels():
+    """Decoded once, trained, and coded as before: the same bytes but for the steps."""
+    small = {
+        "kernel": jc.rate_distortion(
+            jnp.asarray(gaussian(64, 100), jnp.float32), rate=3
+        ),
+        "bias": jnp.zeros(100),
+    }
+    coarse = decoded(small)
+    assert coarse["kernel"].levels.dtype == jnp.int8
+    trainable, frozen = jc.partition(coarse)
+    trainable = jax.tree.map(lambda x: 2 * x + 1, trainable)
+    back = recoded(jc.combine(trainable, frozen), small)
+    steps = small["kernel"].steps
+    wanted = dataclasses.replace(small["kernel"], steps=2 * steps + 1)
+    assert demo.same_bits(back, {"kernel": wanted, "bias": jnp.ones(100)})
+
+
 def test_the_factor_is_what_the_theory_names():
     """Its diagonal is one over the deviation of an input given those to come."""
     second = covariance(10)
@@ -570,13 +587,3 @@ def test_the_factor_is_what_the_theory_names():
         if len(rest):
             given -= second[j, j + 1 :] @ np.linalg.solve(rest, second[j + 1 :, j])
         assert float(factor[j, j]) ** -2 == pytest.approx(given, rel=1e-3)
-
-
-def test_the_experiment_runs_in_small(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    experiment = importlib.import_module("rate_distortion")
-    rows = experiment.run(experiment.Config(fast=True))
-    gaps = {(row["covariance"], row["states"]): row["gap"] for row in rows}
-    assert len(gaps) == len(rows) == 9
-    for name in experiment.covariances(8):
-        assert 0 < gaps[name, 128] < gaps[name, 8] < gaps[name, 0] < 0.6

@@ -70,6 +70,8 @@ def test_curvature_foretells_the_divergence(case, name):
 
 def test_what_matters_more_is_coded_finer(case):
     params, _, _, found = case
+    rows = np.asarray(found["embed/embedding"].curvatures)
+    assert (rows == rows[0]).all(), "an embedding has one curvature"
     hard, soft = (found[f"{name}/kernel"].curvatures for name in ("hard", "soft"))
     assert hard.mean() > 10 * soft.mean()
     rules = dict(jc.plan_rates(params, found, rate=3.0, states=8))
@@ -85,6 +87,29 @@ def test_what_matters_more_is_coded_finer(case):
     small = jc.compress(params, list(rules.items()), found)
     assert isinstance(small["hard"]["kernel"], jc.RateCoded)
     assert small["hard"]["kernel"].levels.trellis == 8
+
+
+def test_uneven_outputs_are_planned_as_what_is_left_of_them():
+    """Equal curvatures: equal steps, though the outputs of one leaf differ in size."""
+    rng = np.random.default_rng(0)
+    shape = 96, 512
+    kernels = {
+        "even": rng.standard_normal(shape),
+        "uneven": rng.standard_normal(shape) * np.exp2(rng.uniform(-6, 1, shape[1])),
+    }
+    params = {k: {"kernel": jnp.asarray(x, jnp.float32)} for k, x in kernels.items()}
+    one = jc.moments_from_covariance(jnp.eye(shape[0]))
+    moments = {
+        f"{name}/kernel": dataclasses.replace(one, curvatures=jnp.ones(shape[1]))
+        for name in kernels
+    }
+    plan = jc.plan_rates(params, moments, rate=3.0, states=0)
+    small = jc.compress(params, plan, moments)
+    steps = {
+        k: float(jnp.mean(x["kernel"].steps.astype(jnp.float32)))
+        for k, x in small.items()
+    }
+    assert steps["uneven"] == pytest.approx(steps["even"], rel=0.05)
 
 
 def test_slices_of_a_stack_are_planned_one_by_one(case):

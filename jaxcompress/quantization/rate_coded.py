@@ -321,11 +321,16 @@ def column_scales(curvatures: np.ndarray) -> np.ndarray:
     return np.minimum(np.rint(finer), MOST_SCALES - 1).astype(np.uint8)
 
 
+def scale_bits(scales: np.ndarray) -> int:
+    """Bits of a column's scale in a file: none where all are zero."""
+    return bits_needed(scales.max()) if scales.any() else 0
+
+
 def packed_scales(scales: np.ndarray) -> Any:
     """The `scales` of a `RateCoded`, of `[..., outputs]`: None where all are zero."""
     if not scales.any():
         return None
-    return pack(jnp.asarray(scales[..., None, :]), bits_needed(scales.max()))
+    return pack(jnp.asarray(scales[..., None, :]), scale_bits(scales))
 
 
 def side_bits(found: contexts.Contexts, outputs: int) -> int:

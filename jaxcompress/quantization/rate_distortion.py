@@ -2,9 +2,7 @@
 
 import functools
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -13,7 +11,7 @@ import numpy as np
 
 from jaxcompress.calibration.feedback import damped, feed_back, inverse_factor
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.entropy.packing import bits_needed
+from jaxcompress.entropy.parallel import in_order
 from jaxcompress.quantization import contexts, rate_coded, trellis
 from jaxcompress.quantization.rate_coded import RateCoded
 from jaxcompress.quantization.second_order import corrected_target
@@ -77,15 +75,15 @@ def rate_distortion(
     and contexts are additions, the trellis that of `trellis`.
     """
     lead, inputs = x.shape[:-2], x.shape[-2]
-    rates = [rate] if isinstance(rate, int | float) else list(rate)
-    if not rates or not all(0 < each <= 12 for each in rates):
+    rates, count = np.asarray(rate, np.float64), math.prod(lead)
+    if not (rates.size and ((rates > 0) & (rates <= 12)).all()):
         raise ValueError(f"rate_distortion takes 0 to 12 bits per weight, not {rate!r}")
-    count = math.prod(lead)
-    if rates[0] is not rate and len(rates) != count:
+    if rates.shape not in ((), (count,)):
         raise ValueError(
-            f"{len(rates)} rates for a stack of {count} slices; give one number, or "
+            f"{rates.size} rates for a stack of {count} slices; give one number, or "
             "one for each slice"
         )
+    rates = np.broadcast_to(rates, count).tolist()
     if states != 0 and states not in trellis.CHECKS:
         known = ", ".join(map(str, trellis.CHECKS))
         raise ValueError(f"rate_distortion takes 0 or {known} states, not {states!r}")
@@ -110,22 +108,20 @@ def rate_distortion(
         None if a is None else jnp.reshape(a, (-1, *a.shape[-2:]))
         for a in (x32, second, cross)
     ]
-    side = bits_needed(int(scales.max())) if scales.any() else 0
+    side = rate_coded.scale_bits(scales)
 
     def one(i: int) -> tuple[np.ndarray, np.ndarray]:
         weights, *known = (None if a is None else a[i] for a in flat)
-        bits = rates[i % len(rates)]
         options = {"order": order, "damping": damping}
         prepared = prepare(weights, *known, **options)
         size = float(jnp.mean(jnp.square(weights)))
         for _ in range(2 if prior and size else 0):
-            scale = _first_guess(*prepared[:2], bits)
+            scale = _first_guess(*prepared[:2], rates[i])
             ridge = prior * 4.0**scale / 12 / size
             prepared = prepare(weights, *known, **options, ridge=ridge)
-        return _search(*prepared, bits, states, side)
+        return _search(*prepared, rates[i], states, side)
 
-    with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(one, range(count)))
+    found = in_order(one, range(count))
     levels, steps = (np.stack(part) for part in zip(*found, strict=True))
     return RateCoded(
         rate_coded.code_levels(levels.reshape(x.shape), states),

@@ -20,3 +20,20 @@ def decoded(params: Params) -> Params:
         return isinstance(x, Leaf) and x.lossless
 
     return jax.tree.map(dense, params, is_leaf=lossless)
+
+
+def recoded(params: Params, like: Params) -> Params:
+    """`decoded` undone after training: lossless leaves are those of `like` again.
+
+    Args:
+      params: a tree of `decoded(like)`, whose codes have not changed.
+      like: the tree that was decoded.
+    """
+
+    def lossless(x: Any) -> bool:
+        return isinstance(x, Leaf) and x.lossless
+
+    # What stands in place of a lossless leaf is one array.
+    return jax.tree.map(
+        lambda old, new: old if lossless(old) else new, like, params, is_leaf=lossless
+    )

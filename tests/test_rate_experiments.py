@@ -1,0 +1,36 @@
+"""The experiments on rate and distortion run, in small."""
+
+import importlib
+import pathlib
+
+import pytest
+
+EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module
+
+
+def test_gaussian_weights(experiment):
+    module = experiment("gaussian_bound")
+    rows = module.run(module.Config(fast=True))
+    gaps = {(row["covariance"], row["states"]): row["gap"] for row in rows}
+    assert len(gaps) == len(rows) == 9
+    for name in module.covariances(8):
+        assert 0 < gaps[name, 128] < gaps[name, 8] < gaps[name, 0] < 0.6
+
+
+@pytest.mark.slow
+def test_a_model(experiment, tmp_path):
+    module = experiment("rate_distortion")
+    config = module.Config(fast=True, results=str(tmp_path / "rows.jsonl"))
+    rows = module.run(config)
+    found = {(row["variant"], row["text"]): row for row in rows}
+    assert len(found) == len(rows) == 4
+    for text in ("heldout", "docstrings"):
+        leaf, tuned = found["by leaf", text], found["planned, tuned", text]
+        assert tuned["file_bytes"] == pytest.approx(leaf["file_bytes"], rel=0.01)
+        assert 0 < tuned["kl"] < leaf["kl"]
