@@ -247,7 +247,7 @@ def _squares(gradient: jax.Array, factors: jax.Array | None) -> jax.Array:
     """
     flat = gradient.reshape(-1, *gradient.shape[-2:]).astype(jnp.float32)
     if factors is not None:
-        flat = jnp.matmul(factors, flat)
+        flat = jnp.matmul(factors, flat, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(flat * flat, axis=1)
 
 

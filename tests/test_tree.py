@@ -1,5 +1,6 @@
 """Names, layouts, recipes, reports and generic leaves."""
 
+import functools
 import re
 from typing import Any
 
@@ -299,6 +300,39 @@ def test_names_of_types_and_methods_are_unique():
 
 
 # Tracing
+
+
+def test_float32_products_of_methods_are_in_float32():
+    """Accelerators would round what they multiply."""
+    x = jax.random.normal(jax.random.key(0), (32, 48))
+    moments = jc.moments_from_covariance(jnp.eye(32) + 0.1)
+    options = {
+        "svd": {"rank": 8},
+        "cp": {"rank": 8, "sizes": (32, 6, 8)},
+        "tucker": {"ranks": (8, 4, 8), "sizes": (32, 6, 8)},
+        "learned": {"bits": 3, "steps": 2},
+        "gptq": {"bits": 3},
+        "alps": {"sparsity": 0.5},
+    }
+    for name, each in options.items():
+        run = functools.partial(getattr(jc, name), moments=moments, **each)
+        found = list(products_of(jax.make_jaxpr(run)(x).jaxpr))
+        assert found, name
+        for equation in found:
+            assert "HIGHEST" in str(equation.params["precision"]), (name, equation)
+
+
+def products_of(program):
+    """All float products of a traced program, those of its loops included."""
+    for equation in program.eqns:
+        if equation.primitive.name == "dot_general" and jnp.issubdtype(
+            equation.invars[0].aval.dtype, jnp.floating
+        ):
+            yield equation
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products_of(inner)
 
 
 def test_compress_traces(params):

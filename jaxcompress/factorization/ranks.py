@@ -13,6 +13,7 @@ from jaxcompress.factorization.svd import check_damping, energies, svd
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaves import dense
+from jaxcompress.tree.methods import precise
 from jaxcompress.tree.paths import Entry, entries
 from jaxcompress.tree.rules import choose
 from jaxcompress.types import Params, Rule
@@ -33,6 +34,7 @@ class _Spectrum(Curve):
         return len(self.costs) - 1
 
 
+@precise
 def plan_ranks(
     params: Params,
     *,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxcompress.calibration.feedback import damped, each_slice, float64
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.factorization.low_rank import LowRank
-from jaxcompress.tree.methods import method
+from jaxcompress.tree.methods import method, precise
 
 LARGE = 2048  # smaller sides get the exact decomposition unless told otherwise
 
@@ -110,6 +110,7 @@ def svd(
     return nearest(x, None, (second, cross), rank=rank, damping=damping, sketch=sketch)
 
 
+@precise
 def energies(
     x: jax.Array,
     moments: Moments | None = None,

@@ -30,6 +30,21 @@ class Traits:
     traceable: bool | Callable[[dict[str, Any]], bool]
 
 
+def precise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with float32 products in float32.
+
+    Accelerators round what they multiply, to 8 or 11 bits, unless they are told not to:
+    good enough for a layer, not for a factorization of its moments.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **options)
+
+    return call
+
+
 def method(
     *,
     selects: Selection = "weights",
@@ -45,6 +60,7 @@ def method(
     def register(function: Method) -> Method:
         name = function.__name__
         allowed = _options(function)
+        precisely = precise(function)
 
         @functools.wraps(function)
         def call(x: Any = None, moments: Any = None, **options: Any) -> Any:
@@ -57,7 +73,7 @@ def method(
                     "so it can't run under jit, vmap or scan. Call it, or compress, "
                     "outside; what it returns runs inside"
                 )
-            return function(x, moments, **options)
+            return precisely(x, moments, **options)
 
         call.traits = Traits(selects, traceable)
         call.__signature__ = inspect.signature(function)
