@@ -547,6 +547,21 @@ def test_integer_products_are_what_the_definition_says(method):
     assert "i8[24,12]" in program and "f32[24,12]" not in program
 
 
+def test_accelerators_multiply_the_same_integers_in_bfloat16():
+    """An H200 summed 8-bit integers wrongly."""
+    x = jnp.asarray(random(5, 200))
+    small = jc.symmetric(jnp.asarray(random(200, 12, seed=3)), bits=8)
+    rounded, _ = products.round_rows(x)
+    exact = products._in_integers(rounded, small.codes, 128)
+    np.testing.assert_array_equal(products._in_floats(rounded, small.codes, 128), exact)
+
+    run = jax.jit(products.integer_product)
+    for platform, inside in (("cpu", "i8"), ("cuda", "bf16"), ("tpu", "bf16")):
+        program = run.trace(x, small).lower(lowering_platforms=(platform,)).as_text()
+        (product,) = [line for line in program.splitlines() if "dot_general" in line]
+        assert f"(tensor<5x200x{inside}>, tensor<200x12x{inside}>)" in product
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -62,6 +62,24 @@ def test_codes_are_the_patterns_of_the_format(name):
     assert levels.largest == np.abs(values[finite]).max()
 
 
+@pytest.mark.parametrize("grid", ["e4m3", "e5m2"])
+def test_small_floats_are_rounded_before_they_are_cast(grid):
+    """XLA drops a cast there and back on a GPU; it must not be what rounds."""
+    ratios = jnp.asarray(np.random.default_rng(0).standard_normal(4096), jnp.float32)
+    program = jax.make_jaxpr(LEVELS[grid].encode)(ratios).jaxpr
+    known = dict(zip(program.invars, [ratios], strict=True))
+    for equation in program.eqns:
+        given = [x.val if hasattr(x, "val") else known[x] for x in equation.invars]
+        if equation.params.get("new_dtype") == FLOATS[grid]:
+            break
+        found = equation.primitive.bind(*given, **equation.params)
+        several = equation.primitive.multiple_results
+        known |= zip(equation.outvars, found if several else [found], strict=True)
+    (rounded,) = given
+    wanted = np.asarray(ratios).astype(FLOATS[grid]).astype(np.float32)
+    np.testing.assert_array_equal(rounded, wanted)
+
+
 def test_nf4_levels_are_quantiles():
     """QLoRA, appendix E: even quantiles of each side, scaled to 1; zero is exact."""
     from statistics import NormalDist

@@ -88,7 +88,7 @@ def test_fast_and_streaming_runs(kind):
                 return model.apply({"params": params}, tokens)
 
         text = lowered(run, abstract, TOKENS)
-        found = "xi8>" in text and "-> tensor<2x6x16xi32>" in text
+        found = "xbf16>) -> tensor<2x6x16xf32>" in text
         assert found == integers, recipe
 
         def stream(params, tokens):

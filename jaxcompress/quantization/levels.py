@@ -61,9 +61,16 @@ def _table(levels: np.ndarray, bits: int) -> Levels:
 
 
 def _float8(dtype: Any, largest: float) -> Levels:
+    finest = jnp.finfo(dtype).minexp  # below this power of two steps stay the same
+    digits = jnp.finfo(dtype).nmant
+
     def encode(ratio: jax.Array) -> jax.Array:
-        # Clipped first: beyond the largest lies NaN or infinity.
-        near = jnp.clip(ratio, -largest, largest).astype(dtype)
+        # Clipped first: beyond the largest lies NaN or infinity. Rounded in float32,
+        # for under `jit` XLA may drop a cast there and back.
+        near = jnp.clip(ratio, -largest, largest)
+        _, exponent = jnp.frexp(near)  # magnitudes are below 2^exponent
+        step = jnp.ldexp(1.0, jnp.maximum(exponent - 1, finest) - digits)
+        near = (jnp.round(near / step) * step).astype(dtype)
         return jax.lax.bitcast_convert_type(near, jnp.uint8)
 
     def decode(codes: jax.Array) -> jax.Array:

@@ -2,11 +2,12 @@
 
 A token's inputs x are rounded to `s q`, q integers of 8 bits and s one step per token;
 codes stand for `t (c - z)`, one step t per output. Then `x @ W` is about
-`s t (q @ c - z sum(q))`, whose sums of integers are exact in 32 bits. Dettmers et al.
-2022, "LLM.int8()" (arXiv 2208.07339), section 2; per-token steps as in ZeroQuant
-(arXiv 2206.01861).
+`s t (q @ c - z sum(q))`, whose sums of integers are exact in 32 bits (on accelerators:
+in the 24 bits of float32). Dettmers et al. 2022, "LLM.int8()" (arXiv 2208.07339),
+section 2; per-token steps as in ZeroQuant (arXiv 2206.01861).
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -43,15 +44,15 @@ def integers_pay(rows: int) -> bool:
 
 
 def round_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """8-bit integers `[..., inputs]` and steps `[..., 1]`, float32, of each row.
+    """Whole numbers up to 127 `[..., inputs]` and steps `[..., 1]`, both float32.
 
-    The step is the largest magnitude over 127, one for a row of zeros; a row that is
-    not finite has a step that is not either.
+    The step of a row is its largest magnitude over 127, one for a row of zeros; a row
+    that is not finite has a step that is not either.
     """
     wide = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
     step = jnp.where(largest == 0, 1, largest / 127)
-    return jnp.round(wide / step).astype(jnp.int8), step
+    return jnp.round(wide / step), step
 
 
 @jax.custom_vjp
@@ -60,31 +61,47 @@ def integer_product(x: jax.Array, weight: Any) -> jax.Array:
 
     Differentiable as if nothing were rounded: with respect to `x` and the steps.
     """
-    codes, zero = _centred(weight)
     rounded, step = round_rows(x)
-    sums = jax.lax.dot_general(
+    # In 8-bit integers an H200 gave wrong sums (jax 0.11.2). bfloat16 holds all of
+    # them, and float32 their sums up to 2^24.
+    sums = jax.lax.platform_dependent(
         rounded,
-        codes,
-        (((x.ndim - 1,), (0,)), ((), ())),
-        preferred_element_type=jnp.int32,
+        weight.codes,
+        cpu=functools.partial(_in_integers, half=_half(weight)),
+        default=functools.partial(_in_floats, half=_half(weight)),
     )
     lead = (1,) * (x.ndim - 1)
-    if zero is not None:
-        total = jnp.sum(rounded, axis=-1, keepdims=True, dtype=jnp.int32)
+    if weight.zero_point is not None:
+        zero = dense(weight.zero_point).astype(jnp.float32) - _half(weight)
+        total = jnp.sum(rounded, axis=-1, keepdims=True)
         sums = sums - total * zero.reshape((*lead, -1))
     scale = weight.steps.scale.reshape((*lead, -1))
-    return sums.astype(jnp.float32) * (step * scale)
+    return sums * (step * scale)
 
 
-def _centred(weight: Any) -> tuple[jax.Array, jax.Array | None]:
-    """The codes as signed bytes, and the one that stands for zero if it is not 0."""
-    half = 2 ** (weight.bits - 1)
+def _half(weight: Any) -> int:
+    """What codes are shifted by, so that they fit signed bytes."""
+    return 2 ** (weight.bits - 1)
+
+
+def _in_integers(rounded: jax.Array, codes: Any, half: int) -> jax.Array:
     # Unsigned arithmetic wraps, so that the bits are those of the signed difference.
-    shifted = dense(weight.codes).astype(jnp.uint8) - np.uint8(half)
-    codes = jax.lax.bitcast_convert_type(shifted, jnp.int8)
-    if weight.zero_point is None:
-        return codes, None
-    return codes, dense(weight.zero_point).astype(jnp.int32) - half
+    shifted = dense(codes).astype(jnp.uint8) - np.uint8(half)
+    signed = jax.lax.bitcast_convert_type(shifted, jnp.int8)
+    return _sums(rounded.astype(jnp.int8), signed, jnp.int32)
+
+
+def _in_floats(rounded: jax.Array, codes: Any, half: int) -> jax.Array:
+    signed = dense(codes).astype(jnp.int32) - half
+    kind = jnp.bfloat16
+    return _sums(rounded.astype(kind), signed.astype(kind), jnp.float32)
+
+
+def _sums(x: jax.Array, codes: jax.Array, kind: Any) -> jax.Array:
+    """`x @ codes`, summed in this dtype; float32."""
+    dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+    sums = jax.lax.dot_general(x, codes, dimensions, preferred_element_type=kind)
+    return sums.astype(jnp.float32)
 
 
 def _forward(x: jax.Array, weight: Any) -> tuple[jax.Array, tuple]:
