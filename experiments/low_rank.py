@@ -2,7 +2,8 @@
 
 Factorizes the kernels of all layers (not the embedding, which is also the head) to 90,
 80 and 60 % of their weights: by the SVD of the weights, by the activation-weighted SVD,
-and by that with the ranks that `plan_ranks` gives each layer; then a coarse grid with
+by that with the ranks that `plan_ranks` gives each layer, and by both with curvatures
+("curved"); then a coarse grid with
 and without a thin correction, and a chain of pruning, factors, codes and entropy
 coding, saved and loaded. Perplexity and KL are of text not used for calibration. For
 weighted rows, `identity_gap` is the largest relative difference, over all layers,
@@ -16,6 +17,7 @@ not run again:
 
 import ast
 import dataclasses
+import functools
 import json
 import re
 import tempfile
@@ -37,7 +39,7 @@ from jaxcompress.tree.leaves import is_leaf
 from jaxcompress.tree.paths import roots
 
 FRACTIONS = (0.9, 0.8, 0.6)
-WAYS = ("plain", "weighted", "planned")
+WAYS = ("plain", "weighted", "planned", "curved")
 DAMPING = 1e-3  # the default of svd
 BASE = "symmetric(bits=3, block=64, full_range=True)"
 CORRECTIONS = (
@@ -65,6 +67,7 @@ class Config:
     text: str = ""  # the packaged held-out text, for the reference model
     fraction: float = 0.2  # of the text, from its end, to measure on; else calibration
     calibration: int = 64  # windows
+    curvature: int = 32  # windows, 128 tokens of each
     windows: int = 32  # to measure on
     tokens: int = 256  # in a window
     only: str = ""  # rows whose name holds this
@@ -137,9 +140,9 @@ def identity_gap(params: Any, small: Any, moments: Any) -> tuple[float, float]:
 class Rows:
     """The compressed parameters of each row; decompositions are made once."""
 
-    def __init__(self, params: Any, moments: Any) -> None:
-        self.params, self.moments = params, moments
-        self.full: dict[bool, Any] = {}
+    def __init__(self, params: Any, moments: Any, curved: Any) -> None:
+        self.params, self.moments, self.curved = params, moments, curved
+        self.full: dict[str, Any] = {}
 
     def __call__(self, name: str) -> Any:
         if name == "chain":
@@ -147,16 +150,17 @@ class Rows:
         if name in CORRECTIONS:
             return jc.compress(self.params, [(KERNELS, name)], self.moments)
         way, fraction = name.split()
-        weighted = way != "plain"
-        if weighted not in self.full:
-            recipe = [(KERNELS, f"svd(keep=1.0, weighted={weighted})")]
-            self.full[weighted] = jc.compress(self.params, recipe, self.moments)
+        moments = self.curved() if way == "curved" else self.moments
+        kind = "weighted" if way == "planned" else way
+        if kind not in self.full:
+            recipe = [(KERNELS, f"svd(keep=1.0, weighted={way != 'plain'})")]
+            self.full[kind] = jc.compress(self.params, recipe, moments)
         ranks: dict[str, Any] = keep(self.params, float(fraction))
-        if way == "planned":
-            kinds = {"pattern": KERNELS, "moments": self.moments}
+        if way in ("planned", "curved"):
+            kinds = {"pattern": KERNELS, "moments": moments}
             plan = jc.plan_ranks(self.params, budget=float(fraction), **kinds)
             ranks = planned(plan)
-        return truncated(self.full[weighted], ranks, self.params)
+        return truncated(self.full[kind], ranks, self.params)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -177,7 +181,21 @@ def run(config: Config) -> list[dict[str, Any]]:
     batches = cut(tokenizer, measured_on, config, config.windows)
     moments = jc.collect_moments(model, params, inputs, select=KERNELS)
     scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
-    make, rows = Rows(params, moments), []
+
+    @functools.cache
+    def curved() -> Any:
+        """The moments with curvatures, measured on short windows of the same text."""
+        short = inputs.reshape(-1, config.tokens)[: config.curvature, :128]
+        return jc.measure_curvatures(
+            Apply(model),
+            params,
+            [{"tokens": short}],
+            moments,
+            pattern=KERNELS,
+            key=jax.random.key(0),
+        )
+
+    make, rows = Rows(params, moments, curved), []
     weights = sum(x.size for _, x in kernels(params))
     for name in todo:
         clock = time.process_time()

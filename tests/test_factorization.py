@@ -1,5 +1,6 @@
 """Low rank: against NumPy float64, identities and bounds; alone and in chains."""
 
+import dataclasses
 import itertools
 
 import flax.linen as nn
@@ -59,6 +60,33 @@ def test_the_weighted_loss_is_what_the_singular_values_say():
     assert loss < 0.8 * output_loss(x, plain, rows)
     assert squared(x, plain) < 0.8 * squared(x, leaf)
     np.testing.assert_array_equal(plain.left, svd(x, rank=RANK).left)
+
+
+def test_outputs_that_do_more_are_kept_better():
+    """The loss counts the error of each output by its curvature, an eighth added."""
+    x, rows = random(48, 64, seed=1), correlated(48)
+    curvatures = np.exp2(np.random.default_rng(2).uniform(-6, 0, 64))
+    moments = dataclasses.replace(
+        moments_of(rows), curvatures=jnp.asarray(curvatures, jnp.float32)
+    )
+    counts = curvatures + curvatures.mean() / 8
+    second = np.asarray(moments.second, np.float64)
+    second = second + 1e-3 * np.mean(np.diagonal(second)) * np.eye(48)
+
+    def loss(leaf):
+        error = np.asarray(leaf.left, np.float64) @ np.asarray(leaf.right, np.float64)
+        error = error - np.asarray(x, np.float64)
+        return float(np.sum(counts * error * (second @ error)))
+
+    found = jc.svd(x, moments, rank=12)
+    gains = np.asarray(energies(x, moments), np.float64)
+    assert loss(found) == pytest.approx(gains[12:].sum(), rel=1e-4)
+    assert loss(found) < 0.9 * loss(jc.svd(x, moments_of(rows), rank=12))
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), (x, moments))
+    both = jc.svd(*stacked, rank=12)
+    np.testing.assert_allclose(both.left[0], found.left, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="curvatures"):
+        jc.svd(x, dataclasses.replace(moments, curvatures=jnp.ones(3)), rank=12)
 
 
 def test_the_size_of_the_inputs_does_not_unbalance_the_factors():

@@ -1,8 +1,11 @@
 """Plans of ranks: within their budget, and nearly the best there are."""
 
+import dataclasses
 import itertools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matrices_for_tests import correlated, moments_of, output_loss, random, squared
@@ -61,6 +64,30 @@ def test_a_plan_meets_its_budget_and_beats_uniform_ranks(budget):
     assert recipe == plan_ranks(
         params, budget=int(limit), layout=LAYOUT, relative=False
     )
+
+
+def test_a_plan_by_curvatures():
+    """What does the model more harm keeps more ranks; all must have them, or none."""
+    params = {n: {"kernel": random(64, 96, seed=i)} for i, n in enumerate("ab")}
+    moments = {
+        f"{n}/kernel": dataclasses.replace(
+            moments_of(correlated(64)), curvatures=jnp.full(96, size)
+        )
+        for n, size in (("a", 1.0), ("b", 30.0))
+    }
+    ranks = []
+    for known in (moments, {k: without(x) for k, x in moments.items()}):
+        plan = dict(plan_ranks(params, budget=0.6, moments=known))
+        ranks.append([int(re.search(r"rank=(\d+)", x)[1]) for x in plan.values()])
+    assert ranks[0][1] > 2 * ranks[0][0]
+    assert abs(ranks[1][1] - ranks[1][0]) < 4
+    moments["a/kernel"] = without(moments["a/kernel"])
+    with pytest.raises(ValueError, match="a/kernel: no curvatures, and others"):
+        plan_ranks(params, budget=0.6, moments=moments)
+
+
+def without(moments):
+    return dataclasses.replace(moments, curvatures=None)
 
 
 def test_a_plan_by_loss():

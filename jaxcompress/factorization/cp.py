@@ -183,7 +183,7 @@ def cp(
         raise ValueError(f"cp takes a tolerance from 0 to 1, not {tolerance!r}")
     if init not in ("svd", "random"):
         raise ValueError(f"cp takes init='svd' or 'random', not {init!r}")
-    second, cross = axis_statistics("cp", x, moments, weighted, inputs)
+    second, cross, _ = axis_statistics("cp", x, moments, weighted, inputs)
     one = functools.partial(
         _fit,
         sizes=sizes,

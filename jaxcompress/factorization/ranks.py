@@ -59,6 +59,8 @@ def plan_ranks(
         bytes is one of weights. A leaf takes a rank of one at least.
       moments: by kernel name. With them the loss is the layers' expected squared
         output, else the squared weights; the ranks are for `svd` weighted likewise.
+        With curvatures, of `measure_curvatures`, it is what the model's predictions
+        lose, which compares layers by far the best.
       layout: by kernel name, as for `compress`.
       pattern: plan the leaves whose names it fully matches; None: those that a method
         takes by default.
@@ -73,7 +75,7 @@ def plan_ranks(
 
     Raises:
       ValueError: a budget out of range or too small for ranks of one, a leaf without
-        moments where others have them, a layout that is missing.
+        moments or curvatures where others have them, a layout that is missing.
       TypeError: params under a trace.
     """
     check_damping("plan_ranks", damping)
@@ -87,6 +89,12 @@ def plan_ranks(
     found = [entry for entry in entries(params, moments) if entry.name in chosen]
     weighted = moments is not None
     relative = not weighted if relative is None else relative
+    curved = [getattr(entry.moments, "curvatures", None) is not None for entry in found]
+    if any(curved) and not all(curved):
+        raise ValueError(
+            f"{found[curved.index(False)].name}: no curvatures, and others have them; "
+            "measure them with the same pattern"
+        )
     leaves = [
         _spectrum(entry, layout or {}, weighted, relative, damping) for entry in found
     ]

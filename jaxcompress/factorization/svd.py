@@ -16,7 +16,14 @@ from jaxcompress.tree.methods import method, precise
 LARGE = 2048  # smaller sides get the exact decomposition unless told otherwise
 
 Weighted = Literal["auto"] | bool
-Statistics = tuple[jax.Array | None, jax.Array | None]  # second or drifted; cross
+
+
+class Statistics(NamedTuple):
+    """What the loss of a change of the weights is measured with, as far as known."""
+
+    second: jax.Array | None = None  # [..., inputs, inputs], or the drifted moment
+    cross: jax.Array | None = None  # [..., inputs, inputs], where inputs drifted
+    outputs: jax.Array | None = None  # [..., 1, outputs]: their errors count so often
 
 
 class Sketch(NamedTuple):
@@ -53,7 +60,8 @@ def svd(
     drifted moments, to the outputs of the original layer on the original inputs. Both
     are optimal, and the loss is the sum of the squared singular values left out, up to
     the rounding of the factors to the dtype of `x`. The singular values are shared
-    evenly between the factors.
+    evenly between the factors. With curvatures (`measure_curvatures`) the squared error
+    of an output counts as often as it does the model harm.
 
     A rank of `inputs * outputs / (inputs + outputs)` or more saves nothing; it is
     allowed, because what follows may (a coarser grid for the factors).
@@ -88,7 +96,7 @@ def svd(
     """
     check_weights("svd", x)
     check_damping("svd", damping)
-    second, cross = statistics("svd", x, moments, weighted)
+    known = statistics("svd", x, moments, weighted)
     inputs, outputs = x.shape[-2:]
     if sum(option is not None for option in (rank, keep, energy)) != 1:
         raise ValueError(
@@ -96,7 +104,7 @@ def svd(
             f"rank={rank!r}, keep={keep!r}, energy={energy!r}"
         )
     if energy is not None:
-        rank = _rank_of_energy(x, second, cross, energy=energy, damping=damping)
+        rank = _rank_of_energy(x, known, energy=energy, damping=damping)
     elif keep is not None:
         check_fraction("svd", "keep", keep)
         share = keep * inputs * outputs / (inputs + outputs)
@@ -107,7 +115,7 @@ def svd(
         check_count("svd", "oversampling", oversampling, inputs + outputs, least=0)
         check_count("svd", "power_iterations", power_iterations, 100, least=0)
         sketch = Sketch(oversampling, power_iterations, seed)
-    return nearest(x, None, (second, cross), rank=rank, damping=damping, sketch=sketch)
+    return nearest(x, None, known, rank=rank, damping=damping, sketch=sketch)
 
 
 @precise
@@ -120,16 +128,17 @@ def energies(
 ) -> jax.Array:
     """What each rank is worth: squared singular values, largest first; traceable.
 
-    The sum of the last ones is the loss of `svd` without them, in squared weights or in
-    the layer's expected squared output. Arguments and errors are those of `svd`.
+    The sum of the last ones is the loss of `svd` without them: in squared weights, in
+    the layer's expected squared output or, with curvatures, in nats per token of
+    divergence from the model. Arguments and errors are those of `svd`.
 
     Returns:
       `[..., min(inputs, outputs)]`, float32.
     """
     check_weights("energies", x)
     check_damping("energies", damping)
-    second, cross = statistics("energies", x, moments, weighted)
-    return _energies(x, second, cross, damping=damping)
+    known = statistics("energies", x, moments, weighted)
+    return _energies(x, *known, damping=damping)
 
 
 def nearest(
@@ -149,18 +158,17 @@ def nearest(
       known: of `statistics`, which decide what nearest means.
       rank, damping, sketch: as in `svd`; None is the exact decomposition.
     """
-    second, cross = known
     one = functools.partial(_factors, rank=rank, damping=damping, sketch=sketch)
-    return LowRank(*each_slice(one, x, base, second, cross))
+    return LowRank(*each_slice(one, x, base, *known))
 
 
 def statistics(
     name: str, x: jax.Array, moments: Moments | None, weighted: Weighted
 ) -> Statistics:
-    """The second moment to weight by, and the cross moment where inputs drifted.
+    """What to weight by; nothing where the loss is that of the weights.
 
-    Nones where the loss is that of the weights. Raises ValueError where the moments do
-    not fit or are needed and missing.
+    Curvatures are known from few tokens: an eighth of their mean is added. Raises
+    ValueError where the moments do not fit or are needed and missing.
     """
     if weighted not in (True, False, "auto"):
         raise ValueError(
@@ -168,11 +176,16 @@ def statistics(
         )
     looked_up = isinstance(moments, Moments) and moments.second is None
     if not weighted or (weighted == "auto" and (moments is None or looked_up)):
-        return None, None
+        return Statistics()
+    outputs = None
+    if getattr(moments, "curvatures", None) is not None:
+        outputs = require(moments, x, name, fields=("curvatures",)).curvatures
+        outputs = outputs + outputs.mean(axis=-1, keepdims=True) / 8
+        outputs = outputs[..., None, :]
     if getattr(moments, "drifted", None) is not None:
         found = require(moments, x, name, fields=("drifted", "cross"))
-        return found.drifted, found.cross
-    return require(moments, x, name).second, None
+        return Statistics(found.drifted, found.cross, outputs)
+    return Statistics(require(moments, x, name).second, None, outputs)
 
 
 def whiten(
@@ -206,6 +219,7 @@ def _factors(
     base: jax.Array | None,
     second: jax.Array | None,
     cross: jax.Array | None,
+    outputs: jax.Array | None,
     *,
     rank: int,
     damping: float,
@@ -219,11 +233,12 @@ def _factors(
         key = jax.random.key(sketch.seed)
         probes = jax.random.normal(key, (x.shape[1], dimensions), jnp.float32)
     with float64(True):
-        wide, start, seen, both = _widen(x, base, second, cross)
+        wide, start, seen, both, counts = _widen(x, base, second, cross, outputs)
         if seen is not None:
             wide, factor, _ = whiten(wide, seen, both, damping)
             start = None if start is None else jnp.matmul(factor.T, start)
         wide = wide if start is None else wide - start
+        wide = wide if counts is None else wide * jnp.sqrt(counts)
         if probes is None:
             u, values, vt = _triples(wide)
         else:
@@ -234,6 +249,7 @@ def _factors(
         left, right = u[:, :rank] * root[None, :], root[:, None] * vt[:rank]
         if seen is not None:
             left = unwhiten(factor, left)
+        right = right if counts is None else right / jnp.sqrt(counts)
         return left.astype(x.dtype), right.astype(x.dtype)
 
 
@@ -278,39 +294,36 @@ def _energies(
     x: jax.Array,
     second: jax.Array | None,
     cross: jax.Array | None,
+    outputs: jax.Array | None,
     *,
     damping: float,
 ) -> jax.Array:
-    def one(x: jax.Array, second: Any, cross: Any) -> jax.Array:
+    def one(x: jax.Array, *known: Any) -> jax.Array:
         with float64(True):
-            wide, seen, both = _widen(x, second, cross)
+            wide, seen, both, counts = _widen(x, *known)
             unit = jnp.ones((), jnp.float64)
             if seen is not None:
                 wide, _, unit = whiten(wide, seen, both, damping)
+            wide = wide if counts is None else wide * jnp.sqrt(counts)
             if wide.shape[0] > wide.shape[1]:
                 wide = wide.T
             # Squares are wanted, so the Gram matrix loses nothing and is small.
             values = jnp.linalg.eigvalsh(wide @ wide.T)[::-1]
             return (jnp.maximum(values, 0) * unit).astype(jnp.float32)
 
-    return each_slice(one, x, second, cross)
+    return each_slice(one, x, second, cross, outputs)
 
 
 def _rank_of_energy(
-    x: jax.Array,
-    second: jax.Array | None,
-    cross: jax.Array | None,
-    *,
-    energy: float,
-    damping: float,
+    x: jax.Array, known: Statistics, *, energy: float, damping: float
 ) -> int:
     check_fraction("svd", "energy", energy)
-    if any(isinstance(a, jax.core.Tracer) for a in (x, second, cross)):
+    if any(isinstance(a, jax.core.Tracer) for a in (x, *known)):
         raise TypeError(
             "svd with energy is a host method: the rank it finds depends on values, so "
             "it can't run under jit, vmap or scan. Give rank or keep, or use it outside"
         )
-    values = np.asarray(_energies(x, second, cross, damping=damping), np.float64)
+    values = np.asarray(_energies(x, *known, damping=damping), np.float64)
     kept = np.cumsum(values, axis=-1)
     enough = kept >= energy * kept[..., -1:]
     return 1 + int(np.max(np.argmax(enough, axis=-1)))

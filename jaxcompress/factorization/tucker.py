@@ -186,7 +186,7 @@ def tucker(
     for axis, (rank, size) in enumerate(zip(ranks, sizes, strict=True)):
         if rank is not None:
             check_count("tucker", f"ranks[{axis}]", rank, size)
-    second, cross = axis_statistics("tucker", x, moments, weighted, inputs)
+    second, cross, _ = axis_statistics("tucker", x, moments, weighted, inputs)
     one = functools.partial(
         _core_and_factors,
         ranks=tuple(ranks),
