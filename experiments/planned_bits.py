@@ -1,10 +1,10 @@
 """What does choosing the bits of each layer by measurement gain, at equal bytes?
 
 Measures how sensitive a model is to noise in each kernel, one after another, on windows
-from the beginning of a text; plans the bits of every kernel within the bytes that
-uniform bits take; and compares both with the original on the end of the text and on a
-second text. Sensitivities are kept in a file, so that plans can be made again without
-measuring. One JSON line per row:
+from the beginning of a text, or the curvatures of its divergence, all at once; plans
+the bits of every kernel within the bytes that uniform bits take; and compares both with
+the original on the end of the text and on a second text. Sensitivities are kept in a
+file, so that plans can be made again without measuring. One JSON line per row:
 
     python experiments/planned_bits.py SmolLM2.gguf text.txt
 """
@@ -46,6 +46,8 @@ class Config:
     calibration: int = 32  # windows of 512, for gptq
     windows: int = 12  # of each text
     tokens: int = 512  # in a window
+    curvatures: bool = False  # in place of noise
+    curvature_windows: int = 32  # of 128 tokens
     sensitivities: str = ""  # file to read, or to write where there is none
     fast: bool = False  # the reference model, one rate, a few windows
     results: str = "experiments/results/planned_bits.jsonl"
@@ -104,12 +106,25 @@ def run(config: Config) -> list[dict[str, Any]]:
         for name, text in texts.items()
     }
     moments = None
-    if config.method == "gptq":
+    if config.method == "gptq" or config.curvatures:
         size = 64 if config.fast else 512
         seen = ids[: config.calibration * size].reshape(-1, 2, size)
         moments = jc.collect_moments(model, params, list(seen), select=KERNELS)
     clock = time.process_time()
-    sensitivities = measured(model, params, ids, config, moments)
+    if config.curvatures:
+        sensitivities = None
+        short = ids[: config.calibration * size].reshape(-1, 128)
+        short = short[:: max(1, len(short) // config.curvature_windows)]
+        moments = jc.measure_curvatures(
+            Apply(model),
+            params,
+            [{"tokens": short[: config.curvature_windows]}],
+            moments,
+            pattern=KERNELS,
+            key=jax.random.key(0),
+        )
+    else:
+        sensitivities = measured(model, params, ids, config, moments)
     seconds = time.process_time() - clock
     method = METHODS[config.method]
     candidates = [method.format(bits=bits) for bits in range(2, 7)]
@@ -133,7 +148,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             progress=lambda names: reporting.track(names, "planning", unit="leaves"),
         )
         planning = time.process_time() - clock
-        for name, recipe in (("uniform", uniform), ("planned", planned)):
+        plan = "planned by curvatures" if config.curvatures else "planned"
+        for name, recipe in (("uniform", uniform), (plan, planned)):
             if recipe is planned:
                 small = jc.compress(params, planned, moments)
             held = leaves(small)

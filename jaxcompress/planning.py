@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.allocation import Curve, allocate, total_loss
+from jaxcompress.calibration.moments import all_curved
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaves import dense, nbytes
@@ -38,19 +39,23 @@ def plan_bits(
 
     Every candidate is tried on every leaf, and its bytes and its relative squared error
     are measured. The damage is that error times the leaf's sensitivity, and damages add
-    up. The choice is exact on the convex hulls of the leaves' curves (that of the
-    Lagrangian), then what is left is filled greedily; the same candidate everywhere is
-    considered too, so the plan is never worse by this measure.
+    up; or, with curvatures and without sensitivities, what its errors add to the
+    divergence from the model, to second order. The choice is exact on the convex hulls
+    of the leaves' curves (that of the Lagrangian), then what is left is filled
+    greedily; the same candidate everywhere is considered too, so the plan is never
+    worse by this measure.
 
     Args:
       params: pytree of arrays and leaves; concrete.
       budget: what the planned leaves may take together: a fraction of their bytes now
         (a float, above 0 and at most 1), or bytes (an int).
-      sensitivities: by name, of `measure_sensitivities`; None: all equal.
+      sensitivities: by name, of `measure_sensitivities`; None: all equal, or what the
+        curvatures say.
       candidates: methods or their strings; None keeps a leaf as it is.
       moments: by kernel name, for methods that need them. A leaf that has a second
         moment is judged by its output error, another by its weight error:
-        sensitivities must have been measured with the same moments.
+        sensitivities must have been measured with the same moments. With curvatures,
+        of `measure_curvatures`, nothing else need be measured.
       layout: by kernel name, as for `compress`.
       pattern: plan the leaves whose names it fully matches; None: those that a method
         takes by default.
@@ -76,6 +81,8 @@ def plan_bits(
     layout, candidates = layout or {}, list(candidates)
     planned = planned_entries(params, moments, pattern)
     weights = _weights(planned, sensitivities)
+    curved = all_curved({entry.name: entry.moments for entry in planned})
+    damage = _divergence if curved and sensitivities is None else _relative_square
     turns = iter(progress([entry.name for entry in planned]))
     costs = np.zeros((len(planned), len(candidates)), np.int64)
     losses = np.zeros((len(planned), len(candidates)))
@@ -84,8 +91,7 @@ def plan_bits(
         for j, candidate in enumerate(candidates):
             small = _compressed(entry, candidate, layout, coded)
             costs[i, j] = nbytes(small)
-            error = _relative_square(entry, small, layout)
-            losses[i, j] = weights[entry.name] * error
+            losses[i, j] = weights[entry.name] * damage(entry, small, layout)
     for _ in turns:
         pass
     limit = _limit(budget, sum(nbytes(entry.value) for entry in planned))
@@ -237,17 +243,29 @@ def _relative_square(entry: Entry, value: Any, layout: Mapping[str, Layout]) -> 
 
     Measured in float64 sums of float32 products; 0 for an all-zero leaf.
     """
+    error, size = (x.sum() for x in _output_squares(entry, value, layout))
+    return float(error / size) if size > 0 else 0.0
+
+
+def _divergence(entry: Entry, value: Any, layout: Mapping[str, Layout]) -> float:
+    """Nats per token that an error costs, by the curvatures of its outputs."""
+    error, _ = _output_squares(entry, value, layout)
+    return float(np.sum(error * np.asarray(entry.moments.curvatures, np.float64)))
+
+
+def _output_squares(
+    entry: Entry, value: Any, layout: Mapping[str, Layout]
+) -> list[np.ndarray]:
+    """Squares of error and weights, `[..., outputs]`, as `_squares` has them."""
     second = getattr(entry.moments, "second", None)
-    if second is None:
+    if second is None and getattr(entry.moments, "curvatures", None) is None:
         kind = Layout((), tuple(range(entry.value.ndim - 1)), (entry.value.ndim - 1,))
     else:
         default = layouts.ROWS if entry.embedding else layouts.DENSE
         kind = _layout(entry, layout).get(entry.name, default)
         layouts.check_layout(entry.name, entry.value.shape, kind)
     parts = [layouts.matricize(dense(x), kind) for x in (entry.value, value)]
-    error, size = _squares(*parts, second)
-    error, size = (np.asarray(x, np.float64).sum() for x in (error, size))
-    return float(error / size) if size > 0 else 0.0
+    return [np.asarray(x, np.float64) for x in _squares(*parts, second)]
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """Plans from one budget: exact where they can be, never worse than uniform, honest."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
+from jaxcompress import planning
 from jaxcompress.allocation import Curve, allocate, hull, total_loss
+from jaxcompress.tree.paths import entries
 
 
 def curves(seed, parts=4, sizes=4):
@@ -245,6 +248,49 @@ def test_bad_plans_say_what_to_do(params, options, message):
     options = {"budget": 0.2, "layout": LAYOUT, "candidates": CANDIDATES[:1]} | options
     with pytest.raises(ValueError, match=message):
         jc.plan_bits(params, **options)
+
+
+def test_curvatures_take_the_place_of_sensitivities():
+    """The damage is a sum over outputs, in nats; the larger one gets more bits."""
+    rng = np.random.default_rng(0)
+    params = {
+        n: {"kernel": jnp.asarray(rng.standard_normal((64, 96)), jnp.float32)}
+        for n in "ab"
+    }
+    covariance = 0.5 * np.eye(64) + 0.5
+    moments = jc.moments_from_covariance(jnp.asarray(covariance, jnp.float32))
+    sizes = {"a": rng.uniform(0, 1, 96), "b": rng.uniform(0, 100, 96)}
+    curved = {
+        f"{n}/kernel": dataclasses.replace(moments, curvatures=jnp.asarray(c))
+        for n, c in sizes.items()
+    }
+    candidates = [f"symmetric(bits={b}, block=64)" for b in (2, 4, 6)]
+    budget = jc.nbytes(jc.compress(params, candidates[1]))
+    plan = jc.plan_bits(params, budget=budget, candidates=candidates, moments=curved)
+    assert [method for _, method in plan] == [candidates[0], candidates[2]]
+
+    def damage(name, method):
+        small = jc.compress(params[name], method)["kernel"].materialize()
+        error = np.asarray(small - params[name]["kernel"], np.float64)
+        return np.sum(sizes[name] * error * (covariance @ error))
+
+    given = {f"{n}/kernel": 1.0 for n in "ab"}
+    same = jc.plan_bits(
+        params,
+        budget=budget,
+        candidates=candidates,
+        moments=curved,
+        sensitivities=given,
+    )
+    assert [method for _, method in same] == [candidates[1]] * 2, "as it is told"
+    for name in "ab":
+        entry = next(e for e in entries(params, curved) if e.name == f"{name}/kernel")
+        small = jc.compress(params[name], candidates[0])["kernel"]
+        found = planning._divergence(entry, small, {})
+        assert found == pytest.approx(damage(name, candidates[0]), rel=1e-4)
+    curved["a/kernel"] = moments
+    with pytest.raises(ValueError, match="a/kernel: no curvatures, and others"):
+        jc.plan_bits(params, budget=budget, candidates=candidates, moments=curved)
 
 
 def test_bad_weights_losses_and_traces_are_refused(params):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -157,6 +158,21 @@ def moments_from_covariance(covariance: jax.Array, *, count: float = 1.0) -> Mom
         mean=jnp.zeros(covariance.shape[:-1], wide),
         second=covariance,
     )
+
+
+def all_curved(moments: Mapping[str, Any]) -> bool:
+    """Whether all have curvatures; ValueError, naming one, where only some have."""
+    absent = [
+        name
+        for name, known in moments.items()
+        if getattr(known, "curvatures", None) is None
+    ]
+    if 0 < len(absent) < len(moments):
+        raise ValueError(
+            f"{absent[0]}: no curvatures, and others have them; measure them with the "
+            "same pattern"
+        )
+    return not absent
 
 
 def require(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxcompress.allocation import Curve, allocate, total_loss
+from jaxcompress.calibration.moments import all_curved
 from jaxcompress.factorization.svd import check_damping, energies, svd
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
@@ -89,12 +90,7 @@ def plan_ranks(
     found = [entry for entry in entries(params, moments) if entry.name in chosen]
     weighted = moments is not None
     relative = not weighted if relative is None else relative
-    curved = [getattr(entry.moments, "curvatures", None) is not None for entry in found]
-    if any(curved) and not all(curved):
-        raise ValueError(
-            f"{found[curved.index(False)].name}: no curvatures, and others have them; "
-            "measure them with the same pattern"
-        )
+    all_curved({entry.name: entry.moments for entry in found})
     leaves = [
         _spectrum(entry, layout or {}, weighted, relative, damping) for entry in found
     ]
