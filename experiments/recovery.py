@@ -65,7 +65,7 @@ class Config(pruned.Config):
 
 
 def start_of(
-    kind: str, model: Any, params: Any, moments: Any, measure: Any
+    kind: str, model: Any, params: Any, moments: Any, seen: Any, measure: Any
 ) -> tuple[Any, Any, str]:
     """The model, its compressed parameters, and the recipe, of least divergence."""
     if kind == "four fifths of the neurons":
@@ -75,9 +75,18 @@ def start_of(
         small = jc.remove_units(params, groups, keep, moments)
         return models.resized(model, small), small, "remove_units, by loss"
     if kind == "rank":
-        options = {"moments": moments, "pattern": KERNELS}
+        short = [{"tokens": seen.reshape(-1, seen.shape[-1])[:32, :128]}]
+        curved = jc.measure_curvatures(
+            Apply(model),
+            params,
+            short,
+            moments,
+            pattern=KERNELS,
+            key=jax.random.key(0),
+        )
+        options = {"moments": curved, "pattern": KERNELS}
         plan = jc.plan_ranks(params, budget=0.8, **options)
-        return model, jc.compress(params, plan, moments), "plan_ranks(budget=0.8)"
+        return model, jc.compress(params, plan, curved), "plan_ranks, curvatures"
     found = []
     for method in STARTS[kind]:
         small = jc.compress(params, [(KERNELS, method)], moments)
@@ -142,7 +151,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         if kind not in made:
             select = READERS if "neurons" in kind else KERNELS
             moments = jc.collect_moments(model, params, seen, select=select)
-            less, small, recipe = start_of(kind, model, params, moments, measure)
+            less, small, recipe = start_of(kind, model, params, moments, seen, measure)
             made = {kind: (less, small, recipe, measure(less, small))}
         less, start, recipe, before = made[kind]
         tree = start
