@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from command import about, parse, rows_of
-from pruned import KERNELS, calibration, cut, kernels, texts
+from pruned import KERNELS, calibration, curved, cut, kernels, texts
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -67,7 +67,6 @@ class Config:
     text: str = ""  # the packaged held-out text, for the reference model
     fraction: float = 0.2  # of the text, from its end, to measure on; else calibration
     calibration: int = 64  # windows
-    curvature: int = 32  # windows, 128 tokens of each
     windows: int = 32  # to measure on
     tokens: int = 256  # in a window
     only: str = ""  # rows whose name holds this
@@ -183,19 +182,10 @@ def run(config: Config) -> list[dict[str, Any]]:
     scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
 
     @functools.cache
-    def curved() -> Any:
-        """The moments with curvatures, measured on short windows of the same text."""
-        short = inputs.reshape(-1, config.tokens)[: config.curvature, :128]
-        return jc.measure_curvatures(
-            Apply(model),
-            params,
-            [{"tokens": short}],
-            moments,
-            pattern=KERNELS,
-            key=jax.random.key(0),
-        )
+    def with_curvatures() -> Any:
+        return curved(model, params, inputs, moments, KERNELS)
 
-    make, rows = Rows(params, moments, curved), []
+    make, rows = Rows(params, moments, with_curvatures), []
     weights = sum(x.size for _, x in kernels(params))
     for name in todo:
         clock = time.process_time()

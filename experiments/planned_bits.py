@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from nearest import commit, docstrings
+from pruned import curved
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -47,7 +48,6 @@ class Config:
     windows: int = 12  # of each text
     tokens: int = 512  # in a window
     curvatures: bool = False  # in place of noise
-    curvature_windows: int = 32  # of 128 tokens
     sensitivities: str = ""  # file to read, or to write where there is none
     fast: bool = False  # the reference model, one rate, a few windows
     results: str = "experiments/results/planned_bits.jsonl"
@@ -113,16 +113,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     clock = time.process_time()
     if config.curvatures:
         sensitivities = None
-        short = ids[: config.calibration * size].reshape(-1, 128)
-        short = short[:: max(1, len(short) // config.curvature_windows)]
-        moments = jc.measure_curvatures(
-            Apply(model),
-            params,
-            [{"tokens": short[: config.curvature_windows]}],
-            moments,
-            pattern=KERNELS,
-            key=jax.random.key(0),
-        )
+        moments = curved(model, params, seen, moments, KERNELS)
     else:
         sensitivities = measured(model, params, ids, config, moments)
     seconds = time.process_time() - clock

@@ -71,6 +71,20 @@ def calibration(tokenizer: Any, text: str, config: Config) -> np.ndarray:
     return ids.reshape(-1, 2, config.tokens)
 
 
+def curved(model: Any, params: Any, ids: Any, moments: Any, pattern: str) -> Any:
+    """The moments with curvatures, of 32 windows of 128 tokens spread over `ids`."""
+    short = np.asarray(ids).reshape(-1, 128)
+    short = short[:: max(1, len(short) // 32)][:32]
+    return jc.measure_curvatures(
+        Apply(model),
+        params,
+        [{"tokens": short}],
+        moments,
+        pattern=pattern,
+        key=jax.random.key(0),
+    )
+
+
 @jax.jit
 def _losses(params: Any, small: Any, seconds: dict[str, jax.Array]) -> dict[str, Any]:
     before, after = dict(kernels(params)), dict(kernels(small))

@@ -75,15 +75,7 @@ def start_of(
         small = jc.remove_units(params, groups, keep, moments)
         return models.resized(model, small), small, "remove_units, by loss"
     if kind == "rank":
-        short = [{"tokens": seen.reshape(-1, seen.shape[-1])[:32, :128]}]
-        curved = jc.measure_curvatures(
-            Apply(model),
-            params,
-            short,
-            moments,
-            pattern=KERNELS,
-            key=jax.random.key(0),
-        )
+        curved = pruned.curved(model, params, seen, moments, KERNELS)
         options = {"moments": curved, "pattern": KERNELS}
         plan = jc.plan_ranks(params, budget=0.8, **options)
         return model, jc.compress(params, plan, curved), "plan_ranks, curvatures"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.allocation import Curve, allocate, total_loss
-from jaxcompress.calibration.moments import all_curved
+from jaxcompress.calibration.moments import check_curvatures, require
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaves import dense, nbytes
@@ -68,7 +68,8 @@ def plan_bits(
 
     Raises:
       ValueError: a budget out of range or below what the smallest candidates take, no
-        candidates, a sensitivity that is missing, negative or not finite, what
+        candidates, a sensitivity that is missing, negative or not finite, without
+        sensitivities curvatures that some leaves lack or that are all zero, what
         `compress` raises.
       TypeError: params under a trace.
 
@@ -81,8 +82,10 @@ def plan_bits(
     layout, candidates = layout or {}, list(candidates)
     planned = planned_entries(params, moments, pattern)
     weights = _weights(planned, sensitivities)
-    curved = all_curved({entry.name: entry.moments for entry in planned})
-    damage = _divergence if curved and sensitivities is None else _relative_square
+    curved = sensitivities is None and check_curvatures(
+        {entry.name: entry.moments for entry in planned}
+    )
+    damage = _divergence if curved else _relative_square
     turns = iter(progress([entry.name for entry in planned]))
     costs = np.zeros((len(planned), len(candidates)), np.int64)
     losses = np.zeros((len(planned), len(candidates)))
@@ -265,6 +268,8 @@ def _output_squares(
         kind = _layout(entry, layout).get(entry.name, default)
         layouts.check_layout(entry.name, entry.value.shape, kind)
     parts = [layouts.matricize(dense(x), kind) for x in (entry.value, value)]
+    if getattr(entry.moments, "curvatures", None) is not None:
+        require(entry.moments, parts[0], entry.name, fields=("curvatures",))
     return [np.asarray(x, np.float64) for x in _squares(*parts, second)]
 
 

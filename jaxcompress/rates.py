@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.feedback import inverse_factor
-from jaxcompress.calibration.moments import Moments, require
+from jaxcompress.calibration.moments import Moments, check_curvatures, require
 from jaxcompress.planning import check_concrete, planned_entries
 from jaxcompress.quantization import rate_coded
 from jaxcompress.quantization.rate_distortion import (
@@ -21,6 +21,7 @@ from jaxcompress.quantization.rate_distortion import (
 )
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.methods import precise
 from jaxcompress.tree.paths import Entry
 from jaxcompress.types import Batch, Params, Rule
 
@@ -122,6 +123,7 @@ def measure_curvatures(
     return completed
 
 
+@precise
 def plan_rates(
     params: Params,
     moments: Mapping[str, Any],
@@ -160,9 +162,7 @@ def plan_rates(
     """
     check_concrete(params, "plan_rates")
     layout, planned = layout or {}, planned_entries(params, moments, pattern)
-    measured = any(
-        getattr(entry.moments, "curvatures", None) is not None for entry in planned
-    )
+    measured = check_curvatures({entry.name: entry.moments for entry in planned})
     slices, sizes, spreads, floors, bends = [], [], [], [], []
     for entry in planned:
         kind = _kind(entry, layout)
@@ -213,17 +213,8 @@ def plan_rates(
 
 def _curvatures(entry: Entry, matrix: jax.Array) -> np.ndarray:
     """Float64 `[slices, outputs]`."""
-    again = "measure them with the same pattern, on batches that reach this leaf"
-    try:
-        known = require(entry.moments, matrix, "plan_rates", fields=("curvatures",))
-    except ValueError as error:
-        raise ValueError(f"{entry.name}: {error}; {again}") from error
-    found = np.asarray(known.curvatures, np.float64).reshape(-1, matrix.shape[-1])
-    if not (np.isfinite(found).all() and (found.mean(axis=1) > 0).all()):
-        raise ValueError(
-            f"{entry.name}: curvatures that are all zero, or not finite; {again}"
-        )
-    return found
+    known = require(entry.moments, matrix, entry.name, fields=("curvatures",))
+    return np.asarray(known.curvatures, np.float64).reshape(-1, matrix.shape[-1])
 
 
 def _kind(entry: Entry, layout: Mapping[str, Layout]) -> Layout:

@@ -63,13 +63,13 @@ def test_the_weighted_loss_is_what_the_singular_values_say():
 
 
 def test_outputs_that_do_more_are_kept_better():
-    """The loss counts the error of each output by its curvature, an eighth added."""
+    """The loss counts errors of an output by its curvature, drawn towards the mean."""
     x, rows = random(48, 64, seed=1), correlated(48)
     curvatures = np.exp2(np.random.default_rng(2).uniform(-6, 0, 64))
     moments = dataclasses.replace(
         moments_of(rows), curvatures=jnp.asarray(curvatures, jnp.float32)
     )
-    counts = curvatures + curvatures.mean() / 8
+    counts = (8 * curvatures + curvatures.mean()) / 9
     second = np.asarray(moments.second, np.float64)
     second = second + 1e-3 * np.mean(np.diagonal(second)) * np.eye(48)
 
@@ -82,11 +82,57 @@ def test_outputs_that_do_more_are_kept_better():
     gains = np.asarray(energies(x, moments), np.float64)
     assert loss(found) == pytest.approx(gains[12:].sum(), rel=1e-4)
     assert loss(found) < 0.9 * loss(jc.svd(x, moments_of(rows), rank=12))
-    stacked = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), (x, moments))
-    both = jc.svd(*stacked, rank=12)
+    other = dataclasses.replace(moments, curvatures=moments.curvatures[::-1])
+    both = jax.tree.map(lambda *a: jnp.stack(a), (x, moments), (2 * x, other))
+    both = jc.svd(*both, rank=12)
     np.testing.assert_allclose(both.left[0], found.left, rtol=1e-4, atol=1e-5)
+    alone = jc.svd(2 * x, other, rank=12)
+    np.testing.assert_allclose(both.right[1], alone.right, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="curvatures"):
         jc.svd(x, dataclasses.replace(moments, curvatures=jnp.ones(3)), rank=12)
+    small = dataclasses.replace(moments, curvatures=1e-8 * moments.curvatures)
+    np.testing.assert_allclose(jc.svd(x, small, rank=12).left, found.left, rtol=1e-3)
+    none = dataclasses.replace(moments, curvatures=jnp.zeros(64))
+    np.testing.assert_allclose(
+        jc.svd(x, none, rank=12).materialize(),
+        jc.svd(x, moments_of(rows), rank=12).materialize(),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_curvatures_follow_into_the_factors():
+    """What an error of a factor does, by its outputs, is what it does to the whole."""
+    x, rows = random(48, 64, seed=1), correlated(48)
+    curvatures = jnp.asarray(np.random.default_rng(2).uniform(0, 1, 64), jnp.float32)
+    moments = dataclasses.replace(moments_of(rows), curvatures=curvatures)
+    low = jc.svd(x, moments, rank=12)
+
+    def harm(change, second, counts):
+        change, second = (np.asarray(a, np.float64) for a in (change, second))
+        return np.sum(np.asarray(counts) * change * (second @ change))
+
+    known = {part: low.inner_moments(part, moments) for part in ("left", "right")}
+    moved = 0.01 * random(12, 64, seed=5)
+    whole = harm(low.left @ moved, moments.second, curvatures)
+    parts = harm(moved, known["right"].second, known["right"].curvatures)
+    assert parts == pytest.approx(whole, rel=1e-3)
+    for column in (0, 7):  # errors of one output; together they may add up or cancel
+        moved = np.zeros((48, 12), np.float32)
+        moved[:, column] = 0.01 * random(48, 1, seed=6)[:, 0]
+        whole = harm(moved @ low.right, moments.second, curvatures)
+        parts = harm(moved, known["left"].second, known["left"].curvatures)
+        assert parts == pytest.approx(whole, rel=1e-3)
+    tree = {"a": {"kernel": low}}
+    plan = jc.plan_bits(
+        tree, budget=0.2, moments={"a/kernel": moments}, pattern=".*(left|right)"
+    )
+    jc.compress(tree, plan, {"a/kernel": moments})
+    mixed = jc.mixed_channels(x, bits=4, keep=8, axis="outputs")
+    order = np.asarray(mixed.order)
+    for part, places in (("kept", order[:8]), ("rest", order[8:])):
+        found = mixed.inner_moments(part, moments).curvatures
+        np.testing.assert_array_equal(found, np.asarray(curvatures)[places])
 
 
 def test_the_size_of_the_inputs_does_not_unbalance_the_factors():

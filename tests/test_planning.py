@@ -274,6 +274,15 @@ def test_curvatures_take_the_place_of_sensitivities():
         error = np.asarray(small - params[name]["kernel"], np.float64)
         return np.sum(sizes[name] * error * (covariance @ error))
 
+    stacked = {"c": {"kernel": jnp.stack([params[n]["kernel"] for n in "ab"])}}
+    both = jax.tree.map(lambda *a: jnp.stack(a), *curved.values())
+    options = {"layout": {"c/kernel": jc.Layout((0,), (1,), (2,))}}
+    (entry,) = entries(stacked, {"c/kernel": both})
+    small = jc.compress(stacked, candidates[0], **options)["c"]["kernel"]
+    found = planning._divergence(entry, small, options["layout"])
+    wanted = damage("a", candidates[0]) + damage("b", candidates[0])
+    assert found == pytest.approx(wanted, rel=1e-4)
+
     given = {f"{n}/kernel": 1.0 for n in "ab"}
     same = jc.plan_bits(
         params,
@@ -288,7 +297,11 @@ def test_curvatures_take_the_place_of_sensitivities():
         small = jc.compress(params[name], candidates[0])["kernel"]
         found = planning._divergence(entry, small, {})
         assert found == pytest.approx(damage(name, candidates[0]), rel=1e-4)
+    zero = dataclasses.replace(moments, curvatures=jnp.zeros(96))
+    with pytest.raises(ValueError, match="a/kernel: curvatures that are all zero"):
+        jc.plan_bits(params, budget=budget, moments=curved | {"a/kernel": zero})
     curved["a/kernel"] = moments
+    jc.plan_bits(params, budget=budget, moments=curved, sensitivities=given)
     with pytest.raises(ValueError, match="a/kernel: no curvatures, and others"):
         jc.plan_bits(params, budget=budget, candidates=candidates, moments=curved)
 

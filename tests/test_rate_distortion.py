@@ -566,15 +566,18 @@ def test_trained_steps_go_back_to_coded_levels():
             jnp.asarray(gaussian(64, 100), jnp.float32), rate=3
         ),
         "bias": jnp.zeros(100),
+        "norm": jc.code_floats(jnp.ones(4096)),
     }
     coarse = decoded(small)
     assert coarse["kernel"].levels.dtype == jnp.int8
     trainable, frozen = jc.partition(coarse)
-    trainable = jax.tree.map(lambda x: 2 * x + 1, trainable)
+    trainable = jax.tree.map(lambda x: (2 * x + 1).astype(x.dtype), trainable)
     back = recoded(jc.combine(trainable, frozen), small)
     steps = small["kernel"].steps
-    wanted = dataclasses.replace(small["kernel"], steps=2 * steps + 1)
-    assert demo.same_bits(back, {"kernel": wanted, "bias": jnp.ones(100)})
+    steps = (2 * steps + 1).astype(steps.dtype)
+    wanted = dataclasses.replace(small["kernel"], steps=steps)
+    trained = {"bias": jnp.ones(100), "norm": jnp.full(4096, 3.0)}
+    assert demo.same_bits(back, {"kernel": wanted, **trained})
 
 
 def test_the_factor_is_what_the_theory_names():

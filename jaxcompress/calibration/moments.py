@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -160,19 +161,33 @@ def moments_from_covariance(covariance: jax.Array, *, count: float = 1.0) -> Mom
     )
 
 
-def all_curved(moments: Mapping[str, Any]) -> bool:
-    """Whether all have curvatures; ValueError, naming one, where only some have."""
-    absent = [
-        name
-        for name, known in moments.items()
-        if getattr(known, "curvatures", None) is None
-    ]
-    if 0 < len(absent) < len(moments):
-        raise ValueError(
-            f"{absent[0]}: no curvatures, and others have them; measure them with the "
-            "same pattern"
-        )
-    return not absent
+def check_curvatures(moments: Mapping[str, Any]) -> bool:
+    """Whether leaves have curvatures that they can be weighed by, one against another.
+
+    Raises ValueError, naming a leaf, where only some have them, or where those of a
+    slice are all zero or not finite.
+    """
+    known = {name: getattr(x, "curvatures", None) for name, x in moments.items()}
+    if all(counts is None for counts in known.values()):
+        return False
+    again = "measure them with the same pattern, on batches that reach this leaf"
+    for name, counts in known.items():
+        if counts is None:
+            raise ValueError(f"{name}: no curvatures, and others have them; {again}")
+        if not (np.isfinite(counts).all() and (np.mean(counts, axis=-1) > 0).all()):
+            raise ValueError(
+                f"{name}: curvatures that are all zero, or not finite; {again}"
+            )
+    return True
+
+
+def steadied(curvatures: Any, xp: Any = jnp) -> Any:
+    """Curvatures drawn towards their mean, for they are known from few tokens.
+
+    `[..., outputs]` in the array library `xp`; ones where all are zero.
+    """
+    mean = curvatures.mean(axis=-1, keepdims=True)
+    return xp.where(mean > 0, (8 * curvatures + mean) / 9, 1)
 
 
 def require(

@@ -47,10 +47,19 @@ class LowRank(Leaf):
         return self.right.shape[-2]
 
     def inner_moments(self, field: str, moments: Moments) -> Moments:
-        """`left` has the inputs of the whole; those of `right` are `x @ left`."""
-        if field == "left":
-            return dataclasses.replace(moments, tokens=None)
-        return moments.project(dense(self.left))
+        """`left` has the inputs of the whole; those of `right` are `x @ left`.
+
+        An error of one of `left`'s outputs is spread by `right` over those of the
+        whole, and counts as often as they do then, together.
+        """
+        counts = moments.curvatures
+        if field == "right":
+            projected = moments.project(dense(self.left))
+            return dataclasses.replace(projected, curvatures=counts)
+        if counts is not None:
+            spread = jnp.square(dense(self.right).astype(jnp.float32))
+            counts = jnp.sum(spread * counts[..., None, :], axis=-1)
+        return dataclasses.replace(moments, tokens=None, curvatures=counts)
 
     def materialize(self) -> jax.Array:
         return multiply(dense(self.left), dense(self.right))

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 
 from jaxcompress.allocation import Curve, allocate, total_loss
-from jaxcompress.calibration.moments import all_curved
+from jaxcompress.calibration.moments import check_curvatures
 from jaxcompress.factorization.svd import check_damping, energies, svd
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaves import dense
-from jaxcompress.tree.methods import precise
 from jaxcompress.tree.paths import Entry, entries
 from jaxcompress.tree.rules import choose
 from jaxcompress.types import Params, Rule
@@ -35,7 +34,6 @@ class _Spectrum(Curve):
         return len(self.costs) - 1
 
 
-@precise
 def plan_ranks(
     params: Params,
     *,
@@ -76,7 +74,8 @@ def plan_ranks(
 
     Raises:
       ValueError: a budget out of range or too small for ranks of one, a leaf without
-        moments or curvatures where others have them, a layout that is missing.
+        moments or curvatures where others have them, curvatures that are all zero, a
+        layout that is missing.
       TypeError: params under a trace.
     """
     check_damping("plan_ranks", damping)
@@ -90,7 +89,8 @@ def plan_ranks(
     found = [entry for entry in entries(params, moments) if entry.name in chosen]
     weighted = moments is not None
     relative = not weighted if relative is None else relative
-    all_curved({entry.name: entry.moments for entry in found})
+    if weighted:
+        check_curvatures({entry.name: entry.moments for entry in found})
     leaves = [
         _spectrum(entry, layout or {}, weighted, relative, damping) for entry in found
     ]

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.feedback import damped, each_slice, float64
-from jaxcompress.calibration.moments import Moments, require
+from jaxcompress.calibration.moments import Moments, require, steadied
 from jaxcompress.factorization.low_rank import LowRank
-from jaxcompress.tree.methods import method, precise
+from jaxcompress.tree.methods import method
 
 LARGE = 2048  # smaller sides get the exact decomposition unless told otherwise
 
@@ -23,7 +23,7 @@ class Statistics(NamedTuple):
 
     second: jax.Array | None = None  # [..., inputs, inputs], or the drifted moment
     cross: jax.Array | None = None  # [..., inputs, inputs], where inputs drifted
-    outputs: jax.Array | None = None  # [..., 1, outputs]: their errors count so often
+    counts: jax.Array | None = None  # [..., 1, outputs]: how often errors of each count
 
 
 class Sketch(NamedTuple):
@@ -118,7 +118,6 @@ def svd(
     return nearest(x, None, known, rank=rank, damping=damping, sketch=sketch)
 
 
-@precise
 def energies(
     x: jax.Array,
     moments: Moments | None = None,
@@ -130,7 +129,7 @@ def energies(
 
     The sum of the last ones is the loss of `svd` without them: in squared weights, in
     the layer's expected squared output or, with curvatures, in nats per token of
-    divergence from the model. Arguments and errors are those of `svd`.
+    divergence from the model, to second order. Arguments and errors are those of `svd`.
 
     Returns:
       `[..., min(inputs, outputs)]`, float32.
@@ -167,8 +166,7 @@ def statistics(
 ) -> Statistics:
     """What to weight by; nothing where the loss is that of the weights.
 
-    Curvatures are known from few tokens: an eighth of their mean is added. Raises
-    ValueError where the moments do not fit or are needed and missing.
+    Raises ValueError where the moments do not fit or are needed and missing.
     """
     if weighted not in (True, False, "auto"):
         raise ValueError(
@@ -177,15 +175,14 @@ def statistics(
     looked_up = isinstance(moments, Moments) and moments.second is None
     if not weighted or (weighted == "auto" and (moments is None or looked_up)):
         return Statistics()
-    outputs = None
+    counts = None
     if getattr(moments, "curvatures", None) is not None:
-        outputs = require(moments, x, name, fields=("curvatures",)).curvatures
-        outputs = outputs + outputs.mean(axis=-1, keepdims=True) / 8
-        outputs = outputs[..., None, :]
+        known = require(moments, x, name, fields=("curvatures",))
+        counts = steadied(known.curvatures)[..., None, :]
     if getattr(moments, "drifted", None) is not None:
         found = require(moments, x, name, fields=("drifted", "cross"))
-        return Statistics(found.drifted, found.cross, outputs)
-    return Statistics(require(moments, x, name).second, None, outputs)
+        return Statistics(found.drifted, found.cross, counts)
+    return Statistics(require(moments, x, name).second, None, counts)
 
 
 def whiten(
@@ -219,7 +216,7 @@ def _factors(
     base: jax.Array | None,
     second: jax.Array | None,
     cross: jax.Array | None,
-    outputs: jax.Array | None,
+    counts: jax.Array | None,
     *,
     rank: int,
     damping: float,
@@ -233,12 +230,14 @@ def _factors(
         key = jax.random.key(sketch.seed)
         probes = jax.random.normal(key, (x.shape[1], dimensions), jnp.float32)
     with float64(True):
-        wide, start, seen, both, counts = _widen(x, base, second, cross, outputs)
+        wide, start, seen, both, counts = _widen(x, base, second, cross, counts)
         if seen is not None:
             wide, factor, _ = whiten(wide, seen, both, damping)
             start = None if start is None else jnp.matmul(factor.T, start)
         wide = wide if start is None else wide - start
-        wide = wide if counts is None else wide * jnp.sqrt(counts)
+        if counts is not None:  # their size does not matter, and must not unbalance
+            counts = jnp.sqrt(counts / jnp.mean(counts))
+            wide = wide * counts
         if probes is None:
             u, values, vt = _triples(wide)
         else:
@@ -249,7 +248,7 @@ def _factors(
         left, right = u[:, :rank] * root[None, :], root[:, None] * vt[:rank]
         if seen is not None:
             left = unwhiten(factor, left)
-        right = right if counts is None else right / jnp.sqrt(counts)
+        right = right if counts is None else right / counts
         return left.astype(x.dtype), right.astype(x.dtype)
 
 
@@ -294,7 +293,7 @@ def _energies(
     x: jax.Array,
     second: jax.Array | None,
     cross: jax.Array | None,
-    outputs: jax.Array | None,
+    counts: jax.Array | None,
     *,
     damping: float,
 ) -> jax.Array:
@@ -311,7 +310,7 @@ def _energies(
             values = jnp.linalg.eigvalsh(wide @ wide.T)[::-1]
             return (jnp.maximum(values, 0) * unit).astype(jnp.float32)
 
-    return each_slice(one, x, second, cross, outputs)
+    return each_slice(one, x, second, cross, counts)
 
 
 def _rank_of_energy(

@@ -1,5 +1,6 @@
 """A kernel of three axes or more as a small core, each axis multiplied out of it."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -235,6 +236,8 @@ def axis_statistics(
             f"{name} can be weighted only where the inputs are a single axis, here "
             f"they are {inputs}; pass weighted=False, or use svd"
         )
+    if getattr(moments, "curvatures", None) is not None:  # no use here
+        moments = dataclasses.replace(moments, curvatures=None)
     return statistics(name, x, moments, weighted)
 
 

@@ -29,12 +29,10 @@ from jaxcompress.pruning.readers import (
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaves import is_leaf
-from jaxcompress.tree.methods import precise
 from jaxcompress.tree.paths import is_float
 from jaxcompress.types import Params
 
 
-@precise
 def remove_units(
     params: Params,
     groups: Groups,
@@ -152,8 +150,9 @@ def _make_up(
         fitted = _least_squares(matrix, second, index, gone, damping=damping)
     if bias is not None:
         mean = known[name].mean.astype(jnp.float32)
-        constant = jnp.matmul(mean, matrix.astype(jnp.float32))
-        constant = constant - jnp.matmul(mean[index], fitted)
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        constant = product(mean, matrix.astype(jnp.float32))
+        constant = constant - product(mean[index], fitted)
         moved = bias.astype(jnp.float32) + constant.reshape(bias.shape)
         arrays[beside(name)] = moved.astype(bias.dtype)
     shape = list(x.shape)

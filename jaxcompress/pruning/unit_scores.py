@@ -22,11 +22,9 @@ from jaxcompress.pruning.readers import (
 )
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.methods import precise
 from jaxcompress.types import Params
 
 
-@precise
 def score_units(
     moments: Mapping[str, Moments],
     groups: Groups,

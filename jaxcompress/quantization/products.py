@@ -62,45 +62,44 @@ def integer_product(x: jax.Array, weight: Any) -> jax.Array:
     Differentiable as if nothing were rounded: with respect to `x` and the steps.
     """
     rounded, step = round_rows(x)
+    half = 2 ** (weight.bits - 1)  # codes less this fit signed bytes
+    zero = None
+    if weight.zero_point is not None:
+        zero = dense(weight.zero_point).astype(jnp.int32) - half
+        zero = zero.reshape((*(1,) * (x.ndim - 1), -1))
     # In 8-bit integers an H200 gave wrong sums (jax 0.11.2). bfloat16 holds all of
     # them, and float32 their sums up to 2^24.
     sums = jax.lax.platform_dependent(
         rounded,
         weight.codes,
-        cpu=functools.partial(_in_integers, half=_half(weight)),
-        default=functools.partial(_in_floats, half=_half(weight)),
+        zero,
+        cpu=functools.partial(_in_integers, half=half),
+        default=functools.partial(_in_floats, half=half),
     )
-    lead = (1,) * (x.ndim - 1)
-    if weight.zero_point is not None:
-        zero = dense(weight.zero_point).astype(jnp.float32) - _half(weight)
-        total = jnp.sum(rounded, axis=-1, keepdims=True)
-        sums = sums - total * zero.reshape((*lead, -1))
-    scale = weight.steps.scale.reshape((*lead, -1))
+    scale = weight.steps.scale.reshape((*(1,) * (x.ndim - 1), -1))
     return sums * (step * scale)
 
 
-def _half(weight: Any) -> int:
-    """What codes are shifted by, so that they fit signed bytes."""
-    return 2 ** (weight.bits - 1)
-
-
-def _in_integers(rounded: jax.Array, codes: Any, half: int) -> jax.Array:
+def _in_integers(x: jax.Array, codes: Any, zero: Any, half: int) -> jax.Array:
     # Unsigned arithmetic wraps, so that the bits are those of the signed difference.
     shifted = dense(codes).astype(jnp.uint8) - np.uint8(half)
     signed = jax.lax.bitcast_convert_type(shifted, jnp.int8)
-    return _sums(rounded.astype(jnp.int8), signed, jnp.int32)
+    return _sums(x.astype(jnp.int8), signed, zero, jnp.int32)
 
 
-def _in_floats(rounded: jax.Array, codes: Any, half: int) -> jax.Array:
+def _in_floats(x: jax.Array, codes: Any, zero: Any, half: int) -> jax.Array:
     signed = dense(codes).astype(jnp.int32) - half
     kind = jnp.bfloat16
-    return _sums(rounded.astype(kind), signed.astype(kind), jnp.float32)
+    return _sums(x.astype(kind), signed.astype(kind), zero, jnp.float32)
 
 
-def _sums(x: jax.Array, codes: jax.Array, kind: Any) -> jax.Array:
-    """`x @ codes`, summed in this dtype; float32."""
+def _sums(x: jax.Array, codes: jax.Array, zero: Any, kind: Any) -> jax.Array:
+    """`x @ (codes - zero)`, summed in this dtype; float32."""
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     sums = jax.lax.dot_general(x, codes, dimensions, preferred_element_type=kind)
+    if zero is not None:
+        total = jnp.sum(x, axis=-1, keepdims=True, dtype=kind)
+        sums = sums - total * zero.astype(kind)
     return sums.astype(jnp.float32)
 
 

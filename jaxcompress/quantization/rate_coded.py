@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcompress.calibration.moments import steadied
 from jaxcompress.entropy import rans
 from jaxcompress.entropy.packing import bits_needed, pack
 from jaxcompress.quantization import contexts, densities, level_files, trellis
@@ -311,12 +312,9 @@ def _filled(x: jax.Array, axis: int, size: int, value: int) -> Any:
 def column_scales(curvatures: np.ndarray) -> np.ndarray:
     """How much finer than the coarsest each output is quantized, in quarter octaves.
 
-    Errors go in inverse proportion to the root of what they do. An eighth of the mean
-    is added to that, as it is known from few tokens only. `[..., outputs]`, uint8.
+    Errors go in inverse proportion to the root of what they do. uint8 `[..., outputs]`.
     """
-    wide = np.asarray(curvatures, np.float64)
-    mean = wide.mean(axis=-1, keepdims=True)
-    wide = np.where(mean > 0, wide + mean / 8, 1.0)
+    wide = steadied(np.asarray(curvatures, np.float64), np)
     finer = OCTAVE / 2 * np.log2(wide / wide.min(axis=-1, keepdims=True))
     return np.minimum(np.rint(finer), MOST_SCALES - 1).astype(np.uint8)
 

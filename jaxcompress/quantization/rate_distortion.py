@@ -13,9 +13,10 @@ from jaxcompress.calibration.feedback import damped, feed_back, inverse_factor
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.entropy.parallel import in_order
 from jaxcompress.quantization import contexts, rate_coded, trellis
+from jaxcompress.quantization.grids import round_to
 from jaxcompress.quantization.rate_coded import RateCoded
 from jaxcompress.quantization.second_order import corrected_target
-from jaxcompress.tree.methods import method
+from jaxcompress.tree.methods import method, precise
 
 EXACT = 0.005  # of the rate: how near the coded size comes
 TRIES = 6
@@ -121,7 +122,7 @@ def rate_distortion(
             prepared = prepare(weights, *known, **options, ridge=ridge)
         return _search(*prepared, rates[i], states, side)
 
-    found = in_order(one, range(count))
+    found = in_order(precise(one), range(count))  # threads start without it
     levels, steps = (np.stack(part) for part in zip(*found, strict=True))
     return RateCoded(
         rate_coded.code_levels(levels.reshape(x.shape), states),
@@ -231,7 +232,7 @@ def sweep(
     steps = scale * jnp.diagonal(factor) / (2 if states else 1)
 
     def stored(step: jax.Array) -> jax.Array:
-        return step.astype(jnp.bfloat16).astype(jnp.float32)
+        return round_to(step, jnp.bfloat16)
 
     def nearest(row: jax.Array) -> jax.Array:
         if not states:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from jaxcompress.tree.leaves import Leaf, dense
+from jaxcompress.tree.paths import is_float
 from jaxcompress.types import Params
 
 
@@ -16,24 +17,25 @@ def decoded(params: Params) -> Params:
     decoding at each step. Bit for bit the same outputs.
     """
 
-    def lossless(x: Any) -> bool:
-        return isinstance(x, Leaf) and x.lossless
-
-    return jax.tree.map(dense, params, is_leaf=lossless)
+    return jax.tree.map(dense, params, is_leaf=_lossless)
 
 
 def recoded(params: Params, like: Params) -> Params:
-    """`decoded` undone after training: lossless leaves are those of `like` again.
+    """`decoded` undone after training: codes, which do not train, are coded again.
+
+    Floating-point arrays that were coded stay as they are in `params`, since they may
+    have changed: `code_floats()` codes them, and so does `save`.
 
     Args:
-      params: a tree of `decoded(like)`, whose codes have not changed.
+      params: a tree of `decoded(like)`, in its dtypes, whose codes have not changed.
       like: the tree that was decoded.
     """
 
-    def lossless(x: Any) -> bool:
-        return isinstance(x, Leaf) and x.lossless
+    def one(old: Any, new: Any) -> Any:
+        return old if _lossless(old) and not is_float(old) else new
 
-    # What stands in place of a lossless leaf is one array.
-    return jax.tree.map(
-        lambda old, new: old if lossless(old) else new, like, params, is_leaf=lossless
-    )
+    return jax.tree.map(one, like, params, is_leaf=_lossless)
+
+
+def _lossless(x: Any) -> bool:
+    return isinstance(x, Leaf) and x.lossless

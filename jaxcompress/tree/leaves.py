@@ -321,8 +321,15 @@ class Mixed(Leaf):
 
     def inner_moments(self, field: str, moments: Any) -> Any:
         """Those of the whole layer for a part of its outputs; none for some inputs."""
-        del field
-        return moments if self.axis == -1 else None
+        if self.axis != -1:
+            return None
+        counts = getattr(moments, "curvatures", None)
+        if counts is None:
+            return moments
+        counts = jnp.take_along_axis(counts, self.order.astype(jnp.int32), axis=-1)
+        cut = self.kept.shape[-1]
+        part = counts[..., :cut] if field == "kept" else counts[..., cut:]
+        return dataclasses.replace(moments, curvatures=part)
 
     def materialize(self) -> jax.Array:
         rest = dense(self.rest)

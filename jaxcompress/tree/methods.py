@@ -6,13 +6,14 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 
 from jaxcompress.types import Method
 
 Selection = Literal["weights", "codes", "floats"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 _METHODS: dict[str, Method] = {}
 
 
@@ -30,7 +31,7 @@ class Traits:
     traceable: bool | Callable[[dict[str, Any]], bool]
 
 
-def precise(function: Callable[..., Any]) -> Callable[..., Any]:
+def precise(function: Function) -> Function:
     """The function with float32 products in float32.
 
     Accelerators round what they multiply, to 8 or 11 bits, unless they are told not to:
