@@ -7,9 +7,7 @@ peak is that of this work:
     python experiments/blockwise.py SmolLM2.gguf text.txt
 """
 
-import argparse
 import dataclasses
-import json
 import time
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from nearest import commit
+from command import commit, parse
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -77,24 +75,6 @@ def run(config: Config) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif field.type is bool or field.type == "bool":
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    row = run(config)
-    print(json.dumps(row))
-    if not config.fast:
-        Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-        reporting.append_lines(config.results, [row])
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    reporting.append_lines(config.results, [run(config)])

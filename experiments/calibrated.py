@@ -10,7 +10,6 @@ results hold already are left out:
     python experiments/calibrated.py SmolLM2.gguf text.txt --bits 3
 """
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -21,7 +20,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from nearest import commit, docstrings
+from command import commit, parse
+from nearest import docstrings
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -245,19 +245,5 @@ def known(config: Config) -> set[tuple[str, str, int]]:
     return {tuple(x[k] for k in key) for x in lines if x["model"] == model}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif field.type is bool or field.type == "bool":
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default
-            )
-    run(Config(**vars(parser.parse_args())))
-
-
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))

@@ -18,9 +18,10 @@ def parse(
 ) -> Any:
     """The configuration that the command line asks for.
 
-    A field is an option of its name, a boolean one a flag; `model` and `text` are
-    positional, where the class has them and they are not left out. With `--fast`
-    results go to a file of their own, unless one is named.
+    A field is an option of its name, a boolean one a flag, one of several numbers takes
+    them one after the other; `model` and `text` are positional, where the class has
+    them and they are not left out. With `--fast` results go to a file of their own,
+    unless one is named.
     """
     parser = argparse.ArgumentParser(description=description)
     for field in dataclasses.fields(config):
@@ -30,10 +31,16 @@ def parse(
             parser.add_argument(field.name, nargs="?", default=field.default)
         elif isinstance(field.default, bool):
             parser.add_argument(f"--{field.name}", action="store_true")
+        elif isinstance(field.default, tuple):
+            options = {"type": type(field.default[0]), "default": field.default}
+            parser.add_argument(f"--{field.name}", nargs="+", **options)
         else:
             kind = type(field.default)
             parser.add_argument(f"--{field.name}", type=kind, default=field.default)
-    found = config(**vars(parser.parse_args()))
+    given = vars(parser.parse_args())
+    found = config(
+        **{k: tuple(x) if isinstance(x, list) else x for k, x in given.items()}
+    )
     if found.fast and found.results == config.results:
         aside = f"{Path(config.results).stem}_fast.jsonl"
         found = dataclasses.replace(found, results=aside)

@@ -7,10 +7,8 @@ alike; processor seconds, best of the rounds. Encoding is on the host, decoding 
     python experiments/entropy_speed.py --fast
 """
 
-import argparse
 import dataclasses
 import importlib.util
-import json
 import lzma
 import time
 import zlib
@@ -19,9 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from command import parse
 
 from jaxcompress.entropy import code_floats, entropy_code
 from jaxcompress.entropy.integers import stored_bytes
+from jaxcompress.reporting import append_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Config:
     columns: int = 2048
     rounds: int = 5
     fast: bool = False  # 512 rows, two rounds
-    output: str = ""  # a file of JSON lines to append to
+    results: str = "experiments/results/entropy_speed.jsonl"
 
 
 def arrays(rows: int, columns: int) -> dict[str, np.ndarray]:
@@ -117,16 +117,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        name = f"--{field.name}"
-        if field.type is bool:
-            parser.add_argument(name, action="store_true")
-        else:
-            parser.add_argument(name, type=field.type, default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table of the rows."""
     print("ratios: our processor seconds over the peer's, below 1 is faster")
     print(
         f"{'array':16}{'coder':8}{'bits':>8}{'encode MB/s (ratio)':>22}{'decode':>18}"
@@ -136,10 +128,10 @@ def main() -> None:
         decode = f"{row['decode_mb_s']:.0f} ({row['decode_ratio']:.2f})"
         line = f"{row['array']:16}{row['coder']:8}{row['bits']:8.3f}"
         print(f"{line}{encode:>22}{decode:>18}")
-    if config.output:
-        with open(config.output, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    rows = run(config)
+    show(rows)
+    append_lines(config.results, rows)

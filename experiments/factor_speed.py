@@ -8,7 +8,6 @@ where the factors are faster; operations are those of the compiled programs.
     python experiments/factor_speed.py
 """
 
-import argparse
 import dataclasses
 import json
 import time
@@ -20,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nearest import commit
+from command import commit, parse
 
 import jaxcompress as jc
 from jaxcompress import reporting
@@ -114,17 +113,6 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=Config.width)
-    parser.add_argument("--rank", type=int, default=Config.rank)
-    parser.add_argument("--rows", type=int, nargs="+", default=Config.rows)
-    parser.add_argument("--rounds", type=int, default=Config.rounds)
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--results", default=Config.results)
-    config = Config(**vars(parser.parse_args()))
-    reporting.append_lines(config.results, run(config))
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    reporting.append_lines(config.results, run(config))

@@ -10,19 +10,17 @@ One JSON line per row:
     python experiments/filters.py
 """
 
-import argparse
 import dataclasses
 import json
-import subprocess
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from command import commit, parse
 
 import jaxcompress as jc
 from jaxcompress import reporting
@@ -196,25 +194,6 @@ def run(config: Config) -> list[dict[str, Any]]:
     return [row | about for row in rows]
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-    reporting.append_lines(config.results, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    reporting.append_lines(config.results, run(config))

@@ -9,19 +9,17 @@ there, and the same in NumPy. Rounds are interleaved, the least is taken:
     python experiments/gptq_speed.py
 """
 
-import argparse
 import dataclasses
 import json
 import time
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nearest import commit
+from command import commit, parse
 
 import jaxcompress as jc
 from jaxcompress import reporting
@@ -164,20 +162,6 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--widths", type=int, nargs="+", default=Config.widths)
-    parser.add_argument("--rounds", type=int, default=Config.rounds)
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--results", default=Config.results)
-    options = parser.parse_args()
-    options.widths = tuple(options.widths)
-    config = Config(**vars(options))
-    rows = run(config)
-    if not config.fast:
-        Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-        reporting.append_lines(config.results, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    reporting.append_lines(config.results, run(config))

@@ -11,7 +11,6 @@ reserves: parameters, and temporaries of the compiled call.
     python experiments/integer_speed.py
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -22,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import commit, parse
 from factor_speed import timed
-from nearest import commit
 
 import jaxcompress as jc
 from jaxcompress import reporting
@@ -163,21 +162,6 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action="store_true")
-        elif isinstance(field.default, tuple):
-            parser.add_argument(
-                f"--{field.name}", type=int, nargs="+", default=field.default
-            )
-        else:
-            kind = type(field.default)
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    reporting.append_lines(config.results, run(config))
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    reporting.append_lines(config.results, run(config))

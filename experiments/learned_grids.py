@@ -8,7 +8,6 @@ row; the reference model by default, or a model and a text whose end is measured
     python experiments/learned_grids.py SmolLM2.gguf text.txt --block 128
 """
 
-import argparse
 import dataclasses
 import json
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from nearest import commit
+from command import commit, parse
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -122,22 +121,6 @@ def run(config: Config) -> list[dict[str, Any]]:
     return [row | about for row in rows]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-    reporting.append_lines(config.results, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    reporting.append_lines(config.results, run(config))

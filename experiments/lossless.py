@@ -9,7 +9,6 @@ The decoder in XLA runs on the layers as a scanned model holds them, stacked.
     python experiments/lossless.py MODEL.safetensors --sizes  # no clocks
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -32,6 +31,7 @@ os.environ.setdefault(
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import parse
 from safetensors.numpy import load_file, save_file
 
 import jaxcompress as jc
@@ -53,7 +53,7 @@ class Config:
     threads: int = 1  # for ours, where more than one is measured
     sizes: bool = False  # bits only, those of command lines on the path too
     fast: bool = False  # made-up weights of a fortieth of the size, two rounds
-    output: str = ""  # a file of JSON lines to append to
+    results: str = "experiments/results/lossless.jsonl"
 
 
 def weights(config: Config) -> dict[str, np.ndarray]:
@@ -348,22 +348,6 @@ def _speeds(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        if field.name == "model":
-            parser.add_argument("model", nargs="?", default="")
-        elif field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    if config.output:
-        append_lines(config.output, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    append_lines(config.results, run(config))

@@ -4,10 +4,9 @@ Makes up directories like those of Hugging Face (bfloat16 shards, an index, sett
 packs and unpacks them in processes of their own, compares every file, and reports peak
 memory of each process. The weights are Gaussian with a scale for each row.
 
-    python experiments/lossless_checkpoint.py FOLDER --sizes 0.75,1.5,3
+    python experiments/lossless_checkpoint.py --folder FOLDER --sizes 0.75,1.5,3
 """
 
-import argparse
 import dataclasses
 import filecmp
 import json
@@ -23,6 +22,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from command import parse
 from safetensors.numpy import save_file
 
 from jaxcompress.reporting import append_lines
@@ -36,7 +36,7 @@ class Config:
     sizes: str = "0.75,1.5,3"  # gigabytes
     shard: float = 1.0  # gigabytes
     fast: bool = False  # one directory of 20 megabytes
-    output: str = ""  # a file of JSON lines to append to
+    results: str = "experiments/results/lossless_checkpoint.jsonl"
 
 
 def make(folder: Path, size: float, shard: float) -> None:
@@ -140,22 +140,6 @@ def _row(name: str, seconds: float, processor: float, peak: int) -> dict[str, fl
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        if field.name == "folder":
-            parser.add_argument("folder", nargs="?", default="")
-        elif field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    if config.output:
-        append_lines(config.output, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    append_lines(config.results, run(config))

@@ -9,7 +9,6 @@ by itself, and behind `entropy_code` and `code_floats`.
     python experiments/lossless_codes.py SmolLM2.gguf --layers 4
 """
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command import parse
 from safetensors.numpy import load_file
 
 import jaxcompress as jc
@@ -32,7 +32,7 @@ class Config:
     model: str = "reference"  # or a file
     layers: int = 0  # of a model with layers, the first so many; 0 for everything
     fast: bool = False  # two tensors
-    output: str = ""  # a file of JSON lines to append to
+    results: str = "experiments/results/lossless_codes.jsonl"
 
 
 def tensors(config: Config) -> dict[str, np.ndarray]:
@@ -162,22 +162,6 @@ def _dense(part: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     return codes * scale
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        if field.name == "model":
-            parser.add_argument("model", nargs="?", default=field.default)
-        elif field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    if config.output:
-        append_lines(config.output, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    append_lines(config.results, run(config))

@@ -7,7 +7,6 @@ bfloat16. Every file is unpacked and compared.
     python experiments/lossless_delta.py
 """
 
-import argparse
 import dataclasses
 import filecmp
 import json
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from command import parse
 from nearest import docstrings
 from safetensors.numpy import save_file
 from train_reference import make_step
@@ -39,7 +39,7 @@ class Config:
     batch: int = 4
     kinds: str = "float32,bfloat16"
     fast: bool = False  # one step, one rate
-    output: str = ""  # a file of JSON lines to append to
+    results: str = "experiments/results/lossless_delta.jsonl"
 
 
 def write(folder: Path, params: Any, kind: str) -> int:
@@ -120,19 +120,6 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        name = f"--{field.name}"
-        if field.type is bool:
-            parser.add_argument(name, action="store_true")
-        else:
-            parser.add_argument(name, type=field.type, default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    if config.output:
-        append_lines(config.output, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    append_lines(config.results, run(config))

@@ -10,7 +10,6 @@ shape (where they were forged), in bounded memory.
     python experiments/lossless_faults.py
 """
 
-import argparse
 import collections
 import dataclasses
 import json
@@ -25,6 +24,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from command import parse
 
 import jaxcompress as jc
 from jaxcompress import storage
@@ -38,7 +38,7 @@ class Config:
     seed: int = 0
     memory: int = 3_000  # megabytes of addresses beyond those in use at the start
     fast: bool = False  # three hundred
-    output: str = ""  # a file of JSON lines to append to
+    results: str = "experiments/results/lossless_faults.jsonl"
 
 
 def sources(folder: Path) -> dict[str, tuple[bytes, Any]]:
@@ -197,19 +197,6 @@ def _same(tree: Any, wanted: Any) -> bool:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        name = f"--{field.name}"
-        if field.type is bool:
-            parser.add_argument(name, action="store_true")
-        else:
-            parser.add_argument(name, type=field.type, default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    if config.output:
-        append_lines(config.output, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    append_lines(config.results, run(config))

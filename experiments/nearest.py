@@ -7,7 +7,6 @@ docstrings of the running interpreter's standard library. One JSON line per row:
     python experiments/nearest.py SmolLM2.gguf text.txt
 """
 
-import argparse
 import ast
 import dataclasses
 import json
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from command import commit
+from command import commit, parse
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
@@ -155,22 +154,6 @@ def _dense_row(config: Config, name: str, report: Any, params: Any) -> dict[str,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif field.type is bool or field.type == "bool":
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-    reporting.append_lines(config.results, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    reporting.append_lines(config.results, run(config))

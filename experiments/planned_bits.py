@@ -9,7 +9,6 @@ file, so that plans can be made again without measuring. One JSON line per row:
     python experiments/planned_bits.py SmolLM2.gguf text.txt
 """
 
-import argparse
 import dataclasses
 import json
 import time
@@ -21,7 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nearest import commit, docstrings
+from command import commit, parse
+from nearest import docstrings
 from pruned import curved
 
 import jaxcompress as jc
@@ -193,22 +193,6 @@ def chosen(recipe: list[tuple[str, str]], count: int) -> Counter[str]:
     return Counter(bits * (count if len(bits) == 1 else 1))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-    reporting.append_lines(config.results, rows)
-
-
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    reporting.append_lines(config.results, run(config))

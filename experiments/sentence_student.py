@@ -10,7 +10,6 @@ sentence's nearest neighbour among them is the teacher's. One JSON line per row:
 Without a text: docstrings of the standard library.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -24,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from nearest import commit, docstrings
+from command import commit, parse
+from nearest import docstrings
 
 import jaxcompress as jc
 from jaxcompress import distillation, models, reporting
@@ -196,18 +196,5 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif field.type is bool or field.type == "bool":
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            kind = type(field.default)
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default)
-    run(Config(**vars(parser.parse_args())))
-
-
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))

@@ -9,21 +9,20 @@ float32, is the least that a model with dense matrix products can do with.
     python experiments/streaming_memory.py --fast
 """
 
-import argparse
 import contextlib
 import dataclasses
-import json
 import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+from command import parse
 
 import jaxcompress as jc
 from jaxcompress.models.transformer import Transformer
+from jaxcompress.reporting import append_lines
 
 MIB = 2**20
 
@@ -40,7 +39,7 @@ class Config:
     tokens: int = 128
     seed: int = 0
     fast: bool = False  # a smaller model of 6 layers
-    output: str = ""  # a file of JSON lines to append to
+    results: str = "experiments/results/streaming_memory.jsonl"
 
 
 def sizes(model: Any, params: Any, tokens: Any, context: Any) -> dict[str, float]:
@@ -110,16 +109,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in dataclasses.fields(Config):
-        name = f"--{field.name}"
-        if field.type is bool:
-            parser.add_argument(name, action="store_true")
-        else:
-            parser.add_argument(name, type=field.type, default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table of the rows."""
     print(
         f"jax {jax.__version__}; largest weight {rows[0]['largest_weight_mib']:.1f} MiB"
     )
@@ -127,11 +118,10 @@ def main() -> None:
     for row in rows:
         kept = f"{row['parameters_mib']:16.1f}{row['temporary_mib']:15.1f}"
         print(f"{row['model']:10}{row['way']:12}{kept}")
-    if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        with open(config.output, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
-    main()
+    config = parse(Config, __doc__)
+    rows = run(config)
+    show(rows)
+    append_lines(config.results, rows)

@@ -9,7 +9,6 @@ there are not computed again:
     python experiments/tokenizers_kinds.py text.txt
 """
 
-import argparse
 import dataclasses
 import io
 import json
@@ -23,6 +22,7 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
+from command import parse
 from nearest import docstrings
 from train_reference import commit
 
@@ -232,19 +232,5 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name == "text":
-            parser.add_argument("text", nargs="?", default="")
-        elif field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    run(Config(**vars(parser.parse_args())))
-
-
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))
