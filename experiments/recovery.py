@@ -1,11 +1,11 @@
 """How much of what compression lost does distillation bring back?
 
 Starts from what the best method after training leaves of the reference model (kernels
-of the layers at 2 bits; half of the weights at zero; a fifth of the neurons removed;
-thin factors of eight tenths of the weights), or of a model and text that are given (2
-bits), and trains it towards the float model's predictions: the side parameters only
-(scales, zero points and norms; codes fixed), or all parameters of the layers, quantized
-weights through the rounding. The embedding stays. Measured on text not trained on:
+of the layers at 2 bits, in codes of one width or in coded levels; half of the weights
+at zero; a fifth of the neurons removed; thin factors of eight tenths of the weights),
+or of a model and text that are given (2 bits), and trains it towards the float model's
+predictions: the side parameters only (scales, zero points, steps and norms; codes
+fixed), or all parameters of the layers, quantized weights through the rounding. The embedding stays. Measured on text not trained on:
 divergence from the float model before and after, and the part of it that came back, for
 each seed of the batches. One JSON line per row, appended as it is done; rows that the
 results hold already are not run again:
@@ -32,13 +32,15 @@ from library_text import batch_at, training_tokens
 import jaxcompress as jc
 from jaxcompress import distillation, models, reporting
 from jaxcompress.evaluation import Apply
+from jaxcompress.running.decoding import decoded, recoded
 
 KERNELS = pruned.KERNELS
 READERS = r"layer_\d+/mlp/down_proj/kernel"
-SIDE = r".*(scale|zero_point)"  # of quantized kernels, and of norms
+SIDE = r".*(scale|zero_point|steps)"  # of quantized kernels, and of norms
 ROWS = (
     "2 bits, side",
     "2 bits, all",
+    "2 bits coded, side",
     "half of the weights, all",
     "four fifths of the neurons, all",
     "rank, all",
@@ -58,6 +60,7 @@ class Config(pruned.Config):
     batch: int = 4  # windows in a step
     rate: float = 5e-4  # of Adam, falling linearly to zero
     side_rate: float = 1e-3  # on scales and norms, alone
+    coded_rate: float = 3e-3  # the same beside coded levels, relative to their size
     step_rate: float = 5e-5  # on scales and norms, while weights train
     seeds: int = 3
     folder: str = ""  # for checkpoints
@@ -74,8 +77,12 @@ def start_of(
         keep = jc.choose_units(scores, 0.2, scope="group")
         small = jc.remove_units(params, groups, keep, moments)
         return models.resized(model, small), small, "remove_units, by loss"
-    if kind == "rank":
+    if kind in ("rank", "2 bits coded"):
         curved = pruned.curved(model, params, seen, moments, KERNELS)
+    if kind == "2 bits coded":
+        plan = jc.plan_rates(params, curved, rate=2.25, pattern=KERNELS)
+        return model, jc.compress(params, plan, curved), "plan_rates(rate=2.25)"
+    if kind == "rank":
         options = {"moments": curved, "pattern": KERNELS}
         plan = jc.plan_ranks(params, budget=0.8, **options)
         return model, jc.compress(params, plan, curved), "plan_ranks, curvatures"
@@ -93,7 +100,10 @@ def optimizer_of(way: str, config: Config) -> optax.GradientTransformation:
     def adam(rate: float) -> optax.GradientTransformation:
         return optax.adam(optax.linear_schedule(rate, 0.0, config.steps))
 
-    if way == "side":
+    if way == "coded side":
+        rate = optax.linear_schedule(config.coded_rate, 0.0, config.steps)
+        rules = [(SIDE, jc.optimizers.relative(optax.adam(rate))), (".*", None)]
+    elif way == "side":
         rules = [(SIDE, adam(config.side_rate)), (".*", None)]
     else:
         side = (SIDE, adam(config.step_rate))
@@ -149,7 +159,10 @@ def run(config: Config) -> list[dict[str, Any]]:
         tree = start
         if way == "all" and kind == "2 bits":
             tree = jc.straight_through(lambda _, small=start: small)(stacked)
-        optimizer = optimizer_of(way, config)
+        coded = kind == "2 bits coded"
+        if coded:
+            tree = decoded(start)
+        optimizer = optimizer_of(f"coded {way}" if coded else way, config)
         loss = distillation.soft_labels(Apply(less), teach, stacked)
         clock = time.process_time()
         key = jax.random.key(seed)
@@ -174,6 +187,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
         seconds = time.process_time() - clock
         small = jc.settle(distillation.cast_like(state.params, tree))
+        small = recoded(small, start) if coded else small
         after = measure(less, small)
         back = (before.kl - after.kl) / before.kl
         rows.append(
@@ -196,7 +210,12 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "training_tokens": tokens,
                 "calibration_tokens": seen.size,
                 "tokens": after.tokens,
-                "rates": [config.rate, config.side_rate, config.step_rate],
+                "rates": [
+                    config.rate,
+                    config.side_rate,
+                    config.step_rate,
+                    config.coded_rate,
+                ],
                 "processor_seconds": seconds,
                 **about(),
             }
