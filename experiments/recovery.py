@@ -5,10 +5,11 @@ of the layers at 2 bits, in codes of one width or in coded levels; half of the w
 at zero; a fifth of the neurons removed; thin factors of eight tenths of the weights),
 or of a model and text that are given (2 bits), and trains it towards the float model's
 predictions: the side parameters only (scales, zero points, steps and norms; codes
-fixed), or all parameters of the layers, quantized weights through the rounding. The embedding stays. Measured on text not trained on:
-divergence from the float model before and after, and the part of it that came back, for
-each seed of the batches. One JSON line per row, appended as it is done; rows that the
-results hold already are not run again:
+fixed), or all parameters of the layers, quantized weights through the rounding. The
+embedding stays. Measured on text not trained on: divergence from the float model before
+and after, and the part of it that came back, for each seed of the batches. One JSON
+line per row, appended as it is done; rows that the results hold already are not run
+again:
 
     python experiments/recovery.py
     python experiments/recovery.py SmolLM2.gguf text.txt --only "2 bits, side" --batch 1
