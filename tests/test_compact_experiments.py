@@ -1,5 +1,6 @@
 """Experiments on pruning, low rank, distillation and lossless files run, in small."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -64,3 +65,24 @@ def test_checkpoints_against_their_base(experiment):
     (row,) = module.run(module.Config(fast=True, kinds="bfloat16"))
     assert row["differences"] > 0 and row["weights"] > 3e6
     assert 0 < row["bits_against_base"] < row["bits_alone"] / 4
+
+
+def test_the_command_line_is_made_of_a_config(experiment, monkeypatch):
+    command = experiment("command")
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        model: str = "reference"
+        widths: tuple[int, ...] = (64, 128)
+        rate: float = 0.5
+        fast: bool = False
+        results: str = "somewhere/rows.jsonl"
+
+    def parsed(line):
+        monkeypatch.setattr("sys.argv", ["experiment", *line.split()])
+        return command.parse(Config, None)
+
+    assert parsed("") == Config()
+    given = parsed("other.gguf --widths 3 5 7 --rate 2 --fast")
+    assert given == Config("other.gguf", (3, 5, 7), 2.0, True, "rows_fast.jsonl")
+    assert parsed("--fast --results here").results == "here"

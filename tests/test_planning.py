@@ -300,6 +300,9 @@ def test_curvatures_take_the_place_of_sensitivities():
     zero = dataclasses.replace(moments, curvatures=jnp.zeros(96))
     with pytest.raises(ValueError, match="a/kernel: curvatures that are all zero"):
         jc.plan_bits(params, budget=budget, moments=curved | {"a/kernel": zero})
+    few = dataclasses.replace(moments, curvatures=jnp.ones(3))
+    with pytest.raises(ValueError, match=r"a/kernel: .*'curvatures' has shape \(3,\)"):
+        jc.plan_bits(params, budget=budget, moments=curved | {"a/kernel": few})
     curved["a/kernel"] = moments
     jc.plan_bits(params, budget=budget, moments=curved, sensitivities=given)
     with pytest.raises(ValueError, match="a/kernel: no curvatures, and others"):

@@ -5,6 +5,8 @@ test_reference.
 """
 
 import dataclasses
+import functools
+import importlib
 import itertools
 import math
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress import demo
+from jaxcompress import demo, rates
 from jaxcompress.calibration.feedback import inverse_factor
 from jaxcompress.quantization import contexts, densities, rate_coded, trellis
 from jaxcompress.quantization.rate_distortion import pivots, prepare, sweep
@@ -557,6 +559,34 @@ def test_steps_train_and_levels_do_not():
     np.testing.assert_allclose(
         np.asarray(jax.tree.leaves(slopes)[0], np.float64), wanted, rtol=0.01
     )
+
+
+def test_products_are_precise_in_the_threads_of_a_stack(monkeypatch):
+    """The precision that a method asks for holds in one thread only."""
+    seen = []
+
+    def prepare(*given, **options):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return original(*given, **options)
+
+    # The method hides the module of its name.
+    module = importlib.import_module("jaxcompress.quantization.rate_distortion")
+    original = module.prepare
+    monkeypatch.setattr(module, "prepare", prepare)
+    monkeypatch.setattr(rates, "prepare", prepare)
+    x = jnp.asarray(np.stack([gaussian(16, 32)] * 3), jnp.float32)
+    jc.rate_distortion(x, rate=4, states=0)
+    plan_of = {"c": {"kernel": x[0]}}
+    jc.plan_rates(plan_of, {}, rate=5, pattern=".*kernel", states=0)
+    assert seen == ["highest"] * 4
+
+
+def test_the_step_is_rounded_where_it_cannot_be_dropped():
+    """XLA may drop a cast to bfloat16 and back, and then errors are not fed on."""
+    x, factor = jnp.asarray(gaussian(8, 32), jnp.float32), jnp.eye(8)
+    run = functools.partial(sweep, states=8)
+    program = str(jax.make_jaxpr(run)(x, factor, jnp.float32(0.5)))
+    assert "reduce_precision" in program and "bf16" not in program
 
 
 def test_trained_steps_go_back_to_coded_levels():

@@ -1,5 +1,7 @@
 """Tucker and CP: against NumPy float64, tensorly, identities and bounds."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,17 @@ def unfoldings(x):
     tensor = np.asarray(x, np.float64).reshape(SIZES)
     for axis, size in enumerate(SIZES):
         yield np.moveaxis(tensor, axis, 0).reshape(size, -1)
+
+
+def test_curvatures_change_nothing():
+    """They weigh outputs, which are cut into axes here."""
+    x, moments = random(12, 30), moments_of(correlated(12))
+    curved = dataclasses.replace(moments, curvatures=jnp.ones(3))
+    for method in (
+        tucker(ranks=(5, 4, 3), sizes=SIZES),
+        cp(rank=4, sizes=SIZES, sweeps=2),
+    ):
+        np.testing.assert_array_equal(wide(method(x, moments)), wide(method(x, curved)))
 
 
 def test_the_higher_order_svd_and_its_bound():

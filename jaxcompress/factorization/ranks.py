@@ -89,8 +89,7 @@ def plan_ranks(
     found = [entry for entry in entries(params, moments) if entry.name in chosen]
     weighted = moments is not None
     relative = not weighted if relative is None else relative
-    if weighted:
-        check_curvatures({entry.name: entry.moments for entry in found})
+    check_curvatures({entry.name: entry.moments for entry in found})
     leaves = [
         _spectrum(entry, layout or {}, weighted, relative, damping) for entry in found
     ]

@@ -91,7 +91,8 @@ def svd(
         another shape.
       TypeError: weights that are not floating point; `energy` under a trace.
 
-    Source: Eckart and Young 1936; whitening as in SVD-LLM (arXiv 2403.07378); Halko,
+    Source: Eckart and Young 1936; whitening as in SVD-LLM (arXiv 2403.07378); the
+    Fisher information as a weight: FWSVD (arXiv 2207.00112), there by rows; Halko,
     Martinsson, Tropp 2011 (arXiv 0909.4061), algorithm 4.4.
     """
     check_weights("svd", x)
