@@ -31,6 +31,7 @@ from jaxcompress.running.decoding import decoded, recoded
 
 KERNELS = r".*layer.*kernel"
 SIDE = r"layers/.*(steps|scale)"  # of rows, and of norms
+LABEL = "model", "variant", "rate", "embedding", "states", "calibration_tokens"
 VARIANTS = (  # equal rates; a rate per leaf; and outputs that do more coded finer
     "rounding",
     "trellis",
@@ -137,7 +138,12 @@ def run(config: Config) -> list[dict[str, Any]]:
                     recipe.append((".*embedding", method))
                 if "blockwise" in variant:
                     small = jc.compress_blockwise(
-                        model, params, recipe, calibration, progress=True
+                        model,
+                        params,
+                        recipe,
+                        calibration,
+                        moments=known_of,
+                        progress=True,
                     )
                 else:
                     small = jc.compress(
@@ -176,28 +182,42 @@ def run(config: Config) -> list[dict[str, Any]]:
             took["decode_processor_seconds"] = time.process_time() - processor
             if looped:
                 ready = jc.models.stack_layers(ready)
-            for text, each in batches.items():
-                found = jc.compare(
-                    Apply(scanned), dense, ready, reporting.track(each, variant)
-                )
-                rows.append(
-                    {
-                        **label,
-                        "text": text,
-                        "tokens": found.tokens,
-                        **sizes,
-                        "perplexity_float": found.dense.perplexity,
-                        "perplexity": found.small.perplexity,
-                        "bits_per_byte": found.small.bits_per_byte,
-                        "kl": found.kl,
-                        "kl_standard_error": found.kl_standard_error,
-                        "top1_agreement": found.agreement,
-                        **took,
-                        "peak_bytes": reporting.peak_memory(),
-                        **about(),
-                    }
-                )
-                keep(config, rows)
+            more = sizes | took
+            rows += compared(config, label, scanned, dense, ready, batches, more)
+    return rows
+
+
+def compared(
+    config: Any,
+    label: dict[str, Any],
+    model: Any,
+    dense: Any,
+    ready: Any,
+    batches: dict[str, list],
+    more: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """A row for each text, shown and kept as it is measured."""
+    rows = []
+    for text, each in batches.items():
+        each = reporting.track(each, label["variant"])
+        found = jc.compare(Apply(model), dense, ready, each)
+        rows.append(
+            {
+                **label,
+                "text": text,
+                "tokens": found.tokens,
+                "perplexity_float": found.dense.perplexity,
+                "perplexity": found.small.perplexity,
+                "bits_per_byte": found.small.bits_per_byte,
+                "kl": found.kl,
+                "kl_standard_error": found.kl_standard_error,
+                "top1_agreement": found.agreement,
+                **more,
+                "peak_bytes": reporting.peak_memory(),
+                **about(),
+            }
+        )
+        keep(config, rows)
     return rows
 
 
@@ -315,9 +335,8 @@ def keep(config: Config, rows: list[dict[str, Any]]) -> None:
 
 def known(config: Config) -> set[str]:
     """Labels of the rows of models that the results hold."""
-    keys = "model", "variant", "rate", "embedding", "states", "calibration_tokens"
     rows = [] if config.fast else rows_of(config.results)
-    return {json.dumps({k: x[k] for k in keys}) for x in rows}
+    return {json.dumps({k: x[k] for k in LABEL}) for x in rows}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from test_calibration import assert_same, check, dense_inputs, make_params, rand
 import jaxcompress as jc
 from jaxcompress.calibration.blocks import BLOCKS
 from jaxcompress.storage.container import StoredParams
+from jaxcompress.tree.paths import entries
 from jaxcompress.tree.segments import cut, find_blocks
 from jaxcompress.tree.tracing import flat_weights, model_function
 
@@ -111,6 +112,46 @@ def test_without_drift_the_moments_are_those_behind_the_prefix(stream):
     rows = [dense_inputs(model, small, t)["head/kernel"] for t in TOKENS]
     check(record[0][1], np.concatenate(rows))
     assert record[0][1].drifted is None
+
+
+def curved(params, pattern):
+    """Curvatures that tell every output of every layer apart, and nothing else."""
+    found = {}
+    for entry in entries(params):
+        if re.fullmatch(pattern, entry.name):
+            x = entry.value
+            known = np.abs(random(*x.shape[:-2], x.shape[-1], seed=len(found)))
+            known = jnp.asarray(known, jnp.float32)
+            found[entry.name] = jc.Moments(jnp.zeros(x.shape[:-2]), curvatures=known)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["loop", "scan"])
+def test_curvatures_join_the_moments_of_the_blocks(stream, kind):
+    params = stacked(stream) if kind == "scan" else stream
+    model, record = Stream(kind), []
+    known = curved(params, KERNELS)
+    rules = [(KERNELS, seen(record))]
+    jc.compress_blockwise(model, params, rules, TOKENS, moments=known)
+    looped = {
+        name: known[f"layers/{name[8:]}"].curvatures[int(name[6])]
+        if kind == "scan" and name.startswith("layer_")
+        else known[name].curvatures
+        for name in curved(stream, KERNELS)
+    }
+    layers = [f"layer_{i}/{n}/kernel" for i in range(3) for n in ("down", "up")]
+    for name, (_, moments) in zip([*layers, "head/kernel"], record, strict=True):
+        np.testing.assert_array_equal(moments.curvatures, looped[name])
+        assert moments.cross is not None
+    coded = [(r"head/kernel", jc.rate_distortion(rate=6.0, states=8))]
+    plain, finer = (
+        jc.compress_blockwise(model, params, coded, TOKENS, moments=m)["head"]["kernel"]
+        for m in (None, {"head/kernel": known["head/kernel"]})
+    )
+    assert not np.asarray(plain.scales).any() and np.asarray(finer.scales).any()
+    with pytest.raises(ValueError, match="'nowhere', which the tree does not have"):
+        known = {"nowhere": known["head/kernel"]}
+        jc.compress_blockwise(model, params, rules, TOKENS, moments=known)
 
 
 @pytest.mark.parametrize("kind", ["scan", "remat", "scan_remat"])

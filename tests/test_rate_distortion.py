@@ -383,6 +383,25 @@ def test_each_slice_of_a_stack_has_its_rate():
         np.testing.assert_array_equal(leaf.steps[i], alone.steps)
 
 
+def test_slices_are_searched_on_all_devices_that_hold_them(monkeypatch):
+    module = importlib.import_module("jaxcompress.quantization.rate_distortion")
+    used, search = [], module._search
+    monkeypatch.setattr(
+        module, "_search", lambda x, *rest: used.append(x.devices()) or search(x, *rest)
+    )
+    x = jnp.asarray(gaussian(4, 24, 40))
+    known = jc.Moments(jnp.ones(4), second=jnp.stack([covariance(24)] * 4))
+    mesh = jax.make_mesh((2,), ("layers",))
+    alone = jc.rate_distortion(rate=3.0, states=8)(x, known)
+    assert set().union(*used) == {jax.devices()[0]}
+    for spec in (jax.P(), jax.P("layers")):
+        used.clear()
+        spread = jax.device_put(x, jax.NamedSharding(mesh, spec))
+        found = jc.rate_distortion(rate=3.0, states=8)(spread, known)
+        assert sorted(map(str, used)) == sorted(str({d}) for d in jax.devices() * 2)
+        assert demo.same_bits(found, alone)
+
+
 def test_outputs_that_do_more_are_coded_finer(tmp_path):
     """Errors in inverse proportion to the curvatures, less loss at the same size."""
     second, x = covariance(48), gaussian(2, 48, 600)

@@ -33,6 +33,7 @@ def compress_blockwise(
     recipe: Any,
     batches: Iterable[Any],
     *,
+    moments: Mapping[str, Moments] | None = None,
     blocks: str = BLOCKS,
     drift: bool = True,
     store: str | os.PathLike | None = None,
@@ -61,6 +62,8 @@ def compress_blockwise(
       recipe: as for `compress`; names are those of the whole tree. In a stack every
         layer is compressed by itself, to leaves that must be alike.
       batches: as for `collect_moments`, with "mask" if there is one.
+      moments: of `measure_curvatures`, by name. Their curvatures join the moments of
+        the blocks; the rest of them is not used.
       blocks: pattern that fully matches the path of every block, or of the stack of
         them in a scanned model; the longest path of a weight that it matches counts.
       drift: False leaves the original model out: `second` is that of x', and there are
@@ -76,7 +79,7 @@ def compress_blockwise(
       ValueError: no submodule matches `blocks`, blocks that do not follow one another,
         a pattern of the recipe that matches nothing, activations that are NaN or
         infinite, a selected weight whose inputs were never seen but are needed, a store
-        of another run. Names the block or the leaf.
+        of another run, moments of another tree. Names the block or the leaf.
       TypeError: `batches` is one batch.
 
     Source: block by block as in Frantar et al. 2022, "GPTQ" (arXiv 2210.17323); moments
@@ -88,14 +91,27 @@ def compress_blockwise(
     if not batches:
         raise ValueError("there are no batches; pass at least one")
     options = {"blocks": blocks, "drift": drift}
+    curvatures = {
+        name: np.asarray(x.curvatures)
+        for name, x in (moments or {}).items()
+        if getattr(x, "curvatures", None) is not None
+    }
     with source_of(params) as source:
+        if unknown := sorted(curvatures.keys() - source.shapes.keys()):
+            raise ValueError(
+                f"moments hold curvatures of {unknown[0]!r}, which the tree does not "
+                "have; measure them on the same form of the model, looped or scanned"
+            )
         job = _Job(
             source,
             recipe,
             _wanted(source, recipe),
+            curvatures,
             drift,
             streams(model, source.shapes, source.rebuild, batches, blocks),
-            Store(store, digest(recipe, options, source.shapes, batches)),
+            Store(
+                store, digest(recipe, options, source.shapes, [*batches, curvatures])
+            ),
         )
         parts = list(_shown(job.run(), job.count, progress))
         small = source.rebuild(_joined(parts, source))
@@ -150,6 +166,7 @@ class _Job:
     source: Source
     recipe: Any
     wanted: set[str]  # full names of leaves that the recipe takes
+    curvatures: dict[str, np.ndarray]  # by full name
     drift: bool
     streams: Streams
     store: Store
@@ -275,6 +292,14 @@ class _Job:
         segment: Segment | None = None,
     ) -> Part:
         block = segment and segment.block
+        index = block.index if block else None
+        whole = tuple(leaves) if not block else segment.outer
+        for name, known in moments.items():
+            if name in self.curvatures:
+                each = self.curvatures[name]
+                stacked = index is not None and name not in whole
+                each = jnp.asarray(each[index] if stacked else each)
+                moments[name] = dataclasses.replace(known, curvatures=each)
         small, rows = compress(
             leaves, self.recipe, moments, layout=layouts, report=True, part=True
         )
@@ -284,8 +309,6 @@ class _Job:
             if new is not old and known is not None and known.second is not None:
                 error = _output_error(old, new, known.second, layouts[row.name])
             rows[i] = dataclasses.replace(row, output_error=error)
-        whole = tuple(leaves) if not block else segment.outer
-        index = block.index if block else None
         return Part(label, index, tuple(n for n in whole if n in leaves), small, rows)
 
 

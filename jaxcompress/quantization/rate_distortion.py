@@ -50,6 +50,9 @@ def rate_distortion(
     corrected for the compressed prefix, as in `gptq`. With curvatures
     (`measure_curvatures`) outputs whose errors do more are quantized finer.
 
+    Slices are searched in threads, and on all the devices that hold `x`: replicate or
+    shard a stack over several for it to be done on each of them.
+
     Args:
       x: floating-point weights `[..., inputs, outputs]`; one search per slice.
       moments: of the inputs; `second`, or `drifted` and `cross`; and `curvatures`.
@@ -106,13 +109,16 @@ def rate_distortion(
         scales = rate_coded.column_scales(known.curvatures)
     x32 = x.astype(jnp.float32) / rate_coded.SCALES[scales][..., None, :]
     flat = [
-        None if a is None else jnp.reshape(a, (-1, *a.shape[-2:]))
+        None if a is None else np.asarray(a).reshape(-1, *a.shape[-2:])
         for a in (x32, second, cross)
     ]
     side = rate_coded.scale_bits(scales)
+    holders = jnp.asarray(x).sharding.addressable_devices
+    devices = sorted(holders, key=lambda device: device.id)
 
     def one(i: int) -> tuple[np.ndarray, np.ndarray]:
-        weights, *known = (None if a is None else a[i] for a in flat)
+        each = [None if a is None else a[i] for a in flat]
+        weights, *known = jax.device_put(each, devices[i % len(devices)])
         options = {"order": order, "damping": damping}
         prepared = prepare(weights, *known, **options)
         size = float(jnp.mean(jnp.square(weights)))
