@@ -2,12 +2,12 @@
 
 Rate-distortion quantization knows one curvature per output. The divergence, to second
 order, has a matrix there: outputs whose errors do the same can be made to cancel, by
-feedback between them as between inputs (YAQA, arXiv 2505.22988), within a kernel or over
-kernels that read the same inputs (query, key, value; gate, up). At a high rate such
-feedback shapes the error to the inverse of that matrix. The matrix is measured on some
-sequences, shrunk to its diagonal, and the shaped errors are counted on others: bits per
-weight that one would save at equal divergence, beside one weight per output. One JSON
-line per group of kernels and shrinkage, averaged over layers:
+feedback between them as between inputs (YAQA, arXiv 2505.22988), within a kernel or
+over kernels that read the same inputs (query, key, value; gate, up). At a high rate
+such feedback shapes the error to the inverse of that matrix. The matrix is measured on
+some sequences, shrunk to its diagonal, and the shaped errors are counted on others:
+bits per weight that one would save at equal divergence, beside one weight per output.
+One JSON line per group of kernels and shrinkage, averaged over layers:
 
     python experiments/output_metric.py SmolLM2.gguf text.txt --cache DIR
 """

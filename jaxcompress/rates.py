@@ -177,7 +177,7 @@ def plan_rates(
         matrix = matrix.reshape(count, inputs, outputs) / finer[:, None]
         spreads += _spreads(matrix, entry.moments, order, damping)
         sizes += [inputs * outputs] * count
-        column = COLUMN_BITS + rate_coded.scale_bits(scales)
+        column = COLUMN_BITS + rate_coded.scale_bits(rate_coded.packed_scales(scales))
         floors += [ROW_BITS / outputs + column / inputs] * count
         bends += list(
             0.5 * np.log2((bent * finer.astype(np.float64) ** 2).mean(axis=1))

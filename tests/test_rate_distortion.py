@@ -286,8 +286,9 @@ def test_pivots_explain_most_first():
 
 
 @pytest.mark.parametrize("rate", [0.7, 2.0, 4.5])
-@pytest.mark.parametrize("shape", [(128, 400), (2, 96, 300)])
+@pytest.mark.parametrize("shape", [(128, 400), (6, 200, 320)])
 def test_the_file_meets_the_rate(rate, shape, tmp_path):
+    """To half a percent; the steps of the stack are many enough to be coded too."""
     x = gaussian(*shape) * np.exp(gaussian(*shape[:-1], 1, seed=1) / 2)
     moments = jc.moments_from_covariance(
         jnp.broadcast_to(
@@ -295,11 +296,13 @@ def test_the_file_meets_the_rate(rate, shape, tmp_path):
             (*shape[:-2], shape[-2], shape[-2]),
         )
     )
-    leaf = jc.rate_distortion(jnp.asarray(x, jnp.float32), moments, rate=rate)
+    spread = np.exp(gaussian(*shape[:-2], shape[-1], seed=5))
+    moments = dataclasses.replace(moments, curvatures=jnp.asarray(spread, jnp.float32))
+    leaf = jc.rate_distortion(jnp.asarray(x, jnp.float32), moments, rate=rate, states=8)
     jc.save(tmp_path / "x.safetensors", {"kernel": leaf})
     with jc.open(tmp_path / "x.safetensors") as file:
         bits = 8 * file.nbytes("kernel") / x.size
-    assert bits == pytest.approx(rate, rel=0.01)
+    assert bits == pytest.approx(rate, rel=0.005)
     np.testing.assert_array_equal(
         jc.load(tmp_path / "x.safetensors")["kernel"].materialize(), leaf.materialize()
     )

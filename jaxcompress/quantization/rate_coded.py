@@ -10,11 +10,12 @@ import numpy as np
 from jax import lax
 
 from jaxcompress.calibration.moments import steadied
-from jaxcompress.entropy import rans
+from jaxcompress.entropy import arrays, rans
 from jaxcompress.entropy.packing import bits_needed, pack
 from jaxcompress.quantization import contexts, densities, level_files, trellis
 from jaxcompress.tree.leaves import Leaf, dense, leaf, static
 
+TABLE_BITS = 1000  # about, in front of steps that are coded
 OCTAVE = 4  # column scales to a factor of two
 MOST_SCALES = 64
 SCALES = np.exp2(-np.arange(MOST_SCALES) / OCTAVE).astype(np.float32)
@@ -319,20 +320,22 @@ def column_scales(curvatures: np.ndarray) -> np.ndarray:
     return np.minimum(np.rint(finer), MOST_SCALES - 1).astype(np.uint8)
 
 
-def scale_bits(scales: np.ndarray) -> int:
-    """Bits of a column's scale in a file: none where all are zero."""
-    return bits_needed(scales.max()) if scales.any() else 0
-
-
 def packed_scales(scales: np.ndarray) -> Any:
     """The `scales` of a `RateCoded`, of `[..., outputs]`: None where all are zero."""
     if not scales.any():
         return None
-    return pack(jnp.asarray(scales[..., None, :]), scale_bits(scales))
+    return pack(jnp.asarray(scales[..., None, :]), bits_needed(scales.max()))
+
+
+def scale_bits(scales: Any) -> float:
+    """Bits of a column's scale in a file, for what `packed_scales` gives."""
+    if scales is None:
+        return 0.0
+    return 8 * arrays.estimate(np.asarray(scales.packed)) / scales.size
 
 
 def side_bits(found: contexts.Contexts, outputs: int) -> int:
-    """Bits of a slice in a file that are not its words, without column scales."""
+    """Bits of a slice in a file that are not its words, nor steps or column scales."""
     inputs = found.rows.size
     lanes = count_lanes(inputs, outputs)
     widths = [bits_needed(x.max()) for x in (found.rows, found.columns)]
@@ -342,4 +345,18 @@ def side_bits(found: contexts.Contexts, outputs: int) -> int:
     sizes = (
         math.prod(shape) * np.dtype(kind).itemsize for kind, shape in layout.values()
     )
-    return 8 * sum(sizes) + 16 * inputs
+    return 8 * sum(sizes)
+
+
+def step_bits(steps: np.ndarray, slices: int) -> float:
+    """Bits of a step in a file that holds as many for each of the slices.
+
+    A file codes long arrays of bfloat16: sign and five bits of a number as they are,
+    exponent and two bits at their entropy, for which it holds a table.
+    """
+    if 2 * slices * steps.size < arrays.LEAST:
+        return 16.0
+    symbols = steps.astype(jnp.bfloat16).view(np.uint16) >> 5 & 1023
+    shares = np.bincount(symbols) / symbols.size
+    shares = shares[shares > 0]
+    return 6.0 - float(shares @ np.log2(shares)) + TABLE_BITS / (slices * steps.size)

@@ -112,7 +112,8 @@ def rate_distortion(
         None if a is None else np.asarray(a).reshape(-1, *a.shape[-2:])
         for a in (x32, second, cross)
     ]
-    side = rate_coded.scale_bits(scales)
+    scales = rate_coded.packed_scales(scales)
+    side = rate_coded.scale_bits(scales) / x.shape[-2]
     holders = jnp.asarray(x).sharding.addressable_devices
     devices = sorted(holders, key=lambda device: device.id)
 
@@ -126,14 +127,14 @@ def rate_distortion(
             scale = _first_guess(*prepared[:2], rates[i])
             ridge = prior * 4.0**scale / 12 / size
             prepared = prepare(weights, *known, **options, ridge=ridge)
-        return _search(*prepared, rates[i], states, side)
+        return _search(*prepared, rates[i] - side, states, count)
 
     found = in_order(precise(one), range(count))  # threads start without it
     levels, steps = (np.stack(part) for part in zip(*found, strict=True))
     return RateCoded(
         rate_coded.code_levels(levels.reshape(x.shape), states),
         jnp.asarray(steps.reshape(*lead, inputs), jnp.bfloat16),
-        rate_coded.packed_scales(scales),
+        scales,
         jnp.dtype(x.dtype).name,
     )
 
@@ -267,14 +268,14 @@ def _search(
     first: jax.Array,
     rate: float,
     states: int,
-    side: int,
+    slices: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Levels and steps, in natural order, whose coded size meets the rate.
 
-    `side` is what else each column takes, in bits.
+    The size is that in a file with as many other slices, without column scales.
     """
     inputs, outputs = x.shape
-    rate = max(rate - side / inputs, 1e-3)
+    rate = max(rate, 1e-3)
     back = np.argsort(first)
     log_scale = _first_guess(x, factor, rate)
     if log_scale is None:  # all weights are zero
@@ -285,7 +286,7 @@ def _search(
             x[:, ::stride], factor, jnp.float32(2.0**log_scale), states=states
         )
         levels, steps = np.asarray(levels)[back], np.asarray(steps)[back]
-        return _rate(levels, outputs, states), levels, steps
+        return _rate(levels, steps, outputs, states, slices), levels, steps
 
     stride = max(1, outputs // SAMPLE)
     best = None
@@ -302,7 +303,7 @@ def _search(
             log_scale = _next(tried, rate)
     gap, levels, steps = best
     if gap > 0.05 * rate:
-        least = _rate(np.zeros_like(levels), outputs, states)
+        least = _rate(np.zeros_like(levels), steps, outputs, states, slices)
         raise ValueError(
             f"no step gives {inputs} x {outputs} weights {rate} bits each; {least:.3f} "
             "of them describe rows and columns. Raise the rate, or keep the leaf"
@@ -366,9 +367,12 @@ def _next(tried: list[tuple[float, float]], rate: float) -> float:
     return at + min(max((rate - found) / slope, -3.0), 3.0)
 
 
-def _rate(levels: np.ndarray, outputs: int, states: int) -> float:
+def _rate(
+    levels: np.ndarray, steps: np.ndarray, outputs: int, states: int, slices: int
+) -> float:
     """Bits per weight of levels, some of `outputs` columns that are like them."""
     found = contexts.fit(levels, 2 if states else 1)
     bits = found.bits * outputs / levels.shape[1]
     bits += rate_coded.side_bits(found, outputs)
+    bits += rate_coded.step_bits(steps, slices) * steps.size
     return bits / (levels.shape[0] * outputs)
