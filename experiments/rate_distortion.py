@@ -32,11 +32,12 @@ from jaxcompress.running.decoding import decoded, recoded
 KERNELS = r".*layer.*kernel"
 SIDE = r"layers/.*(steps|scale)"  # of rows, and of norms
 LABEL = "model", "variant", "rate", "embedding", "states", "calibration_tokens"
-VARIANTS = (  # equal rates; a rate per leaf; and outputs that do more coded finer
-    "rounding",
+VARIANTS = (
+    "rounding",  # equal rates
     "trellis",
-    "by leaf",
-    "planned",
+    "by leaf",  # a rate for each
+    "planned, apart",  # and outputs that do more coded finer
+    "planned",  # and errors fed from output to output
     "planned, blockwise",
     "planned, tuned",
 )
@@ -51,7 +52,7 @@ class Config:
     states: int = 128
     embedding: float = 0.0  # rate of the embedding; 0: left as it is; -1: planned too
     calibration: int = 64  # windows
-    curvature: int = 32  # windows of 128 tokens
+    curvature: int = 96  # windows of 128 tokens
     windows: int = 8  # of each text
     tokens: int = 512  # in a window
     fraction: float = 0.8  # of the text is for calibration
@@ -92,7 +93,11 @@ def run(config: Config) -> list[dict[str, Any]]:
         measured = with_curvatures(
             config, scanned, dense, plain, calibration, layout, pattern
         )
-    by_leaf = {name: averaged(x) for name, x in measured.items()}
+    apart = {
+        name: dataclasses.replace(x, joint_curvatures=None)
+        for name, x in measured.items()
+    }
+    by_leaf = {name: averaged(x) for name, x in apart.items()}
     rows: list[dict[str, Any]] = []
     latest: Any = None  # what was compressed last, and the time it took
     done = known(config)
@@ -114,6 +119,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             known_of = plain
             if planned:
                 known_of = by_leaf if variant.startswith("by leaf") else measured
+                known_of = apart if "apart" in variant else known_of
             if looped:
                 known_of = looped_moments(known_of)
             tree = params if looped else dense
@@ -248,13 +254,17 @@ def with_curvatures(
     """The moments with curvatures, which the cache keeps for the next run."""
     kind = "all" if pattern is None else "kernels"
     size = f"{config.calibration}-{config.curvature}-{kind}"
-    name = f"{Path(config.model).stem}-curvatures-{size}.npz"
+    name = f"{Path(config.model).stem}-joint-curvatures-{size}.npz"
     path = Path(config.cache) / name if config.cache else None
     if path is not None and path.exists():
         with np.load(path) as file:
             kept = {key.replace("|", "/"): jnp.asarray(file[key]) for key in file}
         return {
-            key: dataclasses.replace(x, curvatures=kept.get(key))
+            key: dataclasses.replace(
+                x,
+                curvatures=kept.get(key),
+                joint_curvatures=kept.get(f"{key}, joint"),
+            )
             for key, x in moments.items()
         }
     ids = np.concatenate(calibration).reshape(-1, 128)
@@ -271,6 +281,7 @@ def with_curvatures(
     )
     if path is not None:
         known = {key: x.curvatures for key, x in found.items()}
+        known |= {f"{key}, joint": x.joint_curvatures for key, x in found.items()}
         np.savez(
             path,
             **{k.replace("/", "|"): x for k, x in known.items() if x is not None},

@@ -211,7 +211,7 @@ def swept(
         row = row / step
         if not states:
             return step * jnp.round(row)
-        found = trellis.search(row.reshape(count, places).T, states)
+        found, _ = trellis.search(row.reshape(count, places).T, states)
         return step * found.T.reshape(-1).astype(row.dtype)
 
     return descend(x, weights, second, replace)

@@ -1,6 +1,7 @@
 """`plan_rates`: one rate for the model, shared out over its leaves in closed form."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.feedback import inverse_factor
-from jaxcompress.calibration.moments import Moments, check_curvatures, require
+from jaxcompress.calibration.moments import Moments, check_curvatures
 from jaxcompress.planning import check_concrete, planned_entries
 from jaxcompress.quantization import rate_coded
+from jaxcompress.quantization.output_feedback import count_groups, feedbacks_of
 from jaxcompress.quantization.rate_distortion import (
     deviations,
     gaussian_bits,
@@ -39,6 +41,7 @@ def measure_curvatures(
     *,
     layout: Mapping[str, Layout] | None = None,
     pattern: str | None = None,
+    joint: bool = True,
     damping: float = 0.01,
     key: jax.Array,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
@@ -53,6 +56,12 @@ def measure_curvatures(
     pass per sequence serves all leaves. The rows of an embedding are given their mean:
     rare ones, coded coarser, would lose more than second order foretells.
 
+    Joint curvatures say it for pairs of outputs: `v` is then a matrix `V`, and its cost
+    `inputs * trace(joint @ V)`. `rate_distortion` lets errors cancel by them. On real
+    models that is worth much in what makes queries and keys, less where attention and
+    neurons are read, and nothing where outputs are more than inputs, as in gate and
+    up; they would cost the most memory, and are not measured.
+
     Args:
       apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
       params: pytree of arrays, concrete.
@@ -60,18 +69,20 @@ def measure_curvatures(
         in all are enough.
       moments: by kernel name; a leaf without a second moment has the identity.
       layout, pattern: as for `plan_bits`.
+      joint: whether to measure joint curvatures too.
       damping: as in `rate_distortion`.
       key: of the sampled tokens.
       progress: wraps the list of sequences; `tqdm.tqdm`, say.
 
     Returns:
-      The moments, those of the leaves completed by `curvatures` `[..., outputs]`.
+      The moments, those of the leaves completed by `curvatures` `[..., outputs]` and
+      `joint_curvatures` `[..., outputs, outputs]`.
 
     Raises:
       ValueError: no batches, or gradients that are not finite.
 
     Source: the Fisher information, as GuidedQuant (ICML 2025) and YAQA (arXiv
-    2505.22988) use it; here one number per output.
+    2505.22988) use it.
     """
     check_concrete(params, "measure_curvatures")
     layout, planned = layout or {}, planned_entries(params, moments, pattern)
@@ -102,13 +113,23 @@ def measure_curvatures(
         tokens += row.size
         for entry in planned_entries(found, None, pattern):
             matrix = layouts.matricize(entry.value, kinds[entry.name])
-            squares = np.asarray(_squares(matrix, factors.get(entry.name)))
-            total[entry.name] = total[entry.name] + squares.astype(np.float64)
+            products = _products(
+                matrix,
+                factors.get(entry.name),
+                pairs=joint and not entry.embedding and _pairs(matrix),
+            )
+            products = np.asarray(products).astype(np.float64)
+            total[entry.name] = total[entry.name] + products
     completed = dict(moments)
     for entry in planned:
         matrix = layouts.matricize(entry.value, kinds[entry.name])
         shape = *matrix.shape[:-2], matrix.shape[-1]
-        found = total[entry.name].reshape(shape) / (2 * tokens * matrix.shape[-2])
+        found = total[entry.name] / (2 * tokens * matrix.shape[-2])
+        pairs = None
+        if found.ndim == 3:
+            pairs = jnp.asarray(found.reshape(*shape, shape[-1]), jnp.float32)
+            found = np.diagonal(found, axis1=1, axis2=2)
+        found = found.reshape(shape)
         if not np.isfinite(found).all():
             raise ValueError(
                 f"{entry.name}: its gradient is not finite on these batches; look for "
@@ -118,7 +139,9 @@ def measure_curvatures(
             found = np.broadcast_to(found.mean(axis=-1, keepdims=True), shape)
         known = moments.get(entry.name) or Moments(jnp.zeros(shape[:-1]))
         completed[entry.name] = dataclasses.replace(
-            known, curvatures=jnp.asarray(found, jnp.float32)
+            known,
+            curvatures=jnp.asarray(found, jnp.float32),
+            joint_curvatures=pairs,
         )
     return completed
 
@@ -171,7 +194,9 @@ def plan_rates(
         inputs, outputs = matrix.shape[-2:]
         count = entry.value.size // (inputs * outputs)
         slices.append(count if matrix.ndim > 2 else 0)
-        bent = _curvatures(entry, matrix) if measured else np.ones((count, outputs))
+        bent = np.ones((count, outputs))
+        if measured:
+            bent, _ = feedbacks_of(entry.moments, matrix, entry.name)
         scales = rate_coded.column_scales(bent)
         finer = rate_coded.SCALES[scales]
         matrix = matrix.reshape(count, inputs, outputs) / finer[:, None]
@@ -211,12 +236,6 @@ def plan_rates(
     return plan
 
 
-def _curvatures(entry: Entry, matrix: jax.Array) -> np.ndarray:
-    """Float64 `[slices, outputs]`."""
-    known = require(entry.moments, matrix, entry.name, fields=("curvatures",))
-    return np.asarray(known.curvatures, np.float64).reshape(-1, matrix.shape[-1])
-
-
 def _kind(entry: Entry, layout: Mapping[str, Layout]) -> Layout:
     default = layouts.ROWS if entry.embedding else layouts.DENSE
     return layout.get(entry.name, default)
@@ -229,16 +248,29 @@ def _factors(entry: Entry, damping: float) -> jax.Array:
     return jnp.stack([inverse_factor(each, damping=damping) for each in flat])
 
 
-@jax.jit
-def _squares(gradient: jax.Array, factors: jax.Array | None) -> jax.Array:
-    """Squared norms of a gradient's columns in its inputs' metric, `[slices, outputs]`.
+def _pairs(matrix: jax.Array) -> bool:
+    """Whether joint curvatures are worth their memory, and can be made use of."""
+    inputs, outputs = matrix.shape[-2:]
+    return outputs <= inputs and count_groups(outputs) > 1
+
+
+@functools.partial(jax.jit, static_argnames="pairs")
+def _products(
+    gradient: jax.Array, factors: jax.Array | None, *, pairs: bool
+) -> jax.Array:
+    """Products of a gradient's columns in its inputs' metric.
+
+    `[slices, outputs]`, those of each with itself, or `[slices, outputs, outputs]`.
 
     Args:
       gradient: `[..., inputs, outputs]`; factors: `[slices, inputs, inputs]`.
     """
     flat = gradient.reshape(-1, *gradient.shape[-2:]).astype(jnp.float32)
+    high = jax.lax.Precision.HIGHEST
     if factors is not None:
-        flat = jnp.matmul(factors, flat, precision=jax.lax.Precision.HIGHEST)
+        flat = jnp.matmul(factors, flat, precision=high)
+    if pairs:
+        return jnp.matmul(flat.swapaxes(1, 2), flat, precision=high)
     return jnp.sum(flat * flat, axis=1)
 
 

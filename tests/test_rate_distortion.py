@@ -22,7 +22,7 @@ from jaxcompress.quantization import contexts, densities, rate_coded, trellis
 from jaxcompress.quantization.rate_distortion import pivots, prepare, sweep
 from jaxcompress.running.decoding import decoded, recoded
 
-search = jax.jit(trellis.search, static_argnums=1)
+search = jax.jit(lambda x, states: trellis.search(x, states)[0], static_argnums=1)
 sweep_once = jax.jit(sweep, static_argnames="states")
 
 
@@ -283,6 +283,20 @@ def test_pivots_explain_most_first():
             second[np.ix_(done, left)] * inside, 0
         )
         assert left[int(np.argmax(variances))] == found[i]
+
+
+def test_pivots_of_fewer_tokens_than_inputs():
+    """What rounding leaves of explained inputs is not divided by."""
+    x = gaussian(12, 64).astype(np.float32)
+    second = np.asarray(x.T @ x, np.float64)
+    found = pivots(second)
+    assert sorted(found) == list(range(64))
+    rest = second[np.ix_(found[:12], found[12:])]
+    explained = rest.T @ np.linalg.solve(second[np.ix_(found[:12], found[:12])], rest)
+    np.testing.assert_allclose(
+        explained, second[np.ix_(found[12:], found[12:])], atol=1e-3
+    )
+    assert sorted(pivots(np.zeros((5, 5)))) == list(range(5))
 
 
 @pytest.mark.parametrize("rate", [0.7, 2.0, 4.5])

@@ -24,6 +24,7 @@ from jaxcompress.tree.paths import entries
 from jaxcompress.tree.rules import LeafReport, chain, choose, compress
 from jaxcompress.tree.segments import Segment
 
+CURVATURES = "curvatures", "joint_curvatures"
 BLOCKS = r"(.*/)?(layers?|blocks?|h)([_/]?\d+)?"
 
 
@@ -92,7 +93,11 @@ def compress_blockwise(
         raise ValueError("there are no batches; pass at least one")
     options = {"blocks": blocks, "drift": drift}
     curvatures = {
-        name: np.asarray(x.curvatures)
+        name: {
+            k: np.asarray(getattr(x, k))
+            for k in CURVATURES
+            if getattr(x, k) is not None
+        }
         for name, x in (moments or {}).items()
         if getattr(x, "curvatures", None) is not None
     }
@@ -166,7 +171,7 @@ class _Job:
     source: Source
     recipe: Any
     wanted: set[str]  # full names of leaves that the recipe takes
-    curvatures: dict[str, np.ndarray]  # by full name
+    curvatures: dict[str, dict[str, np.ndarray]]  # by full name, then by field
     drift: bool
     streams: Streams
     store: Store
@@ -295,11 +300,12 @@ class _Job:
         index = block.index if block else None
         whole = tuple(leaves) if not block else segment.outer
         for name, known in moments.items():
-            if name in self.curvatures:
-                each = self.curvatures[name]
-                stacked = index is not None and name not in whole
-                each = jnp.asarray(each[index] if stacked else each)
-                moments[name] = dataclasses.replace(known, curvatures=each)
+            stacked = index is not None and name not in whole
+            fields = {
+                key: jnp.asarray(x[index] if stacked else x)
+                for key, x in self.curvatures.get(name, {}).items()
+            }
+            moments[name] = dataclasses.replace(known, **fields)
         small, rows = compress(
             leaves, self.recipe, moments, layout=layouts, report=True, part=True
         )

@@ -29,6 +29,7 @@ class Moments:
     cross: jax.Array | None = None  # [..., inputs, inputs] average of x x'^T
     tokens: jax.Array | None = None  # [..., rows] times each embedding row was read
     curvatures: jax.Array | None = None  # [..., outputs] of `measure_curvatures`
+    joint_curvatures: jax.Array | None = None  # [..., outputs, outputs] likewise
 
     @property
     def norms(self) -> jax.Array:
@@ -88,7 +89,9 @@ class Moments:
     def project(self, weight: jax.Array) -> "Moments":
         """The moments of `x @ weight`, for a `weight` `[..., inputs, outputs]`."""
         wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
-        changed: dict[str, Any] = {"tokens": None, "curvatures": None}
+        changed: dict[str, Any] = dict.fromkeys(
+            ("tokens", "curvatures", "joint_curvatures")
+        )
         if self.mean is not None:
             mean = _matmul(self.mean[..., None, :], wide)
             changed["mean"] = mean.squeeze(-2)
@@ -224,6 +227,7 @@ def require(
         "cross": square,
         "tokens": (*stack, outputs),
         "curvatures": (*stack, outputs),
+        "joint_curvatures": (*stack, outputs, outputs),
     }
     for name in fields:
         value = getattr(moments, name)
@@ -250,4 +254,5 @@ _ABSENT = {
     "cross": "compress with compress_blockwise, which measures the drift",
     "tokens": "only an embedding that is looked up has token counts",
     "curvatures": "complete the moments with measure_curvatures",
+    "joint_curvatures": "complete the moments with measure_curvatures",
 }

@@ -55,11 +55,16 @@ class LowRank(Leaf):
         counts = moments.curvatures
         if field == "right":
             projected = moments.project(dense(self.left))
-            return dataclasses.replace(projected, curvatures=counts)
+            joint = moments.joint_curvatures
+            return dataclasses.replace(
+                projected, curvatures=counts, joint_curvatures=joint
+            )
         if counts is not None:
             spread = jnp.square(dense(self.right).astype(jnp.float32))
             counts = jnp.sum(spread * counts[..., None, :], axis=-1)
-        return dataclasses.replace(moments, tokens=None, curvatures=counts)
+        return dataclasses.replace(
+            moments, tokens=None, curvatures=counts, joint_curvatures=None
+        )
 
     def materialize(self) -> jax.Array:
         return multiply(dense(self.left), dense(self.right))

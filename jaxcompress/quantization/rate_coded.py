@@ -59,11 +59,12 @@ class CodedLevels(Leaf):
     """Integers `[..., inputs, outputs]` at their entropy, decoded inside `jit`.
 
     Invariant: every data array has the stack axes in front, and a slice of all of them
-    is the `CodedLevels` of a slice. Each row is cut into walks of `places` outputs, the
-    last filled up; a lane codes the same number of walks, one after the other, and so
-    all lanes begin walks together. The table of a level follows from the kinds of its
-    row and column (`contexts.Contexts`) and, with a trellis, from whether the state of
-    its walk is odd: such tables stand behind the others.
+    is the `CodedLevels` of a slice. Each row, its outputs as `in_groups` lays them, is
+    cut into walks of `places` outputs, the last filled up; a lane codes the same number
+    of walks, one after the other, and so all lanes begin walks together. The table of a
+    level follows from the kinds of its row and column (`contexts.Contexts`) and, with a
+    trellis, from whether the state of its walk is odd: such tables stand behind the
+    others.
 
     Args:
       words: uint16 `[..., words]`; offsets: int32 `[..., lanes + 1]`; states: uint32
@@ -74,6 +75,7 @@ class CodedLevels(Leaf):
         `[..., contexts - 1]`.
       places: outputs in a walk.
       trellis: its number of states; 0 for plain integers.
+      groups: that the outputs of a walk lie in, one after the other.
       kind: name of the dtype of the integers, int8 where they fit.
     """
 
@@ -88,6 +90,7 @@ class CodedLevels(Leaf):
     places: int = static()
     trellis: int = static()
     kind: str = static()
+    groups: int = static(default=1)
 
     lossless: ClassVar[bool] = True
     entropy_coded: ClassVar[bool] = True
@@ -131,12 +134,32 @@ def count_lanes(inputs: int, outputs: int) -> int:
     )[2]
 
 
-def code_levels(levels: np.ndarray, states: int) -> CodedLevels:
+def in_groups(x: Any, groups: int, places: int) -> Any:
+    """Outputs, the last axis, in the order of walks: group by group within each walk.
+
+    Group `g` is outputs `g`, `g + groups`, ...; each walk has as many of each.
+    """
+    if groups == 1:
+        return x
+    by_walk = x.reshape(*x.shape[:-1], -1, places // groups, groups)
+    return by_walk.swapaxes(-1, -2).reshape(x.shape)
+
+
+def out_of_groups(x: Any, groups: int, places: int) -> Any:
+    """Undoes `in_groups`."""
+    if groups == 1:
+        return x
+    by_walk = x.reshape(*x.shape[:-1], -1, groups, places // groups)
+    return by_walk.swapaxes(-1, -2).reshape(x.shape)
+
+
+def code_levels(levels: np.ndarray, states: int, groups: int = 1) -> CodedLevels:
     """Codes the levels of a stack of weights, each slice with its own tables.
 
     Args:
       levels: int32 `[..., inputs, outputs]`; with a trellis, its walks along outputs.
       states: of the trellis, or 0.
+      groups: of outputs, that walks lead through one after the other.
 
     Raises:
       ValueError: a level past 16 bits, or one that its walk does not allow.
@@ -150,7 +173,7 @@ def code_levels(levels: np.ndarray, states: int) -> CodedLevels:
     lead, (inputs, outputs) = levels.shape[:-2], levels.shape[-2:]
     parities = 2 if states else 1
     _, places = trellis.walks(outputs)
-    slices = levels.reshape(-1, inputs, outputs)
+    slices = in_groups(levels, groups, places).reshape(-1, inputs, outputs)
     found = [contexts.fit(each, parities) for each in slices]
     lanes = count_lanes(inputs, outputs)
     kinds = max(len(each.parameters) for each in found)
@@ -183,6 +206,7 @@ def code_levels(levels: np.ndarray, states: int) -> CodedLevels:
         places=places,
         trellis=states,
         kind="int8" if largest < 128 else "int16",
+        groups=groups,
     )
 
 
@@ -265,7 +289,7 @@ def _slice(coded: CodedLevels) -> jax.Array:
     )
     levels = levels.T.reshape(lanes * each, places)[: inputs * count]
     levels = levels.reshape(inputs, count * places)[:, :outputs]
-    return levels.astype(coded.kind)
+    return out_of_groups(levels, coded.groups, coded.places).astype(coded.kind)
 
 
 @jax.jit

@@ -14,6 +14,7 @@ from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.entropy.parallel import in_order
 from jaxcompress.quantization import contexts, rate_coded, trellis
 from jaxcompress.quantization.grids import round_to
+from jaxcompress.quantization.output_feedback import feedbacks_of, stretched
 from jaxcompress.quantization.rate_coded import RateCoded
 from jaxcompress.quantization.second_order import corrected_target
 from jaxcompress.tree.methods import method, precise
@@ -48,14 +49,16 @@ def rate_distortion(
 
     Without moments all inputs count alike. With drifted moments the target is
     corrected for the compressed prefix, as in `gptq`. With curvatures
-    (`measure_curvatures`) outputs whose errors do more are quantized finer.
+    (`measure_curvatures`) outputs whose errors do more are quantized finer; with joint
+    ones errors are fed into outputs too, where they cancel (`output_feedback`).
 
     Slices are searched in threads, and on all the devices that hold `x`: replicate or
     shard a stack over several for it to be done on each of them.
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`; one search per slice.
-      moments: of the inputs; `second`, or `drifted` and `cross`; and `curvatures`.
+      moments: of the inputs; `second`, or `drifted` and `cross`; `curvatures` and
+        `joint_curvatures` of the outputs.
       rate: bits per weight in the file, above 0 and at most 12; or one number for each
         slice of a stack.
       states: of the trellis, 8 to 256 in powers of two; more gain less and less and
@@ -75,8 +78,9 @@ def rate_distortion(
         definite, or a rate that no step meets within five percent (the side
         information alone may exceed it).
 
-    Source: "WaterSIC" (2026, arXiv 2603.04956) for steps and shrinkage; pivots, trellis
-    and contexts are additions, the trellis that of `trellis`.
+    Source: "WaterSIC" (2026, arXiv 2603.04956) for steps and shrinkage, YAQA (arXiv
+    2505.22988) for feedback on both sides; pivots, trellis and contexts are additions,
+    the trellis that of `trellis`.
     """
     lead, inputs = x.shape[:-2], x.shape[-2]
     rates, count = np.asarray(rate, np.float64), math.prod(lead)
@@ -103,11 +107,13 @@ def rate_distortion(
     if not (prior >= 0 and math.isfinite(prior)):
         raise ValueError(f"rate_distortion takes a prior of 0 or more, not {prior!r}")
     second, cross = _statistics(x, moments)
+    counts, feedbacks = feedbacks_of(moments, x, "rate_distortion")
     scales = np.zeros((*lead, x.shape[-1]), np.uint8)
-    if getattr(moments, "curvatures", None) is not None:
-        known = require(moments, x, "rate_distortion", fields=("curvatures",))
-        scales = rate_coded.column_scales(known.curvatures)
-    x32 = x.astype(jnp.float32) / rate_coded.SCALES[scales][..., None, :]
+    if counts is not None:
+        scales = rate_coded.column_scales(counts).reshape(scales.shape)
+    finer = rate_coded.SCALES[scales]
+    x32 = x.astype(jnp.float32) / finer[..., None, :]
+    finer = finer.reshape(count, -1)
     flat = [
         None if a is None else np.asarray(a).reshape(-1, *a.shape[-2:])
         for a in (x32, second, cross)
@@ -127,12 +133,17 @@ def rate_distortion(
             scale = _first_guess(*prepared[:2], rates[i])
             ridge = prior * 4.0**scale / 12 / size
             prepared = prepare(weights, *known, **options, ridge=ridge)
-        return _search(*prepared, rates[i] - side, states, count)
+        between = feedbacks[i]
+        if between is not None:
+            between = stretched(between, finer[i])
+            between = between.matrix, between.moves
+        return _search(*prepared, between, rates[i] - side, states, count)
 
     found = in_order(precise(one), range(count))  # threads start without it
     levels, steps = (np.stack(part) for part in zip(*found, strict=True))
+    groups = 1 if feedbacks[0] is None else len(feedbacks[0].moves)
     return RateCoded(
-        rate_coded.code_levels(levels.reshape(x.shape), states),
+        rate_coded.code_levels(levels.reshape(x.shape), states, groups),
         jnp.asarray(steps.reshape(*lead, inputs), jnp.bfloat16),
         scales,
         jnp.dtype(x.dtype).name,
@@ -205,16 +216,21 @@ def _ordered(
 def pivots(second: np.ndarray) -> np.ndarray:
     """Inputs in the order of pivoted Cholesky: always the one least explained so far.
 
+    Those that the ones before explain but for rounding come last, as they stand.
+
     Args:
       second: float64 `[inputs, inputs]`.
     """
     size = second.shape[0]
     left, factor = np.diagonal(second).copy(), np.zeros((size, size))
-    found = np.zeros(size, np.int64)
+    found, least = np.zeros(size, np.int64), 1e-6 * left.max(initial=0)
     for i in range(size):
         pivot = found[i] = int(np.argmax(left))
+        if left[pivot] <= least:
+            found[i:] = np.flatnonzero(left > -np.inf)
+            break
         column = second[pivot] - factor[:i, pivot] @ factor[:i]
-        factor[i] = column / np.sqrt(max(left[pivot], 1e-30))
+        factor[i] = column / np.sqrt(left[pivot])
         left -= factor[i] ** 2
         left[found[: i + 1]] = -np.inf
     return found
@@ -222,13 +238,19 @@ def pivots(second: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("states",))
 def sweep(
-    x: jax.Array, factor: jax.Array, scale: jax.Array, *, states: int
+    x: jax.Array,
+    factor: jax.Array,
+    scale: jax.Array,
+    between: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    states: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Levels int32 `[inputs, outputs]` and steps `[inputs]` that bfloat16 holds.
 
     Args:
       x, factor: as `prepare` gives them.
       scale: what an output's error in the factor's units is quantized to.
+      between: matrix and moves of `OutputFeedback`, for feedback between outputs.
     """
     outputs = x.shape[1]
     count, places = trellis.walks(outputs)
@@ -245,17 +267,41 @@ def sweep(
         if not states:
             return jnp.round(row)
         row = jnp.pad(row, (0, gap)).reshape(count, places)
-        found = trellis.search(row.T, states, weights)
+        found, _ = trellis.search(row.T, states, weights)
         return found.T.reshape(-1)[:outputs].astype(row.dtype)
+
+    def one_group(carry: tuple, group: tuple) -> tuple[tuple, jax.Array]:
+        errors, state = carry  # of all outputs, group after group; of the walks
+        start, row, moves = group
+        target = row - errors @ moves
+        if states:
+            target = target.reshape(count, -1).T
+            found, state = trellis.search(target, states, start=state)
+            found = found.T.reshape(-1).astype(row.dtype)
+        else:
+            found = jnp.round(target)
+        errors = jax.lax.dynamic_update_slice(errors, found - row, (start,))
+        return (errors, state), found
 
     def replace(aux: Any, j: jax.Array, row: jax.Array) -> tuple[jax.Array, Any]:
         del aux
         step = steps[jnp.minimum(j, x.shape[0] - 1)]
         step = stored(jnp.maximum(step, jnp.max(jnp.abs(row)) / LARGEST))
         row = row / step
-        levels = nearest(row)
-        size = jnp.sum(levels * levels)
-        shrunk = jnp.sum(levels * row) / jnp.where(size > 0, size, 1)
+        if between is None:
+            levels = nearest(row)
+            size, along = jnp.sum(levels * levels), jnp.sum(levels * row)
+        else:
+            matrix, moves = between
+            groups, _, width = moves.shape
+            row = row.reshape(width, groups).T
+            carry = jnp.zeros(outputs, row.dtype), jnp.zeros(count, jnp.int32)
+            parts = jnp.arange(groups) * width, row, moves
+            _, levels = jax.lax.scan(one_group, carry, parts)
+            counted = (levels.reshape(-1) @ matrix).reshape(levels.shape)
+            size, along = jnp.sum(counted * levels), jnp.sum(counted * row)
+            levels = levels.T.reshape(-1)
+        shrunk = along / jnp.where(size > 0, size, 1)
         step = stored(shrunk * step)  # the same, where levels are many
         return step * levels, (levels.astype(jnp.int32), step)
 
@@ -266,6 +312,7 @@ def _search(
     x: jax.Array,
     factor: jax.Array,
     first: jax.Array,
+    between: tuple[np.ndarray, np.ndarray] | None,
     rate: float,
     states: int,
     slices: int,
@@ -283,7 +330,11 @@ def _search(
 
     def attempt(log_scale: float, stride: int) -> tuple[float, np.ndarray, np.ndarray]:
         levels, steps = sweep(
-            x[:, ::stride], factor, jnp.float32(2.0**log_scale), states=states
+            x[:, ::stride],
+            factor,
+            jnp.float32(2.0**log_scale),
+            between if stride == 1 else None,
+            states=states,
         )
         levels, steps = np.asarray(levels)[back], np.asarray(steps)[back]
         return _rate(levels, steps, outputs, states, slices), levels, steps

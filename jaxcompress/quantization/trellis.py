@@ -62,16 +62,22 @@ def _ways(states: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(before), np.stack([parity, parity + 2])
 
 
-def search(x: jax.Array, states: int, weights: jax.Array | None = None) -> jax.Array:
+def search(
+    x: jax.Array,
+    states: int,
+    weights: jax.Array | None = None,
+    start: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Levels of the walk nearest to `x`, by squared error.
 
     Args:
       x: float32 `[places, walks]`, finite.
       states: one of `CHECKS`.
       weights: of the squared errors, likewise; all one if not given.
+      start: states `[walks]` that the walks begin in; 0 if not given.
 
     Returns:
-      int32 `[places, walks]`.
+      Levels int32 `[places, walks]`, and the states `[walks]` where the walks end.
     """
     before, subset = _ways(states)
     offset = jnp.arange(4, dtype=x.dtype)[None, :, None]
@@ -102,8 +108,11 @@ def search(x: jax.Array, states: int, weights: jax.Array | None = None) -> jax.A
             second.append(ways[1] < ways[0])
         return jnp.concatenate(least), jnp.concatenate(second)
 
-    start = jnp.full((states, x.shape[1]), jnp.inf).at[0].set(0)
-    total, second = jax.lax.scan(forward, start, costs)
+    if start is None:
+        start = jnp.zeros(x.shape[1], jnp.int32)
+    begin = jnp.arange(states, dtype=jnp.int32)[:, None] == start[None]
+    begin = jnp.where(begin, jnp.zeros((), x.dtype), jnp.inf)
+    total, second = jax.lax.scan(forward, begin, costs)
 
     def back(state: jax.Array, place: tuple) -> tuple[jax.Array, jax.Array]:
         second, levels = place
@@ -114,4 +123,4 @@ def search(x: jax.Array, states: int, weights: jax.Array | None = None) -> jax.A
 
     end = jnp.argmin(total, axis=0).astype(jnp.int32)
     _, found = jax.lax.scan(back, end, (second, levels), reverse=True)
-    return found.astype(jnp.int32)
+    return found.astype(jnp.int32), end

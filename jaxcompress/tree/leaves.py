@@ -326,6 +326,7 @@ class Mixed(Leaf):
         counts = getattr(moments, "curvatures", None)
         if counts is None:
             return moments
+        moments = dataclasses.replace(moments, joint_curvatures=None)
         counts = jnp.take_along_axis(counts, self.order.astype(jnp.int32), axis=-1)
         cut = self.kept.shape[-1]
         part = counts[..., :cut] if field == "kept" else counts[..., cut:]

@@ -1,0 +1,123 @@
+"""Feedback between the outputs of a weight: errors that cancel behind the layer.
+
+To second order the divergence grows by `tr(E^T S E H)`, with `S` the second moment of
+the inputs and `H` the joint curvatures of the outputs. Input by input, as `feed_back`
+works, each row of errors then costs `e H e^T` on its own; so the outputs of a row are
+quantized in groups one after the other, and what earlier groups did wrong moves the
+targets of later ones to where it costs least. Outputs that do alike (as those of one
+attention head) are put in different groups: group `g` of `G` is outputs `g`, `g + G`,
+`g + 2 G`, ...
+
+Source: two-sided feedback as in YAQA (arXiv 2505.22988); groups, so that a trellis runs
+along the outputs of each, are an addition.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcompress.calibration.moments import require
+from jaxcompress.quantization import trellis
+
+SHRINKAGE = 0.4  # of joint curvatures towards their diagonal: they are estimates
+GROUP = 48  # places of a walk in a group, about: each begins with little choice
+
+
+class OutputFeedback(NamedTuple):
+    """What the groups of a weight's outputs make of each other's errors.
+
+    Args:
+      curvatures: float64 `[outputs]`, in natural order: what an output's error costs
+        once later groups have made up for it.
+      matrix: float32 `[outputs, outputs]`, the joint curvatures, group after group.
+      moves: float32 `[groups, outputs, outputs / groups]`: errors of all outputs, in
+        that order, times this is what the targets of a group move down by.
+    """
+
+    curvatures: np.ndarray
+    matrix: np.ndarray
+    moves: np.ndarray
+
+
+def feedbacks_of(
+    moments: Any, x: jax.Array, method: str
+) -> tuple[np.ndarray | None, list[OutputFeedback | None]]:
+    """What the outputs count, float64 `[slices, outputs]`, and feedback, by slice.
+
+    None where moments do not know it. Raises as `require`, and ValueError for joint
+    curvatures that are not finite.
+    """
+    count = math.prod(x.shape[:-2])
+    if getattr(moments, "curvatures", None) is None:
+        return None, [None] * count
+    known = require(moments, x, method, fields=("curvatures",))
+    weights = np.asarray(known.curvatures, np.float64).reshape(count, -1)
+    if known.joint_curvatures is None:
+        return weights, [None] * count
+    require(moments, x, method, fields=("joint_curvatures",))
+    outputs = x.shape[-1]
+    joint = np.asarray(known.joint_curvatures).reshape(count, outputs, outputs)
+    if not np.isfinite(joint).all():
+        raise ValueError(
+            f"{method}: joint curvatures that are not finite; measure them again, on "
+            "batches and weights without NaN"
+        )
+    found = [output_feedback(each) for each in joint]
+    if any(each is None for each in found):
+        return weights, [None] * count
+    return np.stack([each.curvatures for each in found]), found
+
+
+def count_groups(outputs: int) -> int:
+    """Groups that outputs are split into; 1 where no split fits their walks."""
+    count, places = trellis.walks(outputs)
+    if count * places != outputs:
+        return 1
+    sizes = [n for n in range(GROUP // 2, 2 * GROUP + 1) if places % n == 0]
+    best = min(sizes, key=lambda n: abs(math.log(n / GROUP)), default=places)
+    return places // best
+
+
+def output_feedback(joint: np.ndarray) -> OutputFeedback | None:
+    """Feedback for joint curvatures `[outputs, outputs]`; None where there is none.
+
+    None: one group, or curvatures of which none is positive.
+    """
+    joint = np.asarray(joint, np.float64)
+    outputs = len(joint)
+    groups = count_groups(outputs)
+    alone = np.diagonal(joint)
+    if groups == 1 or not alone.mean() > 0:
+        return None
+    order = np.arange(outputs).reshape(-1, groups).T.reshape(-1)
+    matrix = (1 - SHRINKAGE) * (joint + joint.T) / 2
+    matrix += np.diag(SHRINKAGE * alone + 0.1 * alone.mean())
+    matrix = matrix[np.ix_(order, order)]
+    # matrix = root root^T, upper triangular: later outputs have made up for errors.
+    root = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
+    size = outputs // groups
+    moves = np.zeros((groups, outputs, size))
+    curvatures = np.empty(outputs)
+    for group in range(groups):
+        part = slice(group * size, (group + 1) * size)
+        own = root[part, part]
+        before = root[: part.start, part]
+        moves[group, : part.start] = np.linalg.solve(own.T, before.T).T
+        curvatures[order[part]] = np.square(own).sum(axis=1)
+    return OutputFeedback(
+        curvatures, matrix.astype(np.float32), moves.astype(np.float32)
+    )
+
+
+def stretched(feedback: OutputFeedback, factors: np.ndarray) -> OutputFeedback:
+    """The feedback for errors of `weights / factors`, `[outputs]` in natural order."""
+    groups = len(feedback.moves)
+    by_group = factors.reshape(-1, groups).T
+    flat = by_group.reshape(-1)
+    return OutputFeedback(
+        feedback.curvatures * factors**2,
+        feedback.matrix * flat[:, None] * flat,
+        feedback.moves * flat[:, None] / by_group[:, None],
+    )
