@@ -15,7 +15,7 @@ from jaxcompress.calibration.feedback import inverse_factor
 from jaxcompress.calibration.moments import Moments, check_curvatures
 from jaxcompress.planning import check_concrete, planned_entries
 from jaxcompress.quantization import rate_coded
-from jaxcompress.quantization.output_feedback import count_groups, feedbacks_of
+from jaxcompress.quantization.output_feedback import count_groups, output_costs
 from jaxcompress.quantization.rate_distortion import (
     deviations,
     gaussian_bits,
@@ -118,8 +118,7 @@ def measure_curvatures(
                 factors.get(entry.name),
                 pairs=joint and not entry.embedding and _pairs(matrix),
             )
-            products = np.asarray(products).astype(np.float64)
-            total[entry.name] = total[entry.name] + products
+            total[entry.name] = total[entry.name] + np.asarray(products)
     completed = dict(moments)
     for entry in planned:
         matrix = layouts.matricize(entry.value, kinds[entry.name])
@@ -196,7 +195,7 @@ def plan_rates(
         slices.append(count if matrix.ndim > 2 else 0)
         bent = np.ones((count, outputs))
         if measured:
-            bent, _ = feedbacks_of(entry.moments, matrix, entry.name)
+            bent, _ = output_costs(entry.moments, matrix, entry.name)
         scales = rate_coded.column_scales(bent)
         finer = rate_coded.SCALES[scales]
         matrix = matrix.reshape(count, inputs, outputs) / finer[:, None]

@@ -155,7 +155,7 @@ def test_it_does_less_harm_at_the_same_size(states, tmp_path):
 
 
 def test_walks_of_a_stack_go_on_from_group_to_group():
-    """Two walks in each row, twelve groups in each walk; decoded in XLA and by slice."""
+    """Two walks in each row, twelve groups in each walk; decoded whole and in part."""
     shape = 2, 8, 1152
     x, second = gaussian(*shape), np.stack([covariance(8)] * 2)
     joint = np.stack([joint_of(1152, heads=24, seed=i) for i in range(2)])

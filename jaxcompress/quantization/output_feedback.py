@@ -41,33 +41,34 @@ class OutputFeedback(NamedTuple):
     moves: np.ndarray
 
 
-def feedbacks_of(
+def output_costs(
     moments: Any, x: jax.Array, method: str
-) -> tuple[np.ndarray | None, list[OutputFeedback | None]]:
-    """What the outputs count, float64 `[slices, outputs]`, and feedback, by slice.
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What an error of each output costs, and joint curvatures where they are of use.
 
-    None where moments do not know it. Raises as `require`, and ValueError for joint
-    curvatures that are not finite.
+    Raises as `require`, and ValueError for joint curvatures that are not finite.
+
+    Returns:
+      Costs float64 `[slices, outputs]`, feedback allowed for, None where moments do not
+      know them; and joint curvatures `[slices, outputs, outputs]`, or None.
     """
-    count = math.prod(x.shape[:-2])
+    count, outputs = math.prod(x.shape[:-2]), x.shape[-1]
     if getattr(moments, "curvatures", None) is None:
-        return None, [None] * count
+        return None, None
     known = require(moments, x, method, fields=("curvatures",))
-    weights = np.asarray(known.curvatures, np.float64).reshape(count, -1)
+    costs = np.asarray(known.curvatures, np.float64).reshape(count, outputs)
     if known.joint_curvatures is None:
-        return weights, [None] * count
+        return costs, None
     require(moments, x, method, fields=("joint_curvatures",))
-    outputs = x.shape[-1]
     joint = np.asarray(known.joint_curvatures).reshape(count, outputs, outputs)
     if not np.isfinite(joint).all():
         raise ValueError(
             f"{method}: joint curvatures that are not finite; measure them again, on "
             "batches and weights without NaN"
         )
-    found = [output_feedback(each) for each in joint]
-    if any(each is None for each in found):
-        return weights, [None] * count
-    return np.stack([each.curvatures for each in found]), found
+    if count_groups(outputs) == 1 or not joint.diagonal(0, 1, 2).any(axis=1).all():
+        return costs, None
+    return np.stack([output_feedback(each).curvatures for each in joint]), joint
 
 
 def count_groups(outputs: int) -> int:
@@ -80,17 +81,12 @@ def count_groups(outputs: int) -> int:
     return places // best
 
 
-def output_feedback(joint: np.ndarray) -> OutputFeedback | None:
-    """Feedback for joint curvatures `[outputs, outputs]`; None where there is none.
-
-    None: one group, or curvatures of which none is positive.
-    """
+def output_feedback(joint: np.ndarray) -> OutputFeedback:
+    """Feedback for joint curvatures `[outputs, outputs]`, some of them positive."""
     joint = np.asarray(joint, np.float64)
     outputs = len(joint)
     groups = count_groups(outputs)
     alone = np.diagonal(joint)
-    if groups == 1 or not alone.mean() > 0:
-        return None
     order = np.arange(outputs).reshape(-1, groups).T.reshape(-1)
     matrix = (1 - SHRINKAGE) * (joint + joint.T) / 2
     matrix += np.diag(SHRINKAGE * alone + 0.1 * alone.mean())

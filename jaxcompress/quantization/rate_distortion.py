@@ -14,7 +14,12 @@ from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.entropy.parallel import in_order
 from jaxcompress.quantization import contexts, rate_coded, trellis
 from jaxcompress.quantization.grids import round_to
-from jaxcompress.quantization.output_feedback import feedbacks_of, stretched
+from jaxcompress.quantization.output_feedback import (
+    count_groups,
+    output_costs,
+    output_feedback,
+    stretched,
+)
 from jaxcompress.quantization.rate_coded import RateCoded
 from jaxcompress.quantization.second_order import corrected_target
 from jaxcompress.tree.methods import method, precise
@@ -107,10 +112,10 @@ def rate_distortion(
     if not (prior >= 0 and math.isfinite(prior)):
         raise ValueError(f"rate_distortion takes a prior of 0 or more, not {prior!r}")
     second, cross = _statistics(x, moments)
-    counts, feedbacks = feedbacks_of(moments, x, "rate_distortion")
+    costs, joint = output_costs(moments, x, "rate_distortion")
     scales = np.zeros((*lead, x.shape[-1]), np.uint8)
-    if counts is not None:
-        scales = rate_coded.column_scales(counts).reshape(scales.shape)
+    if costs is not None:
+        scales = rate_coded.column_scales(costs).reshape(scales.shape)
     finer = rate_coded.SCALES[scales]
     x32 = x.astype(jnp.float32) / finer[..., None, :]
     finer = finer.reshape(count, -1)
@@ -133,15 +138,14 @@ def rate_distortion(
             scale = _first_guess(*prepared[:2], rates[i])
             ridge = prior * 4.0**scale / 12 / size
             prepared = prepare(weights, *known, **options, ridge=ridge)
-        between = feedbacks[i]
-        if between is not None:
-            between = stretched(between, finer[i])
-            between = between.matrix, between.moves
+        between = None
+        if joint is not None:
+            _, *between = stretched(output_feedback(joint[i]), finer[i])
         return _search(*prepared, between, rates[i] - side, states, count)
 
     found = in_order(precise(one), range(count))  # threads start without it
     levels, steps = (np.stack(part) for part in zip(*found, strict=True))
-    groups = 1 if feedbacks[0] is None else len(feedbacks[0].moves)
+    groups = 1 if joint is None else count_groups(x.shape[-1])
     return RateCoded(
         rate_coded.code_levels(levels.reshape(x.shape), states, groups),
         jnp.asarray(steps.reshape(*lead, inputs), jnp.bfloat16),
@@ -241,7 +245,7 @@ def sweep(
     x: jax.Array,
     factor: jax.Array,
     scale: jax.Array,
-    between: tuple[jax.Array, jax.Array] | None = None,
+    between: Sequence[jax.Array] | None = None,
     *,
     states: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -312,7 +316,7 @@ def _search(
     x: jax.Array,
     factor: jax.Array,
     first: jax.Array,
-    between: tuple[np.ndarray, np.ndarray] | None,
+    between: Sequence[np.ndarray] | None,
     rate: float,
     states: int,
     slices: int,
