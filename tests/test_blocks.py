@@ -121,8 +121,12 @@ def curved(params, pattern):
         if re.fullmatch(pattern, entry.name):
             x = entry.value
             known = np.abs(random(*x.shape[:-2], x.shape[-1], seed=len(found)))
-            known = jnp.asarray(known, jnp.float32)
-            found[entry.name] = jc.Moments(jnp.zeros(x.shape[:-2]), curvatures=known)
+            fields = {
+                "curvatures": known,
+                "joint_curvatures": known[..., None] * np.eye(x.shape[-1]),
+            }
+            fields = {k: jnp.asarray(v, jnp.float32) for k, v in fields.items()}
+            found[entry.name] = jc.Moments(jnp.zeros(x.shape[:-2]), **fields)
     return found
 
 
@@ -142,6 +146,8 @@ def test_curvatures_join_the_moments_of_the_blocks(stream, kind):
     layers = [f"layer_{i}/{n}/kernel" for i in range(3) for n in ("down", "up")]
     for name, (_, moments) in zip([*layers, "head/kernel"], record, strict=True):
         np.testing.assert_array_equal(moments.curvatures, looped[name])
+        alone = jnp.diagonal(moments.joint_curvatures)
+        np.testing.assert_array_equal(alone, looped[name])
         assert moments.cross is not None
     coded = [(r"head/kernel", jc.rate_distortion(rate=6.0, states=8))]
     plain, finer = (
