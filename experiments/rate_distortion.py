@@ -90,9 +90,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     pattern = KERNELS if config.embedding >= 0 else None
     measured = plain
     if "planned" in config.variants or "by leaf" in config.variants:
-        measured = with_curvatures(
-            config, scanned, dense, plain, calibration, layout, pattern
-        )
+        measured = with_curvatures(config, scanned, dense, plain, calibration, layout)
     apart = {
         name: dataclasses.replace(x, joint_curvatures=None)
         for name, x in measured.items()
@@ -249,11 +247,9 @@ def with_curvatures(
     moments: dict[str, jc.Moments],
     calibration: list[np.ndarray],
     layout: Any,
-    pattern: str | None,
 ) -> dict[str, jc.Moments]:
     """The moments with curvatures, which the cache keeps for the next run."""
-    kind = "all" if pattern is None else "kernels"
-    size = f"{config.calibration}-{config.curvature}-{kind}"
+    size = f"{config.calibration}-{config.curvature}"
     name = f"{Path(config.model).stem}-joint-curvatures-{size}.npz"
     path = Path(config.cache) / name if config.cache else None
     if path is not None and path.exists():
@@ -275,7 +271,6 @@ def with_curvatures(
         [{"tokens": ids}],
         moments,
         layout=layout,
-        pattern=pattern,
         key=jax.random.key(0),
         progress=lambda rows: reporting.track(rows, "curvatures"),
     )

@@ -10,10 +10,11 @@ import pytest
 from test_rate_distortion import covariance, gaussian
 
 import jaxcompress as jc
-from jaxcompress import demo
+from jaxcompress import demo, rates
 from jaxcompress.quantization import output_feedback as module
 from jaxcompress.quantization import rate_coded, trellis
 from jaxcompress.quantization.output_feedback import (
+    choose_shrinkage,
     count_groups,
     output_feedback,
     stretched,
@@ -57,8 +58,7 @@ def test_targets_move_to_where_errors_cost_least():
     found = output_feedback(joint)
     order = np.arange(96).reshape(-1, 2).T.reshape(-1)
     alone = np.diag(joint)
-    matrix = (1 - module.SHRINKAGE) * joint
-    matrix += np.diag(module.SHRINKAGE * alone + 0.1 * alone.mean())
+    matrix = joint + np.diag(np.full(96, module.STEADY * alone.mean()))
     matrix = matrix[np.ix_(order, order)]
     np.testing.assert_allclose(found.matrix, matrix, rtol=1e-6)
     early, late = slice(0, 48), slice(48, 96)
@@ -187,7 +187,29 @@ class Model(nn.Module):
         return nn.Dense(11, name="head")(nn.gelu(x))
 
 
-def test_joint_curvatures_are_measured_where_they_are_of_use():
+def sampled(joint, count, seed):
+    """As measured from so many gradients."""
+    root = np.linalg.cholesky(joint)
+    x = root @ np.random.default_rng(seed).standard_normal((len(joint), count))
+    return x @ x.T / count
+
+
+def test_the_shrinkage_that_serves_the_other_half():
+    joint = joint_of(96)
+    many = np.stack([[sampled(joint, 4000, seed)] for seed in (0, 1)])
+    assert choose_shrinkage(many) == module.SHRINKAGES[0]
+    some = np.stack([[sampled(joint, 16, seed)] for seed in (0, 1)])
+    assert 0.1 < choose_shrinkage(some) < 1
+    even = np.stack([[sampled(np.eye(96), 60, seed)] for seed in (0, 1)])
+    assert choose_shrinkage(even) == 1
+    assert choose_shrinkage(np.zeros((2, 3, 96, 96))) == 1
+    drawn = module.shrunk(many[0], 0.25)
+    np.testing.assert_array_equal(drawn.diagonal(0, 1, 2), many[0].diagonal(0, 1, 2))
+    np.testing.assert_allclose(drawn[0, 3, 4], 0.75 * many[0, 0, 3, 4])
+
+
+def test_joint_curvatures_are_measured_where_they_are_of_use(monkeypatch):
+    monkeypatch.setattr(rates, "choose_shrinkage", lambda halves: 0.2)
     tokens = jax.random.randint(jax.random.key(1), (3, 24), 0, 11)
     params = jax.jit(Model().init)(jax.random.key(0), tokens)["params"]
 
@@ -224,11 +246,16 @@ def test_joint_curvatures_are_measured_where_they_are_of_use():
 
         slope = np.asarray(jax.grad(score)(params["square"]["kernel"]), np.float64)
         total += slope.T @ np.linalg.solve(second, slope)
-    np.testing.assert_allclose(joint, total / (2 * 72 * 96), rtol=1e-3, atol=1e-9)
+    wanted = module.shrunk(total / (2 * 72 * 96), 0.2)
+    np.testing.assert_allclose(joint, wanted, rtol=1e-3, atol=1e-9)
     plan = jc.plan_rates(params, found, rate=4.0, pattern=".*kernel", states=0)
     small = jc.compress(params, plan, found)
     assert small["square"]["kernel"].levels.groups == 2
     assert small["wide"]["kernel"].levels.groups == 1
+    monkeypatch.setattr(rates, "choose_shrinkage", lambda halves: 1.0)
+    none = jc.measure_curvatures(apply, params, batches, moments, **options)
+    assert all(x.joint_curvatures is None for x in none.values())
+    np.testing.assert_array_equal(none["square/kernel"].curvatures, known.curvatures)
 
 
 def test_a_plan_counts_what_feedback_saves():
@@ -248,7 +275,7 @@ def test_a_plan_counts_what_feedback_saves():
 
     gain = cost(np.diag(joint)) - cost(output_feedback(joint).curvatures)
     assert gain > 0.15
-    assert rate[0] - rate[1] == pytest.approx(gain / 2, abs=0.02)
+    assert rate[0] - rate[1] == pytest.approx(gain / 2, abs=0.05)
 
 
 def test_bad_joint_curvatures():

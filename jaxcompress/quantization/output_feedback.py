@@ -21,7 +21,8 @@ import numpy as np
 from jaxcompress.calibration.moments import require
 from jaxcompress.quantization import trellis
 
-SHRINKAGE = 0.4  # of joint curvatures towards their diagonal: they are estimates
+SHRINKAGES = 0.1, 0.2, 0.35, 0.5, 0.7, 1.0  # towards the diagonal, to choose from
+STEADY = 0.1  # of the mean curvature, added to each
 GROUP = 48  # places of a walk in a group, about: each begins with little choice
 
 
@@ -88,8 +89,7 @@ def output_feedback(joint: np.ndarray) -> OutputFeedback:
     groups = count_groups(outputs)
     alone = np.diagonal(joint)
     order = np.arange(outputs).reshape(-1, groups).T.reshape(-1)
-    matrix = (1 - SHRINKAGE) * (joint + joint.T) / 2
-    matrix += np.diag(SHRINKAGE * alone + 0.1 * alone.mean())
+    matrix = (joint + joint.T) / 2 + np.diag(np.full(outputs, STEADY * alone.mean()))
     matrix = matrix[np.ix_(order, order)]
     # matrix = root root^T, upper triangular: later outputs have made up for errors.
     root = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
@@ -105,6 +105,45 @@ def output_feedback(joint: np.ndarray) -> OutputFeedback:
     return OutputFeedback(
         curvatures, matrix.astype(np.float32), moves.astype(np.float32)
     )
+
+
+def shrunk(joint: np.ndarray, shrinkage: float) -> np.ndarray:
+    """Joint curvatures `[..., outputs, outputs]` drawn towards their diagonal."""
+    alone = np.eye(joint.shape[-1], dtype=bool)
+    return np.where(alone, joint, (1 - shrinkage) * joint)
+
+
+def choose_shrinkage(halves: np.ndarray, *, slices: int = 4) -> float:
+    """The shrinkage with which the curvatures of one half serve the other best.
+
+    1, no feedback at all, is among those that are tried: what was measured on too few
+    tokens does no harm.
+
+    Args:
+      halves: `[2, slices, outputs, outputs]`, measured on two sets of tokens.
+      slices: to choose by, at most.
+    """
+    some = np.linspace(0, halves.shape[1] - 1, min(slices, halves.shape[1]))
+    pairs = [halves[:, i] for i in some.astype(int)]
+    pairs = [pair for pair in pairs if all(half.diagonal().any() for half in pair)]
+
+    def cost(measured: np.ndarray, held: np.ndarray, shrinkage: float) -> float:
+        feedback = output_feedback(shrunk(measured, shrinkage))
+        groups, outputs, _ = feedback.moves.shape
+        order = np.arange(outputs).reshape(-1, groups).T.reshape(-1)
+        # Errors e of all outputs obey e = q - e F, with q those before feedback.
+        moves = np.concatenate(list(feedback.moves), axis=1)
+        left = np.linalg.solve(
+            np.eye(outputs) + moves, np.asarray(held, np.float64)[np.ix_(order, order)]
+        )
+        counts = np.linalg.solve(np.eye(outputs) + moves, left.T).diagonal()
+        costs = feedback.curvatures[order]
+        return float(np.log(costs).mean() + np.log((counts / costs).mean()))
+
+    def total(shrinkage: float) -> float:
+        return sum(cost(a, b, shrinkage) + cost(b, a, shrinkage) for a, b in pairs)
+
+    return min(SHRINKAGES, key=total) if pairs else 1.0
 
 
 def stretched(feedback: OutputFeedback, factors: np.ndarray) -> OutputFeedback:
