@@ -3,7 +3,8 @@
 For every tensor of two axes: 8 bits per output channel, 4 bits in blocks of 128, and
 one uniform step for the whole tensor, which is what rate-distortion theory asks for
 where codes are entropy-coded. Files hold codes and scales: packed, as `save` codes them
-by itself, and behind `entropy_code` and `code_floats`.
+by itself, and behind `entropy_code` and `code_floats`. With `--rates`, the levels of
+`rate_distortion` too (without moments), packed and as its leaves hold them.
 
     python experiments/lossless_codes.py MODEL.safetensors
     python experiments/lossless_codes.py SmolLM2.gguf --layers 4
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from command import parse
+from command import about, parse
 from safetensors.numpy import load_file
 
 import jaxcompress as jc
 from jaxcompress.entropy import code_floats, entropy_code, pack
-from jaxcompress.reporting import append_lines
+from jaxcompress.reporting import append_lines, track
 from jaxcompress.tree.paths import roots
 
 
@@ -31,6 +32,7 @@ from jaxcompress.tree.paths import roots
 class Config:
     model: str = "reference"  # or a file
     layers: int = 0  # of a model with layers, the first so many; 0 for everything
+    rates: tuple[float, ...] = (0.0,)  # of rate_distortion; 0 for none
     fast: bool = False  # two tensors
     results: str = "experiments/results/lossless_codes.jsonl"
 
@@ -152,7 +154,44 @@ def run(config: Config) -> list[dict[str, Any]]:
             }
         )
         print(json.dumps(rows[-1]), flush=True)
+    rows += [levels_row(config, given, rate) for rate in filter(None, config.rates)]
     return rows
+
+
+def levels_row(
+    config: Config, given: dict[str, np.ndarray], rate: float
+) -> dict[str, Any]:
+    """Levels that were made for an entropy coder, with it and without."""
+    method = jc.rate_distortion(rate=rate)
+    clock = time.process_time()
+    found = {name: method(x.T) for name, x in track(given.items(), "quantizing")}
+    seconds = time.process_time() - clock
+    plain, noise = {}, 0.0
+    for name, leaf in found.items():
+        levels = np.asarray(leaf.levels.materialize()).astype(np.int32)
+        levels -= levels.min()
+        bits = int(levels.max()).bit_length()
+        plain[name] = {"codes": pack(levels, bits), "steps": leaf.steps}
+        noise += float(((np.asarray(leaf.materialize()).T - given[name]) ** 2).sum())
+    count = sum(x.size for x in given.values())
+    power = sum(float((x**2).sum()) for x in given.values())
+    codes = {name: leaf.levels for name, leaf in found.items()}
+    row = {
+        "experiment": "lossless_codes",
+        "model": Path(config.model).name,
+        "layers": config.layers,
+        "kind": f"rate_distortion(rate={rate})",
+        "weights": count,
+        "signal_to_noise_db": 10 * np.log10(power / noise),
+        "bits_packed": 8 * file_bytes(plain, coded=False) / count,
+        "bits_saved_plainly": 8 * file_bytes(plain, coded=True) / count,
+        "bits_entropy_coded": 8 * file_bytes(found, coded=True) / count,
+        "bits_of_codes_alone": 8 * file_bytes(codes, coded=True) / count,
+        "quantize_mb_s": count / seconds / 1e6,
+        **about(),
+    }
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def _dense(part: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
