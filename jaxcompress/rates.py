@@ -15,17 +15,14 @@ from jaxcompress.calibration.feedback import inverse_factor
 from jaxcompress.calibration.moments import Moments, check_curvatures
 from jaxcompress.planning import check_concrete, planned_entries
 from jaxcompress.quantization import rate_coded
+from jaxcompress.quantization.gaussian_levels import deviations, gaussian_bits
 from jaxcompress.quantization.output_feedback import (
     choose_shrinkage,
     count_groups,
     output_costs,
     shrunk,
 )
-from jaxcompress.quantization.rate_distortion import (
-    deviations,
-    gaussian_bits,
-    prepare,
-)
+from jaxcompress.quantization.rate_distortion import prepare
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.methods import precise

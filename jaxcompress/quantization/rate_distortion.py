@@ -13,6 +13,7 @@ from jaxcompress.calibration.feedback import damped, feed_back, inverse_factor
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.entropy.parallel import in_order
 from jaxcompress.quantization import contexts, rate_coded, trellis
+from jaxcompress.quantization.gaussian_levels import first_guess
 from jaxcompress.quantization.grids import round_to
 from jaxcompress.quantization.output_feedback import (
     count_groups,
@@ -135,7 +136,7 @@ def rate_distortion(
         prepared = prepare(weights, *known, **options)
         size = float(jnp.mean(jnp.square(weights)))
         for _ in range(2 if prior and size else 0):
-            scale = _first_guess(*prepared[:2], rates[i])
+            scale = first_guess(*prepared[:2], rates[i])
             ridge = prior * 4.0**scale / 12 / size
             prepared = prepare(weights, *known, **options, ridge=ridge)
         between = None
@@ -328,7 +329,7 @@ def _search(
     inputs, outputs = x.shape
     rate = max(rate, 1e-3)
     back = np.argsort(first)
-    log_scale = _first_guess(x, factor, rate)
+    log_scale = first_guess(x, factor, rate)
     if log_scale is None:  # all weights are zero
         return np.zeros((inputs, outputs), np.int32), np.zeros(inputs, np.float32)
 
@@ -364,52 +365,6 @@ def _search(
             "of them describe rows and columns. Raise the rate, or keep the leaf"
         )
     return levels, steps
-
-
-def _first_guess(x: jax.Array, factor: jax.Array, rate: float) -> float | None:
-    """Base-2 logarithm of the scale at which rows of Gaussian levels meet the rate."""
-    logs = deviations(x, factor)
-    if logs is None:
-        return None
-    low, high = float(logs.min()) - 16, float(logs.max()) + 6
-    for _ in range(40):
-        middle = (low + high) / 2
-        above = gaussian_bits(logs - middle).mean() > rate
-        low, high = (middle, high) if above else (low, middle)
-    return high
-
-
-def deviations(x: jax.Array, factor: jax.Array) -> np.ndarray | None:
-    """Base-2 logarithm of each row's size in units of its step at a scale of one.
-
-    None where all weights are zero.
-    """
-    sizes = np.sqrt(np.mean(np.square(np.asarray(x, np.float64)), axis=1))
-    if not sizes.any():
-        return None
-    sizes = np.maximum(sizes, sizes.max() * 1e-6)
-    return np.log2(sizes / np.asarray(jnp.diagonal(factor), np.float64))
-
-
-def gaussian_bits(logs: np.ndarray) -> np.ndarray:
-    """Bits of rounded Gaussian numbers of these standard deviations, as log2."""
-    points, bits = _curve()
-    return np.interp(logs, points, bits) + np.maximum(0, logs - points[-1])
-
-
-@functools.cache
-def _curve() -> tuple[np.ndarray, np.ndarray]:
-    points = np.linspace(-4, 5, 181)
-    edges = np.arange(-256, 257) - 0.5
-    bits = []
-    for point in points:
-        scale = 2.0**point * math.sqrt(2)
-        below = np.array([math.erf(edge / scale) for edge in edges]) / 2
-        shares = np.diff(below)
-        shares = shares[shares > 0]
-        bits.append(-(shares * np.log2(shares)).sum())
-    bits[0] = 0.0
-    return points, np.array(bits)
 
 
 def _next(tried: list[tuple[float, float]], rate: float) -> float:
