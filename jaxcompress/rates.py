@@ -73,7 +73,8 @@ def measure_curvatures(
         in all are enough.
       moments: by kernel name; a leaf without a second moment has the identity.
       layout, pattern: as for `plan_bits`.
-      joint: whether to measure joint curvatures too.
+      joint: whether to measure joint curvatures too. Each takes, twice over while it
+        is measured, what a second moment of the outputs would.
       damping: as in `rate_distortion`.
       key: of the sampled tokens.
       progress: wraps the list of sequences; `tqdm.tqdm`, say.

@@ -63,8 +63,8 @@ def compress_blockwise(
       recipe: as for `compress`; names are those of the whole tree. In a stack every
         layer is compressed by itself, to leaves that must be alike.
       batches: as for `collect_moments`, with "mask" if there is one.
-      moments: of `measure_curvatures`, by name. Their curvatures join the moments of
-        the blocks; the rest of them is not used.
+      moments: of `measure_curvatures`, by name. Their curvatures, joint ones too, go
+        with the moments of the blocks; the rest of them is not used.
       blocks: pattern that fully matches the path of every block, or of the stack of
         them in a scanned model; the longest path of a weight that it matches counts.
       drift: False leaves the original model out: `second` is that of x', and there are
