@@ -155,6 +155,9 @@ def test_curvatures_join_the_moments_of_the_blocks(stream, kind):
         for m in (None, {"head/kernel": known["head/kernel"]})
     )
     assert not np.asarray(plain.scales).any() and np.asarray(finer.scales).any()
+    with pytest.raises(ValueError, match="moments without curvatures"):
+        plain = {"head/kernel": jc.Moments(jnp.zeros(()))}
+        jc.compress_blockwise(model, params, rules, TOKENS, moments=plain)
     with pytest.raises(ValueError, match="'nowhere', which the tree does not have"):
         known = {"nowhere": known["head/kernel"]}
         jc.compress_blockwise(model, params, rules, TOKENS, moments=known)
@@ -358,7 +361,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(stream, kind, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     run(tmp_path / "store", 99)
     assert not calls
-    with pytest.raises(ValueError, match="another model, recipe, options or batches"):
+    with pytest.raises(ValueError, match="another model, recipe, options, moments or"):
         jc.compress_blockwise(
             Stream(kind), params, [(KERNELS, nudged)], TOKENS, store=tmp_path / "store"
         )

@@ -61,7 +61,8 @@ def compress_blockwise(
       params: the tree; or the path of a file of `save`, or what `open` or
         `models.open_weights` give: leaves are then read as their block comes.
       recipe: as for `compress`; names are those of the whole tree. In a stack every
-        layer is compressed by itself, to leaves that must be alike.
+        layer is compressed by itself, to leaves that must be alike, so plans of
+        `plan_rates` are for the looped model.
       batches: as for `collect_moments`, with "mask" if there is one.
       moments: of `measure_curvatures`, by name. Their curvatures, joint ones too, go
         with the moments of the blocks; the rest of them is not used.
@@ -80,7 +81,8 @@ def compress_blockwise(
       ValueError: no submodule matches `blocks`, blocks that do not follow one another,
         a pattern of the recipe that matches nothing, activations that are NaN or
         infinite, a selected weight whose inputs were never seen but are needed, a store
-        of another run, moments of another tree. Names the block or the leaf.
+        of another run, moments of another tree or without curvatures. Names the block
+        or the leaf.
       TypeError: `batches` is one batch.
 
     Source: block by block as in Frantar et al. 2022, "GPTQ" (arXiv 2210.17323); moments
@@ -96,11 +98,16 @@ def compress_blockwise(
         name: {
             k: np.asarray(getattr(x, k))
             for k in CURVATURES
-            if getattr(x, k) is not None
+            if getattr(x, k, None) is not None
         }
         for name, x in (moments or {}).items()
         if getattr(x, "curvatures", None) is not None
     }
+    if moments is not None and not curvatures:
+        raise ValueError(
+            "moments without curvatures: nothing else of them is used here; complete "
+            "them with measure_curvatures, or leave them out"
+        )
     with source_of(params) as source:
         if unknown := sorted(curvatures.keys() - source.shapes.keys()):
             raise ValueError(

@@ -52,8 +52,8 @@ class Store:
             about = file.metadata
             if about.get("run") != self.digest:
                 raise ValueError(
-                    f"{path} was written by a run with another model, recipe, options "
-                    "or batches; delete the directory, or pass another store"
+                    f"{path} was written by a run with another model, recipe, options, "
+                    "moments or batches; delete the directory, or pass another store"
                 )
             leaves = jax.tree.map(file.read, file.tree)["leaves"]
         reports = [

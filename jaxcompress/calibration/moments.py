@@ -54,6 +54,8 @@ class Moments:
         merged: dict[str, Any] = {"count": total}
         for field in dataclasses.fields(self)[1:]:
             a, b = getattr(self, field.name), getattr(other, field.name)
+            if field.name == "joint_curvatures" and (a is None or b is None):
+                a = b = None  # one side's tokens said too little
             if (a is None) != (b is None):
                 raise ValueError(
                     f"only one side of the sum of moments has {field.name!r}; add "

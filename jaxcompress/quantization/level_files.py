@@ -66,6 +66,9 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
     _require(wide in (2, 4), f"lengths of {wide} bytes")
     _require(0 < kinds <= 255 and all(0 < w <= 8 for w in widths), f"{kinds} contexts")
     _require(states == 0 or states in trellis.CHECKS, f"a trellis of {states} states")
+    groups = static.get("groups", 1)
+    fits = groups == 1 or (groups > 1 and not places % groups and not outputs % places)
+    _require(fits, f"{groups} groups of {outputs} outputs")
     found = {}
     for name, (kind, shape) in layout(
         slices, inputs, outputs, lanes, kinds, *widths, wide

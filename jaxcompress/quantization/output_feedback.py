@@ -13,16 +13,19 @@ along the outputs of each, are an addition.
 """
 
 import math
+import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxcompress.calibration.moments import require
+from jaxcompress.calibration.moments import require, steadied
 from jaxcompress.quantization import trellis
 
 SHRINKAGES = 0.1, 0.2, 0.35, 0.5, 0.7, 1.0  # towards the diagonal, to choose from
 STEADY = 0.1  # of the mean curvature, added to each
+LARGE = 1024  # outputs: shrinkage is chosen by fewer slices
 GROUP = 48  # places of a walk in a group, about: each begins with little choice
 
 
@@ -47,7 +50,8 @@ def output_costs(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """What an error of each output costs, and joint curvatures where they are of use.
 
-    Raises as `require`, and ValueError for joint curvatures that are not finite.
+    Raises as `require`, and ValueError for joint curvatures that are not finite or not
+    positive definite.
 
     Returns:
       Costs float64 `[slices, outputs]`, feedback allowed for, None where moments do not
@@ -82,17 +86,35 @@ def count_groups(outputs: int) -> int:
     return places // best
 
 
+_one_at_a_time = threading.Lock()  # the linear algebra has threads of its own
+
+
 def output_feedback(joint: np.ndarray) -> OutputFeedback:
-    """Feedback for joint curvatures `[outputs, outputs]`, some of them positive."""
+    """Feedback for joint curvatures `[outputs, outputs]`, some of them positive.
+
+    Raises ValueError where they are not positive definite.
+    """
+    with _one_at_a_time:
+        return _feedback(joint)
+
+
+def _feedback(joint: np.ndarray) -> OutputFeedback:
     joint = np.asarray(joint, np.float64)
     outputs = len(joint)
     groups = count_groups(outputs)
     alone = np.diagonal(joint)
     order = np.arange(outputs).reshape(-1, groups).T.reshape(-1)
-    matrix = (joint + joint.T) / 2 + np.diag(np.full(outputs, STEADY * alone.mean()))
-    matrix = matrix[np.ix_(order, order)]
+    steady = STEADY * alone.mean()
+    matrix = (joint + joint.T)[np.ix_(order, order)] / 2
+    matrix[np.diag_indices(outputs)] += steady
     # matrix = root root^T, upper triangular: later outputs have made up for errors.
-    root = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
+    try:
+        root = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
+    except np.linalg.LinAlgError as error:
+        raise ValueError(
+            "joint curvatures that are not positive definite; measure them with "
+            "measure_curvatures, or leave them out"
+        ) from error
     size = outputs // groups
     moves = np.zeros((groups, outputs, size))
     curvatures = np.empty(outputs)
@@ -101,7 +123,9 @@ def output_feedback(joint: np.ndarray) -> OutputFeedback:
         own = root[part, part]
         before = root[: part.start, part]
         moves[group, : part.start] = np.linalg.solve(own.T, before.T).T
-        curvatures[order[part]] = np.square(own).sum(axis=1)
+        # What was added for steadiness is no cost.
+        curvatures[order[part]] = np.square(own).sum(axis=1) - steady
+    curvatures = np.maximum(curvatures, 1e-3 * steady)
     return OutputFeedback(
         curvatures, matrix.astype(np.float32), moves.astype(np.float32)
     )
@@ -113,31 +137,35 @@ def shrunk(joint: np.ndarray, shrinkage: float) -> np.ndarray:
     return np.where(alone, joint, (1 - shrinkage) * joint)
 
 
-def choose_shrinkage(halves: np.ndarray, *, slices: int = 4) -> float:
+def choose_shrinkage(halves: Sequence[np.ndarray]) -> float:
     """The shrinkage with which the curvatures of one half serve the other best.
 
     1, no feedback at all, is among those that are tried: what was measured on too few
     tokens does no harm.
 
     Args:
-      halves: `[2, slices, outputs, outputs]`, measured on two sets of tokens.
-      slices: to choose by, at most.
+      halves: two of `[slices, outputs, outputs]`, measured on two sets of tokens. Some
+        slices are enough to choose by.
     """
-    some = np.linspace(0, halves.shape[1] - 1, min(slices, halves.shape[1]))
-    pairs = [halves[:, i] for i in some.astype(int)]
+    count, outputs, _ = halves[0].shape
+    some = np.linspace(0, count - 1, min(count, 4 if outputs <= LARGE else 1))
+    pairs = [[half[i] for half in halves] for i in some.astype(int)]
     pairs = [pair for pair in pairs if all(half.diagonal().any() for half in pair)]
 
     def cost(measured: np.ndarray, held: np.ndarray, shrinkage: float) -> float:
         feedback = output_feedback(shrunk(measured, shrinkage))
-        groups, outputs, _ = feedback.moves.shape
+        groups, _, size = feedback.moves.shape
         order = np.arange(outputs).reshape(-1, groups).T.reshape(-1)
-        # Errors e of all outputs obey e = q - e F, with q those before feedback.
-        moves = np.concatenate(list(feedback.moves), axis=1)
-        left = np.linalg.solve(
-            np.eye(outputs) + moves, np.asarray(held, np.float64)[np.ix_(order, order)]
-        )
-        counts = np.linalg.solve(np.eye(outputs) + moves, left.T).diagonal()
-        costs = feedback.curvatures[order]
+        # Errors e of all outputs, group after group, are those before feedback, q, less
+        # e times the moves: e = q T.
+        made = np.eye(outputs)
+        for group in range(1, groups):
+            start = group * size
+            part = feedback.moves[group, :start]
+            made[:start, start : start + size] = -made[:start, :start] @ part
+        held = np.asarray(held, np.float64)[np.ix_(order, order)]
+        counts = np.einsum("ij,ij->i", made @ held, made)
+        costs = steadied(feedback.curvatures[order], np)
         return float(np.log(costs).mean() + np.log((counts / costs).mean()))
 
     def total(shrinkage: float) -> float:

@@ -71,8 +71,8 @@ class CodedLevels(Leaf):
         `[..., lanes]`: a `rans.Stream`.
       frequencies: uint16 `[..., parities * contexts, columns]`, which `parameters`
         uint8 `[..., contexts, 2]` determine.
-      rows: uint8 `[..., inputs]`; columns: uint8 `[..., outputs]`; edges: uint8
-        `[..., contexts - 1]`.
+      rows: uint8 `[..., inputs]`; columns: uint8 `[..., outputs]`, in the order of
+        walks; edges: uint8 `[..., contexts - 1]`.
       places: outputs in a walk.
       trellis: its number of states; 0 for plain integers.
       groups: that the outputs of a walk lie in, one after the other.
@@ -373,7 +373,7 @@ def side_bits(found: contexts.Contexts, outputs: int) -> int:
 
 
 def step_bits(steps: np.ndarray, slices: int) -> float:
-    """Bits of a step in a file that holds as many for each of the slices.
+    """Bits of a step in a file that holds as many for each of so many slices.
 
     A file codes long arrays of bfloat16: sign and five bits of a number as they are,
     exponent and two bits at their entropy, for which it holds a table.

@@ -142,6 +142,7 @@ def rate_distortion(
         between = None
         if joint is not None:
             _, *between = stretched(output_feedback(joint[i]), finer[i])
+            between = jax.device_put(between, devices[i % len(devices)])
         return _search(*prepared, between, rates[i] - side, states, count)
 
     found = in_order(precise(one), range(count))  # threads start without it
@@ -317,14 +318,15 @@ def _search(
     x: jax.Array,
     factor: jax.Array,
     first: jax.Array,
-    between: Sequence[np.ndarray] | None,
+    between: Sequence[jax.Array] | None,
     rate: float,
     states: int,
     slices: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Levels and steps, in natural order, whose coded size meets the rate.
 
-    The size is that in a file with as many other slices, without column scales.
+    The size is that in a file of so many slices, this one included, without column
+    scales.
     """
     inputs, outputs = x.shape
     rate = max(rate, 1e-3)
