@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_rate_distortion import covariance, gaussian
+from test_rate_distortion import covariance, gaussian, natural
 
 import jaxcompress as jc
 from jaxcompress import demo, rates
@@ -19,7 +19,7 @@ from jaxcompress.quantization.output_feedback import (
     output_feedback,
     stretched,
 )
-from jaxcompress.quantization.rate_distortion import prepare, sweep
+from jaxcompress.quantization.rate_distortion import sweep
 from jaxcompress.storage import manifest
 
 
@@ -87,13 +87,7 @@ def test_targets_move_to_where_errors_cost_least():
 def test_the_sweep_feeds_errors_both_ways():
     """Rounding, group by group and row by row, against its definition in float64."""
     x, second, joint = gaussian(12, 96), covariance(12), joint_of(96)
-    target, factor, _ = prepare(
-        jnp.asarray(x, jnp.float32),
-        jnp.asarray(second, jnp.float32),
-        None,
-        order="natural",
-        damping=1e-6,
-    )
+    target, factor = natural(x, second)
     feedback = output_feedback(joint)
     between = feedback.matrix, feedback.moves
     levels, steps = sweep(target, factor, jnp.float32(0.2), between, states=0)

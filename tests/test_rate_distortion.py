@@ -233,15 +233,15 @@ def by_definition(x, second, scale):
     return np.array(levels), np.array(steps)
 
 
+def natural(x, second):
+    """Target and factor in natural order, hardly damped."""
+    x, second = jnp.asarray(x, jnp.float32), jnp.asarray(second, jnp.float32)
+    return prepare(x, second, None, order="natural", damping=1e-6)[:2]
+
+
 def test_the_sweep_is_successive_cancellation():
     x, second = gaussian(24, 60), covariance(24)
-    target, factor, _ = prepare(
-        jnp.asarray(x, jnp.float32),
-        jnp.asarray(second, jnp.float32),
-        None,
-        order="natural",
-        damping=1e-6,
-    )
+    target, factor = natural(x, second)
     levels, steps = sweep_once(target, factor, jnp.float32(0.2), states=0)
     second = second + 1e-6 * np.mean(np.diag(second)) * np.eye(24)
     wanted, sizes = by_definition(x, second, 0.2)

@@ -90,7 +90,7 @@ _one_at_a_time = threading.Lock()  # the linear algebra has threads of its own
 
 
 def output_feedback(joint: np.ndarray) -> OutputFeedback:
-    """Feedback for joint curvatures `[outputs, outputs]`, some of them positive.
+    """Feedback for joint curvatures `[outputs, outputs]`, symmetric and not all zero.
 
     Raises ValueError where they are not positive definite.
     """
@@ -105,7 +105,7 @@ def _feedback(joint: np.ndarray) -> OutputFeedback:
     alone = np.diagonal(joint)
     order = np.arange(outputs).reshape(-1, groups).T.reshape(-1)
     steady = STEADY * alone.mean()
-    matrix = (joint + joint.T)[np.ix_(order, order)] / 2
+    matrix = joint[np.ix_(order, order)]
     matrix[np.diag_indices(outputs)] += steady
     # matrix = root root^T, upper triangular: later outputs have made up for errors.
     try:
@@ -175,7 +175,7 @@ def choose_shrinkage(halves: Sequence[np.ndarray]) -> float:
 
 
 def stretched(feedback: OutputFeedback, factors: np.ndarray) -> OutputFeedback:
-    """The feedback for errors of `weights / factors`, `[outputs]` in natural order."""
+    """The feedback for errors of `weights / factors`; factors `[outputs]`, in order."""
     groups = len(feedback.moves)
     by_group = factors.reshape(-1, groups).T
     flat = by_group.reshape(-1)
