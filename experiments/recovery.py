@@ -6,10 +6,10 @@ at zero; a fifth of the neurons removed; thin factors of eight tenths of the wei
 or of a model and text that are given (2 bits), and trains it towards the float model's
 predictions: the side parameters only (scales, zero points, steps and norms; codes
 fixed), or all parameters of the layers, quantized weights through the rounding. The
-embedding stays. Measured on text not trained on: divergence from the float model before
-and after, and the part of it that came back, for each seed of the batches. One JSON
-line per row, appended as it is done; rows that the results hold already are not run
-again:
+embedding stays. Measured on text not trained on, and on docstrings: divergence from the
+float model before and after, and the part of it that came back, for each seed of the
+batches. One JSON line per row, appended as it is done; rows that the results hold
+already are not run again:
 
     python experiments/recovery.py
     python experiments/recovery.py SmolLM2.gguf text.txt --only "2 bits, side" --batch 1
@@ -29,6 +29,7 @@ import optax
 import pruned
 from command import about, parse, rows_of
 from library_text import batch_at, training_tokens
+from nearest import docstrings
 
 import jaxcompress as jc
 from jaxcompress import distillation, models, reporting
@@ -137,15 +138,18 @@ def run(config: Config) -> list[dict[str, Any]]:
         text = np.asarray(tokenizer.encode(learned_from), np.int32)
     else:
         text = training_tokens(tokenizer, 50_000 if config.fast else 2_000_000)
-    heldout = pruned.cut(tokenizer, measured_on, config, config.windows)
+    heldout, other = (
+        pruned.cut(tokenizer, each, config, config.windows)
+        for each in (measured_on, docstrings())
+    )
     seen = text[: config.calibration // 2 * 2 * config.tokens]
     seen = seen.reshape(-1, 2, config.tokens)
     scanned, stacked = model.clone(scan=True), models.stack_layers(params)
     teach = Apply(scanned)
 
-    def measure(less: Any, small: Any) -> Any:
+    def measure(less: Any, small: Any, batches: Any = heldout) -> Any:
         ready = jax.jit(jc.materialize)(small)
-        return jc.compare(teach, stacked, ready, heldout, small_apply_fn=Apply(less))
+        return jc.compare(teach, stacked, ready, batches, small_apply_fn=Apply(less))
 
     made: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -155,8 +159,9 @@ def run(config: Config) -> list[dict[str, Any]]:
             select = READERS if "neurons" in kind else KERNELS
             moments = jc.collect_moments(model, params, seen, select=select)
             less, small, recipe = start_of(kind, model, params, moments, seen, measure)
-            made = {kind: (less, small, recipe, measure(less, small))}
-        less, start, recipe, before = made[kind]
+            reports = measure(less, small), measure(less, small, other)
+            made = {kind: (less, small, recipe, *reports)}
+        less, start, recipe, before, before_other = made[kind]
         tree = start
         if way == "all" and kind == "2 bits":
             tree = jc.straight_through(lambda _, small=start: small)(stacked)
@@ -189,7 +194,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         seconds = time.process_time() - clock
         small = jc.settle(distillation.cast_like(state.params, tree))
         small = recoded(small, start) if coded else small
-        after = measure(less, small)
+        after, after_other = measure(less, small), measure(less, small, other)
         back = (before.kl - after.kl) / before.kl
         rows.append(
             {
@@ -208,6 +213,8 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "dense_perplexity": before.dense.perplexity,
                 "fraction_recovered": back,
                 "fraction_per_million_tokens": back / tokens * 1e6,
+                "docstrings_kl_before": before_other.kl,
+                "docstrings_kl_after": after_other.kl,
                 "training_tokens": tokens,
                 "calibration_tokens": seen.size,
                 "tokens": after.tokens,
