@@ -32,6 +32,7 @@ from jaxcompress.entropy.splits import (
     SPLITS,
     Split,
     put_together,
+    room,
     take_apart,
 )
 from jaxcompress.entropy.tables import read_numbers, write_numbers
@@ -132,14 +133,9 @@ def encode(
 def decode(chunk: Chunk, split: Split, out: np.ndarray) -> None:
     """Writes the words of a chunk to `out`; ValueError where it is damaged."""
     blocks, width = chunk.classes.size, chunk.width
-    order = np.argsort(chunk.classes, kind="stable")
-    symbols = np.empty((blocks, split.symbol_bytes(width)), np.uint8)
-    first = 0
-    for part in symbols_of(chunk, split):
-        symbols[order[first : first + len(part)]] = part
-        first += len(part)
+    symbols = _symbols(chunk, split)
     wide = chunk.tails is not None
-    upper = np.empty(chunk.count, np.uint16) if wide else out
+    upper = room("upper", (chunk.count,), np.uint16) if wide else out
     rows = PIECE // width
     for first in range(0, blocks, rows):
         part = slice(first, first + rows)
@@ -156,6 +152,22 @@ def decode(chunk: Chunk, split: Split, out: np.ndarray) -> None:
         halves = out.view(np.uint16).reshape(-1, 2)
         halves[:, 1] = upper
         halves[:, 0] = chunk.tails
+
+
+def _symbols(chunk: Chunk, split: Split) -> np.ndarray:
+    """Symbols of blocks in order, uint8 `[blocks, bytes]`, to be used at once."""
+    shape = chunk.classes.size, split.symbol_bytes(chunk.width)
+    by_class, first = room("by class", shape, np.uint8), 0
+    for frame, held in chunk.frames:
+        decompress_into(frame, by_class[first : first + held])
+        first += held
+    if not chunk.classes.any():
+        return by_class
+    place = np.empty(shape[0], np.intp)
+    place[np.argsort(chunk.classes, kind="stable")] = np.arange(shape[0])
+    # Clipped, as NumPy would else work in memory of its own.
+    symbols = room("symbols", shape, np.uint8)
+    return np.take(by_class, place, axis=0, out=symbols, mode="clip")
 
 
 def write(chunk: Chunk) -> bytes:

@@ -7,11 +7,13 @@ outside its window is kept apart, except zero, which is symbol 0. Sign and low b
 the rest, laid side by side: fields of 4, 2 or 1 bits of the words `j`, `j + w/2`, ...
 of a block of `w`, so that all steps work on rows of neighbours.
 
-On the host all work is on arrays that stay in the cache, by multiplying and dividing
-where NumPy has no vector instruction for shifts.
+On the host all work is on arrays that stay in the cache and are used again, as fresh
+memory costs more than the work.
 """
 
 import dataclasses
+import math
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,24 @@ SPLITS = {
     "float8": Split(8, 0, True),
     "bytes": Split(8, 0, False),
 }
+
+
+class _Rooms(threading.local):
+    """Arrays to work in, for each thread, kept from one call to the next."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, np.ndarray] = {}
+
+    def room(self, name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
+        """An array of unknown contents."""
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        found = self.kept.get(name)
+        if found is None or found.size < size:
+            found = self.kept[name] = np.empty(size, np.uint8)
+        return found[:size].view(kind).reshape(shape)
+
+
+room = _Rooms().room
 
 
 def take_apart(
@@ -138,68 +158,69 @@ def put_together(
         size = width * bits // 8
         packed = rests[:, at : at + size]
         if bits < 8:
-            part = np.empty(out.shape, np.uint8)
+            part = room("field" if shift else "rest", out.shape, np.uint8)
             _unfold(packed, bits, shift, part)
-            rest = np.bitwise_or(rest, part, out=part) if shift else part
+            rest = np.bitwise_or(rest, part, out=rest) if shift else part
         at, shift = at + size, shift + bits
     if split.paired:
-        number = np.empty(out.shape, np.uint8)
-        np.bitwise_and(symbols, 15, out=number[:, : width // 2])
-        np.floor_divide(symbols, 16, out=number[:, width // 2 :])
+        number = room("number", out.shape, np.uint8)
+        np.bitwise_and(symbols, np.uint8(15), out=number[:, : width // 2])
+        np.right_shift(symbols, np.uint8(4), out=number[:, width // 2 :])
         symbols = number
-    np.multiply(symbols, 1 << low, out=out, dtype=np.uint16)
+    high = room("high", out.shape, np.uint16)
+    np.copyto(high, symbols)
+    np.multiply(high, np.uint16(1 << low), out=high)
     if split.window:
-        np.add(out, np.uint16(base << low), out=out)
+        np.add(high, np.uint16(base << low), out=high)
         if not symbols.min():
-            out[symbols == 0] = 0
+            high[symbols == 0] = 0
     # The rest holds low bits and, above them, the sign, which goes to the top.
-    spread = np.multiply(rest, 1 + (1 << 15 - low), dtype=np.uint16)
+    spread = room("spread", out.shape, np.uint16)
+    np.copyto(spread, rest)
+    np.multiply(spread, np.uint16(1 + (1 << 15 - low)), out=spread)
     np.bitwise_and(spread, np.uint16(0x8000 | (1 << low) - 1), out=spread)
-    np.bitwise_or(out, spread, out=out)
+    np.bitwise_or(high, spread, out=out)
 
 
 def words_of(
     symbols: jax.Array, rests: jax.Array, bases: jax.Array, split: Split, width: int
 ) -> jax.Array:
-    """`put_together` in JAX: words `[blocks, width]`; bases are integers `[blocks]`."""
+    """`put_together` in JAX: the words of blocks, in rows of equal parts of a block.
+
+    All is done by rows: XLA would fuse a change of shape, or rows that are put beside
+    each other, into the work, and slow it ten times. `bases` are integers `[blocks]`.
+    """
     kind = jnp.uint8 if split.bits == 8 else jnp.uint16
     fields = _fields(split.rest_bits)
     pieces = max([2 if split.paired else 1, *(8 // bits for bits in fields)])
-    size = width // pieces
+    row = lax.iota(jnp.int32, len(symbols) * pieces)
+    block, piece = row // pieces, row % pieces
 
-    def piece(packed: jax.Array, bits: int, q: int) -> jax.Array:
-        """Numbers `q * size` and on of those that `_fold` laid side by side."""
-        row = width * bits // 8
-        over, at = divmod(q * size, row)
-        part = packed[:, at : at + size]
+    def unfold(packed: jax.Array, bits: int, first: int = 0) -> jax.Array:
+        """Numbers that `_fold` laid side by side, from a block's row `first` on."""
+        packed = packed.reshape(-1, width // pieces)
         if bits == 8:
-            return part
-        return (part >> np.uint8(over * bits)) & np.uint8((1 << bits) - 1)
+            return packed
+        held = pieces * bits // 8
+        here = block * (len(packed) // len(symbols)) + first + piece % held
+        shift = (piece // held * bits).astype(jnp.uint8)
+        part = packed.at[here].get(mode="clip") >> shift[:, None]
+        return part & np.uint8((1 << bits) - 1)
 
-    def words(q: int) -> jax.Array:
-        number = piece(symbols, 4 if split.paired else 8, q).astype(kind)
-        if split.window:
-            base = bases.astype(kind)[:, None]
-            number = jnp.where(number != 0, number + base, kind(0))
-        number = number << kind(split.low)
-        at = shift = 0
-        rest = kind(0)
-        for bits in fields:
-            row = width * bits // 8
-            part = piece(rests[:, at : at + row], bits, q).astype(kind)
-            rest = rest | (part << kind(shift))
-            at, shift = at + row, shift + bits
-        if not fields:
-            return number
-        sign = (rest >> kind(split.low)) << kind(split.bits - 1)
-        return number | sign | (rest & kind((1 << split.low) - 1))
-
-    if pieces == 1:
-        return words(0)
-    out = jnp.zeros((symbols.shape[0], width), kind)
-    for q in range(pieces):  # several times as fast as concatenation on a CPU
-        out = lax.dynamic_update_slice(out, words(q), (0, q * size))
-    return out
+    number = unfold(symbols, 4 if split.paired else 8).astype(kind)
+    if split.window:
+        base = bases.astype(kind).at[block].get(mode="clip")[:, None]
+        number = jnp.where(number != 0, number + base, kind(0))
+    number = number << kind(split.low)
+    first = shift = 0
+    rest = kind(0)
+    for bits in fields:
+        rest = rest | (unfold(rests, bits, first).astype(kind) << kind(shift))
+        first, shift = first + pieces * bits // 8, shift + bits
+    if not fields:
+        return number
+    sign = (rest >> kind(split.low)) << kind(split.bits - 1)
+    return number | sign | (rest & kind((1 << split.low) - 1))
 
 
 def _fields(bits: int) -> tuple[int, ...]:
@@ -222,6 +243,6 @@ def _unfold(packed: np.ndarray, bits: int, shift: int, out: np.ndarray) -> None:
     steps = (1 << np.arange(8 - bits, -1, -bits)).astype(np.uint8)[:, None]
     table = out.reshape(len(out), steps.size, -1)
     np.multiply(packed[:, None], steps, out=table)
-    np.floor_divide(out, 1 << 8 - bits, out=out)
+    np.right_shift(out, np.uint8(8 - bits - shift), out=out)
     if shift:
-        np.multiply(out, 1 << shift, out=out)
+        np.bitwise_and(out, np.uint8(((1 << bits) - 1) << shift), out=out)

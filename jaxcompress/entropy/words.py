@@ -188,7 +188,9 @@ def from_chunks(
         if parts[0] is None:
             fields[name] = None
             continue
-        size = max(part.shape[0] for part in parts)
+        # A single exception would not be scattered but fused, which costs far more.
+        least = 2 if name in ("spots", "values") else 0
+        size = max(least, *(part.shape[0] for part in parts))
         shape = (len(parts), size, *parts[0].shape[1:])
         joined = np.full(shape, fills.get(name, 0), parts[0].dtype)
         for row, part in zip(joined, parts, strict=True):
@@ -232,13 +234,14 @@ def _one(coded: CodedWords) -> jax.Array:
     """The words of one slice, flat."""
     count = math.prod(coded.trailing)
     upper = _blocks(coded, lambda x: x)
+    row, column = jnp.divmod(coded.spots, upper.shape[1])
+    upper = upper.at[row, column].set(coded.values, mode="drop")
     upper = upper.reshape(-1)[:count]
-    upper = upper.at[coded.spots].set(coded.values, mode="drop")
     return _joined(upper, coded.tails, coded.kind)
 
 
 def _blocks(coded: CodedWords, pick: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Upper halves `[blocks, width]` of the blocks that `pick` takes, no exceptions."""
+    """Upper halves of the blocks that `pick` takes, no exceptions; see `words_of`."""
     split = SPLITS[coded.split]
     width = coded.width
     chunks = np.arange(coded.starts.shape[0], dtype=np.int32)
