@@ -70,7 +70,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             config,
             model="reference",
             rates="2.05",
-            variants="by leaf;planned, tuned",
+            variants="planned;planned, tuned",
             states=8,
             calibration=8,
             curvature=4,

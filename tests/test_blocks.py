@@ -87,7 +87,7 @@ def test_moments_are_those_of_both_models(stream):
     """Original, drifted and cross moments, from inputs seen by interception."""
     model, record = Stream(), []
     rules = [(r"layer_0/(up|down)/kernel", nudged), (KERNELS, seen(record))]
-    small = jc.compress_blockwise(model, stream, rules, TOKENS)
+    small = jc.compress_blockwise(model, stream, rules, TOKENS, drift=1)
     assert len(record) == 5  # up and down of two layers, the head
     names = [f"layer_{i}/{n}/kernel" for i in (1, 2) for n in ("down", "up")]
     for name, (_, moments) in zip([*names, "head/kernel"], record, strict=True):
@@ -105,10 +105,25 @@ def test_moments_are_those_of_both_models(stream):
     assert small["norm"]["scale"] is stream["norm"]["scale"]
 
 
+def test_targets_make_up_for_a_part_of_the_drift(stream):
+    """The target is linear in the cross moments, so that they are mixed."""
+    records = {0.25: [], 1: []}
+    for drift, record in records.items():
+        rules = [(r"layer_0/up/kernel", nudged), (r"head/kernel", seen(record))]
+        jc.compress_blockwise(Stream(), stream, rules, TOKENS, drift=drift)
+    (_, part), (_, whole) = (record[0] for record in records.values())
+    assert_same(part.drifted, whole.drifted)
+    wanted = 0.75 * whole.drifted + 0.25 * whole.cross
+    assert_same(part.cross, wanted, 1e-6)
+    assert jnp.abs(whole.cross - whole.drifted).max() > 1e-3
+    with pytest.raises(ValueError, match="0 to 1"):
+        jc.compress_blockwise(Stream(), stream, rules, TOKENS, drift=2)
+
+
 def test_without_drift_the_moments_are_those_behind_the_prefix(stream):
     model, record = Stream(), []
     rules = [(r"layer_0/up/kernel", nudged), (r"head/kernel", seen(record))]
-    small = jc.compress_blockwise(model, stream, rules, TOKENS, drift=False)
+    small = jc.compress_blockwise(model, stream, rules, TOKENS)
     rows = [dense_inputs(model, small, t)["head/kernel"] for t in TOKENS]
     check(record[0][1], np.concatenate(rows))
     assert record[0][1].drifted is None
@@ -136,7 +151,7 @@ def test_curvatures_join_the_moments_of_the_blocks(stream, kind):
     model, record = Stream(kind), []
     known = curved(params, KERNELS)
     rules = [(KERNELS, seen(record))]
-    jc.compress_blockwise(model, params, rules, TOKENS, moments=known)
+    jc.compress_blockwise(model, params, rules, TOKENS, drift=1, moments=known)
     looped = {
         name: known[f"layers/{name[8:]}"].curvatures[int(name[6])]
         if kind == "scan" and name.startswith("layer_")
@@ -175,10 +190,10 @@ def test_scanned_and_remat_equal_looped(stream, kind):
 
     rules = [(KERNELS, jc.gptq(bits=3))]
     model = Plain() if "scan" in kind else Stream()
-    looped = jc.compress_blockwise(model, stream, rules, TOKENS)
+    looped = jc.compress_blockwise(model, stream, rules, TOKENS, drift=0.5)
     params = stacked(stream) if "scan" in kind else stream
     small, report = jc.compress_blockwise(
-        Stream(kind), params, rules, TOKENS, report=True
+        Stream(kind), params, rules, TOKENS, drift=0.5, report=True
     )
     wanted = stacked(looped) if "scan" in kind else looped
     assert jax.tree.structure(small) == jax.tree.structure(wanted)
@@ -213,7 +228,7 @@ def test_a_tied_embedding_comes_first_with_all_its_uses():
     model, tokens = Language(layers=2), np.arange(12).reshape(2, 6) % 7
     params, record = make_params(Language(layers=2), tokens), []
     rules = [("embed/embedding", seen(record)), (r"block_0/up/kernel", seen(record))]
-    jc.compress_blockwise(model, params, rules, [tokens])
+    jc.compress_blockwise(model, params, rules, [tokens], drift=1)
     whole = jc.collect_moments(model, params, [tokens], select="embed/embedding")
     assert_same(record[0][1], whole["embed/embedding"])
     assert record[0][0] == (16, 32)  # features are the inputs of an embedding
@@ -225,7 +240,8 @@ def test_attention_einsum_and_padding():
     params, record = make_params(Language(layers=2), tokens), []
     mask = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
     batch = {"tokens": tokens, "mask": mask}
-    jc.compress_blockwise(model, params, [(r"block_1/.*kernel", seen(record))], [batch])
+    rules = [(r"block_1/.*kernel", seen(record))]
+    jc.compress_blockwise(model, params, rules, [batch], drift=1)
     whole = jc.collect_moments(model, params, [batch], select=r"block_1/.*kernel")
     assert len(record) == 7
     shapes = sorted(m.second.shape for _, m in record)
@@ -262,7 +278,7 @@ def test_the_corrected_target_pays_where_there_is_drift():
     rules = [(r"layer_0/.*kernel", jc.symmetric(bits=2)), (r"head/kernel", None)]
     wide = {"grid": "symmetric", "bits": 8}
     aware = jc.compress_blockwise(
-        model, params, [*rules, (KERNELS, jc.gptq(**wide))], batches
+        model, params, [*rules, (KERNELS, jc.gptq(**wide))], batches, drift=1
     )
     blind = jc.compress_blockwise(
         model, params, [*rules, (KERNELS, jc.symmetric(bits=8))], batches
@@ -348,7 +364,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(stream, kind, tmp_path):
         calls.clear()
         rounded.__defaults__, rounded.__kwdefaults__ = (None,), {"limit": limit}
         rules = [(r".*(up|down|head)/kernel", rounded)]
-        return jc.compress_blockwise(Stream(kind), params, rules, TOKENS, store=store)
+        return jc.compress_blockwise(
+            Stream(kind), params, rules, TOKENS, drift=0.5, store=store
+        )
 
     jc.save(tmp_path / "a", run(None, 99))
     total = len(calls)
@@ -363,7 +381,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(stream, kind, tmp_path):
     assert not calls
     with pytest.raises(ValueError, match="another model, recipe, options, moments or"):
         jc.compress_blockwise(
-            Stream(kind), params, [(KERNELS, nudged)], TOKENS, store=tmp_path / "store"
+            Stream(kind),
+            params,
+            [(KERNELS, nudged)],
+            TOKENS,
+            drift=0.5,
+            store=tmp_path / "store",
         )
 
 
@@ -441,10 +464,10 @@ def test_weights_in_a_loop_inside_a_block():
 
     params = {f"layer_{i}": {"kernel": jnp.eye(4)} for i in range(2)}
     record, rules = [], [(r"layer_0/kernel", nudged)]
-    with pytest.raises(ValueError, match=r"in a loop .*drift=False"):
-        jc.compress_blockwise(model, params, rules, [random(3, 4)])
+    with pytest.raises(ValueError, match=r"in a loop .*drift=0"):
+        jc.compress_blockwise(model, params, rules, [random(3, 4)], drift=1)
     rules = [(r"layer_0/kernel", seen(record))]
-    jc.compress_blockwise(model, params, rules, [random(3, 4)], drift=False)
+    jc.compress_blockwise(model, params, rules, [random(3, 4)])
     assert float(record[0][1].count) == 9
 
 

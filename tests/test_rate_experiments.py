@@ -31,6 +31,6 @@ def test_a_model(experiment, tmp_path):
     found = {(row["variant"], row["text"]): row for row in rows}
     assert len(found) == len(rows) == 4
     for text in ("heldout", "docstrings"):
-        leaf, tuned = found["by leaf", text], found["planned, tuned", text]
-        assert tuned["file_bytes"] == pytest.approx(leaf["file_bytes"], rel=0.01)
-        assert 0 < tuned["kl"] < leaf["kl"]
+        planned, tuned = found["planned", text], found["planned, tuned", text]
+        assert tuned["file_bytes"] == pytest.approx(planned["file_bytes"], rel=0.01)
+        assert 0 < tuned["kl"] < planned["kl"]

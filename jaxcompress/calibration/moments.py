@@ -258,3 +258,21 @@ _ABSENT = {
     "curvatures": "complete the moments with measure_curvatures",
     "joint_curvatures": "complete the moments with measure_curvatures",
 }
+
+
+def partly_drifted(moments: Moments, drift: float) -> Moments:
+    """Moments that make up for a part of the drift: the target moves in proportion."""
+    if moments.cross is None or drift == 1:
+        return moments
+    cross = (1 - drift) * moments.drifted + drift * moments.cross
+    return dataclasses.replace(moments, cross=cross)
+
+
+def both_uses(a: Moments | None, b: Moments) -> Moments:
+    """The moments of one weight used in two ways: looked up, and as a head."""
+    if a is None:
+        return b
+    if (a.second is None) != (b.second is None):
+        looked_up, head = (a, b) if a.second is None else (b, a)
+        return dataclasses.replace(head, tokens=looked_up.tokens)
+    return a + b

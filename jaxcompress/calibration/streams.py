@@ -151,7 +151,7 @@ def _measured(
             raise ValueError(
                 f"{use.name} is used in a loop or a branch inside its block, where "
                 "the original and the compressed model cannot be compared row by row; "
-                "pass drift=False"
+                "pass drift=0"
             )
         seen.setdefault(use.name, []).append(use)
         return {}
