@@ -58,6 +58,7 @@ class Config:
     only: str = ""  # names of methods, separated by ";"; all of these bits by default
     embedding: bool = False  # compress the tied embedding too, to the same bits
     planned: str = ""  # a JSON file of rules, measured as "planned"
+    drift: float = 0.0  # of it that "blockwise" targets make up for
     fraction: float = 0.8  # of the text is for calibration
     calibration: int = 64  # windows
     windows: int = 4  # of each text
@@ -98,7 +99,12 @@ def run(config: Config) -> list[dict[str, Any]]:
         clock, processor = time.perf_counter(), time.process_time()
         if "blockwise" in name:
             small = jc.compress_blockwise(
-                model, params, recipe, calibration, progress=True
+                model,
+                params,
+                recipe,
+                calibration,
+                drift=config.drift,
+                progress=True,
             )
         else:
             if moments is None and not name.startswith(WITHOUT_DATA):
@@ -152,6 +158,8 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 def label(config: Config, name: str) -> str:
     everywhere = ", embedding too" if config.embedding else ""
+    if "blockwise" in name and config.drift:
+        name += f", drift {config.drift:g}"
     return f"{name}, {config.bits} bits{everywhere}"
 
 
