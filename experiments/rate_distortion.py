@@ -271,6 +271,7 @@ def with_curvatures(
         [{"tokens": ids}],
         moments,
         layout=layout,
+        joint=True,
         key=jax.random.key(0),
         progress=lambda rows: reporting.track(rows, "curvatures"),
     )

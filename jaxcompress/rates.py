@@ -43,7 +43,7 @@ def measure_curvatures(
     *,
     layout: Mapping[str, Layout] | None = None,
     pattern: str | None = None,
-    joint: bool = True,
+    joint: bool = False,
     damping: float = 0.01,
     key: jax.Array,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
@@ -59,10 +59,12 @@ def measure_curvatures(
     rare ones, coded coarser, would lose more than second order foretells.
 
     Joint curvatures say it for pairs of outputs: `v` is then a matrix `V`, and its cost
-    `inputs * trace(joint @ V)`. `rate_distortion` lets errors cancel by them. On real
-    models that is worth much in what makes queries and keys, less where attention and
+    `inputs * trace(joint @ V)`. `rate_distortion` lets errors cancel by them. To second
+    order that is worth much in what makes queries and keys, less where attention and
     neurons are read, and next to nothing where outputs are more than inputs, as in gate
-    and up; they would cost the most memory, and are not measured. What one half of
+    and up; they would cost the most memory, and are not measured. Of whole models it
+    took 12 to 17 % of the divergence in a small one, in SmolLM2-135M 7 to -1 % on text
+    like that of the batches, 0 to -6 % on other text: try it on yours. What one half of
     the sequences says of pairs is drawn towards nothing until it serves the other half
     best, so that few tokens do no harm. Sizes that walks of a trellis do not divide
     evenly (5120, 8192) have none either.

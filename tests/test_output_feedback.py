@@ -217,10 +217,9 @@ def test_joint_curvatures_are_measured_where_they_are_of_use(monkeypatch):
     options = {"key": jax.random.key(2), "pattern": ".*kernel"}
     moments = jc.collect_moments(Model(), params, [tokens])
     batches = [{"tokens": tokens}]
+    plain = jc.measure_curvatures(apply, params, batches, moments, **options)
+    options["joint"] = True
     found = jc.measure_curvatures(apply, params, batches, moments, **options)
-    plain = jc.measure_curvatures(
-        apply, params, batches, moments, joint=False, **options
-    )
     for name in ("square", "wide", "head"):
         one, other = found[f"{name}/kernel"], plain[f"{name}/kernel"]
         np.testing.assert_allclose(one.curvatures, other.curvatures, rtol=1e-4)
