@@ -65,9 +65,9 @@ def measure_curvatures(
     and up; they would cost the most memory, and are not measured. It took 12 to
     17 % of a small model's divergence, of that of SmolLM2-135M -4 to 11 % on text like
     the batches' and -10 to 8 % on other text, worst below 2.5 bits: try it on yours.
-    What one half of the sequences says of pairs is drawn towards nothing until it serves the other half
-    best, so that few tokens do no harm. Sizes that walks of a trellis do not divide
-    evenly (5120, 8192) have none either.
+    What one half of the sequences says of pairs is drawn towards nothing until it
+    serves the other half best, so that few tokens do no harm. Sizes that walks of a
+    trellis do not divide evenly (5120, 8192) have none either.
 
     Args:
       apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
