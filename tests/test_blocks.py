@@ -89,7 +89,7 @@ def test_moments_are_those_of_both_models(stream):
     rules = [(r"layer_0/(up|down)/kernel", nudged), (KERNELS, seen(record))]
     small = jc.compress_blockwise(model, stream, rules, TOKENS, drift=1)
     assert len(record) == 5  # up and down of two layers, the head
-    names = [f"layer_{i}/{n}/kernel" for i in (1, 2) for n in ("down", "up")]
+    names = [f"layer_{i}/{n}/kernel" for i in (1, 2) for n in ("up", "down")]
     for name, (_, moments) in zip([*names, "head/kernel"], record, strict=True):
         before = [dense_inputs(model, stream, t)[name] for t in TOKENS]
         behind = [dense_inputs(model, small, t)[name] for t in TOKENS]
@@ -103,6 +103,24 @@ def test_moments_are_those_of_both_models(stream):
         small["layer_0"]["up"]["kernel"], nudged(stream["layer_0"]["up"]["kernel"])
     )
     assert small["norm"]["scale"] is stream["norm"]["scale"]
+
+
+def test_drift_is_that_behind_the_weights_before_in_the_same_block(stream):
+    """Else two weights in a row would make up for the same drift."""
+    model, record = Stream(), []
+    rules = [(r"layer_0/up/kernel", nudged), (r"layer_0/down/kernel", seen(record))]
+    small = jc.compress_blockwise(model, stream, rules, TOKENS, drift=1)
+    before, behind = (
+        np.concatenate(
+            [dense_inputs(model, p, t)["layer_0/down/kernel"] for t in TOKENS]
+        ).reshape(48, -1)
+        for p in (stream, small)
+    )
+    ((_, moments),) = record
+    assert np.abs(before - behind).max() > 0.01
+    np.testing.assert_allclose(moments.second, before.T @ before / 48, atol=1e-4)
+    np.testing.assert_allclose(moments.drifted, behind.T @ behind / 48, atol=1e-4)
+    np.testing.assert_allclose(moments.cross, before.T @ behind / 48, atol=1e-4)
 
 
 def test_targets_make_up_for_a_part_of_the_drift(stream):
@@ -158,7 +176,7 @@ def test_curvatures_join_the_moments_of_the_blocks(stream, kind):
         else known[name].curvatures
         for name in curved(stream, KERNELS)
     }
-    layers = [f"layer_{i}/{n}/kernel" for i in range(3) for n in ("down", "up")]
+    layers = [f"layer_{i}/{n}/kernel" for i in range(3) for n in ("up", "down")]
     for name, (_, moments) in zip([*layers, "head/kernel"], record, strict=True):
         np.testing.assert_array_equal(moments.curvatures, looped[name])
         alone = jnp.diagonal(moments.joint_curvatures)

@@ -1,7 +1,6 @@
 """`compress_blockwise`: block after block, on what the compressed prefix produces."""
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,15 +12,27 @@ import numpy as np
 from rich.progress import Progress, TimeElapsedColumn
 
 from jaxcompress.calibration.collect import check_finite, warn_few
-from jaxcompress.calibration.feedback import layer_loss
-from jaxcompress.calibration.kept import Part, Store, digest
-from jaxcompress.calibration.moments import Moments, both_uses, partly_drifted
+from jaxcompress.calibration.feedback import output_error
+from jaxcompress.calibration.kept import (
+    Part,
+    Store,
+    digest,
+    joined,
+    one_part,
+    reports_of,
+)
+from jaxcompress.calibration.moments import (
+    Moments,
+    both_uses,
+    by_input,
+    partly_drifted,
+)
 from jaxcompress.calibration.sources import Source, source_of
 from jaxcompress.calibration.streams import Streams, Values, streams
-from jaxcompress.tree.layouts import Layout, matricize
-from jaxcompress.tree.leaves import dense, materialize
+from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.leaves import materialize
 from jaxcompress.tree.paths import entries
-from jaxcompress.tree.rules import LeafReport, chain, choose, compress
+from jaxcompress.tree.rules import chain, choose, compress
 from jaxcompress.tree.segments import Segment
 
 CURVATURES = "curvatures", "joint_curvatures"
@@ -50,7 +61,8 @@ def compress_blockwise(
     a block x' is what its original weights make of it. With `drift`, batches run a
     second time, on the inputs x of the original model, and the recipe gets the second
     moments of both and their cross moments too (`gptq` then aims towards the original
-    outputs). A weight outside the blocks that is used in several places, as a tied
+    outputs); weights are then compressed in the order of their use, and x' is what
+    those before them, in the same block too, make of it. A weight outside the blocks that is used in several places, as a tied
     embedding, comes first, with moments of the original model.
 
     Memory: dense weights and moments of one block (of one stack where the model is
@@ -135,22 +147,9 @@ def compress_blockwise(
             ),
         )
         parts = list(_shown(job.run(), job.count, progress))
-        small = source.rebuild(_joined(parts, source))
-    reports = [row for part in parts for row in _rows(part)]
+        small = source.rebuild(joined(parts, source.fetch))
+    reports = [row for part in parts for row in reports_of(part)]
     return (small, reports) if report else small
-
-
-def _rows(part: Part) -> list[LeafReport]:
-    """Its reports; those of a stack name the slice."""
-    if part.index is None:
-        return part.reports
-    path = part.label.rsplit("[", 1)[0]
-    return [
-        row
-        if row.name in part.whole
-        else dataclasses.replace(row, name=part.label + row.name.removeprefix(path))
-        for row in part.reports
-    ]
 
 
 def _shown(parts: Iterator[Part], count: int, show: bool) -> Iterator[Part]:
@@ -231,11 +230,8 @@ class _Job:
             part = self.store.load(i + first)
             if part is None:
                 new = {key: n for key, n in names.items() if n not in done}
-                behind, moments, layouts = self.measure(
-                    i, weights, new, original, drifted
-                )
                 own = {n: leaves[n] for n in new.values()}
-                part = self.compress(_label(i, segment), own, moments, layouts, segment)
+                behind, part = self.segment(i, weights, new, own, original, drifted)
                 self.store.save(i + first, part)
             yield part
             done |= {n: part.leaves[n] for n in part.whole}
@@ -265,6 +261,41 @@ class _Job:
             self.stack[name] = self.source.fetch(name)
         return jax.tree.map(lambda x: x[segment.block.index], self.stack[name])
 
+    def segment(
+        self,
+        number: int,
+        weights: dict[str, Any],
+        new: Mapping[str, str],
+        own: dict[str, Any],
+        original: list[Values],
+        drifted: list[Values],
+    ) -> tuple[list[Values] | None, Part]:
+        """Values of the original model behind a segment, and its compressed leaves.
+
+        Where targets make up for drift, leaves are compressed in the order in which
+        they are used, those of one input together, and moments measured anew behind
+        them: else two leaves in a row would make up for the same drift.
+        """
+        given = number, weights, new, original, drifted
+        behind, moments, layouts = self.measure(*given)
+        groups = by_input(moments, layouts) if self.drift else [set(moments)]
+        groups = groups or [set()]
+        groups[0] |= own.keys() - set().union(*groups)
+        segment, changed, parts = self.streams.segments[number], dict(weights), []
+        for group in groups:
+            keys = {key: n for key, n in new.items() if n in group}
+            if parts:
+                given = number, weights, keys, original, drifted
+                _, moments, _ = self.measure(*given, changed)
+            leaves = {n: own[n] for n in keys.values()}
+            known = {n: m for n, m in moments.items() if n in group}
+            kinds = {n: kind for n, kind in layouts.items() if n in leaves}
+            label = _label(number, segment)
+            parts.append(self.compress(label, leaves, known, kinds, segment))
+            small = parts[-1].leaves
+            changed |= _dense({key: small[n] for key, n in keys.items()})
+        return behind, one_part(parts)
+
     def measure(
         self,
         number: int,
@@ -272,11 +303,14 @@ class _Job:
         new: Mapping[str, str],
         original: list[Values],
         drifted: list[Values],
+        changed: dict[str, Any] | None = None,
     ) -> tuple[list[Values] | None, dict[str, Moments], dict[str, Layout]]:
         """Values of the original model behind a segment, moments and layouts."""
         keys = [k for k, n in new.items() if n in self.wanted and weights[k].ndim > 1]
         if self.drift:
-            measured = self.streams.measure(number, weights, original, drifted, keys)
+            measured = self.streams.measure(
+                number, weights, original, drifted, keys, changed
+            )
         else:
             measured = self.streams.measure(number, weights, drifted, None, keys)
         after, moments, layouts = measured
@@ -331,7 +365,7 @@ class _Job:
             old, new, known = leaves[row.name], small[row.name], moments.get(row.name)
             error = None
             if new is not old and known is not None and known.second is not None:
-                error = _output_error(old, new, known.second, layouts[row.name])
+                error = output_error(old, new, known.second, layouts[row.name])
             rows[i] = dataclasses.replace(row, output_error=error)
         return Part(label, index, tuple(n for n in whole if n in leaves), small, rows)
 
@@ -350,51 +384,3 @@ def _label(number: int, segment: Segment) -> str:
 @jax.jit
 def _dense(leaves: dict[str, Any]) -> dict[str, jax.Array]:
     return materialize(leaves)
-
-
-def _output_error(old: Any, new: Any, second: jax.Array, layout: Layout) -> float:
-    """Root mean square change of the layer's outputs over that of the outputs."""
-    return float(_relative_output(dense(old), dense(new), second, layout))
-
-
-@functools.partial(jax.jit, static_argnames="layout")
-def _relative_output(
-    old: jax.Array, new: jax.Array, second: jax.Array, layout: Layout
-) -> jax.Array:
-    old, new = matricize(old, layout), matricize(new, layout)
-    change = jnp.sum(layer_loss(old, new, second))
-    whole = jnp.sum(layer_loss(old, jnp.zeros_like(old), second))
-    return jnp.sqrt(jnp.maximum(change, 0) / jnp.where(whole > 0, whole, 1))
-
-
-def _joined(parts: list[Part], source: Source) -> dict[str, Any]:
-    """All leaves by name; slices of a stack are stacked again."""
-    found: dict[str, Any] = {}
-    slices: dict[str, list[tuple[int, Any]]] = {}
-    changed = {row.name for part in parts for row in part.reports if row.method}
-    for part in parts:
-        for name, leaf in part.leaves.items():
-            if part.index is None or name in part.whole:
-                found[name] = leaf
-            else:
-                slices.setdefault(name, []).append((part.index, leaf))
-    for name, stack in slices.items():
-        if name not in changed:
-            found[name] = source.fetch(name)
-            continue
-        leaves = [leaf for _, leaf in sorted(stack, key=lambda pair: pair[0])]
-        kinds = {
-            (
-                jax.tree.structure(x),
-                tuple((a.shape, a.dtype) for a in jax.tree.leaves(x)),
-            )
-            for x in leaves
-        }
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{name}: its layers were compressed to leaves of unlike shapes, which "
-                "cannot be stacked; take methods whose shapes do not depend on values, "
-                "or the looped model (unstack_layers)"
-            )
-        found[name] = jax.tree.map(lambda *x: jnp.stack(x), *leaves)
-    return found

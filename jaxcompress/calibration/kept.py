@@ -4,11 +4,12 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.storage import container
@@ -107,3 +108,62 @@ def _described(stage: Any) -> Any:
     if callable(stage):
         return describe(stage)
     return [[pattern, _described(f)] for pattern, f in stage]
+
+
+def one_part(parts: list[Part]) -> Part:
+    """What was compressed in several goes, of one segment, as if in one."""
+    first, *_ = parts
+    leaves = {name: leaf for part in parts for name, leaf in part.leaves.items()}
+    return Part(
+        first.label,
+        first.index,
+        tuple(sorted(name for part in parts for name in part.whole)),
+        dict(sorted(leaves.items())),
+        sorted((r for part in parts for r in part.reports), key=lambda r: r.name),
+    )
+
+
+def joined(parts: list[Part], fetch: Callable[[str], Any]) -> dict[str, Any]:
+    """All leaves by name; slices of a stack are stacked again."""
+    found: dict[str, Any] = {}
+    slices: dict[str, list[tuple[int, Any]]] = {}
+    changed = {row.name for part in parts for row in part.reports if row.method}
+    for part in parts:
+        for name, leaf in part.leaves.items():
+            if part.index is None or name in part.whole:
+                found[name] = leaf
+            else:
+                slices.setdefault(name, []).append((part.index, leaf))
+    for name, stack in slices.items():
+        if name not in changed:
+            found[name] = fetch(name)
+            continue
+        leaves = [leaf for _, leaf in sorted(stack, key=lambda pair: pair[0])]
+        kinds = {
+            (
+                jax.tree.structure(x),
+                tuple((a.shape, a.dtype) for a in jax.tree.leaves(x)),
+            )
+            for x in leaves
+        }
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{name}: its layers were compressed to leaves of unlike shapes, which "
+                "cannot be stacked; take methods whose shapes do not depend on values, "
+                "or the looped model (unstack_layers)"
+            )
+        found[name] = jax.tree.map(lambda *x: jnp.stack(x), *leaves)
+    return found
+
+
+def reports_of(part: Part) -> list[LeafReport]:
+    """Its reports; those of a stack name the slice."""
+    if part.index is None:
+        return part.reports
+    path = part.label.rsplit("[", 1)[0]
+    return [
+        row
+        if row.name in part.whole
+        else dataclasses.replace(row, name=part.label + row.name.removeprefix(path))
+        for row in part.reports
+    ]

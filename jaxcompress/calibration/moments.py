@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -276,3 +276,20 @@ def both_uses(a: Moments | None, b: Moments) -> Moments:
         looked_up, head = (a, b) if a.second is None else (b, a)
         return dataclasses.replace(head, tokens=looked_up.tokens)
     return a + b
+
+
+def by_input(moments: Mapping[str, Moments], order: Iterable[str]) -> list[set[str]]:
+    """Names in the order given, those that follow each other on one input together."""
+    groups: list[set[str]] = []
+    last = None
+    for name in order:
+        if name not in moments:
+            continue
+        second = moments[name].second
+        alike = last is not None and second is not None and last.shape == second.shape
+        if alike and bool(jnp.array_equal(last, second)):
+            groups[-1].add(name)
+        else:
+            groups.append({name})
+        last = second
+    return groups

@@ -63,12 +63,15 @@ class Streams:
         values: list[Values],
         drifted: list[Values] | None,
         names: Sequence[str],
+        changed: dict[str, Any] | None = None,
     ) -> tuple[list[Values], dict[str, Moments], dict[str, Layout]]:
         """Values behind a segment, and moments and layouts of the weights `names`.
 
-        Names are those that the segment's `weights` have. `drifted` are the values of
-        the compressed model, where its moments are wanted too.
+        Names are those that the segment's `weights` have; layouts come in the order of
+        first use. `drifted` are the values of the compressed model, where its moments
+        are wanted too, and `changed` the weights that these meet, if others.
         """
+        changed = weights if changed is None else changed
         after, ready, layouts, total = [], {}, {}, None
         for i, (segments, _) in enumerate(self.programs):
             segment, batch = segments[number], self.batches[i]
@@ -80,8 +83,8 @@ class Streams:
                 step = functools.partial(
                     _measured, segment=segment, names=names, layouts=layouts
                 )
-                ready[segment] = self._compiled(step, weights, read, mask)
-            results, more = ready[segment](weights, read, mask)
+                ready[segment] = self._compiled(step, weights, changed, read, mask)
+            results, more = ready[segment](weights, changed, read, mask)
             total = more if total is None else _add(total, more)
             after.append(_carried(segment, values[i], results))
         return after, total or {}, layouts
@@ -131,6 +134,7 @@ def _run(segment: Segment) -> Callable[[dict[str, Any], list], list]:
 
 def _measured(
     weights: dict[str, jax.Array],
+    changed: dict[str, jax.Array],
     read: list[list[jax.Array]],
     mask: Any,
     *,
@@ -164,7 +168,7 @@ def _measured(
 
     results, sums = run_uses(segment, weights, read[0], note, tagged=names)
     if len(read) > 1:
-        _, more = run_uses(segment, weights, read[1], compare, tagged=names)
+        _, more = run_uses(segment, changed, read[1], compare, tagged=names)
         sums = {name: named | more.get(name, {}) for name, named in sums.items()}
     return results, averages({name: named for name, named in sums.items() if named})
 
