@@ -48,7 +48,8 @@ def test_an_exception_at_the_end_of_a_part_of_a_block_comes_back():
     x[-1] = 1e-38
     coded = code_floats(x)
     assert isinstance(coded, CodedFloats)
-    assert coded.bits.spots[0] == 20_000
+    # Two: a single one would not be scattered by XLA but fused, and slow all.
+    assert coded.bits.spots.tolist() == [20_000, 20_001]
     check(coded, x)
     check(coded.bits, bits_of(x))
 

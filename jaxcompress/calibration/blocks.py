@@ -281,9 +281,12 @@ class _Job:
         groups = groups or [set()]
         groups[0] |= own.keys() - set().union(*groups)
         segment, changed, parts = self.streams.segments[number], dict(weights), []
+        keys: dict[str, str] = {}
         for group in groups:
-            keys = {key: n for key, n in new.items() if n in group}
+            before, keys = keys, {key: n for key, n in new.items() if n in group}
             if parts:
+                small = parts[-1].leaves
+                changed |= _dense({key: small[n] for key, n in before.items()})
                 given = number, weights, keys, original, drifted
                 _, moments, _ = self.measure(*given, changed)
             leaves = {n: own[n] for n in keys.values()}
@@ -291,8 +294,6 @@ class _Job:
             kinds = {n: kind for n, kind in layouts.items() if n in leaves}
             label = _label(number, segment)
             parts.append(self.compress(label, leaves, known, kinds, segment))
-            small = parts[-1].leaves
-            changed |= _dense({key: small[n] for key, n in keys.items()})
         return behind, one_part(parts)
 
     def measure(
