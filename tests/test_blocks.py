@@ -12,6 +12,7 @@ from test_calibration import assert_same, check, dense_inputs, make_params, rand
 
 import jaxcompress as jc
 from jaxcompress.calibration.blocks import BLOCKS
+from jaxcompress.calibration.moments import Moments, by_input
 from jaxcompress.storage.container import StoredParams
 from jaxcompress.tree.paths import entries
 from jaxcompress.tree.segments import cut, find_blocks
@@ -121,6 +122,16 @@ def test_drift_is_that_behind_the_weights_before_in_the_same_block(stream):
     np.testing.assert_allclose(moments.second, before.T @ before / 48, atol=1e-4)
     np.testing.assert_allclose(moments.drifted, behind.T @ behind / 48, atol=1e-4)
     np.testing.assert_allclose(moments.cross, before.T @ behind / 48, atol=1e-4)
+
+
+def test_weights_of_one_input_are_compressed_together():
+    """Alike is not enough where others lie between."""
+    one, other = (Moments(jnp.ones(()), second=k * jnp.eye(3)) for k in (1, 2))
+    known = {"query": one, "value": one, "up": other, "gate": one}
+    known["table"] = Moments(jnp.ones(()))
+    order = ["table", "query", "unmeasured", "value", "up", "gate"]
+    wanted = [{"table"}, {"query", "value"}, {"up"}, {"gate"}]
+    assert by_input(known, order) == wanted
 
 
 def test_targets_make_up_for_a_part_of_the_drift(stream):
