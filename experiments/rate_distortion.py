@@ -39,6 +39,7 @@ VARIANTS = (
     "planned, apart",  # and outputs that do more coded finer
     "planned",  # and errors fed from output to output
     "planned, blockwise",
+    "planned, apart, blockwise, drift 0.5",
     "planned, tuned",
 )
 
@@ -140,6 +141,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 if config.embedding > 0:
                     method = f"rate_distortion(rate={config.embedding}, {options})"
                     recipe.append((".*embedding", method))
+                drift = re.search(r"drift ([\d.]+)", variant)
                 if "blockwise" in variant:
                     small = jc.compress_blockwise(
                         model,
@@ -147,6 +149,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                         recipe,
                         calibration,
                         moments=known_of,
+                        drift=float(drift[1]) if drift else 0.0,
                         progress=True,
                     )
                 else:

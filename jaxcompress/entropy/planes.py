@@ -134,24 +134,34 @@ def decode(chunk: Chunk, split: Split, out: np.ndarray) -> None:
     """Writes the words of a chunk to `out`; ValueError where it is damaged."""
     blocks, width = chunk.classes.size, chunk.width
     symbols = _symbols(chunk, split)
-    wide = chunk.tails is not None
-    upper = room("upper", (chunk.count,), np.uint16) if wide else out
     rows = PIECE // width
     for first in range(0, blocks, rows):
         part = slice(first, first + rows)
         given = symbols[part], chunk.rests[part], chunk.base, split
-        here = upper[first * width : (first + rows) * width]
+        words = slice(first * width, (first + rows) * width)
+        here = upper = out[words]
+        if chunk.tails is not None:
+            upper = room("upper", here.shape, np.uint16)
         if here.size % width:
-            words = np.empty((given[0].shape[0], width), upper.dtype)
-            put_together(*given, words)
-            here[:] = words.reshape(-1)[: here.size]
+            whole = np.empty((given[0].shape[0], width), upper.dtype)
+            put_together(*given, whole)
+            upper[:] = whole.reshape(-1)[: here.size]
         else:
-            put_together(*given, here.reshape(-1, width))
-    upper[chunk.spots] = chunk.values
-    if wide:
-        halves = out.view(np.uint16).reshape(-1, 2)
-        halves[:, 1] = upper
-        halves[:, 0] = chunk.tails
+            put_together(*given, upper.reshape(-1, width))
+        if chunk.tails is not None:
+            _join(upper, chunk.tails[words], here)
+    values = chunk.values
+    if chunk.tails is not None:
+        values = np.empty(values.size, np.uint32)
+        _join(chunk.values, chunk.tails[chunk.spots], values)
+    out[chunk.spots] = values
+
+
+def _join(upper: np.ndarray, tails: np.ndarray, out: np.ndarray) -> None:
+    """Words of four bytes of their halves."""
+    np.copyto(out, upper)
+    np.left_shift(out, np.uint32(16), out=out)
+    np.bitwise_or(out, tails, out=out)
 
 
 def _symbols(chunk: Chunk, split: Split) -> np.ndarray:
