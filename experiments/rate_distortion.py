@@ -167,6 +167,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             if variant != base:
                 small = tuned(config, scanned, dense, small, calibration)
             took = {
+                "curvature_tokens": config.curvature * 128 if planned else 0,
                 "compress_seconds": before[0] + time.perf_counter() - clock,
                 "compress_processor_seconds": before[1]
                 + time.process_time()

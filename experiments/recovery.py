@@ -12,12 +12,14 @@ batches. One JSON line per row, appended as it is done; rows that the results ho
 already are not run again:
 
     python experiments/recovery.py
-    python experiments/recovery.py SmolLM2.gguf text.txt --only "2 bits, side" --batch 1
+    python experiments/recovery.py SmolLM2.gguf text.txt --batch 1 --steps 64 \\
+        --only "2 bits coded, side"
 """
 
 import dataclasses
 import functools
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,8 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "bytes": jc.nbytes(small),
                 "bytes_before": jc.nbytes(start),
                 "dense_bytes": jc.nbytes(params),
+                "file_bytes": file_bytes(small),
+                "file_bytes_before": file_bytes(start),
                 "kl_before": before.kl,
                 "kl_after": after.kl,
                 "kl_standard_error": after.kl_standard_error,
@@ -231,6 +235,13 @@ def run(config: Config) -> list[dict[str, Any]]:
         print(json.dumps(rows[-1]), flush=True)
         reporting.append_lines(config.results, rows[-1:])
     return rows
+
+
+def file_bytes(params: Any) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        jc.save(path, params)
+        return path.stat().st_size
 
 
 if __name__ == "__main__":

@@ -106,9 +106,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.fast:
         config = dataclasses.replace(config, steps=2, batch=2, tokens=16, heldout=8)
     teacher, params, tokenizer = models.load(config.model, scan=True)
-    start = dict(params)
-    start["layers"] = jax.tree.map(lambda x: x[1::2], params["layers"])
-    student = teacher.clone(layers=teacher.layers // 2)
+    student, start = models.fewer_layers(teacher, params, 2)
     text = (
         Path(config.text).read_text(encoding="utf-8") if config.text else docstrings()
     )

@@ -283,6 +283,10 @@ def test_files(kind, tmp_path):
     other = batch | {"tokens": batch["tokens"] + 1}
     with pytest.raises(ValueError, match="another batch 4"):
         d.read_cache(tmp_path / "new", 4, other)
+    d.write_cache(tmp_path, 0, batch, make, source="teacher A, 3 likeliest")
+    assert d.read_cache(tmp_path, 0, batch).vocabulary == teacher.shape[-1]
+    with pytest.raises(ValueError, match="made by 'teacher A, 3 likeliest', not by ''"):
+        d.write_cache(tmp_path, 0, batch, make)
     with pytest.raises(FileNotFoundError, match="not run on batch 5"):
         d.read_cache(tmp_path / "new", 5, batch)
     path = tmp_path / "new" / "00000004.safetensors"

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +77,40 @@ def test_a_cached_teacher_is_as_good_as_a_running_one(student, teacher, tmp_path
     parts = jax.tree.map(lambda x: x[::2], BATCH | {"teacher": cached})
     half, _ = loss(student, parts, KEY)
     assert half != value and parts["teacher"].indices.shape == (2, 8, 11)
+    # In a step too, part by part.
+    optimizer = optax.sgd(0.1)
+    step = d.make_train_step(
+        d.cached_labels(APPLY, soft_weight=0.5), optimizer, accumulate=2
+    )
+    state = d.init_state(student, optimizer, key=KEY)
+    _, metrics = step(state, BATCH | {"teacher": cached})
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    assert metrics["finite"] and metrics["update_norm"] > 0
+
+
+def test_a_projection_trains_beside_the_student(teacher):
+    """Of a narrower student, in the same tree: `{"student": ..., "projection": ...}`."""
+    narrow = MODEL.clone(layers=1, width=8, heads=2, kv_heads=1)
+    begin = narrow.init(KEY, BATCH["tokens"])["params"]
+    params = {"student": begin, "projection": d.initial_projection(8, 16, key=KEY)}
+
+    def loss(teacher, params, batch, key):
+        _, mine = d.capture(narrow, ["layer_0/mlp"])(params["student"], batch["tokens"])
+        _, theirs = d.capture(MODEL, ["layer_3/mlp"])(teacher, batch["tokens"])
+        states = mine["layer_0/mlp"], theirs["layer_3/mlp"]
+        values = d.hidden_states(*states, projection=params["projection"])
+        return values.mean(), {}
+
+    optimizer = optax.adam(1e-2)
+    step = d.make_train_step(jax.tree_util.Partial(loss, teacher), optimizer)
+    state, losses = d.init_state(params, optimizer, key=KEY), []
+    for _ in range(30):
+        state, metrics = step(state, BATCH)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+    for name in ("student", "projection"):
+        moved = jax.tree.map(lambda x, y: bool((x != y).any()), state.params, params)
+        assert any(jax.tree.leaves(moved[name]))
 
 
 # Students.
@@ -92,6 +127,17 @@ def test_fewer_layers(teacher, scan):
     rest |= {"layer_0": teacher["layer_1"], "layer_1": teacher["layer_3"]}
     want = MODEL.clone(layers=2).apply({"params": rest}, BATCH["tokens"])
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_fewer_layers_of_an_encoder(scan):
+    model = models.Bert(
+        vocab_size=12, width=8, layers=4, heads=2, mlp_width=16, scan=scan
+    )
+    params = model.init(KEY, BATCH["tokens"])["params"]
+    small_model, small = models.fewer_layers(model, params, 2)
+    assert small_model.layers == 2
+    assert small_model.apply({"params": small}, BATCH["tokens"]).shape[-1] == 8
 
 
 def test_fewer_layers_keep_their_own_settings(teacher):
@@ -226,6 +272,11 @@ def test_mixing(student, writer):
     want, _ = jax.jit(loss)(student, {"tokens": tokens, "mask": mask}, KEY)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     assert metrics["written"] == 1 and metrics["weight"] == 4 * 6
+    # A text that ends inside the prompt is not gone on with.
+    short = BATCH | {"mask": BATCH["mask"].copy()}
+    short["mask"][1, 3:] = False
+    _, metrics = jax.jit(always)(student, short, KEY)
+    assert metrics["written"] == 0.75 and metrics["weight"] == 3 * 6 + 2
 
 
 def test_training_on_own_texts_draws_near_to_the_teacher(writer):

@@ -245,6 +245,19 @@ def test_a_state_survives_its_checkpoint(tmp_path):
         d.restore_state(tmp_path / "new" / "one", start(DENSE))
 
 
+def test_a_checkpoint_is_of_leaves_of_one_kind(tmp_path):
+    """Codes of both grids have the same shapes, and mean other numbers."""
+    signed, other = (
+        start(jc.compress({"w": jnp.eye(4)}, [("w", method)]), SGD)
+        for method in ("symmetric(bits=4, block=2)", "nf4(block=2)")
+    )
+    chex.assert_trees_all_equal_shapes(*map(jax.tree.leaves, (signed, other)))
+    d.save_state(tmp_path / "one", signed)
+    chex.assert_trees_all_equal(d.restore_state(tmp_path / "one", signed), signed)
+    with pytest.raises(ValueError, match="leaves of other types or settings"):
+        d.restore_state(tmp_path / "one", other)
+
+
 PROGRAM = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
@@ -320,6 +333,36 @@ def test_an_infinite_gradient_changes_nothing_either():
     state, metrics = step(start({"w": jnp.zeros(2)}, SGD), {"x": np.ones(1)})
     assert metrics["loss"] == 0 and not metrics["finite"]
     assert (state.params["w"] == 0).all()
+
+
+def test_an_infinite_update_changes_nothing_and_stops_the_run(tmp_path):
+    loss = lambda params, batch, key: (params["w"].sum(), {})  # noqa: E731
+    optimizer = optax.sgd(lambda step: jnp.where(step < 2, 0.1, jnp.inf))
+    begin = lambda: start({"w": jnp.zeros(2)}, optimizer)  # noqa: E731
+    step = d.make_train_step(loss, optimizer)
+    with pytest.raises(FloatingPointError, match=r"update inf; .*step_00000002 stays"):
+        d.train(
+            step,
+            begin(),
+            lambda number: {"x": np.ones(1)},
+            steps=5,
+            folder=tmp_path,
+            every=1,
+            keep=1,
+        )
+    kept = d.restore_state(tmp_path / "step_00000002", begin())
+    np.testing.assert_allclose(kept.params["w"], -0.2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_mask_on_a_device_may_turn_out_empty(accumulate):
+    batch = jax.tree.map(jnp.asarray, batch_at(0))
+    batch["mask"] = jnp.zeros_like(batch["mask"])
+    state, metrics = stepper(accumulate)(start(), batch)
+    assert not metrics["finite"] and int(state.step) == 0
+    chex.assert_trees_all_equal(state.params, start().params)
+    with pytest.raises(ValueError, match="step 1: an empty batch"):
+        d.train(stepper(accumulate), start(), lambda number: batch, steps=1)
 
 
 EMPTY = {"tokens": np.zeros((0, 6), np.int32), "mask": np.zeros((0, 6), bool)}

@@ -165,6 +165,8 @@ def write_cache(
     number: int,
     batch: Batch,
     make: Callable[[], TopK | Sampled],
+    *,
+    source: str = "",
 ) -> TopK | Sampled:
     """What the folder keeps for this batch; made and written there if it is not.
 
@@ -176,14 +178,16 @@ def write_cache(
       number: of the batch.
       batch: dict of arrays; its digest is written too.
       make: runs the teacher, `lambda: top_k(teacher(params, batch["tokens"]), 16)`.
+      source: what else the file depends on, in words: the teacher, what is kept of it,
+        the key. Written too; only a file of the same source is read.
 
     Raises:
-      ValueError: the file there belongs to another batch.
+      ValueError: the file there belongs to another batch or source.
       FileDamaged: the file there is not what was written.
     """
     path = _path(folder, number)
     if path.exists():
-        return read_cache(folder, number, batch)
+        return read_cache(folder, number, batch, source=source)
     cached = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {
@@ -194,6 +198,7 @@ def write_cache(
     about = {
         "kind": type(cached).__name__,
         "batch": _digest(batch),
+        "source": source,
         "temperature": cached.temperature,
         "vocabulary": cached.vocabulary,
     }
@@ -201,12 +206,16 @@ def write_cache(
     return cached
 
 
-def read_cache(folder: str | os.PathLike, number: int, batch: Batch) -> TopK | Sampled:
+def read_cache(
+    folder: str | os.PathLike, number: int, batch: Batch, *, source: str | None = None
+) -> TopK | Sampled:
     """What `write_cache` wrote for this batch; every byte of it is checked.
+
+    `source` must be as it was written; None takes any.
 
     Raises:
       FileNotFoundError: there is nothing for this number.
-      ValueError: it belongs to another batch.
+      ValueError: it belongs to another batch or source.
       FileDamaged: it is not what was written.
     """
     path = _path(folder, number)
@@ -220,6 +229,11 @@ def read_cache(folder: str | os.PathLike, number: int, batch: Batch) -> TopK | S
             raise ValueError(
                 f"{path} was made from another batch {number} than this one; read the "
                 "batches in the order in which the cache was written, or write it anew"
+            )
+        if source is not None and about["source"] != source:
+            raise ValueError(
+                f"{path} was made by {about['source']!r}, not by {source!r}; take "
+                "another folder, or remove this one"
             )
         arrays = {name: file[name] for name in file.names}
     kind = {"TopK": TopK, "Sampled": Sampled}[about["kind"]]

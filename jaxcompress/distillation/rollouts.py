@@ -93,8 +93,9 @@ def on_policy(
 
     In each example of a batch chosen with probability `ratio`, all but the first
     `prompt` tokens are replaced by what the student writes now, and its mask by what
-    was written. Other examples stay as they are, mask included. Of the batch only
-    `tokens` and `mask` are passed on.
+    was written. Other examples stay as they are, mask included; so do those that count
+    nothing behind the prompt, which may end inside it. Of the batch only `tokens` and
+    `mask` are passed on.
 
     Args:
       loss_fn: of `make_train_step`, on `tokens` and `mask` `[batch, length]`; with
@@ -150,6 +151,7 @@ def _on_policy(
         **options,
     )
     chosen = jax.random.bernoulli(choosing, float(ratio), (tokens.shape[0], 1))
+    chosen &= mask[:, prompt:].any(axis=1, keepdims=True)
     mixed = {
         "tokens": jnp.where(chosen, own, tokens),
         "mask": jnp.where(chosen, written, mask),

@@ -1,23 +1,28 @@
 """A run of training steps that may be killed at any time, and goes on where it was."""
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxcompress.distillation.steps import Metrics, TrainState, check_batch
 from jaxcompress.storage.orbax import restore_orbax, save_orbax
+from jaxcompress.tree.leaves import data_fields, is_leaf, static_fields
 from jaxcompress.tree.paths import key_name
 from jaxcompress.types import Batch
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 _NAME = re.compile(r"step_(\d{8})")
+_LEAVES = "leaves"  # beside the arrays of a state
 
 
 def train(
@@ -48,8 +53,8 @@ def train(
       report: called after each step with its number, from 1, and its metrics.
 
     Raises:
-      FloatingPointError: a loss or gradient that is not finite; names the step, and
-        the checkpoint that stays.
+      FloatingPointError: a loss, gradient or update that is not finite; names the
+        step, and the checkpoint that stays.
       ValueError: an empty batch, naming the step; an option out of range; a checkpoint
         of another run.
     """
@@ -70,15 +75,16 @@ def train(
             raise ValueError(f"step {done + 1}: {error}") from error
         state, metrics = step(state, batch)
         numbers = {name: x.item() for name, x in jax.device_get(metrics).items()}
+        if numbers.get("weight") == 0:
+            raise ValueError(f"step {done + 1}: an empty batch: no position counts")
         if not numbers["finite"]:
             kept = "no checkpoint was written" if latest is None else f"{latest} stays"
             raise FloatingPointError(
                 f"step {done + 1}: the loss is {numbers['loss']}, the norm of its "
-                f"gradient {numbers['gradient_norm']}; {kept}. Lower the learning "
-                "rate, clip gradients, or look at this batch"
+                f"gradient {numbers['gradient_norm']}, that of the update "
+                f"{numbers['update_norm']}; {kept}. Lower the learning rate, clip "
+                "gradients, or look at this batch"
             )
-        if numbers.get("weight") == 0:
-            raise ValueError(f"step {done + 1}: an empty batch: no position counts")
         done += 1
         if report is not None:
             report(done, numbers)
@@ -95,14 +101,14 @@ def save_state(path: str | os.PathLike, state: TrainState) -> None:
     Raises ValueError where `path` exists.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_orbax(path, _named(state))
+    save_orbax(path, _named(state) | {_LEAVES: _leaf_kinds(state.params)})
 
 
 def restore_state(path: str | os.PathLike, like: TrainState) -> TrainState:
     """The state that `save_state` wrote, bit for bit, where the arrays of `like` lie.
 
-    Raises ValueError where names, shapes or dtypes are not those of `like`: another
-    model, recipe or optimizer.
+    Raises ValueError where names, shapes, dtypes, or types of compressed leaves are not
+    those of `like`: another model, recipe or optimizer.
     """
     wanted = _named(like)
     shardings = {name: x.sharding for name, x in wanted.items()}
@@ -110,6 +116,7 @@ def restore_state(path: str | os.PathLike, like: TrainState) -> TrainState:
     found = restore_orbax(
         path, sharding=lambda name, shape: shardings.get(name, anywhere)
     )
+    kinds = found.pop(_LEAVES, np.zeros(0, np.uint8))
     for name in sorted(wanted.keys() | found.keys()):
         mine, theirs = (
             f"{tree[name].dtype} {tree[name].shape}" if name in tree else "nothing"
@@ -120,6 +127,11 @@ def restore_state(path: str | os.PathLike, like: TrainState) -> TrainState:
                 f"{path} holds {theirs} as {name}, this run {mine}; resume with the "
                 "same model, recipe and optimizer, or choose another folder"
             )
+    if np.asarray(kinds).tobytes() != _leaf_kinds(like.params).tobytes():
+        raise ValueError(
+            f"{path} holds compressed leaves of other types or settings than this run; "
+            "resume with the same recipe, or choose another folder"
+        )
     arrays = [
         jax.random.wrap_key_data(found[name]) if _is_key(x) else found[name]
         for name, x in zip(wanted, jax.tree.leaves(like), strict=True)
@@ -155,6 +167,21 @@ def _named(state: TrainState) -> dict[str, jax.Array]:
         else x
         for path, x in flat
     }
+
+
+def _leaf_kinds(tree: Any) -> np.ndarray:
+    """Types and static fields of compressed leaves, inner ones too, as JSON."""
+
+    def kinds(tree: Any) -> list[Any]:
+        leaves = jax.tree.leaves(tree, is_leaf=is_leaf)
+        return [kind(x) for x in leaves if is_leaf(x)]
+
+    def kind(x: Any) -> list[Any]:
+        fixed = {name: getattr(x, name) for name in static_fields(x)}
+        inner = [kinds(getattr(x, name)) for name in data_fields(x)]
+        return [type(x).__name__, fixed, inner]
+
+    return np.frombuffer(json.dumps(kinds(tree)).encode(), np.uint8)
 
 
 def _is_key(x: jax.Array) -> bool:

@@ -21,7 +21,7 @@ from jaxcompress.types import Batch, Params
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
 
-OWN_METRICS = ("loss", "gradient_norm", "finite")
+OWN_METRICS = ("loss", "gradient_norm", "update_norm", "finite")
 
 
 @jax.tree_util.register_dataclass
@@ -86,8 +86,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A function `step(state, batch) -> (state, metrics)`, compiled; gives up `state`.
 
-    A step whose loss or gradient is not finite changes nothing, not even the step
-    number, and says so: `metrics["finite"]` is false. `train` stops there.
+    A step whose loss, gradient or update is not finite, or whose `weight` is zero,
+    changes nothing, not even the step number, and says so: `metrics["finite"]` is
+    false. `train` stops there.
 
     Over several devices: `place` the state on a mesh and `shard_batch` each batch; what
     the step returns lies where its state lay.
@@ -151,11 +152,12 @@ def make_train_step(
             loss, metrics, gradients = _accumulated(
                 gradient_of, trainable, _parts(batch, accumulate), key
             )
-        norm = _norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer_state = update(
             gradients, state.optimizer, trainable, value=loss, gradients=gradients
         )
+        norms = {"gradient_norm": _norm(gradients), "update_norm": _norm(updates)}
+        finite = jnp.isfinite(jnp.stack([loss, *norms.values()])).all()
+        finite &= jnp.asarray(metrics.get("weight", 1)) > 0
         moved = optax.apply_updates(trainable, updates)
         after = TrainState(
             optax.safe_increment(state.step),
@@ -168,7 +170,7 @@ def make_train_step(
             after,
             state,
         )
-        own = {"loss": loss, "gradient_norm": norm, "finite": finite}
+        own = {"loss": loss, **norms, "finite": finite}
         return after, metrics | own
 
     compiled: dict[Any, Any] = {}
@@ -308,11 +310,9 @@ def _cast(params: Params, dtype: Any) -> Params:
     return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, params)
 
 
-def _norm(gradients: Params) -> jax.Array:
-    """The Euclidean norm of all gradients together."""
-    squares = [
-        jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(gradients)
-    ]
+def _norm(tree: Params) -> jax.Array:
+    """The Euclidean norm of all arrays together."""
+    squares = [jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares))
 
 

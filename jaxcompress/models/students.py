@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.moments import Moments
+from jaxcompress.models.bert import Bert
 from jaxcompress.models.structure import neuron_groups, resized
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.pruning.groups import Group, choose_units
@@ -18,8 +19,8 @@ from jaxcompress.types import Params
 
 
 def fewer_layers(
-    model: Transformer, params: Params, layers: int | Sequence[int]
-) -> tuple[Transformer, Params]:
+    model: Transformer | Bert, params: Params, layers: int | Sequence[int]
+) -> tuple[Any, Params]:
     """The model with some of its layers, in order, and their parameters.
 
     Args:
@@ -46,7 +47,7 @@ def fewer_layers(
             f"layers is {layers!r}; of {model.layers} layers give increasing numbers "
             f"from 0 to {model.layers - 1}, or every how many one stays"
         )
-    if model.scan:
+    if getattr(model, "scan", False):
         small = dict(params)
         small["layers"] = jax.tree.map(lambda x: x[np.array(keep)], params["layers"])
     else:
@@ -55,7 +56,7 @@ def fewer_layers(
         small |= {f"layer_{i}": params[f"layer_{old}"] for i, old in enumerate(keep)}
     settings: dict[str, Any] = {"layers": len(keep)}
     for name in ("heads", "kv_heads", "mlp_width", "sliding_window"):
-        value = getattr(model, name)
+        value = getattr(model, name, None)
         if isinstance(value, tuple | list):
             settings[name] = tuple(value[layer] for layer in keep)
     return model.clone(**settings), small
