@@ -44,33 +44,18 @@ def run(config: Config) -> list[dict[str, Any]]:
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     rows, priors = [], sorted({0.0, config.prior})
     for name, covariance in covariances(config.inputs).items():
-        moments = jc.moments_from_covariance(jnp.asarray(covariance, jnp.float32))
         for states, prior in itertools.product((0, 8, config.states), priors):
             for rate in map(float, config.rates.split(",")):
                 clock = time.process_time()
                 options = {"states": states, "damping": 1e-6, "prior": prior}
-                small = jc.rate_distortion(
-                    jnp.asarray(x), moments, rate=rate, **options
-                )
+                found = beside_the_bound(x, covariance, rate=rate, **options)
                 seconds = time.process_time() - clock
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "small.safetensors"
-                    jc.save(path, {"kernel": small})
-                    with jc.open(path) as file:
-                        bits = 8 * file.nbytes("kernel") / x.size
-                    loaded = jc.load(path)["kernel"]
-                error = np.asarray(loaded.materialize(), np.float64) - x
-                distortion = float(np.sum(error * (covariance @ error)) / x.size)
-                least = bound(np.linalg.eigvalsh(covariance), distortion)
                 rows.append(
                     {
                         "covariance": name,
                         **options,
                         "shape": shape,
-                        "bits_per_weight": bits,
-                        "distortion": distortion,
-                        "bound": least,
-                        "gap": bits - least,
+                        **found,
                         "processor_seconds": seconds,
                         **about(),
                     }
@@ -79,6 +64,29 @@ def run(config: Config) -> list[dict[str, Any]]:
                 if not config.fast:
                     reporting.append_lines(config.results, rows[-1:])
     return rows
+
+
+def beside_the_bound(
+    x: np.ndarray, covariance: np.ndarray, **options: Any
+) -> dict[str, float]:
+    """Bits of the file, and those that the bound allows at the distortion reached."""
+    moments = jc.moments_from_covariance(jnp.asarray(covariance, jnp.float32))
+    small = jc.rate_distortion(jnp.asarray(x), moments, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "small.safetensors"
+        jc.save(path, {"kernel": small})
+        with jc.open(path) as file:
+            bits = 8 * file.nbytes("kernel") / x.size
+        loaded = jc.load(path)["kernel"]
+    error = np.asarray(loaded.materialize(), np.float64) - x
+    distortion = float(np.sum(error * (covariance @ error)) / x.size)
+    least = bound(np.linalg.eigvalsh(covariance), distortion)
+    return {
+        "bits_per_weight": bits,
+        "distortion": distortion,
+        "bound": least,
+        "gap": bits - least,
+    }
 
 
 def covariances(size: int) -> dict[str, np.ndarray]:

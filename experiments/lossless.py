@@ -47,7 +47,7 @@ from jaxcompress.reporting import append_lines
 from jaxcompress.storage import save
 
 KINDS = ("bfloat16", "float16", "float32")
-Coder = tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], int]]
+Coder = tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def weights(config: Config) -> dict[str, np.ndarray]:
 def ours(tensors: list[np.ndarray], threads: int, fast: bool) -> Coder:
     """Chunks in memory, as files hold them; without checksums, as the peers."""
 
-    def encode() -> list[tuple[str | None, list[bytes]]]:
+    def encode(_: bytes) -> list[tuple[str | None, list[bytes]]]:
         made = []
         for array in tensors:
             how = arrays.choose(array, fast=fast)
@@ -135,23 +135,23 @@ def ours(tensors: list[np.ndarray], threads: int, fast: bool) -> Coder:
 
 
 def peers(data: bytes, kind: str) -> dict[str, Coder]:
-    """Other coders that are installed: encode, decode, size."""
+    """Other coders that are installed: encode bytes, decode, size."""
     found: dict[str, Any] = {}
     numbers = np.frombuffer(data, jnp.dtype(kind))
     if util.find_spec("zipnn"):
         import zipnn
 
         nn = zipnn.ZipNN(input_format="byte", bytearray_dtype=kind, threads=1)
-        found["ZipNN"] = (lambda: nn.compress(bytearray(data)), nn.decompress, len)
+        found["ZipNN"] = (nn.compress, nn.decompress, len)
     if util.find_spec("zstandard"):
         import zstandard
 
         packer, reader = zstandard.ZstdCompressor(level=3), zstandard.ZstdDecompressor()
-        found["zstd 3"] = (lambda: packer.compress(data), reader.decompress, len)
+        found["zstd 3"] = (packer.compress, reader.decompress, len)
     if util.find_spec("blosc2"):
         import blosc2
 
-        def blosc() -> list[bytes]:
+        def blosc(data: bytes) -> list[bytes]:
             step = 1 << 27  # its buffers are bounded
             return [
                 blosc2.compress2(
@@ -178,7 +178,7 @@ def peers(data: bytes, kind: str) -> dict[str, Coder]:
             view = np.frombuffer(data, np.int16)
         options = ChunkConfig(compression_level=8)
         found["pcodec"] = (
-            lambda: standalone.simple_compress(view, options),
+            lambda _: standalone.simple_compress(view, options),
             lambda coded: standalone.simple_decompress(coded),
             len,
         )
@@ -229,7 +229,7 @@ def only_sizes(config: Config, source: dict[str, np.ndarray]) -> list[dict[str, 
         if kind != "float16":
             found["ours, fast"] = file_bits(tensors, fast=True)
         for name, (encode, _, size) in peers(data, kind).items():
-            found[name] = 8 * size(encode()) / count
+            found[name] = 8 * size(encode(bytearray(data))) / count
         found |= command_bits(tensors, kind)
         rows += [{"kind": kind, "coder": k, "file_bits": x} for k, x in found.items()]
         print(json.dumps(found), flush=True)
@@ -301,7 +301,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         sizes = {}
         for number in range(config.rounds):
             for name, (encode, decode, size) in coders.items():
-                coded, forth = timed(encode)
+                given = bytearray(data)  # a copy, as ZipNN writes to what it is given
+                coded, forth = timed(lambda encode=encode, given=given: encode(given))
                 back, seconds = timed(lambda decode=decode, coded=coded: decode(coded))
                 spent[name][0].append(forth)
                 spent[name][1].append(seconds)

@@ -238,11 +238,13 @@ def test_streaming_ends_with_its_context_and_its_thread():
 
 
 class Deep(nn.Module):
-    """Six wide Dense layers, looped."""
+    """Wide Dense layers, looped."""
+
+    layers: int = 6
 
     @nn.compact
     def __call__(self, x):
-        for layer in range(6):
+        for layer in range(self.layers):
             x = nn.gelu(nn.Dense(256, use_bias=False, name=f"layer_{layer}")(x))
         return x
 
@@ -260,6 +262,31 @@ def test_streaming_holds_about_one_dense_layer(method, most):
     each = jax.vmap(applied(model, streaming), in_axes=(None, 0))
     vmapped = jax.jit(each).lower(small, jnp.ones((4, 8, 256))).compile()
     assert vmapped.memory_analysis().temp_size_in_bytes < most * layer
+
+
+CODED = {
+    "levels": [(".*", jc.rate_distortion(rate=2.0, states=8))],
+    "floats": [(".*", "code_floats()")],
+    "codes": jc.chain([(".*", "symmetric(bits=8)")], [(".*codes", "entropy_code()")]),
+}
+
+
+@pytest.mark.parametrize("kind", CODED)
+def test_streaming_decodes_where_a_layer_asks(kind):
+    x, layer = jnp.ones((1, 8, 256)), 4 * 256 * 256
+    random = np.random.default_rng(0).standard_normal((256, 256)) / 16
+    one = jc.compress({"kernel": jnp.asarray(random, jnp.float32)}, CODED[kind])
+    few, small = ({f"layer_{i}": one for i in range(n)} for n in (2, 4))
+    kept, streamed = (
+        temporary(Deep(4), context, small, x) - temporary(Deep(2), context, few, x)
+        for context in (contextlib.nullcontext, streaming)
+    )
+    assert kept > 1.8 * layer and streamed < layer / 4  # for two layers more
+    want = applied(Deep(2))(jc.materialize(few), x)
+    np.testing.assert_array_equal(applied(Deep(2))(few, x), want)
+    np.testing.assert_array_equal(applied(Deep(2), streaming)(few, x), want)
+    each = jax.vmap(applied(Deep(2), streaming), in_axes=(None, 0))
+    np.testing.assert_allclose(each(few, x[None])[0], want, rtol=1e-5, atol=1e-6)
 
 
 class Network(nnx.Module):

@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +88,7 @@ def test_a_cached_teacher_is_as_good_as_a_running_one(student, teacher, tmp_path
 
 
 def test_a_projection_trains_beside_the_student(teacher):
-    """Of a narrower student, in the same tree: `{"student": ..., "projection": ...}`."""
+    """Of a narrower student, in one tree with it."""
     narrow = MODEL.clone(layers=1, width=8, heads=2, kv_heads=1)
     begin = narrow.init(KEY, BATCH["tokens"])["params"]
     params = {"student": begin, "projection": d.initial_projection(8, 16, key=KEY)}

@@ -84,7 +84,9 @@ def decode(
         four = (four >> np.uint32(16)) | (both << np.uint32(16))
         return place, four, lax.dynamic_update_slice(out, four[None], (t >> 1, 0))
 
-    out = jnp.zeros((count // 4, lanes), jnp.uint32)
-    start = (starts.astype(jnp.uint32), jnp.zeros(lanes, jnp.uint32), out)
+    starts = starts.astype(jnp.uint32)
+    # Overwritten; zeros would be made for all leaves of a program before it begins.
+    out = jnp.broadcast_to(starts, (count // 4, lanes))
+    start = (starts, jnp.zeros(lanes, jnp.uint32), out)
     out = lax.fori_loop(0, count // 2, step, start)[2]
     return lax.bitcast_convert_type(out.T, jnp.uint8).reshape(lanes, count)

@@ -161,7 +161,7 @@ def lookup(
     if xp is np:
         columns = np.stack([np.searchsorted(row, slots, side="right") for row in ends])
     else:
-        columns = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right"))(ends)
+        columns = _count_until(ends, slots)
     columns = xp.minimum(columns, width - 1).astype(xp.int32)
     size = xp.take_along_axis(sizes, columns, axis=-1)
     place = slots[None] - (xp.take_along_axis(ends, columns, axis=-1) - size)
@@ -175,6 +175,21 @@ def lookup(
     low, size, place = (part.astype(xp.uint32) for part in parts)
     entries = low | (size << np.uint32(8)) | (place << np.uint32(20))
     return entries.reshape(tables * TOTAL), values
+
+
+def _count_until(ends: jax.Array, slots: jax.Array) -> jax.Array:
+    """How many of each row's ends, which never fall, a slot has reached: bisection."""
+    width = ends.shape[-1]
+
+    def halve(i: jax.Array, count: jax.Array) -> jax.Array:
+        more = count + (1 << width.bit_length() - 1 - i)
+        end = jnp.take_along_axis(ends, jnp.minimum(more, width) - 1, axis=-1)
+        return jnp.where((more <= width) & (end <= slots[None]), more, count)
+
+    # Zeros that follow from the ends: plain ones would be made, a copy for each leaf,
+    # before the program begins.
+    zeros = jnp.broadcast_to(ends[:, :1] >> 31, (len(ends), len(slots)))
+    return lax.fori_loop(0, width.bit_length(), halve, zeros)
 
 
 def decode(
@@ -267,7 +282,9 @@ def _decode(
             tables = tables.astype(jnp.int32)
         return x, at, out, state, tables
 
-    out = jnp.zeros((steps, lanes), jnp.uint8 if values is None else jnp.int32)
+    # Overwritten; zeros would be made for all streams of a program before it begins.
+    kind = jnp.uint8 if values is None else jnp.int32
+    out = jnp.broadcast_to(stream.states.astype(kind), (steps, lanes))
     at = stream.starts.astype(jnp.int32)
     carry = (stream.states, at, out, state, tables)
     return lax.fori_loop(0, steps, advance, carry)[2]
