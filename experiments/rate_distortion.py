@@ -85,13 +85,16 @@ def run(config: Config) -> list[dict[str, Any]]:
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k in taken}
     shared = calibrated.Config(**shared | {"embedding": False})
     calibration, batches = calibrated.texts(shared, tokenizer)
+    clock = time.perf_counter()
     moments = calibrated.one_shot(shared, model, params, calibration)
     plain = stack(moments)
+    measuring = {"moments_seconds": time.perf_counter() - clock}
     layout = jc.layout(scanned, dense, calibration[0][:1])
     pattern = KERNELS if config.embedding >= 0 else None
-    measured = plain
+    measured, clock = plain, time.perf_counter()
     if "planned" in config.variants or "by leaf" in config.variants:
         measured = with_curvatures(config, scanned, dense, plain, calibration, layout)
+        measuring["curvature_seconds"] = time.perf_counter() - clock
     apart = {
         name: dataclasses.replace(x, joint_curvatures=None)
         for name, x in measured.items()
@@ -190,7 +193,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             took["decode_processor_seconds"] = time.process_time() - processor
             if looped:
                 ready = jc.models.stack_layers(ready)
-            more = sizes | took
+            more = sizes | took | ({} if config.cache else measuring)
             rows += compared(config, label, scanned, dense, ready, batches, more)
     return rows
 
@@ -253,9 +256,12 @@ def with_curvatures(
     layout: Any,
 ) -> dict[str, jc.Moments]:
     """The moments with curvatures, which the cache keeps for the next run."""
+    each = config.variants.split(";")
+    joint = any(x.startswith("planned") and "apart" not in x for x in each)
     size = f"{config.calibration}-{config.curvature}"
     name = f"{Path(config.model).stem}-joint-curvatures-{size}.npz"
     path = Path(config.cache) / name if config.cache else None
+    joint = joint or path is not None
     if path is not None and path.exists():
         with np.load(path) as file:
             kept = {key.replace("|", "/"): jnp.asarray(file[key]) for key in file}
@@ -275,7 +281,7 @@ def with_curvatures(
         [{"tokens": ids}],
         moments,
         layout=layout,
-        joint=True,
+        joint=joint,
         key=jax.random.key(0),
         progress=lambda rows: reporting.track(rows, "curvatures"),
     )

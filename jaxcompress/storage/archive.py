@@ -313,5 +313,7 @@ def _write_file(
             data = data.reshape(-1).view(np.uint8)
             file.write(data)
             state.update(data)
+        file.flush()
+        os.fsync(file.fileno())
     if state.hexdigest() != about["digest"]:
         raise damaged(stored.path, f"{about['path']} is not what was packed")
