@@ -47,7 +47,7 @@ def fewer_layers(
             f"layers is {layers!r}; of {model.layers} layers give increasing numbers "
             f"from 0 to {model.layers - 1}, or every how many one stays"
         )
-    if getattr(model, "scan", False):
+    if model.scan:
         small = dict(params)
         small["layers"] = jax.tree.map(lambda x: x[np.array(keep)], params["layers"])
     else:
