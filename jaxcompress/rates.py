@@ -63,8 +63,8 @@ def measure_curvatures(
     order that is worth much in what makes queries and keys, less where attention and
     neurons are read, and next to nothing where outputs are more than inputs, as in gate
     and up; they would cost the most memory, and are not measured. It took 12 to
-    17 % of a small model's divergence, of that of SmolLM2-135M -4 to 11 % on text like
-    the batches' and -10 to 8 % on other text, worst below 2.5 bits: try it on yours.
+    17 % of a small model's divergence, of that of SmolLM2-135M -6 to 2 % on text like
+    the batches' and -6 to 0 % on other text, worst below 2.5 bits: try it on yours.
     What one half of the sequences says of pairs is drawn towards nothing until it
     serves the other half best, so that few tokens do no harm. Sizes that walks of a
     trellis do not divide evenly (5120, 8192) have none either.
