@@ -11,7 +11,7 @@ import numpy as np
 MOST = 8
 BLOCKS = 64  # in a class, at least
 TABLE = 500.0  # bits that one more table takes, about
-SAMPLE = 1 << 15  # symbols that are counted, as many of each block, 32 or more
+SAMPLE = 1 << 16  # symbols that are counted, as many of each block, 32 or more
 
 
 def classes_of(symbols: np.ndarray) -> np.ndarray:
