@@ -16,7 +16,7 @@ from jaxcompress.entropy import planes, streams
 from jaxcompress.entropy.splits import SPLITS
 
 LEAST = 2048  # bytes; what a shorter array would gain its entry in a header costs
-SAMPLE = 1 << 12  # words, at each of so many places
+SAMPLE = 1 << 11  # words, at each of so many places
 PLACES = 4
 GAIN = 0.99  # of the bytes as they are, at most, on a sample
 CODINGS = len((*SPLITS, "halves", streams.ZSTD))

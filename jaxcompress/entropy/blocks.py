@@ -6,7 +6,7 @@ The names are those of the fields of `CodedWords`, which says what they hold.
 import numpy as np
 
 from jaxcompress.entropy import lanes, planes
-from jaxcompress.entropy.literals import parse
+from jaxcompress.entropy.literals import TABLE_BITS, parse
 from jaxcompress.entropy.splits import Split
 
 MOST_BYTES = 1 << 29  # of the frames of a slice: places of bits are 32-bit numbers
@@ -58,7 +58,7 @@ def lay_out(chunks: list[planes.Chunk], split: Split) -> dict[str, np.ndarray | 
         "frames": np.frombuffer(b"".join(data), "<u4").astype(np.uint32),
         "starts": np.concatenate(starts).astype(np.uint32),
         "tables": np.concatenate(tables).astype(np.uint16),
-        "lengths": np.stack(lengths),
+        **_codes(np.stack(lengths)),
         "classes": np.concatenate([chunk.classes for chunk in chunks]),
         "sizes": np.array(sizes, np.int32),
         "bases": np.array([chunk.base for chunk in chunks], np.int32),
@@ -67,6 +67,14 @@ def lay_out(chunks: list[planes.Chunk], split: Split) -> dict[str, np.ndarray | 
         "spots": np.concatenate(spots).astype(np.int32),
         "values": np.concatenate([chunk.values for chunk in chunks]),
     }
+
+
+def _codes(lengths: np.ndarray) -> dict[str, np.ndarray]:
+    """Codes of these lengths, uint8 `[tables, 256]`, as `lanes.lookup` takes them."""
+    order = np.argsort(-lengths.astype(np.int8), axis=-1, kind="stable")
+    sizes = np.arange(TABLE_BITS, 0, -1)
+    counts = np.count_nonzero(lengths[..., None] == sizes, axis=1)
+    return {"alphabets": order.astype(np.uint8), "counts": counts.astype(np.uint16)}
 
 
 def _places(

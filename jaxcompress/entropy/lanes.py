@@ -16,28 +16,27 @@ SLOTS = 1 << TABLE_BITS
 AHEAD = 32  # bits in front of the first stream, so that no window begins before it
 
 
-def lookup(lengths: jax.Array) -> jax.Array:
+def lookup(alphabets: jax.Array, counts: jax.Array) -> jax.Array:
     """What the next 11 bits mean: uint32 `[tables * 2048]`, length above symbol.
 
-    Codes are given in order of falling length, then of symbols, from zero on.
+    Codes are given from zero on, the longest first.
 
     Args:
-      lengths: uint8 `[tables, 256]`, bits of the codes, 0 for none.
+      alphabets: uint8 `[tables, 256]`, symbols by falling length of their codes.
+      counts: integers `[tables, 11]`, codes of 11 bits, of 10, and so on to 1.
     """
-    tables = lengths.shape[0]
-    order = jnp.argsort(-lengths.astype(jnp.int32), axis=-1, stable=True)
-    size = jnp.take_along_axis(lengths, order, axis=-1).astype(jnp.int32)
-    taken = jnp.where(size > 0, SLOTS >> jnp.minimum(size, TABLE_BITS), 0)
-    begins = jnp.cumsum(taken, axis=-1, dtype=jnp.int32) - taken
-    # Each slot gets the place of the last code that begins at it or before.
-    begins = begins + SLOTS * jnp.arange(tables, dtype=jnp.int32)[:, None]
-    begins = jnp.where(size > 0, begins, tables * SLOTS)
-    places = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32), begins.shape)
-    slots = jnp.zeros(tables * SLOTS, jnp.int32)
-    slots = slots.at[begins].max(places, mode="drop").reshape(tables, SLOTS)
-    slots = lax.cummax(slots, axis=1)
-    entry = (order | (size << 8)).astype(jnp.uint32)
-    return jnp.take_along_axis(entry, slots, axis=-1).reshape(tables * SLOTS)
+    tables = alphabets.shape[0]
+    slot = lax.broadcasted_iota(jnp.int32, (tables, SLOTS), 1)
+    place, size = jnp.zeros_like(slot), jnp.zeros_like(slot)
+    begin = first = jnp.zeros((tables, 1), jnp.int32)
+    for shorter in range(TABLE_BITS):
+        here = slot >= begin
+        place = jnp.where(here, first + ((slot - begin) >> shorter), place)
+        size = jnp.where(here, TABLE_BITS - shorter, size)
+        count = counts[:, shorter, None].astype(jnp.int32)
+        begin, first = begin + (count << shorter), first + count
+    symbols = jnp.take_along_axis(alphabets, place, axis=-1, mode="clip")
+    return (symbols | (size << 8)).astype(jnp.uint32).reshape(tables * SLOTS)
 
 
 def decode(

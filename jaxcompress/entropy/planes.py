@@ -21,7 +21,7 @@ import itertools
 import math
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
@@ -31,6 +31,7 @@ from jaxcompress.entropy.literals import parse
 from jaxcompress.entropy.splits import (
     SPLITS,
     Split,
+    fresh,
     put_together,
     room,
     take_apart,
@@ -87,6 +88,8 @@ def encode(
 ) -> Chunk | None:
     """One chunk, coded; None where too many words fall outside the window.
 
+    The chunk is to be used at once: its rests lie in an array that is used again.
+
     Args:
       words: unsigned, flat, as many as a chunk holds or fewer; four bytes where the
         split's words are the upper halves.
@@ -96,15 +99,17 @@ def encode(
     tails = None
     if words.itemsize == 4:
         halves = words.view(np.uint16).reshape(-1, 2)
-        words, tails = np.ascontiguousarray(halves[:, 1]), halves[:, 0]
+        words = room("words", halves.shape[:1], np.uint16)
+        np.copyto(words, halves[:, 1])
+        tails = halves[:, 0]
     count = words.size
     blocks = -(-count // width)
     if count % width:
         words = np.append(words, np.full(-count % width, words[-1]))
     words = words.reshape(blocks, width)
     base = _base(words, split)
-    symbols = np.empty((blocks, split.symbol_bytes(width)), np.uint8)
-    rests = np.empty((blocks, split.rest_bytes(width)), np.uint8)
+    symbols = room("symbols", (blocks, split.symbol_bytes(width)), np.uint8)
+    rests = room("rests", (blocks, split.rest_bytes(width)), np.uint8)
     spots = []
     rows = PIECE // width
     for first in range(0, blocks, rows):
@@ -122,9 +127,11 @@ def encode(
         classes = classes_of(symbols)
     order = np.argsort(classes, kind="stable")
     bounds = np.searchsorted(classes[order], np.arange(classes.max() + 2)).tolist()
+    by_class = room("by class", symbols.shape, np.uint8)
+    np.take(symbols, order, axis=0, out=by_class, mode="clip")
     frames: list[tuple[bytes, int]] = []
     for first, last in itertools.pairwise(bounds):
-        frames += _frames(symbols[order[first:last]], plain)
+        frames += _frames(by_class[first:last], plain)
     values = words.reshape(-1)[spots]
     spots = spots.astype(np.uint32)
     return Chunk(count, width, base, classes, frames, spots, values, rests, tails)
@@ -180,7 +187,7 @@ def _symbols(chunk: Chunk, split: Split) -> np.ndarray:
     return np.take(by_class, place, axis=0, out=symbols, mode="clip")
 
 
-def write(chunk: Chunk) -> bytes:
+def write(chunk: Chunk) -> memoryview:
     """A chunk as bytes."""
     classes = b""
     if chunk.classes.any():
@@ -192,8 +199,10 @@ def write(chunk: Chunk) -> bytes:
     head = write_numbers(numbers)
     parts = [len(head).to_bytes(2, "little"), head, classes]
     parts += [frame for frame, _ in chunk.frames]
-    parts += [_little(chunk.spots), _little(chunk.values), chunk.rests.data, *tails]
-    return b"".join(parts)
+    parts += [_little(chunk.spots), _little(chunk.values), chunk.rests, *tails]
+    parts = [np.frombuffer(part, np.uint8) for part in parts if len(part)]
+    out = fresh(sum(part.size for part in parts))
+    return memoryview(np.concatenate(parts, out=out))
 
 
 def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Chunk:
@@ -280,21 +289,23 @@ def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:
     return [(frame, blocks)]
 
 
-def _write_tails(tails: np.ndarray | None) -> tuple[bytes, bytes, bytes]:
+def _write_tails(given: np.ndarray | None) -> tuple[Any, Any, Any]:
     """Flags of segments with fewer bits, their bytes, then the other segments raw."""
-    if tails is None:
+    if given is None:
         return b"", b"", b""
-    tails = np.ascontiguousarray(tails)
+    tails = room("tails", given.shape, np.uint16)
+    np.copyto(tails, given)
     whole = tails.size // SEGMENT * SEGMENT
     segments = tails[:whole].reshape(-1, SEGMENT)
-    short = ~(segments & np.uint16(15)).any(axis=1)
+    short = np.bitwise_or.reduce(segments, axis=1) & np.uint16(15) == 0
     if short.size == 0 or np.count_nonzero(short) < short.size / 256:
         return b"", b"", _little(tails)
     flags = _compressor().compress(np.packbits(short).tobytes())
     some = segments[short].view(np.uint8).reshape(-1, 2)
     frames = [_compressor().compress(some[:, i].tobytes()) for i in (0, 1)]
     packed = len(frames[0]).to_bytes(4, "little") + b"".join(frames)
-    return flags, packed, _little(segments[~short]) + _little(tails[whole:])
+    raw = np.concatenate([segments[~short].reshape(-1), tails[whole:]])
+    return flags, packed, _little(raw)
 
 
 def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarray:
@@ -383,8 +394,8 @@ def decompress(frame: bytes | memoryview, size: int) -> bytes:
     return data
 
 
-def _little(x: np.ndarray) -> bytes:
-    return x.astype(x.dtype.newbyteorder("<"), copy=False).tobytes()
+def _little(x: np.ndarray) -> np.ndarray:
+    return x.astype(x.dtype.newbyteorder("<"), copy=False).view(np.uint8)
 
 
 def _require(fits: bool, found: str) -> None:

@@ -14,6 +14,7 @@ memory costs more than the work.
 import dataclasses
 import math
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,22 +76,40 @@ SPLITS = {
 }
 
 
+AHEAD = 1 << 24  # bytes asked for at once; of 4 MB or more, NumPy asks for large pages
+
+
 class _Rooms(threading.local):
     """Arrays to work in, for each thread, kept from one call to the next."""
 
     def __init__(self) -> None:
         self.kept: dict[str, np.ndarray] = {}
+        self.views: dict[tuple[Any, ...], np.ndarray] = {}
+        self.left = np.empty(0, np.uint8)
 
     def room(self, name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
         """An array of unknown contents."""
+        view = self.views.get((name, shape, kind))
+        if view is not None:
+            return view
         size = math.prod(shape) * np.dtype(kind).itemsize
         found = self.kept.get(name)
-        if found is None or found.size < size:
+        if found is None or found.size < size or len(self.views) > 99:
             found = self.kept[name] = np.empty(size, np.uint8)
-        return found[:size].view(kind).reshape(shape)
+            self.views.clear()
+        view = self.views[name, shape, kind] = found[:size].view(kind).reshape(shape)
+        return view
+
+    def fresh(self, size: int) -> np.ndarray:
+        """Bytes of their own, a part of an array so large that its pages are large."""
+        if self.left.size < size:
+            self.left = np.empty(max(size, AHEAD), np.uint8)
+        part, self.left = self.left[:size], self.left[size:]
+        return part
 
 
-room = _Rooms().room
+_rooms = _Rooms()
+room, fresh = _rooms.room, _rooms.fresh
 
 
 def take_apart(
@@ -111,30 +130,35 @@ def take_apart(
             _fold(words // 128, 1, rests)
         return missed
     low = split.low
-    high = words >> np.uint16(low)
+    high = room("high", words.shape, np.uint16)
+    np.right_shift(words, np.uint16(low), out=high)
     np.bitwise_and(high, np.uint16((1 << 15 - low) - 1), out=high)
     if split.window:
         # What lies below the base comes out large.
         np.subtract(high, np.uint16(base), out=high)
         if int(high.max()) > split.window:
             high[high > split.window] = 0
-        if not high.min():
-            missed = np.flatnonzero((high == 0) & (split.high_part(words) != 0))
+    number = room("number", words.shape, np.uint8) if split.paired else symbols
+    np.copyto(number, high, casting="unsafe")
+    if split.window and not number.min():
+        missed = np.flatnonzero((number == 0) & (split.high_part(words) != 0))
     if split.paired:
-        half = words.shape[1] // 2
-        np.multiply(high[:, half:], np.uint16(16), out=high[:, half:])
-        high = high[:, :half] | high[:, half:]
-    np.copyto(symbols, high, casting="unsafe")
-    # The sign on top of the low bits, in the lower byte.
-    rest = words & np.uint16(0x8000 | (1 << low) - 1)
-    np.bitwise_or(rest, rest >> np.uint16(15 - low), out=rest)
-    rest = rest.astype(np.uint8)
+        _fold(number, 4, symbols)
+    # The sign comes down on top of the low bits, in the lower byte.
+    spread = room("spread", words.shape, np.uint16)
+    np.bitwise_and(words, np.uint16(0x8000 | (1 << low) - 1), out=spread)
+    np.right_shift(spread, np.uint16(15 - low), out=high)
+    np.bitwise_or(spread, high, out=high)
+    rest = room("rest", words.shape, np.uint8)
+    np.copyto(rest, high, casting="unsafe")
     at = shift = 0
     for bits in _fields(split.rest_bits):
         size = words.shape[1] * bits // 8
-        part = rest // (1 << shift) if shift else rest
-        if bits < 8 and shift + bits < split.rest_bits:
-            part = part & ((1 << bits) - 1)
+        part = rest
+        if bits < 8:
+            part = room("field", rest.shape, np.uint8)
+            np.right_shift(rest, np.uint8(shift), out=part)
+            np.bitwise_and(part, np.uint8((1 << bits) - 1), out=part)
         _fold(part, bits, rests[:, at : at + size])
         at, shift = at + size, shift + bits
     return missed
@@ -229,12 +253,22 @@ def _fields(bits: int) -> tuple[int, ...]:
 
 
 def _fold(part: np.ndarray, bits: int, out: np.ndarray) -> None:
-    """Lays numbers of so many bits side by side into bytes."""
-    step = out.shape[1]
-    out[:] = part[:, :step]
-    for j in range(1, 8 // bits):
-        more = part[:, j * step : (j + 1) * step] * np.uint8(1 << j * bits)
-        np.bitwise_or(out, more, out=out)
+    """Lays numbers of so many bits, nothing above them, side by side into bytes."""
+    if bits == 8:
+        out[:] = part
+        return
+    # Halves of rows over each other, then halves of those; whole rows are multiplied
+    # as NumPy takes its time to go from row to row.
+    above = room("above", part.shape, np.uint8)
+    for step in (4, 2, 1):
+        half = part.shape[1] // 2
+        np.multiply(part, np.uint8(1 << step), out=above)
+        last = step == bits
+        into = out if last else room(f"folded {step}", (len(part), half), np.uint8)
+        part = np.bitwise_or(part[:, :half], above[:, half:], out=into)
+        if last:
+            return
+        above = room(f"above {step}", part.shape, np.uint8)
 
 
 def _unfold(packed: np.ndarray, bits: int, shift: int, out: np.ndarray) -> None:

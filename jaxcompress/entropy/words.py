@@ -29,8 +29,9 @@ class CodedWords(Leaf):
     Args:
       frames: uint32 `[..., words]`, little-endian; the first four bytes are empty.
       starts: uint32 `[..., blocks]`, one past the first bit of each block.
-      tables: uint16 `[..., blocks]`, of each block; lengths: uint8 `[..., tables,
-        256]`, bits of the codes of each table.
+      tables: uint16 `[..., blocks]`, of each block; alphabets: uint8 `[..., tables,
+        256]`, symbols by falling length of their codes; counts: uint16 `[..., tables,
+        11]`, codes of 11 bits to 1.
       classes: uint8 `[..., blocks]`, which tell the order of blocks in frames; sizes:
         int32 `[..., frames, 2]`, bytes and blocks of each frame.
       bases: int32 `[..., chunks]`, of the windows of symbols.
@@ -44,7 +45,8 @@ class CodedWords(Leaf):
     frames: jax.Array
     starts: jax.Array
     tables: jax.Array
-    lengths: jax.Array
+    alphabets: jax.Array
+    counts: jax.Array
     classes: jax.Array
     sizes: jax.Array
     bases: jax.Array
@@ -157,7 +159,8 @@ def code_words(
         chunks = []
         for start in range(0, count, step):
             part = row[start : start + step]
-            chunks.append(planes.encode(part, SPLITS[split], width, plain=True))
+            chunk = planes.encode(part, SPLITS[split], width, plain=True)
+            chunks.append(chunk and chunk._replace(rests=chunk.rests.copy()))
         slices.append(chunks)
     if any(chunk is None for chunks in slices for chunk in chunks):
         return None, 0
@@ -251,7 +254,7 @@ def _blocks(coded: CodedWords, pick: Callable[[jax.Array], jax.Array]) -> jax.Ar
         coded.frames,
         pick(coded.starts),
         pick(coded.tables),
-        lanes.lookup(coded.lengths),
+        lanes.lookup(coded.alphabets, coded.counts),
         split.symbol_bytes(width),
     )
     # Fused into what follows, either would be computed for every word again.
