@@ -42,7 +42,7 @@ PLACES = {
     "gguf": ["models"],
     "huggingface_hub": ["models"],
     "safetensors": ["storage", "models"],
-    "zstandard": ["entropy/planes"],
+    "zstandard": ["entropy/zstd"],
     "rich": ["reporting", "evaluation", "calibration", "cli", "demo", "models"],
     "flax": [
         "tree/leaves",

@@ -16,16 +16,14 @@ kept raw; where all words of a segment end in four zeros or more (weights that c
 a shorter type), their upper and lower bytes are two frames of their own.
 """
 
-import functools
 import itertools
 import math
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import zstandard
 
+from jaxcompress.entropy import zstd
 from jaxcompress.entropy.classes import classes_of
 from jaxcompress.entropy.literals import parse
 from jaxcompress.entropy.splits import (
@@ -176,7 +174,7 @@ def _symbols(chunk: Chunk, split: Split) -> np.ndarray:
     shape = chunk.classes.size, split.symbol_bytes(chunk.width)
     by_class, first = room("by class", shape, np.uint8), 0
     for frame, held in chunk.frames:
-        decompress_into(frame, by_class[first : first + held])
+        zstd.decompress_into(frame, by_class[first : first + held])
         first += held
     if not chunk.classes.any():
         return by_class
@@ -191,7 +189,7 @@ def write(chunk: Chunk) -> memoryview:
     """A chunk as bytes."""
     classes = b""
     if chunk.classes.any():
-        classes = _compressor().compress(chunk.classes.tobytes())
+        classes = zstd.pack(chunk.classes.tobytes())
     tails = _write_tails(chunk.tails)
     numbers = [chunk.count, chunk.base, len(classes), chunk.spots.size]
     numbers += [len(chunk.frames), *map(len, tails)]
@@ -230,7 +228,7 @@ def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Ch
     _require(whole + sum(tails) == len(data), f"{len(data)} bytes, not {whole}")
     classes = np.zeros(blocks, np.uint8)
     if size:
-        classes = np.frombuffer(decompress(data[at : at + size], blocks), np.uint8)
+        classes = np.frombuffer(zstd.decompress(data[at : at + size], blocks), np.uint8)
     at += size
     frames, view = [], memoryview(data)
     for length, number in zip(lengths, holds, strict=True):
@@ -250,7 +248,7 @@ def symbols_of(chunk: Chunk, split: Split) -> Iterator[np.ndarray]:
     """The symbols of one frame after another, decoded: uint8 `[blocks, bytes]`."""
     size = split.symbol_bytes(chunk.width)
     for frame, held in chunk.frames:
-        data = decompress(frame, held * size)
+        data = zstd.decompress(frame, held * size)
         yield np.frombuffer(data, np.uint8).reshape(held, size)
 
 
@@ -279,7 +277,7 @@ def _base(words: np.ndarray, split: Split) -> int:
 
 def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:
     """Blocks as frames: one, or more where only halves are free of repetitions."""
-    frame = _compressor().compress(np.ascontiguousarray(symbols).data)
+    frame = zstd.pack(np.ascontiguousarray(symbols).data)
     blocks = symbols.shape[0]
     if plain and blocks >= 8 and parse(frame) is None:
         half = blocks // 8 * 4
@@ -300,9 +298,9 @@ def _write_tails(given: np.ndarray | None) -> tuple[Any, Any, Any]:
     short = np.bitwise_or.reduce(segments, axis=1) & np.uint16(15) == 0
     if short.size == 0 or np.count_nonzero(short) < short.size / 256:
         return b"", b"", _little(tails)
-    flags = _compressor().compress(np.packbits(short).tobytes())
+    flags = zstd.pack(np.packbits(short).tobytes())
     some = segments[short].view(np.uint8).reshape(-1, 2)
-    frames = [_compressor().compress(some[:, i].tobytes()) for i in (0, 1)]
+    frames = [zstd.pack(some[:, i].tobytes()) for i in (0, 1)]
     packed = len(frames[0]).to_bytes(4, "little") + b"".join(frames)
     raw = np.concatenate([segments[~short].reshape(-1), tails[whole:]])
     return flags, packed, _little(raw)
@@ -314,7 +312,9 @@ def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarra
         _require(raw == 2 * count and not packed, f"{raw} bytes of {count} tails")
         return np.frombuffer(data, "<u2", count, at)
     segments = count // SEGMENT
-    bits = np.frombuffer(decompress(data[at : at + flags], -(-segments // 8)), np.uint8)
+    bits = np.frombuffer(
+        zstd.decompress(data[at : at + flags], -(-segments // 8)), np.uint8
+    )
     short = np.unpackbits(bits)[:segments].astype(bool)
     some = int(np.count_nonzero(short)) * SEGMENT
     _require(raw == 2 * (count - some) and packed > 4, f"{raw} bytes of raw tails")
@@ -323,7 +323,7 @@ def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarra
     frames = data[at + 4 : at + 4 + first], data[at + 4 + first : at + packed]
     halves = np.empty((some, 2), np.uint8)
     for i, frame in enumerate(frames):
-        halves[:, i] = np.frombuffer(decompress(frame, some), np.uint8)
+        halves[:, i] = np.frombuffer(zstd.decompress(frame, some), np.uint8)
     rest = np.frombuffer(data, "<u2", count - some, at + packed)
     out = np.empty(count, np.uint16)
     table = out[: segments * SEGMENT].reshape(segments, SEGMENT)
@@ -332,66 +332,6 @@ def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarra
     table[~short] = rest[:kept].reshape(-1, SEGMENT)
     out[segments * SEGMENT :] = rest[kept:]
     return out
-
-
-@functools.cache
-def _parameters() -> zstandard.ZstdCompressionParameters:
-    """Literals only, as far as the library can be told: hardly a table of matches."""
-    return zstandard.ZstdCompressionParameters(
-        window_log=17,
-        hash_log=6,
-        chain_log=6,
-        search_log=1,
-        min_match=7,
-        target_length=0,
-        strategy=1,
-        write_content_size=False,
-    )
-
-
-class _Local(threading.local):
-    """A context of the library for each thread: contexts are costly and not shared."""
-
-    def __init__(self) -> None:
-        self.general = zstandard.ZstdCompressor(level=3)
-        self.compressor = zstandard.ZstdCompressor(compression_params=_parameters())
-        self.decompressor = zstandard.ZstdDecompressor()
-
-
-_local = _Local()
-
-
-def _compressor() -> zstandard.ZstdCompressor:
-    return _local.compressor
-
-
-def compress(words: np.ndarray) -> bytes:
-    """Words as a frame that makes use of repetitions."""
-    return _local.general.compress(np.ascontiguousarray(words).data)
-
-
-def decompress_into(frame: bytes, out: np.ndarray) -> None:
-    """Fills a contiguous array with what `compress` made; ValueError if it does not."""
-    room = memoryview(out).cast("B") if out.size else memoryview(b"")
-    try:
-        with _local.decompressor.stream_reader(frame) as reader:
-            while len(room):
-                count = reader.readinto(room)
-                _require(count > 0, "a frame that ends early")
-                room = room[count:]
-            _require(not reader.read(1), "a frame that does not end")
-    except zstandard.ZstdError as error:
-        raise ValueError(f"a frame is damaged: {error}") from error
-
-
-def decompress(frame: bytes | memoryview, size: int) -> bytes:
-    """The `size` bytes of a frame; ValueError for anything else."""
-    try:
-        data = _local.decompressor.decompress(frame, max_output_size=max(1, size))
-    except zstandard.ZstdError as error:
-        raise ValueError(f"a frame is damaged: {error}") from error
-    _require(len(data) == size, f"a frame of {len(data)} bytes, not {size}")
-    return data
 
 
 def _little(x: np.ndarray) -> np.ndarray:

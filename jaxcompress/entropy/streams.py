@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress.entropy import planes
+from jaxcompress.entropy import planes, zstd
 from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.splits import SPLITS, Split
 from jaxcompress.entropy.tables import read_numbers, write_numbers
@@ -60,7 +60,7 @@ def encode(
 def encode_chunk(words: np.ndarray, coding: str, width: int) -> bytes | None:
     """The bytes of one chunk; None where the coding does not hold its words."""
     if coding == ZSTD:
-        return planes.compress(words)
+        return zstd.compress(words)
     chunk = planes.encode(words, _split(coding), width)
     return None if chunk is None else planes.write(chunk)
 
@@ -138,7 +138,7 @@ class Stream:
 
     def _decode(self, data: bytes, out: np.ndarray) -> None:
         if self._coding == ZSTD:
-            planes.decompress_into(data, out)
+            zstd.decompress_into(data, out)
         else:
             planes.decode(self._chunk(data, out.size), _split(self._coding), out)
 

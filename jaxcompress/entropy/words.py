@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxcompress.entropy import lanes, planes, streams
 from jaxcompress.entropy.blocks import lay_out, pick_up
+from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.splits import SPLITS, words_of
 from jaxcompress.entropy.tables import read_numbers, write_numbers
 from jaxcompress.tree.leaves import Leaf, leaf, static
@@ -88,11 +89,17 @@ class CodedWords(Leaf):
         lead = self.starts.shape[:-1]
         count = math.prod(self.trailing)
         out = np.empty((math.prod(lead), count), self.kind)
-        split = SPLITS[self.split]
-        for row, chunks in zip(out, _chunks_of_slices(self), strict=True):
-            for number, chunk in enumerate(chunks):
-                start = number * planes.chunk_words(self.width)
-                planes.decode(chunk, split, row[start : start + chunk.count])
+
+        def work(job: tuple[np.ndarray, int, planes.Chunk]) -> None:
+            row, number, chunk = job
+            start = number * planes.chunk_words(self.width)
+            part = row[start : start + chunk.count]
+            planes.decode(chunk, SPLITS[self.split], part)
+
+        rows = zip(out, _chunks_of_slices(self), strict=True)
+        jobs = ((row, i, one) for row, some in rows for i, one in enumerate(some))
+        for _ in in_order(work, jobs):
+            pass
         return out.reshape(lead + self.trailing)
 
     def stored(self) -> dict[str, np.ndarray]:
@@ -154,19 +161,20 @@ def code_words(
     count = math.prod(trailing)
     width = planes.block_width(trailing)
     step = planes.chunk_words(width)
-    slices = []
-    for row in np.ascontiguousarray(words).reshape(-1, count):
-        chunks = []
-        for start in range(0, count, step):
-            part = row[start : start + step]
-            chunk = planes.encode(part, SPLITS[split], width, plain=True)
-            chunks.append(chunk and chunk._replace(rests=chunk.rests.copy()))
-        slices.append(chunks)
-    if any(chunk is None for chunks in slices for chunk in chunks):
+    rows = np.ascontiguousarray(words).reshape(-1, count)
+
+    def work(part: np.ndarray) -> planes.Chunk | None:
+        chunk = planes.encode(part, SPLITS[split], width, plain=True)
+        return chunk and chunk._replace(rests=chunk.rests.copy())
+
+    starts = range(0, count, step)
+    parts = (row[start : start + step] for row in rows for start in starts)
+    chunks = list(in_order(work, parts))
+    if any(chunk is None for chunk in chunks):
         return None, 0
-    size = sum(
-        len(planes.write(chunk)) + streams.CHECKSUM for row in slices for chunk in row
-    )
+    size = sum(len(planes.write(chunk)) + streams.CHECKSUM for chunk in chunks)
+    each = len(starts)
+    slices = [chunks[i : i + each] for i in range(0, len(chunks), each)]
     made = from_chunks(slices, lead, trailing, words.dtype.name, split)
     return jax.tree.map(jnp.asarray, made), size
 

@@ -1,0 +1,96 @@
+"""What does it take to run a model whose weights stay coded in memory?
+
+One forward pass with the weights as they are, with coded weights, and with coded
+weights inside `streaming()`, which decodes each layer where it is used: time, bytes of
+the weights held, and the temporaries that XLA reserves. The logits must be the same
+bit for bit.
+
+    python experiments/coded_forward.py reference
+    python experiments/coded_forward.py MODEL.gguf --tokens 512
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from command import parse
+
+import jaxcompress as jc
+from jaxcompress.reporting import append_lines
+
+RECIPES = {
+    "as they are": None,
+    "code_floats()": "code_floats()",
+    "code_floats(fast=True)": "code_floats(fast=True)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "reference"
+    tokens: int = 256
+    rounds: int = 7
+    fast: bool = False  # two rounds of 32 tokens
+    results: str = "experiments/results/coded_forward.jsonl"
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """One row for each way to hold the weights and to run them."""
+    if config.fast:
+        config = dataclasses.replace(config, tokens=32, rounds=2)
+    model, params, _ = jc.models.load(config.model)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    tokens = jnp.arange(config.tokens, dtype=jnp.int32)[None] % 512
+    rows, wanted = [], None
+    for name, recipe in RECIPES.items():
+        held = params if recipe is None else jc.compress(params, recipe)
+        for streamed in (False, True) if recipe else (False,):
+            context = jc.streaming if streamed else contextlib.nullcontext
+
+            def forward(held: Any, tokens: jax.Array, context: Any = context) -> Any:
+                with context():
+                    return model.apply({"params": held}, tokens)
+
+            start = time.perf_counter()
+            compiled = jax.jit(forward).lower(held, tokens).compile()
+            compilation = time.perf_counter() - start
+            logits = np.asarray(compiled(held, tokens))
+            wanted = logits if wanted is None else wanted
+            if logits.tobytes() != wanted.tobytes():
+                raise ValueError(f"{name}: other logits than those of the weights")
+            spent = []
+            for _ in range(config.rounds):
+                start = time.perf_counter()
+                jax.block_until_ready(compiled(held, tokens))
+                spent.append(time.perf_counter() - start)
+            memory = compiled.memory_analysis()
+            rows.append(
+                {
+                    "experiment": "coded_forward",
+                    "model": config.model.rsplit("/", 1)[-1],
+                    "weights": name,
+                    "streaming": streamed,
+                    "tokens": config.tokens,
+                    "bits_per_weight": 8 * jc.nbytes(held) / size,
+                    "milliseconds": 1e3 * float(np.median(spent)),
+                    "milliseconds_best": 1e3 * min(spent),
+                    "temporary_mb": memory.temp_size_in_bytes / 1e6,
+                    "compile_seconds": compilation,
+                    "device": jax.devices()[0].device_kind,
+                    "jax": metadata.version("jax"),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    config = parse(Config, __doc__)
+    append_lines(config.results, run(config))

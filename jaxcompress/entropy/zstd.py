@@ -1,0 +1,75 @@
+"""Frames of Zstandard: literals alone, or with repetitions, and back.
+
+Errors are those of a damaged file, as ValueError.
+"""
+
+import functools
+import threading
+from typing import Any
+
+import numpy as np
+import zstandard
+
+
+@functools.cache
+def _parameters() -> zstandard.ZstdCompressionParameters:
+    """Literals only, as far as the library can be told: hardly a table of matches."""
+    return zstandard.ZstdCompressionParameters(
+        window_log=17,
+        hash_log=6,
+        chain_log=6,
+        search_log=1,
+        min_match=7,
+        target_length=0,
+        strategy=1,
+        write_content_size=False,
+    )
+
+
+class _Local(threading.local):
+    """A context of the library for each thread: contexts are costly and not shared."""
+
+    def __init__(self) -> None:
+        self.general = zstandard.ZstdCompressor(level=3)
+        self.compressor = zstandard.ZstdCompressor(compression_params=_parameters())
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_local = _Local()
+
+
+def pack(data: Any) -> bytes:
+    """Bytes as a frame of literals, Huffman-coded."""
+    return _local.compressor.compress(data)
+
+
+def compress(words: np.ndarray) -> bytes:
+    """Words as a frame that makes use of repetitions."""
+    return _local.general.compress(np.ascontiguousarray(words).data)
+
+
+def decompress_into(frame: bytes, out: np.ndarray) -> None:
+    """Fills a contiguous array with what `compress` made; ValueError if it does not."""
+    room = memoryview(out).cast("B") if out.size else memoryview(b"")
+    try:
+        with _local.decompressor.stream_reader(frame) as reader:
+            while len(room):
+                count = reader.readinto(room)
+                if not count:
+                    raise ValueError("a frame ends early; the file is damaged")
+                room = room[count:]
+            if reader.read(1):
+                raise ValueError("a frame does not end; the file is damaged")
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a frame is damaged: {error}") from error
+
+
+def decompress(frame: bytes | memoryview, size: int) -> bytes:
+    """The `size` bytes of a frame; ValueError for anything else."""
+    try:
+        data = _local.decompressor.decompress(frame, max_output_size=max(1, size))
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a frame is damaged: {error}") from error
+    if len(data) != size:
+        raise ValueError(f"a frame of {len(data)} bytes, not {size}; it is damaged")
+    return data
