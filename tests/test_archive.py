@@ -168,7 +168,7 @@ def test_codings_that_lie_are_refused(path, monkeypatch):
     for lie in ("float16", "float8", "zstd", "nonsense"):
         storage.save(path, {"a": TREE["bfloat16"], "b": TREE["codes"]})
         with monkeypatch.context() as patch:
-            patch.setattr(arrays, "encode", lambda x, how: iter([bytes(4000)]))
+            patch.setattr(arrays, "encode", lambda *_, **__: iter([bytes(4000)]))
             patch.setattr(arrays, "choose", lambda x, lie=lie, **_: lie)
             storage.save(path, {"a": TREE["bfloat16"]})
         with pytest.raises(storage.FileDamaged, match="a: "):
