@@ -38,6 +38,7 @@ TREE = {
     "constant": np.full((70, 90), 1.5, np.float32),
     "ids": np.arange(9000, dtype=np.int32),
     "mask": RANDOM.random((200, 90)) < 0.02,
+    "levels": np.rint(RANDOM.normal(0, 3, (90, 80))).astype(np.float32),
     "noise": RANDOM.integers(0, 2**32, 3000, dtype=np.uint32),
     "small": weights(np.float32, (3, 5)),
     "empty": np.zeros((0, 4), np.float32),
@@ -69,7 +70,7 @@ def test_plain_arrays_are_coded_where_it_pays_and_come_back(path):
         (file,) = stored.files()
         wanted = {"bfloat16": "bfloat16", "float16": "float16", "float32": "bfloat16"}
         wanted |= {"float8": "float8", "halves": "halves", "codes": "bytes"}
-        wanted |= {"constant": "zstd", "ids": "zstd", "mask": "bytes"}
+        wanted |= {"constant": "zstd", "ids": "zstd", "mask": "palette"}
         assert {name: file.codings.get(name) for name in wanted} == wanted
         assert "noise" not in file.codings and "small" not in file.codings
         for name, limit in {"bfloat16": 11.2, "float16": 14.2, "float32": 27.2}.items():
@@ -168,7 +169,7 @@ def test_codings_that_lie_are_refused(path, monkeypatch):
     for lie in ("float16", "float8", "zstd", "nonsense"):
         storage.save(path, {"a": TREE["bfloat16"], "b": TREE["codes"]})
         with monkeypatch.context() as patch:
-            patch.setattr(arrays, "encode", lambda x, how: iter([bytes(4000)]))
+            patch.setattr(arrays, "encode", lambda *_, **__: iter([bytes(4000)]))
             patch.setattr(arrays, "choose", lambda x, lie=lie, **_: lie)
             storage.save(path, {"a": TREE["bfloat16"]})
         with pytest.raises(storage.FileDamaged, match="a: "):
@@ -178,7 +179,7 @@ def test_codings_that_lie_are_refused(path, monkeypatch):
 def test_mutated_streams_raise_or_give_numbers():
     """Digests find damage first; decoding must not depend on that."""
     refused = total = 0
-    for name in ("bfloat16", "float32", "codes", "mask", "halves"):
+    for name in ("bfloat16", "float32", "codes", "mask", "halves", "levels"):
         array = TREE[name]
         how = arrays.choose(array)
         whole = b"".join(arrays.encode(array, how))

@@ -2,7 +2,8 @@
 
 Codings: the splits of `splits` on the numbers' bits ("bfloat16" on float32 too, whose
 lower halves are then tails), "halves" for float32 that is bfloat16, "bytes" for types
-of one byte, and "zstd" for what repeats itself.
+of one byte, "palette" for few distinct numbers of any type (`palettes`), and "zstd" for
+what repeats itself.
 """
 
 import math
@@ -12,14 +13,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.entropy import planes, streams
+from jaxcompress.entropy import palettes, planes, streams
 from jaxcompress.entropy.splits import SPLITS
 
 LEAST = 2048  # bytes; what a shorter array would gain its entry in a header costs
-SAMPLE = 1 << 11  # words, at each of so many places
+SAMPLE = 1 << 10  # words, at each of so many places
 PLACES = 4
 GAIN = 0.99  # of the bytes as they are, at most, on a sample
-CODINGS = len((*SPLITS, "halves", streams.ZSTD))
+CODINGS = len((*SPLITS, "halves", streams.PALETTE, streams.ZSTD))
 
 
 def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
@@ -39,8 +40,8 @@ def estimate(array: np.ndarray) -> float:
     return share * array.nbytes
 
 
-def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, int]]:
-    """Bytes of a sample, as it is and by each coding that holds it."""
+def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, float]]:
+    """Bytes of a sample, as it is and, about, by each coding that holds it."""
     if array.nbytes < LEAST or array.dtype.itemsize not in (1, 2, 4, 8):
         return array.nbytes, {}
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -51,9 +52,11 @@ def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, int]]:
     sizes = {}
     for name in _candidates(array.dtype, fast):
         words = _words(flat, name)
-        data = None if words is None else streams.encode_chunk(words, name, width)
-        if data is not None:
-            sizes[name] = len(data)
+        if words is None or (name == streams.PALETTE and not palettes.fits(words)):
+            continue
+        size = streams.estimate(words, name, width)
+        if size is not None:
+            sizes[name] = size
     return flat.nbytes, sizes
 
 
@@ -82,7 +85,10 @@ def open_stream(
     """
     dtype = jnp.dtype(dtype)
     if coding not in (*_candidates(dtype, False), *_candidates(dtype, True)):
-        raise ValueError(f"{dtype} has no coding {coding!r}; the file is damaged")
+        raise ValueError(
+            f"{dtype} has no coding {coding!r} here; the file is damaged, or of a "
+            "newer jaxcompress"
+        )
     itemsize = 2 if coding == "halves" else dtype.itemsize
     return streams.Stream(read, size, coding, itemsize, math.prod(shape))
 
@@ -116,7 +122,7 @@ def _candidates(dtype: np.dtype, fast: bool) -> tuple[str, ...]:
     if split is None:
         split = "bytes" if dtype.itemsize == 1 else None
     wide = ("halves",) if dtype.name == "float32" else ()
-    return (*wide, *filter(None, (split,)), streams.ZSTD)
+    return (*wide, *filter(None, (split,)), streams.PALETTE, streams.ZSTD)
 
 
 def _words(flat: np.ndarray, coding: str) -> np.ndarray | None:

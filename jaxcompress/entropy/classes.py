@@ -3,18 +3,20 @@
 Symbols are logarithms, so blocks of other scales are shifted copies of each other, as
 good as. A table for several costs each of its symbols half their Fisher information
 times the variance of the shifts, in nats (S. Kullback, "Information Theory and
-Statistics", 1959, 2.6). Blocks in order of their mean symbol are cut where that, and
-the tables, cost least: at bounds of 32 equal shares, by dynamic programming (R.
-Bellman, "On the approximation of curves by line segments using dynamic programming",
-1961).
+Statistics", 1959, 2.6). So the means of blocks are quantized, to as many levels as
+tables are worth, in cells as wide as the density of the means to the power -1/3 (P. F.
+Panter, W. Dite, "Quantization distortion in pulse-count modulation with nonuniform
+spacing of levels", 1951).
 """
 
 import math
 
 import numpy as np
 
+from jaxcompress.entropy.splits import room
+
 MOST = 8
-SHARES = 4  # for each class there may be
+SHARES = 64  # of blocks in order, that stay together
 BLOCKS = 64  # in a class, at least
 TABLE = 1000.0  # bits that one more table takes, and must gain beyond chance
 SAMPLE = 1 << 13  # symbols that are counted
@@ -35,14 +37,18 @@ def classes_of(symbols: np.ndarray) -> np.ndarray:
         return np.zeros(blocks, np.uint8)
     sums = _sums(symbols)
     order = np.argsort(sums, kind="stable")
-    starts = np.arange(0, blocks, -(-blocks // (4 * SHARES * most)) * 4)
-    means = sums[order] / width
-    weight = width * _information(symbols) / 2 / math.log(2)
-    powers = [np.ones(blocks), means, means**2]
-    counts, first, second = (np.add.reduceat(x, starts) for x in powers)
+    starts = np.arange(0, blocks, -(-blocks // (4 * SHARES)) * 4)
+    bounds = sums[order[np.append(starts, blocks - 1)]] / width
+    # The integral of the density to the power 1/3, share by share.
+    parts = np.diff(bounds) ** (2 / 3) / len(starts) ** (1 / 3)
+    ends = np.cumsum(parts)
+    # Bits with one table; with n of them, in all, this by their square, and the tables.
+    loss = blocks * width * _information(symbols) / math.log(4) * ends[-1] ** 3 / 12
+    count = int(np.clip(np.rint((2 * loss / TABLE) ** (1 / 3)), 1, most))
+    cells = (ends - parts / 2) * (count / max(ends[-1], 1e-9))
+    _, cells = np.unique(cells.astype(np.uint8), return_inverse=True)
     classes = np.empty(blocks, np.uint8)
-    cut = _cut(counts, first, second, weight, most)
-    classes[order] = np.repeat(cut, counts.astype(int))
+    classes[order] = np.repeat(cells, np.diff(np.append(starts, blocks)))
     return classes
 
 
@@ -61,39 +67,7 @@ def _sums(symbols: np.ndarray) -> np.ndarray:
     """Sums of rows of at most 1024 bytes, a multiple of 8; four 16-bit sums a word."""
     eight = symbols.view(np.uint64)
     mask = np.uint64(0x00FF00FF00FF00FF)
-    four = (eight & mask) + ((eight >> np.uint64(8)) & mask)
+    four = np.bitwise_and(eight, mask, out=room("four", eight.shape, np.uint64))
+    more = np.right_shift(eight, np.uint64(8), out=room("more", eight.shape, np.uint64))
+    np.add(four, np.bitwise_and(more, mask, out=more), out=four)
     return four.sum(axis=1).view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.uint32)
-
-
-def _cut(
-    counts: np.ndarray, first: np.ndarray, second: np.ndarray, weight: float, most: int
-) -> np.ndarray:
-    """The class of each share: runs of shares that cost least, tables included.
-
-    Args:
-      counts: `[shares]` of blocks; first, second: sums of their means and of squares.
-      weight: bits that a block costs for the square of its distance from the others.
-      most: classes.
-    """
-    shares = len(counts)
-    runs = np.tri(shares + 1, k=-1, dtype=bool)  # from a column to before a row
-    within = np.zeros((3, shares + 1))
-    within[:, 1:] = np.cumsum([counts, first, second], axis=1)
-    total, one, two = within[:, :, None] - within[:, None]
-    bits = weight * (two - one**2 / np.where(runs, total, 1)) + TABLE
-    bits[~runs] = np.inf
-    best = np.full(shares + 1, np.inf)
-    best[0] = 0
-    rows, came = [], []
-    for _ in range(most):
-        paths = best + bits
-        came.append(paths.argmin(axis=1))
-        best = paths.min(axis=1)
-        rows.append(best[shares])
-    classes = np.zeros(shares, np.uint8)
-    at = shares
-    for number in range(int(np.argmin(rows)), -1, -1):
-        at = came[number][at]
-        if at:
-            classes[at:] += 1
-    return classes

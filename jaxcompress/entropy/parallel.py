@@ -1,10 +1,15 @@
 """Work on chunks in threads: NumPy and the compressors release the interpreter."""
 
 import collections
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+TINY = 1 << 18  # bytes of an array whose coding is Python's work, for the most part
+SMALL = 1 << 22  # bytes of an array that one thread codes, with others beside it
+TOGETHER = 1 << 26  # bytes of such arrays in memory at a time, at most
 
 
 def in_order(
@@ -36,3 +41,52 @@ def in_order(
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def in_groups(
+    names: Iterable[str], sizes: Mapping[str, int]
+) -> Iterator[tuple[bool, Iterator[str]]]:
+    """Arrays in their order: small ones, to be worked on together, or one large one.
+
+    Args:
+      names: of the arrays, gone through as groups are.
+      sizes: in bytes, by name, in the same order.
+
+    Returns: for each group whether it is of small arrays, and their names.
+    """
+    groups, number, held = {}, 0, 0
+    for name, size in sizes.items():
+        small = size <= SMALL
+        if held + size > TOGETHER:
+            number, held = number + 1, 0
+        groups[name] = number, small
+        held += size if small else TOGETHER + 1
+    for (_, small), group in itertools.groupby(names, groups.get):
+        yield small, group
+
+
+def of_arrays(
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    size: Callable[[Any], int],
+) -> Iterator[Any]:
+    """`in_order` for a group of small arrays: this thread sees to tiny ones by itself.
+
+    Threads would only take turns at those. `size` tells the bytes of an item.
+    """
+
+    def batches() -> Iterator[tuple[list[Any], list[Any]]]:
+        done = []
+        for item in items:
+            if size(item) >= TINY:
+                yield done, [item]
+                done = []
+            else:
+                done.append(function(item))
+        yield done, []
+
+    def finish(batch: tuple[list[Any], list[Any]]) -> list[Any]:
+        done, rest = batch
+        return [*done, *map(function, rest)]
+
+    return itertools.chain.from_iterable(in_order(finish, batches()))

@@ -34,10 +34,11 @@ from jaxcompress.entropy.splits import (
     room,
     take_apart,
 )
-from jaxcompress.entropy.tables import read_numbers, write_numbers
+from jaxcompress.entropy.tables import entropy, read_numbers, write_numbers
 
 CHUNK = 1 << 20  # words
 SEGMENT = 128  # words whose lowest bits are looked at together
+SAMPLE = 1 << 12  # words that are counted to find the window
 PIECE = 1 << 18  # words worked on at a time, for the sake of caches
 
 
@@ -101,11 +102,11 @@ def encode(
         np.copyto(words, halves[:, 1])
         tails = halves[:, 0]
     count = words.size
+    base = _base(_counts(words[:: -(-count // SAMPLE)], split), split)
     blocks = -(-count // width)
     if count % width:
         words = np.append(words, np.full(-count % width, words[-1]))
     words = words.reshape(blocks, width)
-    base = _base(words, split)
     symbols = room("symbols", (blocks, split.symbol_bytes(width)), np.uint8)
     rests = room("rests", (blocks, split.rest_bytes(width)), np.uint8)
     spots = []
@@ -133,6 +134,24 @@ def encode(
     values = words.reshape(-1)[spots]
     spots = spots.astype(np.uint32)
     return Chunk(count, width, base, classes, frames, spots, values, rests, tails)
+
+
+def estimate(words: np.ndarray, split: Split) -> float | None:
+    """About the bytes of flat words, by the entropy of symbols; None as `encode`."""
+    tails = 0
+    if words.itemsize == 4:
+        halves = words.view(np.uint16).reshape(-1, 2)
+        words, tails = halves[:, 1], sum(map(len, _write_tails(halves[:, 0])))
+    counts = _counts(words, split)
+    base, missed = _base(counts, split), 0
+    if split.window:
+        kept = counts[base + 1 : base + 1 + split.window]
+        missed = words.size - int(kept.sum() + counts[0])
+        counts = np.append(kept, counts[0] + missed)
+    if missed > words.size // 8:
+        return None
+    bits = entropy(counts) + split.rest_bits * words.size
+    return bits / 8 + (4 + split.bits // 8) * missed + tails
 
 
 def decode(chunk: Chunk, split: Split, out: np.ndarray) -> None:
@@ -215,7 +234,7 @@ def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Ch
     have, base, size, missed, held, *tails = numbers
     _require(have == count, f"a chunk of {have} words, not {count}")
     blocks = -(-count // width)
-    most = 1 << split.bits - split.signed - split.low
+    most = split.high_parts
     _require(held <= blocks and base < most, f"{held} frames, base {base}")
     numbers, end = read_numbers(data[:at], end, 2 * held)
     _require(end == at, "a list of numbers of another length")
@@ -261,18 +280,19 @@ def split_for(kind: str, *, fast: bool = False) -> str | None:
     return kind if kind in SPLITS else None
 
 
-def _base(words: np.ndarray, split: Split) -> int:
-    """Below the window that holds most of a sample of words."""
+def _counts(words: np.ndarray, split: Split) -> np.ndarray:
+    """How often each high part occurs."""
+    return np.bincount(split.high_part(words), minlength=split.high_parts)
+
+
+def _base(counts: np.ndarray, split: Split) -> int:
+    """Below the window that holds most of what was counted."""
     if not split.window:
         return 0
-    step = max(1, words.size >> 12)
-    high = split.high_part(words.reshape(-1)[::step])
-    counts = np.bincount(high, minlength=1 << split.bits - split.signed - split.low)
-    counts[0] = 0
-    sums = np.append(0, np.cumsum(counts))
+    sums = np.cumsum(counts)
     bases = np.arange(0, counts.size, split.step)
-    last = np.minimum(bases + split.window + 1, counts.size)
-    return int(bases[(sums[last] - sums[bases + 1]).argmax()])
+    last = np.minimum(bases + split.window, counts.size - 1)
+    return int(bases[(sums[last] - sums[bases]).argmax()])
 
 
 def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:

@@ -60,11 +60,15 @@ class Split:
         """Symbols of a block, as bytes."""
         return width // 2 if self.paired else width
 
+    @property
+    def high_parts(self) -> int:
+        """Values that a high part may have."""
+        return 1 << self.bits - self.signed - self.low
+
     def high_part(self, words: np.ndarray) -> np.ndarray:
         """The bits of each word between its sign and its low bits."""
         kind = words.dtype.type
-        mask = (1 << self.bits - self.signed - self.low) - 1
-        return (words >> kind(self.low)) & kind(mask)
+        return (words >> kind(self.low)) & kind(self.high_parts - 1)
 
 
 SPLITS = {

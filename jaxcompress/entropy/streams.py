@@ -1,7 +1,8 @@
 """A flat array as bytes: chunks that stand alone, and behind them where they lie.
 
-    chunks     as `planes` writes them, each of about 2^20 words but the last; or, where
-               the coding is "zstd", Zstandard's frames of as many words
+    chunks     as `planes` writes them, each of about 2^20 words but the last; or of as
+               many words, where the coding is "palette", what `palettes` writes, where
+               it is "zstd", Zstandard's frames
     index      numbers: words, words of a block, chunks, bytes of each chunk; then four
                bytes of the CRC-32 of each chunk
     4 bytes    length of the index, little-endian; and zeros to a multiple of 8 bytes
@@ -17,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress.entropy import planes, zstd
+from jaxcompress.entropy import palettes, planes, zstd
 from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.splits import SPLITS, Split
 from jaxcompress.entropy.tables import read_numbers, write_numbers
 
 CHECKSUM = 4  # bytes
-ZSTD = "zstd"
+PALETTE, ZSTD = "palette", "zstd"
 
 Read = Callable[[int, int], bytes]  # from one byte to another
 
@@ -35,7 +36,7 @@ def encode(
 
     Args:
       words: of the size that the coding takes.
-      coding: a split by name, "halves" for that of bfloat16, or "zstd".
+      coding: a split by name, "halves" for that of bfloat16, "palette" or "zstd".
       width: words of a block.
       threads: at most; as many as there are processors if None.
 
@@ -61,8 +62,17 @@ def encode_chunk(words: np.ndarray, coding: str, width: int) -> bytes | None:
     """The bytes of one chunk; None where the coding does not hold its words."""
     if coding == ZSTD:
         return zstd.compress(words)
+    if coding == PALETTE:
+        return palettes.encode(words, width)
     chunk = planes.encode(words, _split(coding), width)
     return None if chunk is None else planes.write(chunk)
+
+
+def estimate(words: np.ndarray, coding: str, width: int) -> float | None:
+    """About the bytes that words take; None where the coding does not hold them."""
+    if coding in (PALETTE, ZSTD):
+        return len(encode_chunk(words, coding, width))
+    return planes.estimate(words, _split(coding))
 
 
 def _split(coding: str) -> Split:
@@ -139,6 +149,8 @@ class Stream:
     def _decode(self, data: bytes, out: np.ndarray) -> None:
         if self._coding == ZSTD:
             zstd.decompress_into(data, out)
+        elif self._coding == PALETTE:
+            palettes.decode(data, self.width, out)
         else:
             planes.decode(self._chunk(data, out.size), _split(self._coding), out)
 

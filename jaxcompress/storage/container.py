@@ -4,23 +4,26 @@ The arrays lie in the file as `tensors` says; the tree (`manifest`), the user's
 metadata and the versions are JSON texts in its `__metadata__`.
 """
 
+import contextlib
 import difflib
 import gc
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxcompress.entropy.parallel import in_groups, of_arrays
 from jaxcompress.storage import manifest, shards
-from jaxcompress.storage.manifest import FileDamaged
+from jaxcompress.storage.manifest import FileDamaged, Slot
 from jaxcompress.storage.tensors import (
     FORMAT,
     VERSION,
     TensorFile,
+    count_bytes,
     damaged,
     deflated,
     inflated,
@@ -44,7 +47,8 @@ def save(
     Leaf types and their static fields, dicts, lists, tuples, None, dtypes and shapes
     are kept; other mappings come back as dicts. Same parameters, metadata and
     versions give the same bytes. The file is written beside `path` and renamed: an
-    error leaves an old file as it was. One array is on the host at a time.
+    error leaves an old file as it was. One array is on the host at a time, or 64 MiB
+    of small ones.
 
     Arrays are coded without loss where that makes them smaller (`entropy.arrays`): the
     coding belongs to the file, and the tree that `load` gives is the one that was
@@ -100,8 +104,9 @@ def describe(node: Any, metadata: Mapping[str, Any]) -> dict[str, str]:
 def load(path: str | os.PathLike, *, numpy: bool = False) -> Params:
     """The parameters that `save` wrote, bit for bit; every byte read is checked.
 
-    Memory: the result and one leaf more. Arrays go to the default device; 64-bit
-    arrays stay NumPy arrays unless `jax_enable_x64` is set, as JAX would round them.
+    Memory: the result and one leaf more, or some small ones. Arrays go to the default
+    device; 64-bit arrays stay NumPy arrays unless `jax_enable_x64` is set, as JAX
+    would round them.
 
     Args:
       path: what `save` was given, or an index of shards.
@@ -112,7 +117,7 @@ def load(path: str | os.PathLike, *, numpy: bool = False) -> Params:
       ValueError: not a file of `save`, or of a newer format; an unknown leaf type.
     """
     with open(path) as file:
-        return jax.tree.map(lambda name: file.read(name, numpy=numpy), file.tree)
+        return file.read_tree(numpy=numpy)
 
 
 def open(path: str | os.PathLike) -> "StoredParams":
@@ -211,9 +216,45 @@ class StoredParams:
           KeyError: no such name; says the nearest.
           FileDamaged: its bytes are not those written.
         """
+        return self._leaf(name, self._read, numpy)
+
+    def read_tree(self, *, numpy: bool = False) -> Params:
+        """The whole tree, as `load` gives it: small arrays are decoded in threads."""
+        wanted = [one for name in self.names for one in self._arrays(name)]
+        with contextlib.closing(self._decoded(wanted)) as found:
+            ahead: dict[str, np.ndarray] = {}
+
+            def take(name: str, *_: Any) -> np.ndarray:
+                while name not in ahead:
+                    ahead.update([next(found)])
+                return ahead.pop(name)
+
+            leaves = {name: self._leaf(name, take, numpy) for name in self.names}
+        return jax.tree.map(leaves.pop, self.tree)
+
+    def _decoded(
+        self, wanted: list[tuple[str, str, tuple[int, ...]]]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Arrays by name, dtype and shape: their names and what they hold, in order."""
+        kinds = {name: Slot(dtype, shape, None) for name, dtype, shape in wanted}
+        sizes = {name: count_bytes(slot) for name, slot in kinds.items()}
+
+        def work(item: tuple[str, TensorFile], threads: int = 1) -> Any:
+            name, file = item
+            kind = kinds[name].dtype, kinds[name].shape
+            return name, file.read(name, *kind, threads=threads)
+
+        for small, group in in_groups(kinds, sizes):
+            items = ((name, self._file_of(name)) for name in group)
+            if small:
+                yield from of_arrays(work, items, lambda item: sizes[item[0]])
+            else:
+                yield work(next(items), None)
+
+    def _leaf(self, name: str, read: Any, numpy: bool) -> Any:
         node, path = self._find(name)
         try:
-            leaf = manifest.decode(node, self._read, path)
+            leaf = manifest.decode(node, read, path)
         except KeyError as error:
             raise ValueError(f"{self.path}: {name}: {error.args[0]}") from error
         except FileDamaged as error:

@@ -113,8 +113,15 @@ class TensorFile:
             return span.code == "U8" and len(span.shape) == 1
         return stored_as(dtype, shape) == (span.code, span.shape)
 
-    def read(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """An array of its own memory, checked."""
+    def read(
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        *,
+        threads: int | None = None,
+    ) -> np.ndarray:
+        """An array of its own memory, checked; `threads` at most decode its chunks."""
         self._check_kind(name, dtype, shape)
         span = self.spans[name]
         data = np.empty(span.stop - span.start, np.uint8)
@@ -125,7 +132,7 @@ class TensorFile:
             return data.view(jnp.dtype(dtype)).reshape(shape)
         view = memoryview(data)
         stream = self._stream(name, lambda i, j: bytes(view[i:j]), dtype, shape)
-        return self._decoded(name, stream, dtype).reshape(shape)
+        return self._decoded(name, stream, dtype, threads=threads).reshape(shape)
 
     def read_rows(
         self, name: str, dtype: str, shape: tuple[int, ...], first: int, last: int
@@ -140,8 +147,7 @@ class TensorFile:
         start = self.spans[name].start
 
         def read(i: int, j: int) -> bytes:
-            with self._lock:  # chunks are decoded in threads
-                return self._bytes(start + i, start + j)
+            return self._bytes(start + i, start + j)
 
         row = math.prod(shape[1:])
         stream = self._stream(name, read, dtype, shape)
@@ -191,12 +197,13 @@ class TensorFile:
         self._file.close()
 
     def _fill(self, start: int, buffer: memoryview) -> None:
-        self._file.seek(start)
-        while len(buffer):
-            count = self._file.readinto(buffer)
-            if not count:
-                raise self._damaged(f"it ends at byte {self._file.tell()}")
-            buffer = buffer[count:]
+        with self._lock:  # arrays and chunks are decoded in threads
+            self._file.seek(start)
+            while len(buffer):
+                count = self._file.readinto(buffer)
+                if not count:
+                    raise self._damaged(f"it ends at byte {self._file.tell()}")
+                buffer = buffer[count:]
 
     def _bytes(self, start: int, stop: int) -> bytes:
         buffer = bytearray(stop - start)

@@ -1,7 +1,9 @@
 """Writes files of arrays: coded where that pays, whole or not at all."""
 
 import builtins
+import functools
 import hashlib
+import io
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.entropy import arrays
+from jaxcompress.entropy.parallel import in_groups, of_arrays
 from jaxcompress.storage.manifest import Slot
 from jaxcompress.storage.tensors import (
     CODES,
@@ -34,7 +37,11 @@ def write(
     coded: bool | str = True,
     progress: Callable[[list[str]], Iterable[str]] | None = None,
 ) -> bytes:
-    """Writes arrays, one in memory at a time; returns the digest that seals the file.
+    """Writes arrays; returns the digest that seals the file.
+
+    One array is in memory at a time, coded chunk by chunk in threads; or, of arrays
+    that a chunk or two hold, some more than there are threads, each coded by one, and
+    64 MiB together at most. All are fetched in this thread, in the order of the file.
 
     Same arrays and metadata, same bytes. The header is written last, into room left
     for it, as what coding leaves of an array is not known before.
@@ -59,16 +66,26 @@ def write(
     room = len(_header(order, slots, raw, most, longest, metadata))
     file.write(bytes(room))
     rows, sizes, codings = [], {}, {}
-    for name in order if progress is None else progress(order):
-        array = _array_of(name, slots[name])
-        how = None
-        if name in longest:
-            how = arrays.choose(array, fast=coded == "fast")
-        how, sizes[name], row = _write_array(file, array, how)
-        del array
+
+    def note(name: str, how: str | None, size: int, row: bytes) -> None:
+        sizes[name] = size
         if how is not None:
             codings[name] = how
         rows.append(row)
+
+    work = functools.partial(_write_aside, coded=coded)
+    names = order if progress is None else progress(order)
+    for small, group in in_groups(names, raw):
+        fetched = ((name, _array_of(name, slots[name])) for name in group)
+        if small:
+            for name, data, *about in of_arrays(work, fetched, lambda x: x[1].nbytes):
+                file.write(data)
+                note(name, *about)
+                del data
+            continue
+        name, array = next(fetched)
+        note(name, *_write_array(file, array, coded))
+        del array  # before the next is fetched
     short = {name: ("U8", (sizes[name],)) for name in codings}
     head = _header(order, slots, sizes, short, codings, metadata)
     head = (room - 8).to_bytes(8, "little") + head[8:].ljust(room - 8)
@@ -81,14 +98,25 @@ def write(
     return rows[-1]
 
 
+def _write_aside(
+    item: tuple[str, np.ndarray], *, coded: bool | str
+) -> tuple[str, memoryview, str | None, int, bytes]:
+    """Name and bytes of an array, and what `_write_array` says of it."""
+    name, array = item
+    buffer = io.BytesIO()
+    about = _write_array(buffer, array, coded, threads=1)
+    return name, buffer.getbuffer(), *about
+
+
 def _write_array(
-    file: BinaryIO, array: np.ndarray, how: str | None
+    file: BinaryIO, array: np.ndarray, coded: bool | str, *, threads: int | None = None
 ) -> tuple[str | None, int, bytes]:
     """Writes one array, coded if that makes it smaller; says how, bytes and digest."""
+    how = arrays.choose(array, fast=coded == "fast") if coded else None
     if how is not None:
         start, size, state = file.tell(), 0, hashlib.blake2b(digest_size=DIGEST)
         try:
-            for part in arrays.encode(array, how):
+            for part in arrays.encode(array, how, threads=threads):
                 file.write(part)
                 state.update(part)
                 size += len(part)

@@ -1,0 +1,137 @@
+"""Chunks of few distinct words: a list of these, and the place of each word in it.
+
+For integers kept as floating-point numbers, levels of a lattice, masks. A place takes
+8, 4, 2 or 1 bits, and the bytes that places side by side make up are coded as those of
+the split "bytes" are (`planes`): a mask costs less than a bit for each number then, and
+so does what neighbours have in common.
+
+A chunk as bytes: number of distinct words less one, a byte; places in a byte, another;
+the distinct words, ascending, little-endian; the coded bytes, in the last of which
+places of 0 may follow. Where words differ more than a sample of the array did: two
+bytes of 0, and Zstandard's frame of the words.
+"""
+
+import numpy as np
+
+from jaxcompress.entropy import planes, zstd
+from jaxcompress.entropy.splits import SPLITS
+
+MOST = 256  # distinct words
+SHARES = (1, 2, 4, 8)  # places in a byte
+SLOTS = 1 << 16
+BYTES = SPLITS["bytes"]
+# Odd. 256 words in 65536 slots have these to themselves for six factors of ten.
+FACTORS = tuple(0x9E3779B97F4A7C15 * (2 * i + 1) for i in range(10))
+
+
+def fits(words: np.ndarray) -> bool:
+    """Whether flat words are few enough distinct ones."""
+    # Weights show within the first words that they are not.
+    return _places(words[:1024]) is not None and _places(words) is not None
+
+
+def encode(words: np.ndarray, width: int) -> bytes:
+    """Flat words of a chunk as bytes, coded in blocks of `width`."""
+    found = _places(words)
+    if found is None:
+        return bytes(2) + zstd.compress(words)
+    listed, places = found
+    tried = []
+    for share in SHARES:
+        if listed.size <= 1 << 8 // share:
+            chunk = planes.encode(_side_by_side(places, share), BYTES, width)
+            tried.append((share, planes.write(chunk)))
+    share, data = min(tried, key=lambda one: len(one[1]))
+    little = listed.astype(listed.dtype.newbyteorder("<"), copy=False)
+    return bytes([listed.size - 1, share]) + little.tobytes() + data
+
+
+def decode(data: bytes, width: int, out: np.ndarray) -> None:
+    """Fills `out` with the words of a chunk; ValueError where it is damaged."""
+    _require(len(data) > 2, f"a chunk of {len(data)} bytes")
+    size, share = data[0] + 1, data[1]
+    if data[:2] == bytes(2):
+        zstd.decompress_into(data[2:], out)
+        return
+    held = share in SHARES and size <= 1 << 8 // share
+    _require(held, f"{size} distinct words, {share} places in a byte")
+    at = 2 + size * out.itemsize
+    _require(len(data) > at, f"{size} distinct words in {len(data)} bytes")
+    listed = np.frombuffer(data, out.dtype.newbyteorder("<"), size, 2)
+    count = -(-out.size // share)
+    packed = np.empty(count, np.uint8)
+    planes.decode(planes.read(data[at:], BYTES, 1, count, width), BYTES, packed)
+    # What a byte stands for: all words of its places at once.
+    places = np.arange(256)[:, None] >> np.arange(0, 8, 8 // share)
+    places &= (1 << 8 // share) - 1
+    known = (places < size).all(axis=1)
+    table = listed.astype(out.dtype)[np.minimum(places, size - 1)]
+    for first in range(0, count, planes.PIECE):
+        piece = packed[first : first + planes.PIECE]
+        _require(
+            known[piece].all(), f"a place behind the last of {size} distinct words"
+        )
+        here = out[first * share : (first + piece.size) * share]
+        whole = here.size // share
+        rows = here[: whole * share].reshape(whole, share)
+        np.take(table, piece[:whole], axis=0, out=rows, mode="clip")
+        here[whole * share :] = table[piece[-1], : here.size % share]
+
+
+def _places(words: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The distinct words, ascending, and uint8 places of all; None for too many.
+
+    Words are told apart by their slots, which a product gives that mixes their bits;
+    that no two distinct ones share a slot is seen by looking them up.
+    """
+    pieces = [
+        slice(first, first + planes.PIECE)
+        for first in range(0, words.size, planes.PIECE)
+    ]
+    places = np.empty(words.size, np.uint8)
+    for factor in FACTORS:
+        seen, word = np.zeros(SLOTS, bool), np.zeros(SLOTS, words.dtype)
+        for piece in pieces:
+            slots = _slots(words[piece], factor)
+            seen[slots] = True
+            word[slots] = words[piece]
+            if np.count_nonzero(seen) > MOST:
+                return None
+        used = np.flatnonzero(seen)
+        listed = np.sort(word[used])
+        place = np.zeros(SLOTS, np.uint8)
+        place[used] = np.searchsorted(listed, word[used])
+        for piece in pieces:
+            places[piece] = place[_slots(words[piece], factor)]
+            shared = words.itemsize > 2  # else a word is its own slot
+            if shared and not np.array_equal(listed[places[piece]], words[piece]):
+                break
+        else:
+            return listed, places
+    return None
+
+
+def _slots(words: np.ndarray, factor: int) -> np.ndarray:
+    bits = 8 * words.itemsize
+    if bits <= 16:
+        return words
+    kind = words.dtype.type
+    mixed = words * kind(factor % (1 << bits))
+    np.right_shift(mixed, kind(bits - 16), out=mixed)
+    return mixed.astype(np.uint16)
+
+
+def _side_by_side(places: np.ndarray, share: int) -> np.ndarray:
+    """So many places in a byte, the first in the lowest bits."""
+    if share == 1:
+        return places
+    places = np.append(places, np.zeros(-places.size % share, np.uint8))
+    out = places[::share].copy()
+    for i in range(1, share):
+        np.bitwise_or(out, places[i::share] << np.uint8(8 // share * i), out=out)
+    return out
+
+
+def _require(fits: bool, found: str) -> None:
+    if not fits:
+        raise ValueError(f"not a coded chunk: {found}; the file is damaged")
