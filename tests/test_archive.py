@@ -287,6 +287,34 @@ def test_a_directory_comes_back_byte_for_byte(tmp_path, monkeypatch, part):
     assert path.read_bytes() == first
 
 
+def test_a_directory_is_packed_to_be_unpacked_sooner(tmp_path, capsys):
+    """And not by default: pairs of exponents, in either type."""
+    (tmp_path / "in").mkdir()
+    names = ("bfloat16", "float32")
+    safetensors.numpy.save_file(
+        {name: TREE[name] for name in names}, tmp_path / "in" / "x.safetensors"
+    )
+    storage.pack(tmp_path / "in", tmp_path / "plain")
+    storage.pack(tmp_path / "in", tmp_path / "fast", coded="fast")
+    command = ["pack", "--fast", str(tmp_path / "in"), str(tmp_path / "command")]
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    for name, coding in (("plain", "bfloat16"), ("fast", "bfloat16 pairs")):
+        with storage.open(tmp_path / name) as stored:
+            codings = stored.files()[0].codings
+            kinds = {
+                stored.describe(part)[2]: codings.get(part) for part in stored.names
+            }
+        assert {name: kinds[name] for name in names} == dict.fromkeys(names, coding)
+        storage.unpack(tmp_path / name, tmp_path / f"{name} out")
+        found, wanted = (
+            (tmp_path / folder / "x.safetensors").read_bytes()
+            for folder in (f"{name} out", "in")
+        )
+        assert found == wanted
+    assert (tmp_path / "command").read_bytes() == (tmp_path / "fast").read_bytes()
+
+
 def test_pack_and_unpack_refuse_what_they_must(tmp_path):
     checkpoint(tmp_path / "in")
     with pytest.raises(FileNotFoundError, match="no directory"):

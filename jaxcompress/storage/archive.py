@@ -41,6 +41,7 @@ def pack(
     path: str | os.PathLike,
     *,
     base: str | os.PathLike | None = None,
+    coded: bool | str = True,
     progress: Progress | None = None,
 ) -> dict[str, int]:
     """Packs a directory, such as a Hugging Face checkpoint, into one file.
@@ -55,6 +56,7 @@ def pack(
       base: a directory with a checkpoint that this one came from, or a later one goes
         to: tensors of the same name, dtype and size are kept as differences where these
         are smaller. `unpack` needs it again.
+      coded: as for `save`; "fast" for a coding that is unpacked sooner.
       progress: wraps the list of parts that is worked through, as a progress bar does.
 
     Returns: numbers of `files` and `parts`, parts among them that are `differences`,
@@ -104,7 +106,7 @@ def pack(
         metadata["base"] = [bases.describe(other.root, name) for name in sorted(used)]
     about = container.describe({"dict": [["files", {"list": lists}]]}, metadata)
     with beside(path) as file:
-        write(file, slots, about, progress=progress)
+        write(file, slots, about, coded=coded, progress=progress)
     return {
         "files": len(files),
         "parts": len(slots),
