@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -48,7 +49,8 @@ def pack(
 
     `unpack` gives the same bytes under the same names; permissions and times are not
     kept, links are followed, empty directories are left out. One part of a file is in
-    memory at a time. The archive is written beside `path` and renamed.
+    memory at a time. The archive is written beside `path`, as `.name.*.tmp`, which a
+    process that is killed leaves there, and renamed.
 
     Args:
       folder: the directory.
@@ -66,6 +68,7 @@ def pack(
       FileNotFoundError: no such directory, or no files in it; a base without tensors.
       ValueError: the archive would lie in the directory, something in it is neither
         file nor directory, or nothing in it is closer to the base than to nothing.
+      OSError: of the system, such as a full disk; an old archive stays as it was.
     """
     root, path = Path(folder), os.path.realpath(path)
     if not root.is_dir():
@@ -105,7 +108,7 @@ def pack(
             )
         metadata["base"] = [bases.describe(other.root, name) for name in sorted(used)]
     about = container.describe({"dict": [["files", {"list": lists}]]}, metadata)
-    with beside(path) as file:
+    with _naming(path), beside(path) as file:
         write(file, slots, about, coded=coded, progress=progress)
     return {
         "files": len(files),
@@ -125,7 +128,8 @@ def unpack(
 ) -> dict[str, int]:
     """Writes the files of an archive into a new directory; every byte is checked.
 
-    The directory appears when it is complete; an error leaves nothing.
+    The directory appears when it is complete; an error leaves nothing, a process that
+    is killed `.name.*.tmp` beside it.
 
     Args:
       path: of the archive.
@@ -140,6 +144,7 @@ def unpack(
       FileDamaged: the archive is not what was written.
       ValueError: the file is no archive; a base is missing, or is not the one that
         the archive was packed against, which its digests tell; or none was.
+      OSError: of the system, such as a full disk.
     """
     target = Path(folder).absolute()
     if target.exists():
@@ -149,14 +154,30 @@ def unpack(
         other = _base_of(stored, base)
         scratch = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
         work = list(enumerate(files))
+        new = [parent for parent in target.parents if not parent.exists()]
         try:
             for number, about in work if progress is None else progress(work):
-                _write_file(stored, other, number, about, scratch / about["path"])
+                with _naming(target / about["path"]):
+                    _write_file(stored, other, number, about, scratch / about["path"])
             os.rename(scratch, target)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
+            for parent in new:
+                with suppress(OSError):  # not there, or someone else's files in it
+                    parent.rmdir()
             raise
     return {"files": len(files), "bytes": sum(about["bytes"] for about in files)}
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Errors of writing and reading say of which file; the system's own do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def _names(root: Path) -> list[str]:
@@ -239,7 +260,7 @@ def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
             if odd or not path.parts or ":" in about["path"] or path in seen:
                 raise ValueError(f"it names a file {about['path']!r}")
             seen.add(path)
-        if len(lists) != len(files):
+        if not files or len(lists) != len(files):
             raise ValueError(f"{len(files)} files, parts of {len(lists)}")
         base = {one["path"]: one["bytes"] for one in stored.metadata.get("base", ())}
         for about, names in zip(files, lists, strict=True):
