@@ -330,12 +330,22 @@ def test_pack_and_unpack_refuse_what_they_must(tmp_path):
     storage.save(tmp_path / "plain", {"a": TREE["small"]})
     with pytest.raises(ValueError, match="no archive"):
         storage.unpack(tmp_path / "plain", tmp_path / "y")
+    for name in (b"a:b", b"a\\b", b"\xff"):  # unpack would refuse them later
+        odd = os.path.join(os.fsencode(tmp_path / "in"), name)
+        with open(odd, "wb"):
+            pass
+        with pytest.raises(ValueError, match="rename it"):
+            storage.pack(tmp_path / "in", tmp_path / "x")
+        os.unlink(odd)
     os.mkfifo(tmp_path / "in" / "pipe")
     with pytest.raises(ValueError, match="neither a file nor a directory"):
         storage.pack(tmp_path / "in", tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "C:x", "a\\b"])
+NAMES = ["../x", "/x", "a/../../x", "", "C:x", "a\\b", "a\0", 7, None]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_archive_writes_nothing_outside(tmp_path, name):
     files = [{"path": name, "bytes": 60, "digest": "00"}]
     tree = {"files": [[TREE["small"]]]}
@@ -351,6 +361,39 @@ def test_unpacked_files_are_compared_with_their_digests(tmp_path):
         storage.save(tmp_path / "x", {"files": [[TREE["small"]]]}, {"archive": files})
         with pytest.raises(storage.FileDamaged):
             storage.unpack(tmp_path / "x", tmp_path / "out")
+        assert os.listdir(tmp_path) == ["x"]
+
+
+def test_lists_of_files_that_lie_are_refused(tmp_path):
+    """Whatever JSON stands where the files, the parts and the base do."""
+    one = {"path": "a", "bytes": 60, "digest": ""}
+    rows = TREE["small"].view(np.uint8).reshape(4, -1)
+    pieces = [[[TREE["small"]]], [[[*rows]]]]
+    leaf = [[jc.symmetric(bits=4)(jnp.ones((3, 5)))]]
+    plain, different = ({"files": x} for x in pieces)
+    named = {"path": "b", "bytes": 60, "digest": ""}
+    places = ([[0, "V4", "b", 0]], [[0, "O", "b", 0]], [[0, "float32", "b", 1]], [[0]])
+    places += ([[0, "float32", "c", 0]], [[0, "float32", "b", None]], [7], 7)
+    cases = [
+        *(
+            (plain, {"archive": x})
+            for x in ([], {}, 7, [7], [[]], [{}], "a", [one] * 2)
+        ),
+        *((plain, {"archive": [one | {k: x}]}) for k in one for x in ([], {}, 1.5)),
+        *((plain, {"archive": [one], "base": x}) for x in ([], {}, 7, [7], [{}], "b")),
+        *(
+            (different, {"archive": [one | {"from": x}], "base": [named]})
+            for x in places
+        ),
+        (different, {"archive": [one]}),
+        ({"files": leaf}, {"archive": [one]}),
+        *(({"files": x}, {"archive": [one]}) for x in ([[None]], [None], None, {}, [])),
+        (TREE["small"], {"archive": [one]}),
+    ]
+    for tree, metadata in cases:
+        storage.save(tmp_path / "x", tree, metadata)
+        with pytest.raises(storage.FileDamaged, match="list of files is odd"):
+            storage.unpack(tmp_path / "x", tmp_path / "out", base=tmp_path)
         assert os.listdir(tmp_path) == ["x"]
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from jaxcompress.entropy import deltas
 from jaxcompress.storage import bases, container
 from jaxcompress.storage.manifest import FileDamaged, Slot
-from jaxcompress.storage.tensors import damaged
+from jaxcompress.storage.tensors import CODES, damaged
 from jaxcompress.storage.writing import beside, write
 
 PART = 1 << 26  # bytes of a file in memory at a time
@@ -193,7 +193,23 @@ def _names(root: Path) -> list[str]:
                     "without it"
                 )
             found.append(path.relative_to(root).as_posix())
+            if not _portable(found[-1]):
+                raise ValueError(
+                    f"{os.fsencode(path)!r} has a name that other systems lack; "
+                    "rename it, in UTF-8 without : and \\"
+                )
     return sorted(found)
+
+
+def _portable(name: str) -> bool:
+    """Whether a path lies below the directory it is unpacked to, on any system.
+
+    Surrogates stand for bytes of a name that are not UTF-8.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        return False
+    return not any(x in ":\\\0" or "\ud800" <= x <= "\udfff" for x in name)
 
 
 def _parts(
@@ -255,25 +271,28 @@ def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
     try:
         seen = set()
         for about in files:
-            path = PurePosixPath(about["path"])
-            odd = path.is_absolute() or ".." in path.parts or "\\" in about["path"]
-            if odd or not path.parts or ":" in about["path"] or path in seen:
+            path = PurePosixPath(_checked(about)["path"])
+            if not _portable(about["path"]) or path in seen:
                 raise ValueError(f"it names a file {about['path']!r}")
             seen.add(path)
         if not files or len(lists) != len(files):
             raise ValueError(f"{len(files)} files, parts of {len(lists)}")
-        base = {one["path"]: one["bytes"] for one in stored.metadata.get("base", ())}
+        wanted = stored.metadata.get("base")
+        if wanted is not None and not wanted:
+            raise ValueError("a base of no files")
+        base = {_checked(one)["path"]: one["bytes"] for one in wanted or ()}
         for about, names in zip(files, lists, strict=True):
             kinds = [_kind(stored, part) for part in names]
             total = sum(math.prod(s) * jnp.dtype(d).itemsize for s, d in kinds)
-            if total != about["bytes"] or type(about["digest"]) is not str:
+            if total != about["bytes"]:
                 raise ValueError(f"{about['path']}: parts of {total} bytes")
             lists_there = [i for i, part in enumerate(names) if type(part) is list]
             if [one[0] for one in about.get("from", ())] != lists_there:
                 raise ValueError(f"{about['path']}: differences {lists_there}")
             for i, dtype, file, start in about.get("from", ()):
                 (width, count), _ = kinds[i]
-                fits = jnp.dtype(dtype).itemsize == width and type(start) is int
+                fits = dtype in CODES and jnp.dtype(dtype).itemsize == width
+                fits = fits and type(start) is int
                 if not fits or not 0 <= start <= base[file] - width * count:
                     raise ValueError(f"{about['path']}: {dtype} of {file}, {start}")
     except FileDamaged:
@@ -283,15 +302,26 @@ def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
     return files
 
 
+def _checked(about: Any) -> Any:
+    """What is said of a file; ValueError where that is another thing."""
+    match about:
+        case {"path": str(), "bytes": int(), "digest": str()}:
+            return about
+    raise ValueError(f"of a file it says {str(about)[:80]}")
+
+
 def _kind(
     stored: container.StoredParams, part: str | list[str]
 ) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a part: of a difference, those of all its bytes."""
     if type(part) is str:
-        return stored.describe(part)[1:]
-    kinds = {stored.describe(name)[1:] for name in part}
-    ((shape, dtype),) = kinds
-    if len(shape) != 1 or dtype != "uint8":
+        kind, *found = stored.describe(part)
+        if kind != "array":
+            raise ValueError(f"a part that is {kind}")
+        return tuple(found)
+    kinds = {stored.describe(name) for name in part}
+    ((kind, shape, dtype),) = kinds
+    if len(shape) != 1 or (kind, dtype) != ("array", "uint8"):
         raise ValueError(f"a difference of {dtype} {shape}")
     return (len(part), *shape), dtype
 

@@ -295,6 +295,8 @@ class StoredParams:
             node = json.loads(inflated(about["tree"]))
             self.metadata = json.loads(about["metadata"])
             self.versions = json.loads(about["versions"])
+            if type(self.metadata) is not dict or type(self.versions) is not dict:
+                raise ValueError("metadata or versions that are no mapping")
             found = list(manifest.arrays(node))
             self.tree, self._nodes = manifest.outline(node)
         except FileDamaged as error:
