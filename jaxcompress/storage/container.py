@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from jaxcompress.storage import manifest, shards
-from jaxcompress.storage.manifest import FileDamaged
+from jaxcompress.storage.manifest import ODD, FileDamaged
 from jaxcompress.storage.tensors import (
+    ADVICE,
     FORMAT,
     VERSION,
     TensorFile,
@@ -244,7 +245,11 @@ class StoredParams:
                 f"between 0 and {shape[0] if shape else 0}"
             )
         if "array" not in node:
-            return np.asarray(dense(self.read(name))[first:last])
+            leaf = self.read(name)
+            try:
+                return np.asarray(dense(leaf)[first:last])
+            except ODD as error:
+                raise damaged(self.path, f"{name}: {error}") from error
         file = self._file_of(manifest.join(path))
         return file.read_rows(manifest.join(path), node["array"], shape, first, last)
 
@@ -292,6 +297,9 @@ class StoredParams:
     def _describe(self, about: Mapping[str, str], names: set[str]) -> None:
         """Reads the texts that describe the tree, and compares it with the arrays."""
         try:
+            texts = [about[key] for key in ("tree", "metadata", "versions")]
+            if not all(type(text) is str for text in texts):
+                raise ValueError("what describes it is no text")
             node = json.loads(inflated(about["tree"]))
             self.metadata = json.loads(about["metadata"])
             self.versions = json.loads(about["versions"])
@@ -321,8 +329,9 @@ class StoredParams:
                 )
 
     def _in_file(self, error: FileDamaged) -> FileDamaged:
+        """The error with the name of a file; of a shard it has one."""
         text = str(error)
-        return error if text.startswith(self.path) else damaged(self.path, text)
+        return error if text.endswith(ADVICE) else damaged(self.path, text)
 
 
 def versions() -> dict[str, str]:
