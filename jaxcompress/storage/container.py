@@ -241,8 +241,8 @@ class StoredParams:
         shape = self.describe(name)[1]
         if not shape or not 0 <= first <= last <= shape[0]:
             raise ValueError(
-                f"rows {first} to {last} of {name}, whose shape is {shape}; rows lie "
-                f"between 0 and {shape[0] if shape else 0}"
+                f"{self.path}: rows {first} to {last} of {name}, whose shape is "
+                f"{shape}; rows lie between 0 and {shape[0] if shape else 0}"
             )
         if "array" not in node:
             leaf = self.read(name)
