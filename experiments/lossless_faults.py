@@ -1,86 +1,172 @@
 """What do files do that are not what was written? Ten thousand of them.
 
-Files of coded arrays, of coded leaves and of a packed directory are altered: bits
-flipped, bytes replaced, cut short, pieces moved, numbers in headers changed, headers
-made enormous. Digests would find nearly all of it; so half of the alterations are made
-behind them: the digests are written anew over what was altered. Each file must raise a
-clear error or give back the right arrays (where digests hold) or arrays of the right
-shape (where they were forged), in bounded memory.
+Files of coded arrays, of coded leaves (levels of `rate_distortion` and masks among
+them), shards of one save, and archives, alone and against a base, are altered: bits
+flipped, bytes replaced, cut short, pieces moved, numbers in headers changed, values of
+their JSON replaced, the first and last bytes of coded streams changed. Digests would
+find nearly all of it; so half of the alterations are made behind them: the digests are
+written anew over what was altered.
+
+Each file must raise an error that names it or give back what was written; where digests
+were forged, it may give other numbers. Memory is bounded.
 
     python experiments/lossless_faults.py
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import json
+import os
 import resource
+import shutil
 import struct
 import tempfile
 import time
-from importlib import metadata
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
-from command import parse
+from command import about, parse
+from safetensors.numpy import save_file
 
 import jaxcompress as jc
 from jaxcompress import storage
 from jaxcompress.reporting import append_lines
-from jaxcompress.storage import tensors
+from jaxcompress.storage.tensors import digest, inflated, to_json
+
+NAME = "x.safetensors"
+INDEX = f"{NAME}.index.json"
+ROWS = 5, 65  # read alone
+WAYS = ("bit", "byte", "cut", "swap", "zeros", "grow", "header", "length", "value")
+WAYS += ("head", "tail")  # of a stream
+ODD = (None, True, -1, 0, 7, 2**31, 2**63, 1e30, "", "x", [], {}, [[]])
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     count: int = 10_000
     seed: int = 0
-    memory: int = 3_000  # megabytes of addresses beyond those in use at the start
+    memory: int = 100  # megabytes of addresses beyond those in use at the start
     fast: bool = False  # three hundred
     results: str = "experiments/results/lossless_faults.jsonl"
 
 
-def sources(folder: Path) -> dict[str, tuple[bytes, Any]]:
-    """Files by name, and the trees that they hold."""
+class Source(NamedTuple):
+    """Files by name; how they are read from a directory; and what they hold."""
+
+    files: dict[str, bytes]
+    read: Callable[[Path], Any]
+    wanted: Any
+
+
+def load(folder: Path) -> Any:
+    return jax.tree.map(np.asarray, jc.materialize(storage.load(folder / NAME)))
+
+
+def load_rows(folder: Path) -> Any:
+    """A part of each array: digests of chunks, not of arrays, find what was altered."""
+    with storage.open(folder / NAME) as stored:
+        return {name: stored.rows(name, *ROWS) for name in stored.names}
+
+
+def unpack(folder: Path, base: Path | None = None) -> Any:
+    """The bytes of the files of an archive, by name; an error leaves nothing."""
+    out = folder / "out"
+    before = os.listdir(folder)
+    try:
+        storage.unpack(folder / NAME, out, base=base)
+    except (ValueError, OSError) as error:
+        if os.listdir(folder) != before:
+            raise RuntimeError("something was left of what did not unpack") from error
+        raise
+    found = contents(out)
+    shutil.rmtree(out)
+    return found
+
+
+def contents(folder: Path) -> dict[str, np.ndarray]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(x.relative_to(folder)): np.fromfile(x, np.uint8) for x in files}
+
+
+def sources(folder: Path) -> dict[str, Source]:
+    """One of each kind; a base stays in the directory."""
     random = np.random.default_rng(0)
-    w = random.normal(0, 0.05, (160, 130)) * np.exp(random.normal(0, 1, (160, 1)))
+    w = random.normal(0, 0.05, (160, 128)) * np.exp(random.normal(0, 1, (160, 1)))
     w = w.astype(np.float32)
-    codes = np.rint(random.normal(0, 3, (70, 90))).astype(np.int8)
     plain = {
         "bfloat16": w.astype(ml_dtypes.bfloat16),
         "float32": w,
         "float16": w.astype(np.float16),
-        "codes": codes,
+        "codes": np.rint(random.normal(0, 3, (70, 90))).astype(np.int8),
         "ids": np.arange(3000, dtype=np.int32),
     }
-    coded = jc.compress(
-        {"a": {"kernel": w}, "b": {"kernel": w[:, :64]}},
-        jc.chain(
-            [("a/.*", "symmetric(bits=4, block=16)"), ("b/.*", "code_floats()")],
-            "entropy_code()",
-            "code_floats()",
-        ),
-    )
-    path = folder / "x"
+    # Of each method one leaf; then coded, as the command line does it.
+    methods = {
+        "leaves": ("symmetric(bits=4, block=16)", "code_floats()"),
+        "levels": ("rate_distortion(rate=2.05)",),
+        "masks": ("magnitude(sparsity=0.9)", "magnitude(pattern='2:4')"),
+    }
+    trees = {"plain": plain}
+    for kind, stages in methods.items():
+        rules = [(f"{i}/.*", stage) for i, stage in enumerate(stages)]
+        tree = {str(i): {"kernel": w[:, : 128 // (i + 1)]} for i in range(len(stages))}
+        recipe = jc.chain(rules, "entropy_code()", "code_floats()")
+        trees[kind] = jc.compress(tree, recipe)
+
     found = {}
-    for name, tree in (("plain", plain), ("leaves", coded)):
-        storage.save(path, tree)
-        found[name] = path.read_bytes(), jax.tree.map(np.asarray, jc.materialize(tree))
-    (folder / "in").mkdir()
-    (folder / "in" / "config.json").write_text('{"layers": 12}\n' * 500)
-    (folder / "in" / "weights.bin").write_bytes(w.tobytes())
-    storage.pack(folder / "in", path)
-    found["archive"] = path.read_bytes(), None
+
+    def add(kind: str, write: Callable[[Path], Any], read: Any, wanted: Any) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            write(Path(name, NAME))
+            files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
+        found[kind] = Source(files, read, wanted)
+
+    for kind, tree in trees.items():
+        dense = jax.tree.map(np.asarray, jc.materialize(tree))
+        add(kind, functools.partial(storage.save, params=tree), load, dense)
+    some = plain | {"leaf": trees["leaves"]["0"]["kernel"]}
+    rows = {
+        name: np.asarray(jc.materialize(x))[slice(*ROWS)] for name, x in some.items()
+    }
+    add("rows", functools.partial(storage.save, params=some), load_rows, rows)
+    save = functools.partial(storage.save, params=plain)
+    for kind, options in {
+        "fast": {"coded": "fast"},
+        "shards": {"max_shard_bytes": 100_000},
+    }.items():
+        add(kind, functools.partial(save, **options), load, plain)
+
+    later = {"w": (w * (1 + 1e-6 * random.normal(0, 1, w.shape))).astype(w.dtype)}
+    for name, tree in (("base", {"w": w}), ("later", later)):
+        (folder / name / "sub").mkdir(parents=True)
+        (folder / name / "config.json").write_text('{"layers": 12}\n' * 500)
+        save_file(tree, folder / name / "sub" / NAME)
+    for kind, base in {"archive": None, "against a base": folder / "base"}.items():
+        pack = functools.partial(storage.pack, folder / "later", base=base)
+        read = functools.partial(unpack, base=base)
+        add(kind, pack, read, contents(folder / "later"))
     return found
 
 
 def altered(data: bytes, random: np.random.Generator) -> tuple[str, bytes]:
-    """One way to alter a file, and what it gives."""
-    ways = ("bit", "byte", "cut", "swap", "header", "zeros", "tail", "length", "grow")
-    way = str(random.choice(ways))
+    """One way to alter a file, and what it gives, which is another file."""
+    while True:
+        way = str(random.choice(WAYS))
+        out = _altered(data, way, random)
+        if out != data:
+            return way, out
+
+
+def _altered(data: bytes, way: str, random: np.random.Generator) -> bytes:
     out = bytearray(data)
-    head = 8 + int.from_bytes(data[:8], "little")
+    whole = data[:1] == b"{"  # an index, which is JSON
+    start, head = (0, len(data)) if whole else (8, _head(data))
     at = int(random.integers(0, len(out)))
     if way == "bit":
         out[at] ^= 1 << int(random.integers(0, 8))
@@ -92,107 +178,216 @@ def altered(data: bytes, random: np.random.Generator) -> tuple[str, bytes]:
         other, size = int(random.integers(0, len(out))), int(random.integers(1, 64))
         one, two = out[at : at + size], out[other : other + size]
         out[at : at + len(two)], out[other : other + len(one)] = two, one
-    elif way == "header":  # a digit of a size, an offset, a shape
-        digits = [i for i in range(8, head) if 48 <= out[i] < 58]
-        out[int(random.choice(digits))] = int(random.integers(48, 58))
     elif way == "zeros":
         out[at : at + 40] = bytes(len(out[at : at + 40]))
-    elif way == "tail":  # behind the header: lists of numbers, tables, indices
-        at = head + int(random.integers(0, min(400, len(out) - head)))
-        out[at] ^= 1 << int(random.integers(0, 8))
-    elif way == "length":
-        out[:8] = struct.pack("<Q", int(random.choice([0, 7, head * 2, 10**8, 2**63])))
-    else:
+    elif way == "grow":
         out += bytes(int(random.integers(1, 100)))
-    return way, bytes(out)
+    elif way == "header":  # a digit of a size, an offset, a shape
+        digits = [i for i in range(start, head) if 48 <= out[i] < 58]
+        out[int(random.choice(digits))] = int(random.integers(48, 58))
+    elif way == "value":
+        text = with_odd_value(data[start:head], random)
+        if whole:
+            return text
+        text = text.ljust(head - 8)
+        out = struct.pack("<Q", len(text)) + text + data[head:]
+    elif way == "length" and not whole:
+        out[:8] = struct.pack("<Q", int(random.choice([0, 7, head * 2, 10**8, 2**63])))
+    elif way in ("head", "tail") and not whole:
+        # Numbers, tables and bases stand first, an index of chunks last.
+        first, last = _spans(data)[int(random.integers(0, len(_spans(data)) - 1))]
+        size = min(64, last - first)
+        at = int(random.integers(0, size))
+        at = first + at if way == "head" else last - 1 - at
+        new = (0, 1, 127, 128, 255, out[at] + 1, out[at] - 1, out[at] ^ 16)
+        out[at] = int(random.choice(new)) % 256
+    return bytes(out)
 
 
-def sealed(data: bytes) -> bytes | None:
-    """The file with digests that fit it; None where its header says nothing."""
-    head = 8 + int.from_bytes(data[:8], "little")
+def with_odd_value(text: bytes, random: np.random.Generator) -> bytes:
+    """JSON with one value replaced or gone, also in the texts that are JSON again."""
+    whole = json.loads(text)
+    about = whole.get("__metadata__") or whole["metadata"]
+    inner = []
+    for key, value in about.items():
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            about[key] = json.loads(inflated(value))
+            inner.append(key)
+    places = list(_places(whole))
+    holder, key = places[int(random.integers(0, len(places)))]
+    choice = int(random.integers(-1, len(ODD)))
+    if choice < 0:
+        del holder[key]
+    else:
+        holder[key] = ODD[choice]
+    if isinstance(about, dict):
+        about.update({key: to_json(about[key]) for key in inner if key in about})
+    return to_json(whole).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """All places of values: what holds them, and the key there."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, below in list(pairs):
+        yield value, key
+        if isinstance(below, dict | list):
+            yield from _places(below)
+
+
+def _head(data: bytes) -> int:
+    """Bytes in front of the arrays."""
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def _spans(data: bytes) -> list[list[int]]:
+    """First byte, and byte behind the last, of each array and of the digests."""
+    head = _head(data)
+    entries = json.loads(data[8:head])
+    entries.pop("__metadata__")
+    return sorted([head + i for i in x["data_offsets"]] for x in entries.values())
+
+
+def forged(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files with digests that fit them, where that can be."""
+    found = {name: sealed(data) for name, data in files.items() if name != INDEX}
+    if INDEX in files:
+        found[INDEX] = files[INDEX]
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            index = json.loads(files[INDEX])
+            about = index["metadata"]
+            about["seals"] |= {name: found[name][-16:].hex() for name in about["seals"]}
+            about["checksum"] = ""
+            about["checksum"] = digest(to_json(index).encode()).hex()
+            found[INDEX] = to_json(index).encode()
+    return found
+
+
+def sealed(data: bytes) -> bytes:
+    """A file with digests that fit it; as it is where its header says nothing."""
     try:
-        entries = json.loads(data[8:head])
-        entries.pop("__metadata__")
-        spans = sorted(x["data_offsets"] for x in entries.values())[:-1]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-    try:
-        rows = [tensors.digest(data[head + i : head + j]) for i, j in spans]
-    except (TypeError, ValueError):
-        return None
-    rows.append(tensors.digest(data[:head]))
-    rows.append(tensors.digest(b"".join(rows)))
+        rows = [digest(data[first:last]) for first, last in _spans(data)[:-1]]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        return data
+    rows.append(digest(data[: _head(data)]))
+    rows.append(digest(b"".join(rows)))
     return data[: max(0, len(data) - 16 * len(rows))] + b"".join(rows)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Counts of what became of the files."""
     count = 300 if config.fast else config.count
-    random = np.random.default_rng(config.seed)
     start = time.process_time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         given = sources(folder)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-        old = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (used + config.memory * 10**6, old[1]))
-        try:
-            counts = _count(folder, given, count, random)
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, old)
+        place = folder / "altered"
+        for kind, source in given.items():  # so that what they need is compiled
+            _write(source.files, place)
+            if not _same(source.read(place), source.wanted):
+                raise RuntimeError(f"{kind} did not come back as it was")
+        with _bounded(config.memory) as memory:
+            kinds = _count(place, given, count, np.random.default_rng(config.seed))
+    total = sum(kinds.values(), collections.Counter())
     row = {
         "experiment": "lossless_faults",
         "files": count,
-        **dict(sorted(counts.items())),
+        **dict(sorted(total.items())),
+        "by_kind": {kind: dict(sorted(some.items())) for kind, some in kinds.items()},
+        "largest_file": max(len(x) for s in given.values() for x in s.files.values()),
         "memory_limit_mb": config.memory,
+        **memory,
         "processor_seconds": time.process_time() - start,
-        "jax": metadata.version("jax"),
+        **about(),
     }
     print(json.dumps(row, indent=1))
     return [row]
 
 
+@contextlib.contextmanager
+def _bounded(megabytes: int) -> Iterator[dict[str, float]]:
+    """Few addresses beyond those in use; says how much memory became resident."""
+    found: dict[str, float] = {}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+    held, used = _status("VmRSS"), _status("VmSize")
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 10**6, old[1]))
+    try:
+        yield found
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+    found["resident_at_start_mb"] = held / 1e6
+    found["resident_growth_mb"] = (_status("VmHWM") - held) / 1e6
+
+
+def _status(key: str) -> int:
+    """Bytes, as Linux counts them for this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
 def _count(
-    folder: Path,
-    given: dict[str, tuple[bytes, Any]],
-    count: int,
-    random: np.random.Generator,
-) -> collections.Counter:
-    counts: collections.Counter = collections.Counter()
-    path, names = folder / "mutated", list(given)
+    place: Path, given: dict[str, Source], count: int, random: np.random.Generator
+) -> dict[str, collections.Counter]:
+    """Of each kind, how often it ended how."""
+    counts = {kind: collections.Counter() for kind in given}
     for number in range(count):
-        kind = names[number % len(names)]
-        data, wanted = given[kind]
-        way, bad = altered(data, random)
-        forged = number // len(names) % 2 == 1
-        if forged:
-            bad = sealed(bad) or bad
-        path.write_bytes(bad)
+        kind = list(given)[number % len(given)]
+        source = given[kind]
+        name = str(random.choice(sorted(source.files)))
+        way, bad = altered(source.files[name], random)
+        files = source.files | {name: bad}
+        behind = number // len(given) % 2 == 1
+        if behind:
+            files = forged(files)
+        what = f"{kind} {number}: {way} of {name}, digests {'forged' * behind}"
+        _write(files, place)
         try:
-            if kind == "archive":
-                storage.unpack(path, folder / f"out{number}")
-                outcome = "unpacked"
-            else:
-                tree = jc.materialize(storage.load(path))
-                same = _same(tree, wanted)
-                if not same and not forged:
-                    raise RuntimeError(f"{kind} {way} {number}: wrong, and unnoticed")
-                outcome = "right" if same else "other numbers behind forged digests"
+            outcome = _outcome(source.read(place), source.wanted)
         except (ValueError, OSError) as error:
             if not str(error):
-                raise
+                raise RuntimeError(f"{what}: an error without a text") from error
             outcome = f"refused: {type(error).__name__}"
-        counts[outcome] += 1
-        counts["forged digests" if forged else "digests as written"] += 1
+            if str(place.parent) not in str(error):  # of a leaf that was loaded
+                outcome += " without the file's name"
+        except Exception as error:
+            raise RuntimeError(f"{what}: {error!r}") from error
+        # Reading rows alone reads, and checks, not all of a file.
+        refused = outcome.startswith("refused")
+        if not behind and not refused and (kind, outcome) != ("rows", "right"):
+            raise RuntimeError(f"{what}: unnoticed, {outcome}")
+        end = outcome if refused or outcome == "right" else f"{outcome}, forged"
+        counts[kind][end] += 1
+        counts[kind]["forged digests" if behind else "digests as written"] += 1
     return counts
 
 
-def _same(tree: Any, wanted: Any) -> bool:
-    if jax.tree.structure(tree) != jax.tree.structure(wanted):
+def _write(files: dict[str, bytes], place: Path) -> None:
+    """Makes these the files of a directory."""
+    place.mkdir(exist_ok=True)
+    for name in set(os.listdir(place)) - files.keys():
+        (place / name).unlink()
+    for name, data in files.items():
+        (place / name).write_bytes(data)
+
+
+def _outcome(found: Any, wanted: Any) -> str:
+    if _same(found, wanted):
+        return "right"
+    leaves = jax.tree.leaves(wanted)
+    kinds = [[(x.shape, x.dtype) for x in y] for y in (jax.tree.leaves(found), leaves)]
+    if kinds[0] != kinds[1]:
+        return "other shapes"
+    return "other bytes" if leaves[0].dtype == np.uint8 else "other numbers"
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    if jax.tree.structure(found) != jax.tree.structure(wanted):
         return False
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True)
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
     return all(
-        one.dtype == two.dtype and np.asarray(one).tobytes() == two.tobytes()
+        (one.shape, one.dtype) == (two.shape, two.dtype)
+        and one.tobytes() == two.tobytes()
         for one, two in pairs
     )
 

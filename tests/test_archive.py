@@ -288,6 +288,34 @@ def test_a_directory_comes_back_byte_for_byte(tmp_path, monkeypatch, part):
     assert path.read_bytes() == first
 
 
+def test_a_directory_is_packed_to_be_unpacked_sooner(tmp_path, capsys):
+    """And not by default: pairs of exponents, in either type."""
+    (tmp_path / "in").mkdir()
+    names = ("bfloat16", "float32")
+    safetensors.numpy.save_file(
+        {name: TREE[name] for name in names}, tmp_path / "in" / "x.safetensors"
+    )
+    storage.pack(tmp_path / "in", tmp_path / "plain")
+    storage.pack(tmp_path / "in", tmp_path / "fast", coded="fast")
+    command = ["pack", "--fast", str(tmp_path / "in"), str(tmp_path / "command")]
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    for name, coding in (("plain", "bfloat16"), ("fast", "bfloat16 pairs")):
+        with storage.open(tmp_path / name) as stored:
+            codings = stored.files()[0].codings
+            kinds = {
+                stored.describe(part)[2]: codings.get(part) for part in stored.names
+            }
+        assert {name: kinds[name] for name in names} == dict.fromkeys(names, coding)
+        storage.unpack(tmp_path / name, tmp_path / f"{name} out")
+        found, wanted = (
+            (tmp_path / folder / "x.safetensors").read_bytes()
+            for folder in (f"{name} out", "in")
+        )
+        assert found == wanted
+    assert (tmp_path / "command").read_bytes() == (tmp_path / "fast").read_bytes()
+
+
 def test_pack_and_unpack_refuse_what_they_must(tmp_path):
     checkpoint(tmp_path / "in")
     with pytest.raises(FileNotFoundError, match="no directory"):
@@ -303,12 +331,22 @@ def test_pack_and_unpack_refuse_what_they_must(tmp_path):
     storage.save(tmp_path / "plain", {"a": TREE["small"]})
     with pytest.raises(ValueError, match="no archive"):
         storage.unpack(tmp_path / "plain", tmp_path / "y")
+    for name in (b"a:b", b"a\\b", b"\xff"):  # unpack would refuse them later
+        odd = os.path.join(os.fsencode(tmp_path / "in"), name)
+        with open(odd, "wb"):
+            pass
+        with pytest.raises(ValueError, match="rename it"):
+            storage.pack(tmp_path / "in", tmp_path / "x")
+        os.unlink(odd)
     os.mkfifo(tmp_path / "in" / "pipe")
     with pytest.raises(ValueError, match="neither a file nor a directory"):
         storage.pack(tmp_path / "in", tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "C:x", "a\\b"])
+NAMES = ["../x", "/x", "a/../../x", "", "C:x", "a\\b", "a\0", 7, None]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_archive_writes_nothing_outside(tmp_path, name):
     files = [{"path": name, "bytes": 60, "digest": "00"}]
     tree = {"files": [[TREE["small"]]]}
@@ -324,6 +362,39 @@ def test_unpacked_files_are_compared_with_their_digests(tmp_path):
         storage.save(tmp_path / "x", {"files": [[TREE["small"]]]}, {"archive": files})
         with pytest.raises(storage.FileDamaged):
             storage.unpack(tmp_path / "x", tmp_path / "out")
+        assert os.listdir(tmp_path) == ["x"]
+
+
+def test_lists_of_files_that_lie_are_refused(tmp_path):
+    """Whatever JSON stands where the files, the parts and the base do."""
+    one = {"path": "a", "bytes": 60, "digest": ""}
+    rows = TREE["small"].view(np.uint8).reshape(4, -1)
+    pieces = [[[TREE["small"]]], [[[*rows]]]]
+    leaf = [[jc.symmetric(bits=4)(jnp.ones((3, 5)))]]
+    plain, different = ({"files": x} for x in pieces)
+    named = {"path": "b", "bytes": 60, "digest": ""}
+    places = ([[0, "V4", "b", 0]], [[0, "O", "b", 0]], [[0, "float32", "b", 1]], [[0]])
+    places += ([[0, "float32", "c", 0]], [[0, "float32", "b", None]], [7], 7)
+    cases = [
+        *(
+            (plain, {"archive": x})
+            for x in ([], {}, 7, [7], [[]], [{}], "a", [one] * 2)
+        ),
+        *((plain, {"archive": [one | {k: x}]}) for k in one for x in ([], {}, 1.5)),
+        *((plain, {"archive": [one], "base": x}) for x in ([], {}, 7, [7], [{}], "b")),
+        *(
+            (different, {"archive": [one | {"from": x}], "base": [named]})
+            for x in places
+        ),
+        (different, {"archive": [one]}),
+        ({"files": leaf}, {"archive": [one]}),
+        *(({"files": x}, {"archive": [one]}) for x in ([[None]], [None], None, {}, [])),
+        (TREE["small"], {"archive": [one]}),
+    ]
+    for tree, metadata in cases:
+        storage.save(tmp_path / "x", tree, metadata)
+        with pytest.raises(storage.FileDamaged, match="list of files is odd"):
+            storage.unpack(tmp_path / "x", tmp_path / "out", base=tmp_path)
         assert os.listdir(tmp_path) == ["x"]
 
 

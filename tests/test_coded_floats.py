@@ -1,5 +1,7 @@
 """Coded floats and words: every bit back, small, decoded in blocks and chunks."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -157,6 +159,9 @@ def test_whole_numbers_and_lattices_cost_their_integers():
     x[0, 0] = -0.0  # an integer has no negative zero
     coded = code_floats(x)
     assert coded.power is None
+    wild = dataclasses.replace(coded, power=2**31)  # as a damaged file may say
+    with pytest.raises(ValueError, match="damaged"):
+        wild.materialize()
     check(coded, x)
 
 

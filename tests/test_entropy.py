@@ -342,6 +342,9 @@ def test_damaged_files_raise_or_give_an_array_of_the_right_shape(largest):
         else:
             assert leaf.shape[-2:] == codes.shape[-2:]
     assert refused > 180
+    for wrong in ({"width": 2**31}, {"low_bits": 2**31}, {"escape": 9}):
+        with pytest.raises(ValueError, match="damaged"):
+            Coded.restored(arrays, {**fields, **wrong})
     for wrong in ({"trailing": (3, 5)}, {"low_bits": 3}):
         if wrong.get("low_bits") or coded.states.shape[-1] > 1:
             with pytest.raises(ValueError, match="damaged"):

@@ -470,6 +470,7 @@ LIES = {
     "a static field's value": change(*LEAF, "static", "sizes", value=[3, 2]),
     "the dense shape": change(*LEAF, "dense", value=["float32", [2, 3]]),
     "the dense dtype": change(*LEAF, "dense", value=["int8", [2, 2]]),
+    "no dense shape": change(*LEAF, "dense", value=["float32"]),
     "a field's name": change(*LEAF, "fields", value={"outer": None}),
     "a field that is None": change(*LEAF, "fields", "inner", value=None),
 }
@@ -635,6 +636,36 @@ def test_shards_that_do_not_belong_together(path, tmp_path):
         damages[-1][place] ^= 1 << (place % 8)
     for damaged in damages:
         index.write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(index)):
+            storage.load(path)
+    index.write_bytes(raw)
+    shard.write_bytes(good[:-9])
+    with pytest.raises(storage.FileDamaged) as caught:
+        storage.load(path)
+    assert str(caught.value).startswith(str(shard)), "one file, and what to do, named"
+    assert str(caught.value).count("get the file again") == 1
+
+
+@pytest.mark.parametrize("odd", [7, None, True, [], {}, "", "../x", float("nan")])
+def test_an_index_of_odd_json_is_damaged(odd, path):
+    """Under a checksum that fits."""
+    storage.save(path, {"a": jnp.ones(25), "b": jnp.ones(25)}, max_shard_bytes=100)
+    index = pathlib.Path(f"{path}.index.json")
+    whole = index.read_text()
+    about = json.loads(whole)["metadata"]
+    places = [("weight_map", name) for name in ("a", "b")]
+    places += [("metadata", key) for key in about if key != "total_size"]
+    places += [("metadata",), ("weight_map",)]
+    for *most, last in places:
+        found = json.loads(whole)
+        holder = found[most[0]] if most else found
+        holder[last] = odd
+        if type(found["metadata"]) is dict and last != "checksum":
+            found["metadata"]["checksum"] = ""
+            text = json.dumps(found, separators=(",", ":")).encode()
+            digest = hashlib.blake2b(text, digest_size=16).hexdigest()
+            found["metadata"]["checksum"] = digest
+        index.write_text(json.dumps(found, separators=(",", ":")))
         with pytest.raises(ValueError, match=str(index)):
             storage.load(path)
 

@@ -317,8 +317,9 @@ def verify(options: argparse.Namespace) -> None:
 
 def pack(options: argparse.Namespace) -> None:
     progress = _progress("packing", "parts")
+    coded = "fast" if options.fast else True
     found = storage.pack(
-        options.folder, options.out, base=options.base, progress=progress
+        options.folder, options.out, base=options.base, coded=coded, progress=progress
     )
     before, after = found["bytes"], found["packed"]
     _print(

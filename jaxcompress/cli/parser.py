@@ -124,6 +124,11 @@ def parser() -> argparse.ArgumentParser:
         help="keep tensors as differences from those of the same name in this "
         "directory, such as the model that was fine-tuned; unpack needs it again",
     )
+    add(
+        "--fast",
+        action="store_true",
+        help="a coding that is unpacked sooner, for some hundredths of a bit a weight",
+    )
 
     add = command(
         commands.unpack,

@@ -68,7 +68,9 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
     """
     data = memoryview(np.ascontiguousarray(arrays["stream"], np.uint8))
     trailing = tuple(static["trailing"])
-    width, escape = static["width"], static["escape"]
+    width, escape, low_bits = static["width"], static["escape"], static["low_bits"]
+    fits = 0 <= width <= 8 and 0 <= low_bits <= 32 and 0 <= escape <= 2
+    _require(fits, f"{width} and {low_bits} bits, {escape} words")
     (axes,), at = read_numbers(data, 0, 1)
     _require(0 < axes < 16, f"{axes - 1} stack axes")
     lead, at = read_numbers(data, at, axes - 1)
@@ -90,15 +92,20 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
         base = [unfold_sign(number) for number in base]
         _require(all(-(2**31) <= n < 2**31 for n in base), "a base past 32 bits")
         base = np.array(base, np.int32)
-    if listed == 2:
-        symbols = np.zeros((slices * contexts, columns), np.int32)
-    frequencies = np.zeros((slices * contexts, columns), np.int64)
-    for i, row in enumerate(frequencies):
-        if symbols is None:
-            row[:], at = read_numbers(data, at, columns)
+    tables, values = [], []  # one by one: damage ends it before they are many
+    for _ in range(slices * contexts):
+        row, named = np.zeros((2, columns), np.int64)
+        if listed == 2:
+            at = _read_listed(data, at, named, row, bool(escape))
+            values.append(named.astype(np.int32))
         else:
-            at = _read_listed(data, at, symbols[i], row, bool(escape))
-    _require((frequencies.sum(axis=-1) == rans.TOTAL).all(), "tables off their sum")
+            row[:], at = read_numbers(data, at, columns)
+        _require(row.sum() == rans.TOTAL, "tables off their sum")
+        tables.append(row.astype(np.uint16))
+    shape = slices, contexts, columns
+    frequencies = np.reshape(np.array(tables, np.uint16), shape)
+    if listed == 2:
+        symbols = np.reshape(np.array(values, np.int32), shape)
     _require(at < len(data) and data[at] in (2, 4), "no lane lengths")
     size, at = data[at], at + 1
     count = slices * lanes
@@ -120,14 +127,10 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
         "words": _stacked(padded, lead),
         "offsets": _stacked(offsets.astype(np.int32), lead),
         "states": _stacked(states.astype(np.uint32).reshape(slices, lanes), lead),
-        "frequencies": _stacked(
-            frequencies.astype(np.uint16).reshape(slices, contexts, columns), lead
-        ),
+        "frequencies": _stacked(frequencies, lead),
         "base": None if base is None else _stacked(base, lead),
-        "symbols": None
-        if symbols is None
-        else _stacked(symbols.reshape(slices, contexts, columns), lead),
-        **_beside(arrays, tuple(lead), trailing, static["low_bits"], contexts),
+        "symbols": None if symbols is None else _stacked(symbols, lead),
+        **_beside(arrays, tuple(lead), trailing, low_bits, contexts),
         **{**static, "trailing": trailing},
     }
 

@@ -66,6 +66,8 @@ class CodedFloats(Leaf):
 def _numbers(bits: jax.Array, kind: str, coded: str, power: int | None) -> jax.Array:
     """The numbers that bits, or integers, stand for."""
     if power is not None:
+        if not -1075 < power < 1024:  # as a damaged file may say
+            raise ValueError(f"a float has no power of two of {power}: damaged")
         return bits.astype(kind) * jnp.asarray(2.0**power, kind)
     if kind != coded:
         bits = bits.astype(jnp.uint32) << np.uint32(16)

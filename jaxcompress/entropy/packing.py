@@ -83,7 +83,13 @@ def pack(codes: jax.Array, bits: int) -> Packed:
 
 
 def field_widths(bits: int) -> tuple[int, ...]:
-    """Widths, whole bytes first, of the fields that `bits` is split into."""
+    """Widths, whole bytes first, of the fields that `bits` is split into.
+
+    Raises:
+      ValueError: more bits than codes have, as a file may claim.
+    """
+    if not 0 <= bits <= 64:
+        raise ValueError(f"codes of {bits} bits; they have at most 64")
     return (8,) * (bits // 8) + tuple(w for w in (4, 2, 1) if bits & w)
 
 

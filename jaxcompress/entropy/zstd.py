@@ -67,6 +67,10 @@ def decompress_into(frame: bytes, out: np.ndarray) -> None:
 def decompress(frame: bytes | memoryview, size: int) -> bytes:
     """The `size` bytes of a frame; ValueError for anything else."""
     try:
+        # The library makes room for what a frame claims, whatever it may give.
+        claimed = zstandard.frame_content_size(frame)
+        if claimed not in (-1, size):
+            raise ValueError(f"a frame of {claimed} bytes, not {size}; it is damaged")
         data = _local.decompressor.decompress(frame, max_output_size=max(1, size))
     except zstandard.ZstdError as error:
         raise ValueError(f"a frame is damaged: {error}") from error

@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +29,7 @@ import numpy as np
 from jaxcompress.entropy import deltas
 from jaxcompress.storage import bases, container
 from jaxcompress.storage.manifest import FileDamaged, Slot
-from jaxcompress.storage.tensors import damaged
+from jaxcompress.storage.tensors import CODES, damaged
 from jaxcompress.storage.writing import beside, write
 
 PART = 1 << 26  # bytes of a file in memory at a time
@@ -41,13 +42,15 @@ def pack(
     path: str | os.PathLike,
     *,
     base: str | os.PathLike | None = None,
+    coded: bool | str = True,
     progress: Progress | None = None,
 ) -> dict[str, int]:
     """Packs a directory, such as a Hugging Face checkpoint, into one file.
 
     `unpack` gives the same bytes under the same names; permissions and times are not
     kept, links are followed, empty directories are left out. One part of a file is in
-    memory at a time. The archive is written beside `path` and renamed.
+    memory at a time. The archive is written beside `path`, as `.name.*.tmp`, which a
+    process that is killed leaves there, and renamed.
 
     Args:
       folder: the directory.
@@ -55,6 +58,7 @@ def pack(
       base: a directory with a checkpoint that this one came from, or a later one goes
         to: tensors of the same name, dtype and size are kept as differences where these
         are smaller. `unpack` needs it again.
+      coded: as for `save`; "fast" for a coding that is unpacked sooner.
       progress: wraps the list of parts that is worked through, as a progress bar does.
 
     Returns: numbers of `files` and `parts`, parts among them that are `differences`,
@@ -64,6 +68,7 @@ def pack(
       FileNotFoundError: no such directory, or no files in it; a base without tensors.
       ValueError: the archive would lie in the directory, something in it is neither
         file nor directory, or nothing in it is closer to the base than to nothing.
+      OSError: of the system, such as a full disk; an old archive stays as it was.
     """
     root, path = Path(folder), os.path.realpath(path)
     if not root.is_dir():
@@ -103,8 +108,8 @@ def pack(
             )
         metadata["base"] = [bases.describe(other.root, name) for name in sorted(used)]
     about = container.describe({"dict": [["files", {"list": lists}]]}, metadata)
-    with beside(path) as file:
-        write(file, slots, about, progress=progress)
+    with _naming(path), beside(path) as file:
+        write(file, slots, about, coded=coded, progress=progress)
     return {
         "files": len(files),
         "parts": len(slots),
@@ -123,7 +128,8 @@ def unpack(
 ) -> dict[str, int]:
     """Writes the files of an archive into a new directory; every byte is checked.
 
-    The directory appears when it is complete; an error leaves nothing.
+    The directory appears when it is complete; an error leaves nothing, a process that
+    is killed `.name.*.tmp` beside it.
 
     Args:
       path: of the archive.
@@ -138,6 +144,7 @@ def unpack(
       FileDamaged: the archive is not what was written.
       ValueError: the file is no archive; a base is missing, or is not the one that
         the archive was packed against, which its digests tell; or none was.
+      OSError: of the system, such as a full disk.
     """
     target = Path(folder).absolute()
     if target.exists():
@@ -147,14 +154,30 @@ def unpack(
         other = _base_of(stored, base)
         scratch = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
         work = list(enumerate(files))
+        new = [parent for parent in target.parents if not parent.exists()]
         try:
             for number, about in work if progress is None else progress(work):
-                _write_file(stored, other, number, about, scratch / about["path"])
+                with _naming(target / about["path"]):
+                    _write_file(stored, other, number, about, scratch / about["path"])
             os.rename(scratch, target)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
+            for parent in new:
+                with suppress(OSError):  # not there, or someone else's files in it
+                    parent.rmdir()
             raise
     return {"files": len(files), "bytes": sum(about["bytes"] for about in files)}
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Errors of writing and reading say of which file; the system's own do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def _names(root: Path) -> list[str]:
@@ -170,7 +193,23 @@ def _names(root: Path) -> list[str]:
                     "without it"
                 )
             found.append(path.relative_to(root).as_posix())
+            if not _portable(found[-1]):
+                raise ValueError(
+                    f"{os.fsencode(path)!r} has a name that other systems lack; "
+                    "rename it, in UTF-8 without : and \\"
+                )
     return sorted(found)
+
+
+def _portable(name: str) -> bool:
+    """Whether a path lies below the directory it is unpacked to, on any system.
+
+    Surrogates stand for bytes of a name that are not UTF-8.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        return False
+    return not any(x in ":\\\0" or "\ud800" <= x <= "\udfff" for x in name)
 
 
 def _parts(
@@ -232,25 +271,28 @@ def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
     try:
         seen = set()
         for about in files:
-            path = PurePosixPath(about["path"])
-            odd = path.is_absolute() or ".." in path.parts or "\\" in about["path"]
-            if odd or not path.parts or ":" in about["path"] or path in seen:
+            path = PurePosixPath(_checked(about)["path"])
+            if not _portable(about["path"]) or path in seen:
                 raise ValueError(f"it names a file {about['path']!r}")
             seen.add(path)
-        if len(lists) != len(files):
+        if not files or len(lists) != len(files):
             raise ValueError(f"{len(files)} files, parts of {len(lists)}")
-        base = {one["path"]: one["bytes"] for one in stored.metadata.get("base", ())}
+        wanted = stored.metadata.get("base")
+        if wanted is not None and not wanted:
+            raise ValueError("a base of no files")
+        base = {_checked(one)["path"]: one["bytes"] for one in wanted or ()}
         for about, names in zip(files, lists, strict=True):
             kinds = [_kind(stored, part) for part in names]
             total = sum(math.prod(s) * jnp.dtype(d).itemsize for s, d in kinds)
-            if total != about["bytes"] or type(about["digest"]) is not str:
+            if total != about["bytes"]:
                 raise ValueError(f"{about['path']}: parts of {total} bytes")
             lists_there = [i for i, part in enumerate(names) if type(part) is list]
             if [one[0] for one in about.get("from", ())] != lists_there:
                 raise ValueError(f"{about['path']}: differences {lists_there}")
             for i, dtype, file, start in about.get("from", ()):
                 (width, count), _ = kinds[i]
-                fits = jnp.dtype(dtype).itemsize == width and type(start) is int
+                fits = dtype in CODES and jnp.dtype(dtype).itemsize == width
+                fits = fits and type(start) is int
                 if not fits or not 0 <= start <= base[file] - width * count:
                     raise ValueError(f"{about['path']}: {dtype} of {file}, {start}")
     except FileDamaged:
@@ -260,15 +302,26 @@ def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
     return files
 
 
+def _checked(about: Any) -> Any:
+    """What is said of a file; ValueError where that is another thing."""
+    match about:
+        case {"path": str(), "bytes": int(), "digest": str()}:
+            return about
+    raise ValueError(f"of a file it says {str(about)[:80]}")
+
+
 def _kind(
     stored: container.StoredParams, part: str | list[str]
 ) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a part: of a difference, those of all its bytes."""
     if type(part) is str:
-        return stored.describe(part)[1:]
-    kinds = {stored.describe(name)[1:] for name in part}
-    ((shape, dtype),) = kinds
-    if len(shape) != 1 or dtype != "uint8":
+        kind, *found = stored.describe(part)
+        if kind != "array":
+            raise ValueError(f"a part that is {kind}")
+        return tuple(found)
+    kinds = {stored.describe(name) for name in part}
+    ((kind, shape, dtype),) = kinds
+    if len(shape) != 1 or (kind, dtype) != ("array", "uint8"):
         raise ValueError(f"a difference of {dtype} {shape}")
     return (len(part), *shape), dtype
 

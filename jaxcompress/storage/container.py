@@ -18,8 +18,9 @@ import numpy as np
 
 from jaxcompress.entropy.parallel import in_groups, of_arrays
 from jaxcompress.storage import manifest, shards
-from jaxcompress.storage.manifest import FileDamaged, Slot
+from jaxcompress.storage.manifest import ODD, FileDamaged, Slot
 from jaxcompress.storage.tensors import (
+    ADVICE,
     FORMAT,
     VERSION,
     TensorFile,
@@ -281,11 +282,15 @@ class StoredParams:
         shape = self.describe(name)[1]
         if not shape or not 0 <= first <= last <= shape[0]:
             raise ValueError(
-                f"rows {first} to {last} of {name}, whose shape is {shape}; rows lie "
-                f"between 0 and {shape[0] if shape else 0}"
+                f"{self.path}: rows {first} to {last} of {name}, whose shape is "
+                f"{shape}; rows lie between 0 and {shape[0] if shape else 0}"
             )
         if "array" not in node:
-            return np.asarray(dense(self.read(name))[first:last])
+            leaf = self.read(name)
+            try:
+                return np.asarray(dense(leaf)[first:last])
+            except ODD as error:
+                raise damaged(self.path, f"{name}: {error}") from error
         file = self._file_of(manifest.join(path))
         return file.read_rows(manifest.join(path), node["array"], shape, first, last)
 
@@ -333,9 +338,14 @@ class StoredParams:
     def _describe(self, about: Mapping[str, str], names: set[str]) -> None:
         """Reads the texts that describe the tree, and compares it with the arrays."""
         try:
+            texts = [about[key] for key in ("tree", "metadata", "versions")]
+            if not all(type(text) is str for text in texts):
+                raise ValueError("what describes it is no text")
             node = json.loads(inflated(about["tree"]))
             self.metadata = json.loads(about["metadata"])
             self.versions = json.loads(about["versions"])
+            if type(self.metadata) is not dict or type(self.versions) is not dict:
+                raise ValueError("metadata or versions that are no mapping")
             found = list(manifest.arrays(node))
             self.tree, self._nodes = manifest.outline(node)
         except FileDamaged as error:
@@ -360,8 +370,9 @@ class StoredParams:
                 )
 
     def _in_file(self, error: FileDamaged) -> FileDamaged:
+        """The error with the name of a file; of a shard it has one."""
         text = str(error)
-        return error if text.startswith(self.path) else damaged(self.path, text)
+        return error if text.endswith(ADVICE) else damaged(self.path, text)
 
 
 def versions() -> dict[str, str]:

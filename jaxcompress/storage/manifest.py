@@ -40,6 +40,10 @@ _LARGEST = 2**63  # elements; no file holds more
 Path = tuple[str, ...]
 
 
+# What a leaf type may raise of fields that it does not understand.
+ODD = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
+
+
 class FileDamaged(ValueError):
     """A file is not what was written: altered, cut short, or inconsistent."""
 
@@ -151,7 +155,7 @@ def decode(
         else:
             made = cls(**dict(below), **static)
         stands = _dense(made).get("dense")
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except ODD as error:
         raise _wrong(path, f"{cls.__name__}: {error}") from error
     if node.get("dense", stands) != stands:
         raise _wrong(path, f"it stands for {stands}, not {node['dense']}")
@@ -177,9 +181,17 @@ def inside(node: Any, path: Path) -> tuple[str, list[tuple[Any, Any]]]:
         case {"leaf": str(), "static": dict()}:
             kind = "stored" if "stored" in node else "fields"
             rest = node.keys() - {"leaf", "static", kind, "dense"}
-            if not rest and type(node.get(kind)) is dict:
+            dense = node.get("dense", ["", []])
+            if not rest and type(node.get(kind)) is dict and _is_dense(dense):
                 return kind, list(node[kind].items())
     raise _wrong(path, f"not a node: {str(node)[:80]}")
+
+
+def _is_dense(value: Any) -> bool:
+    match value:
+        case [str(), list(shape)]:
+            return all(type(n) is int for n in shape)
+    return False
 
 
 def arrays(node: Any, path: Path = ()) -> Iterator[tuple[str, str, tuple[int, ...]]]:

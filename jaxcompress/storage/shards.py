@@ -130,7 +130,9 @@ class Index:
             about = index["metadata"]
             if about["format"] != FORMAT:
                 raise KeyError("format")
+            again = to_json(index).encode()
             checksum, about["checksum"] = about["checksum"], ""
+            whole = to_json(index).encode()
             self.files: dict[str, str] = dict(index["weight_map"])
             self._seals: dict[str, str] = dict(about["seals"])
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -146,13 +148,13 @@ class Index:
                 f"jaxcompress reads {VERSION}; update it (or get the file again, if "
                 "damaged)"
             )
-        whole = to_json(index).encode()
         about["checksum"] = checksum
-        if digest(whole).hex() != checksum or to_json(index).encode() != raw:
+        if digest(whole).hex() != checksum or again != raw:
             raise damaged(path, "its checksum is not the one written")
         self.about = about
         for name in self.files.values():
-            if os.path.basename(name) != name or name not in self._seals:
+            known = type(name) is str and type(self._seals.get(name)) is str
+            if not known or os.path.basename(name) != name:
                 raise damaged(path, f"it names the file {name!r}")
 
     def open(self, name: str) -> TensorFile:

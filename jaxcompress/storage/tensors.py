@@ -37,6 +37,7 @@ VERSION = 2
 DIGEST = 16  # bytes
 CHUNK = 1 << 22  # bytes read at a time where an array need not be held
 LONG_TEXT = 4096  # characters
+ADVICE = "; get the file again, or save it again"
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors package too
 
 CODES = {
@@ -328,7 +329,7 @@ class TensorFile:
 
 
 def damaged(path: str, why: str) -> FileDamaged:
-    return FileDamaged(f"{path}: damaged: {why}; get the file again, or save it again")
+    return FileDamaged(f"{path}: damaged: {why}{ADVICE}")
 
 
 def digest(data: Any) -> bytes:
