@@ -725,12 +725,12 @@ def peak(function, *args, **options):
 
 
 def test_memory_is_the_result_and_one_leaf(path):
-    one = 1 << 20
+    one = 1 << 22
     tree = {f"{i:02}": np.full(one // 4, i, np.float32) for i in range(16)}
     tree["big"] = jc.Sum((np.zeros(one, np.float32), np.ones(one, np.float32)))
     total = 24 * one
     saving, _ = peak(storage.save, path, tree)
-    assert saving < 9 * one
+    assert saving < 12 * one  # two threads, each with 16 MB to write to
     loading, found = peak(storage.load, path, numpy=True)
     assert loading < total + 2 * one
     del found

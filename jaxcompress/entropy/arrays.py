@@ -44,20 +44,30 @@ def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, float]]:
     """Bytes of a sample, as it is and, about, by each coding that holds it."""
     if array.nbytes < LEAST or array.dtype.itemsize not in (1, 2, 4, 8):
         return array.nbytes, {}
-    flat = np.ascontiguousarray(array).reshape(-1)
+    whole = np.ascontiguousarray(array).reshape(-1)
     width = planes.block_width(array.shape)
-    if flat.size > PLACES * SAMPLE:
-        places = np.linspace(0, flat.size - SAMPLE, PLACES).astype(np.int64)
-        flat = np.concatenate([flat[place : place + SAMPLE] for place in places])
+    flat = _sample(whole, SAMPLE)
+    few = palettes.fits(_bits(flat))
+    if few:  # what must be listed weighs less in more
+        flat = _sample(whole, 8 * SAMPLE)
+        few = palettes.fits(_bits(flat))
     sizes = {}
     for name in _candidates(array.dtype, fast):
         words = _words(flat, name)
-        if words is None or (name == streams.PALETTE and not palettes.fits(words)):
+        if words is None or (name == streams.PALETTE and not few):
             continue
         size = streams.estimate(words, name, width)
         if size is not None:
             sizes[name] = size
     return flat.nbytes, sizes
+
+
+def _sample(flat: np.ndarray, size: int) -> np.ndarray:
+    """So many numbers at each of some places; all where there are no more."""
+    if flat.size <= PLACES * size:
+        return flat
+    places = np.linspace(0, flat.size - size, PLACES).astype(np.int64)
+    return np.concatenate([flat[place : place + size] for place in places])
 
 
 def encode(
@@ -127,7 +137,7 @@ def _candidates(dtype: np.dtype, fast: bool) -> tuple[str, ...]:
 
 def _words(flat: np.ndarray, coding: str) -> np.ndarray | None:
     """The words that a coding codes; None where it does not hold the numbers."""
-    words = flat.view(f"u{flat.dtype.itemsize}")
+    words = _bits(flat)
     if coding != "halves":
         return words
     halves = words.view(np.uint16).reshape(-1, 2)
@@ -135,3 +145,7 @@ def _words(flat: np.ndarray, coding: str) -> np.ndarray | None:
         if halves[start : start + planes.CHUNK, 0].any():
             return None
     return np.ascontiguousarray(halves[:, 1])
+
+
+def _bits(flat: np.ndarray) -> np.ndarray:
+    return flat.view(f"u{flat.dtype.itemsize}")

@@ -137,7 +137,10 @@ def encode(
 
 
 def estimate(words: np.ndarray, split: Split) -> float | None:
-    """About the bytes of flat words, by the entropy of symbols; None as `encode`."""
+    """About the bytes of flat words; None as `encode`.
+
+    By the entropy of symbols, of which each takes a bit or more.
+    """
     tails = 0
     if words.itemsize == 4:
         halves = words.view(np.uint16).reshape(-1, 2)
@@ -150,7 +153,7 @@ def estimate(words: np.ndarray, split: Split) -> float | None:
         counts = np.append(kept, counts[0] + missed)
     if missed > words.size // 8:
         return None
-    bits = entropy(counts) + split.rest_bits * words.size
+    bits = max(entropy(counts), words.size) + split.rest_bits * words.size
     return bits / 8 + (4 + split.bits // 8) * missed + tails
 
 

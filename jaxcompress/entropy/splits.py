@@ -80,7 +80,7 @@ SPLITS = {
 }
 
 
-AHEAD = 1 << 24  # bytes asked for at once; of 4 MB or more, NumPy asks for large pages
+AHEAD = 1 << 24  # bytes asked for at once; NumPy asks for large pages then
 
 
 class _Rooms(threading.local):
