@@ -101,7 +101,9 @@ def test_an_archive_survives_a_killed_process(given, moment):
     assert (given / "x").read_bytes() == old
     storage.verify(given / "x")
     (rest,) = left(given)
-    assert rest.startswith(".x.") and (given / rest).stat().st_size > ROOM
+    assert rest.startswith(".x.")
+    if moment == "replace":  # parts are read ahead of what is written
+        assert (given / rest).stat().st_size > ROOM
     storage.pack(given / "in", given / "x")
     storage.unpack(given / "x", given / "out")
     assert contents(given / "out") == contents(given / "in")
