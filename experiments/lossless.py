@@ -14,6 +14,7 @@ keeps what it was given back, as other coders in the process, or a setting, make
     python experiments/lossless.py MODEL.safetensors --sizes  # no clocks
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -24,15 +25,10 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-)
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +182,23 @@ def peers(data: bytes, kind: str) -> dict[str, Coder]:
     return found
 
 
+@contextlib.contextmanager
+def one_core(wanted: bool) -> Iterator[None]:
+    """Keeps to one processor, where the system can; XLA makes no other thread then.
+
+    If JAX has begun no work before.
+    """
+    if not wanted or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
     """What a function gives, the processor seconds it takes, and those that pass."""
     start, passed = time.process_time(), time.perf_counter()
@@ -307,6 +320,11 @@ def in_xla(tensors: dict[str, np.ndarray], rounds: int, fast: bool) -> dict[str,
 
 def run(config: Config) -> list[dict[str, Any]]:
     """One row per kind and coder."""
+    with one_core(config.threads == 1):
+        return rows_of(config)
+
+
+def rows_of(config: Config) -> list[dict[str, Any]]:
     if config.fast:
         config = dataclasses.replace(config, model="", rounds=2, kinds="bfloat16")
     source = weights(config)

@@ -16,6 +16,8 @@ from jaxcompress.entropy.splits import SPLITS, words_of
 from jaxcompress.entropy.tables import read_numbers, write_numbers
 from jaxcompress.tree.leaves import Leaf, leaf, static
 
+TOGETHER = 2048  # blocks decoded at a time on a CPU, whose caches hold their streams
+
 
 @leaf
 class CodedWords(Leaf):
@@ -243,15 +245,48 @@ def _slices(coded: CodedWords) -> jax.Array:
 
 def _one(coded: CodedWords) -> jax.Array:
     """The words of one slice, flat."""
-    count = math.prod(coded.trailing)
-    upper = _blocks(coded, lambda x: x)
-    row, column = jnp.divmod(coded.spots, upper.shape[1])
-    upper = upper.at[row, column].set(coded.values, mode="drop")
-    upper = upper.reshape(-1)[:count]
+    blocks = coded.starts.shape[0]
+    entries = lanes.lookup(coded.alphabets, coded.counts)
+
+    def some(first: Any, held: int) -> jax.Array:
+        """Upper halves of so many blocks, in rows."""
+        upper = _blocks(
+            coded, entries, lambda x: lax.dynamic_slice_in_dim(x, first, held)
+        )
+        rows, width = upper.shape
+        row, column = jnp.divmod(coded.spots, width)
+        row -= first * (rows // held)
+        row = jnp.where(row < 0, rows, row)  # else counted from the end
+        return upper.at[row, column].set(coded.values, mode="drop")
+
+    groups = -(-blocks // TOGETHER)
+    size = -(-blocks // groups)
+
+    def in_groups() -> jax.Array:
+        def work(number: jax.Array, out: jax.Array) -> jax.Array:
+            first = jnp.minimum(number * size, blocks - size)  # some blocks twice
+            part = some(first, size).reshape(size, coded.width)
+            return lax.dynamic_update_slice(out, part, (first, 0))
+
+        # Overwritten; see `lanes.decode`.
+        out = coded.starts[0].astype(coded.values.dtype)
+        out = jnp.broadcast_to(out, (blocks, coded.width))
+        return lax.fori_loop(0, groups, work, out).reshape(-1)
+
+    def at_once() -> jax.Array:
+        return some(0, blocks).reshape(-1)
+
+    if groups > 1:
+        upper = lax.platform_dependent(cpu=in_groups, default=at_once)
+    else:
+        upper = at_once()
+    upper = upper[: math.prod(coded.trailing)]
     return _joined(upper, coded.tails, coded.kind)
 
 
-def _blocks(coded: CodedWords, pick: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def _blocks(
+    coded: CodedWords, entries: jax.Array, pick: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     """Upper halves of the blocks that `pick` takes, no exceptions; see `words_of`."""
     split = SPLITS[coded.split]
     width = coded.width
@@ -262,7 +297,7 @@ def _blocks(coded: CodedWords, pick: Callable[[jax.Array], jax.Array]) -> jax.Ar
         coded.frames,
         pick(coded.starts),
         pick(coded.tables),
-        lanes.lookup(coded.alphabets, coded.counts),
+        entries,
         split.symbol_bytes(width),
     )
     # Fused into what follows, either would be computed for every word again.
@@ -283,7 +318,8 @@ def _rows(coded: CodedWords, indices: jax.Array) -> jax.Array:
     block = start * (features // width) + (start * (features % width)) // width
     behind = (start * (features % width)) % width
     which = (block[:, None] + jnp.arange(many)[None]).reshape(-1)
-    words = _blocks(coded, lambda x: x.at[which].get(mode="clip"))
+    entries = lanes.lookup(coded.alphabets, coded.counts)
+    words = _blocks(coded, entries, lambda x: x.at[which].get(mode="clip"))
     words = words.reshape(-1, many * width)
     place = behind[:, None] + jnp.arange(features)[None]
     found = jnp.take_along_axis(words, place, axis=1)
