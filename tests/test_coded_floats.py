@@ -16,11 +16,12 @@ from jaxcompress.entropy import (
     code_floats,
     literals,
     planes,
+    words,
     zstd,
 )
 from jaxcompress.entropy.integers import stored_bytes
-from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.words import code_words
+from jaxcompress.parallel import in_order
 from jaxcompress.tree.leaves import dense, static_fields
 
 RANDOM = np.random.default_rng(7)
@@ -241,6 +242,23 @@ def test_words_in_chunks_come_back_whole_and_by_rows(small_chunks, split):
     rows = np.array([[0, 169, 10], [59, 120, -1]])
     np.testing.assert_array_equal(coded.take_rows(jnp.asarray(rows)), x[rows])
     check(reload(coded), x)
+
+
+@pytest.mark.parametrize("together", [1, 40, 64, 1000])
+@pytest.mark.parametrize("split", ["bfloat16", "bfloat16 pairs"])
+def test_blocks_decode_in_groups(small_chunks, monkeypatch, together, split):
+    """Groups do not divide the blocks, and have exceptions at their first and last."""
+    monkeypatch.setattr(words, "TOGETHER", together)
+    x = (RANDOM.normal(0, 1, (131, 300)) * 0.02).astype(np.float32).view(np.uint32)
+    coded, _ = code_words(x, split, 0)
+    blocks, width = coded.starts.size, coded.width
+    flat = x.reshape(-1)
+    for block in (0, 39, 40, 63, 64, blocks - 1):
+        flat[block * width] = 0x7F800001
+        flat[min((block + 1) * width, flat.size) - 1] = 0x00800000
+    coded, _ = code_words(x, split, 0)
+    assert coded.spots.size >= 11
+    np.testing.assert_array_equal(decode(coded), x)
 
 
 def test_slices_of_coded_words_stand_alone():

@@ -26,8 +26,7 @@ from flax.core import FrozenDict
 import jaxcompress as jc
 import jaxcompress.entropy
 import jaxcompress.quantization
-from jaxcompress import storage
-from jaxcompress.entropy import parallel
+from jaxcompress import parallel, storage
 from jaxcompress.storage import container, manifest, tensors, writing
 
 RNG = np.random.default_rng(7)

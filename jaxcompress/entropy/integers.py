@@ -22,6 +22,7 @@ from jaxcompress.entropy.packing import (
 )
 from jaxcompress.entropy.plans import Plan, plan
 from jaxcompress.entropy.scales import contexts_by_scale
+from jaxcompress.parallel import in_order
 from jaxcompress.tree.leaves import Leaf, leaf, static
 from jaxcompress.tree.methods import method
 
@@ -30,7 +31,7 @@ __all__ = ["Coded", "Packed", "entropy_code", "pack"]
 ALLOWANCE = 128  # bytes: what a coded array's longer entry in a file's header takes
 LANES_TOGETHER = 64  # of several slices, decoded in one loop
 FEW = 1 << 21  # symbols; NumPy decodes these sooner than XLA compiles, outside jit
-PART = 1 << 24  # symbols coded at a time, to bound memory
+PART = 1 << 22  # symbols that a thread codes at a time, to bound memory
 
 
 @leaf
@@ -216,9 +217,10 @@ def _coded(
     slices, count = made.columns.shape
     tables, width = made.frequencies.shape[1:]
     raw = view.numbers if made.escape else None
-    words, offsets, states = [], [], []
     per = max(1, PART // count)
-    for first in range(0, slices if lanes else 0, per):
+
+    def work(first: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Words of some slices, the places of their lanes in these, and states."""
         part = slice(first, first + per)
         frequencies = made.frequencies[part]
         here = frequencies.shape[0]
@@ -235,9 +237,14 @@ def _coded(
         )
         starts = stream.starts.reshape(here, lanes)
         places = np.append(starts, stream.ends[lanes - 1 :: lanes, None], axis=1)
-        words += [stream.words[row[0] : row[-1]] for row in places]
-        offsets.append(places - places[:, :1])
-        states.append(stream.states.reshape(here, lanes))
+        words = [stream.words[row[0] : row[-1]] for row in places]
+        return words, places - places[:, :1], stream.states.reshape(here, lanes)
+
+    words, offsets, states = [], [], []
+    for found in in_order(work, range(0, slices if lanes else 0, per)):
+        words += found[0]
+        offsets.append(found[1])
+        states.append(found[2])
     low = None
     if view.low_bits:
         mask = np.int32((1 << view.low_bits) - 1)

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from jaxcompress.entropy import palettes, planes, zstd
-from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.splits import SPLITS, Split
 from jaxcompress.entropy.tables import read_numbers, write_numbers
+from jaxcompress.parallel import in_order
 
 CHECKSUM = 4  # bytes
 PALETTE, ZSTD = "palette", "zstd"

@@ -11,9 +11,9 @@ from jax import lax
 
 from jaxcompress.entropy import lanes, planes, streams
 from jaxcompress.entropy.blocks import lay_out, pick_up
-from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.splits import SPLITS, words_of
 from jaxcompress.entropy.tables import read_numbers, write_numbers
+from jaxcompress.parallel import in_order
 from jaxcompress.tree.leaves import Leaf, leaf, static
 
 TOGETHER = 2048  # blocks decoded at a time on a CPU, whose caches hold their streams

@@ -70,15 +70,16 @@ def of_arrays(
     items: Iterable[Any],
     size: Callable[[Any], int],
 ) -> Iterator[Any]:
-    """`in_order` for a group of small arrays: this thread sees to tiny ones by itself.
+    """`in_order` for small arrays: this thread sees to tiny and large ones by itself.
 
-    Threads would only take turns at those. `size` tells the bytes of an item.
+    Threads would only take turns at tiny ones; large ones have threads of their own,
+    for their chunks, and take memory. `size` tells the bytes of an item.
     """
 
     def batches() -> Iterator[tuple[list[Any], list[Any]]]:
         done = []
         for item in items:
-            if size(item) >= TINY:
+            if TINY <= size(item) <= SMALL:
                 yield done, [item]
                 done = []
             else:
