@@ -100,12 +100,12 @@ def write(
 
 def _write_aside(
     item: tuple[str, np.ndarray], *, coded: bool | str
-) -> tuple[str, memoryview, str | None, int, bytes]:
+) -> tuple[str, bytes, str | None, int, bytes]:
     """Name and bytes of an array, and what `_write_array` says of it."""
     name, array = item
     buffer = io.BytesIO()
     about = _write_array(buffer, array, coded, threads=1)
-    return name, buffer.getbuffer(), *about
+    return name, buffer.getvalue(), *about
 
 
 def _write_array(
