@@ -66,7 +66,7 @@ def _sample(flat: np.ndarray, size: int) -> np.ndarray:
     """So many numbers at each of some places; all where there are no more."""
     if flat.size <= PLACES * size:
         return flat
-    places = np.linspace(0, flat.size - size, PLACES).astype(np.int64)
+    places = [(flat.size - size) * i // (PLACES - 1) for i in range(PLACES)]
     return np.concatenate([flat[place : place + size] for place in places])
 
 

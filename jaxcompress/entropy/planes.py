@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcompress.entropy import zstd
-from jaxcompress.entropy.classes import classes_of
+from jaxcompress.entropy.classes import classes_of, sums_of
 from jaxcompress.entropy.literals import parse
 from jaxcompress.entropy.splits import (
     SPLITS,
@@ -38,7 +38,7 @@ from jaxcompress.entropy.tables import entropy, read_numbers, write_numbers
 
 CHUNK = 1 << 20  # words
 SEGMENT = 128  # words whose lowest bits are looked at together
-SAMPLE = 1 << 12  # words that are counted to find the window
+SAMPLE = 1 << 12  # words that are counted, or somewhat more
 PIECE = 1 << 18  # words worked on at a time, for the sake of caches
 
 
@@ -109,21 +109,22 @@ def encode(
     words = words.reshape(blocks, width)
     symbols = room("symbols", (blocks, split.symbol_bytes(width)), np.uint8)
     rests = room("rests", (blocks, split.rest_bytes(width)), np.uint8)
-    spots = []
+    sums, spots = np.zeros(blocks, np.uint32), []
     rows = PIECE // width
     for first in range(0, blocks, rows):
         part = slice(first, first + rows)
         missed = take_apart(words[part], split, base, symbols[part], rests[part])
         spots.append(missed + first * width)
+        if split.rest_bits:
+            sums[part] = sums_of(symbols[part], split.paired)
     spots = np.concatenate(spots)
     spots = spots[spots < count]
     if spots.size > count // 8:
         return None
-    classes = np.zeros(blocks, np.uint8)
+    sample = symbols[:: -(-count // SAMPLE)]
     if split.paired:
-        classes = classes_of((symbols & np.uint8(15)) + (symbols >> np.uint8(4)))
-    elif split.rest_bits:
-        classes = classes_of(symbols)
+        sample = np.append(sample & np.uint8(15), sample >> np.uint8(4))
+    classes = classes_of(sums, sample, width)
     order = np.argsort(classes, kind="stable")
     bounds = np.searchsorted(classes[order], np.arange(classes.max() + 2)).tolist()
     by_class = room("by class", symbols.shape, np.uint8)

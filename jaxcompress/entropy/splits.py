@@ -148,21 +148,24 @@ def take_apart(
         missed = np.flatnonzero((number == 0) & (split.high_part(words) != 0))
     if split.paired:
         _fold(number, 4, symbols)
-    # The sign comes down on top of the low bits, in the lower byte.
-    spread = room("spread", words.shape, np.uint16)
-    np.bitwise_and(words, np.uint16(0x8000 | (1 << low) - 1), out=spread)
-    np.right_shift(spread, np.uint16(15 - low), out=high)
-    np.bitwise_or(spread, high, out=high)
+    # The sign on top of the low bits, all in one byte.
     rest = room("rest", words.shape, np.uint8)
-    np.copyto(rest, high, casting="unsafe")
+    np.copyto(rest, words, casting="unsafe")
+    np.bitwise_and(rest, np.uint8((1 << low) - 1), out=rest)
+    sign = room("field", words.shape, np.uint8)
+    np.less(words.view(np.int16), 0, out=sign.view(bool))
+    np.multiply(sign, np.uint8(1 << low), out=sign)
+    np.bitwise_or(rest, sign, out=rest)
+    field = sign  # to be overwritten
     at = shift = 0
     for bits in _fields(split.rest_bits):
         size = words.shape[1] * bits // 8
         part = rest
-        if bits < 8:
-            part = room("field", rest.shape, np.uint8)
-            np.right_shift(rest, np.uint8(shift), out=part)
-            np.bitwise_and(part, np.uint8((1 << bits) - 1), out=part)
+        if shift:
+            part = np.right_shift(part, np.uint8(shift), out=field)
+        if shift + bits < split.rest_bits:
+            mask = np.uint8((1 << bits) - 1)
+            part = np.bitwise_and(part, mask, out=field)
         _fold(part, bits, rests[:, at : at + size])
         at, shift = at + size, shift + bits
     return missed
