@@ -17,7 +17,7 @@ from jaxcompress.entropy.splits import room
 
 MOST = 8
 SHARES = 64  # of blocks in order, that stay together
-BLOCKS = 64  # in a class, at least
+BLOCKS = 64  # for each class there may be
 TABLE = 1000.0  # bits that one more table takes, and must gain beyond chance
 
 

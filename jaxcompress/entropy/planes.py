@@ -16,6 +16,7 @@ kept raw; where all words of a segment end in four zeros or more (weights that c
 a shorter type), their upper and lower bytes are two frames of their own.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ from jaxcompress.entropy.tables import entropy, read_numbers, write_numbers
 CHUNK = 1 << 20  # words
 SEGMENT = 128  # words whose lowest bits are looked at together
 SAMPLE = 1 << 12  # words that are counted, or somewhat more
-PIECE = 1 << 18  # words worked on at a time, for the sake of caches
+PIECE = 1 << 19  # words worked on at a time: calls cost, and memory does
 
 
 class Chunk(NamedTuple):
@@ -66,6 +67,7 @@ class Chunk(NamedTuple):
     tails: np.ndarray | None
 
 
+@functools.cache
 def block_width(shape: tuple[int, ...]) -> int:
     """Words of a block of an array: a part of a row where that is near 512, else 512.
 
@@ -289,13 +291,19 @@ def _counts(words: np.ndarray, split: Split) -> np.ndarray:
     return np.bincount(split.high_part(words), minlength=split.high_parts)
 
 
+@functools.cache
+def _windows(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Bases that there may be, and the last high part of the window of each."""
+    bases = np.arange(0, split.high_parts, split.step)
+    return bases, np.minimum(bases + split.window, split.high_parts - 1)
+
+
 def _base(counts: np.ndarray, split: Split) -> int:
     """Below the window that holds most of what was counted."""
     if not split.window:
         return 0
     sums = np.cumsum(counts)
-    bases = np.arange(0, counts.size, split.step)
-    last = np.minimum(bases + split.window, counts.size - 1)
+    bases, last = _windows(split)
     return int(bases[(sums[last] - sums[bases]).argmax()])
 
 
