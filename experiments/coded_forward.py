@@ -13,13 +13,12 @@ import contextlib
 import dataclasses
 import json
 import time
-from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import parse
+from command import about, parse
 
 import jaxcompress as jc
 from jaxcompress.reporting import append_lines
@@ -36,15 +35,16 @@ class Config:
     model: str = "reference"
     tokens: int = 256
     rounds: int = 7
-    fast: bool = False  # two rounds of 32 tokens
+    fast: bool = False  # one layer, two rounds of 32 tokens
     results: str = "experiments/results/coded_forward.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:
     """One row for each way to hold the weights and to run them."""
+    model, params, _ = jc.models.load(config.model)
     if config.fast:
         config = dataclasses.replace(config, tokens=32, rounds=2)
-    model, params, _ = jc.models.load(config.model)
+        model, params = jc.models.fewer_layers(model, params, (0,))
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     size = sum(x.size for x in jax.tree.leaves(params))
     tokens = jnp.arange(config.tokens, dtype=jnp.int32)[None] % 512
@@ -83,8 +83,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "milliseconds_best": 1e3 * min(spent),
                     "temporary_mb": memory.temp_size_in_bytes / 1e6,
                     "compile_seconds": compilation,
-                    "device": jax.devices()[0].device_kind,
-                    "jax": metadata.version("jax"),
+                    **about(),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)

@@ -38,8 +38,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxcompress as jc
 from jaxcompress.entropy import arrays, code_floats, planes, streams
+from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.splits import SPLITS
-from jaxcompress.parallel import in_order
 from jaxcompress.reporting import append_lines
 from jaxcompress.storage import save
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,7 @@ import pytest
 from lossless_checks import check, decode, entropy_bytes
 
 import jaxcompress as jc
-from jaxcompress import parallel
-from jaxcompress.entropy import Coded, Packed, entropy_code, rans, tables
+from jaxcompress.entropy import Coded, Packed, entropy_code, integers, rans, tables
 from jaxcompress.entropy.integers import stored_bytes
 from jaxcompress.tree.leaves import dense, static_fields
 
@@ -404,31 +404,23 @@ def test_each_leaf_gets_the_model_that_suits_it():
     assert not isinstance(coded["noise"], Coded)
 
 
-def test_leaves_are_coded_side_by_side(monkeypatch):
-    """The same with any number of threads, in order, a tick of progress for each."""
-    monkeypatch.setattr(parallel, "TINY", 1 << 10)
-    random = np.random.default_rng(0)
-    sizes = (64, 96, 40, 80, 12, 64)
-    params = {
-        f"{i}": {"kernel": jnp.asarray(random.normal(0, 0.1, (n, 64)), jnp.float32)}
-        for i, n in enumerate(sizes)
-    }
-    codes = jc.compress(params, [(".*", "symmetric(bits=4)")])
-    made, ticks = [], []
+def test_slices_are_coded_side_by_side(monkeypatch):
+    """The same with any number of threads; PART bounds what one codes at a time."""
+    codes = np.rint(np.random.default_rng(0).normal(0, 3, (6, 64, 64))).astype(np.int8)
+    monkeypatch.setattr(integers, "PART", codes[0].size)
+    made, seen = [], []
+    encode = rans.encode
+
+    def watched(*given, **options):
+        seen.append(threading.get_ident())
+        return encode(*given, **options)
+
+    monkeypatch.setattr(rans, "encode", watched)
     for cores in (1, 4):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-
-        def progress(names):
-            for name in names:
-                ticks.append(name)
-                yield name
-
-        made.append(jc.compress(codes, "entropy_code()", progress=progress))
-    assert ticks == [f"{i}/kernel/codes" for i in range(6)] * 2
-    one, four = (jax.tree.leaves(tree) for tree in made)
-    for x, y in zip(one, four, strict=True):
+        made.append(entropy_code(codes))
+    assert len(seen) == 12 and set(seen[:6]) == {threading.get_ident()}
+    assert threading.get_ident() not in seen[6:]
+    for x, y in zip(*map(jax.tree.leaves, made), strict=True):
         np.testing.assert_array_equal(x, y)
-    assert jax.tree.structure(made[0]) == jax.tree.structure(made[1])
-    wrong = [(".*/codes", "entropy_code(stack=5)")]
-    with pytest.raises(ValueError, match=r"^\d/kernel/codes: stack=5"):
-        jc.compress(codes, wrong)
+    check(made[1], codes)

@@ -71,8 +71,21 @@ def test_a_checkpoint_packed_and_unpacked_by_commands(experiment):
         assert 0 < row[f"{command}_peak_mb"] < 1000
 
 
+@pytest.mark.slow
 def test_checkpoints_against_their_base(experiment):
     module = experiment("lossless_delta")
     (row,) = module.run(module.Config(fast=True, kinds="bfloat16"))
     assert row["differences"] > 0 and row["weights"] > 3e6
     assert 0 < row["bits_against_base"] < row["bits_alone"] / 4
+
+
+@pytest.mark.slow
+def test_a_model_runs_on_coded_weights(experiment, monkeypatch):
+    """The experiment itself compares all logits, bit for bit."""
+    module = experiment("coded_forward")
+    some = {"as they are": None, "code_floats()": "code_floats()"}
+    monkeypatch.setattr(module, "RECIPES", some)
+    dense, coded, streamed = module.run(module.Config(fast=True))
+    assert streamed["streaming"] and not coded["streaming"]
+    assert coded["bits_per_weight"] < 11 < dense["bits_per_weight"] == 16
+    assert streamed["temporary_mb"] < coded["temporary_mb"]

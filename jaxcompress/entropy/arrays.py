@@ -72,7 +72,7 @@ def _sample(flat: np.ndarray, size: int) -> np.ndarray:
 
 def encode(
     array: np.ndarray, coding: str, *, threads: int | None = None
-) -> Iterator[bytes]:
+) -> Iterator[streams.Buffer]:
     """An array as the bytes of a stream, a few million at a time.
 
     Raises:

@@ -17,7 +17,7 @@ from jaxcompress.entropy.splits import room
 
 MOST = 8
 SHARES = 64  # of blocks in order, that stay together
-BLOCKS = 64  # for each class there may be
+BLOCKS = 64  # for each class there may be, on average
 TABLE = 1000.0  # bits that one more table takes, and must gain beyond chance
 
 
@@ -46,7 +46,9 @@ def classes_of(sums: np.ndarray, symbols: np.ndarray, width: int) -> np.ndarray:
     loss = blocks * width * _information(symbols) * float(ends[-1]) ** 3
     loss /= 12 * math.log(4)
     count = min(max(round((2 * loss / TABLE) ** (1 / 3)), 1), most)
-    cells = ((ends - parts / 2) * (count / max(ends[-1], 1e-9))).astype(np.int8)
+    # Rounded, as what lies between two cells would depend on the last bit.
+    cells = np.round((ends - parts / 2) * (count / max(ends[-1], 1e-9)), 6)
+    cells = np.minimum(cells.astype(np.int8), count - 1)
     steps = np.zeros(blocks, bool)
     steps[starts[1:]] = cells[1:] != cells[:-1]  # none is left out
     classes = np.empty(blocks, np.uint8)

@@ -20,9 +20,9 @@ from jaxcompress.entropy.packing import (
     packing_axis,
     unpack_bits,
 )
+from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.plans import Plan, plan
 from jaxcompress.entropy.scales import contexts_by_scale
-from jaxcompress.parallel import in_order
 from jaxcompress.tree.leaves import Leaf, leaf, static
 from jaxcompress.tree.methods import method
 

@@ -50,15 +50,15 @@ def encode(words: np.ndarray, width: int) -> bytes:
 
 def decode(data: bytes, width: int, out: np.ndarray) -> None:
     """Fills `out` with the words of a chunk; ValueError where it is damaged."""
-    _require(len(data) > 2, f"a chunk of {len(data)} bytes")
+    planes.require(len(data) > 2, f"a chunk of {len(data)} bytes")
     size, share = data[0] + 1, data[1]
     if data[:2] == bytes(2):
         zstd.decompress_into(data[2:], out)
         return
     held = share in SHARES and size <= 1 << 8 // share
-    _require(held, f"{size} distinct words, {share} places in a byte")
+    planes.require(held, f"{size} distinct words, {share} places in a byte")
     at = 2 + size * out.itemsize
-    _require(len(data) > at, f"{size} distinct words in {len(data)} bytes")
+    planes.require(len(data) > at, f"{size} distinct words in {len(data)} bytes")
     listed = np.frombuffer(data, out.dtype.newbyteorder("<"), size, 2)
     count = -(-out.size // share)
     packed = np.empty(count, np.uint8)
@@ -70,7 +70,7 @@ def decode(data: bytes, width: int, out: np.ndarray) -> None:
     table = listed.astype(out.dtype)[np.minimum(places, size - 1)]
     for first in range(0, count, planes.PIECE):
         piece = packed[first : first + planes.PIECE]
-        _require(
+        planes.require(
             known[piece].all(), f"a place behind the last of {size} distinct words"
         )
         here = out[first * share : (first + piece.size) * share]
@@ -132,8 +132,3 @@ def _side_by_side(places: np.ndarray, share: int) -> np.ndarray:
     for i in range(1, share):
         np.bitwise_or(out, places[i::share] << np.uint8(8 // share * i), out=out)
     return out
-
-
-def _require(fits: bool, found: str) -> None:
-    if not fits:
-        raise ValueError(f"not a coded chunk: {found}; the file is damaged")

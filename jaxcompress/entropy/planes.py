@@ -234,23 +234,23 @@ def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Ch
     Raises:
       ValueError: these are not the bytes of such a chunk.
     """
-    _require(len(data) > 2, f"a chunk of {len(data)} bytes")
+    require(len(data) > 2, f"a chunk of {len(data)} bytes")
     at = 2 + int.from_bytes(data[:2], "little")
     numbers, end = read_numbers(data[:at], 2, 8)
     have, base, size, missed, held, *tails = numbers
-    _require(have == count, f"a chunk of {have} words, not {count}")
+    require(have == count, f"a chunk of {have} words, not {count}")
     blocks = -(-count // width)
     most = split.high_parts
-    _require(held <= blocks and base < most, f"{held} frames, base {base}")
+    require(held <= blocks and base < most, f"{held} frames, base {base}")
     numbers, end = read_numbers(data[:at], end, 2 * held)
-    _require(end == at, "a list of numbers of another length")
+    require(end == at, "a list of numbers of another length")
     lengths, holds = numbers[::2], numbers[1::2]
-    _require(sum(holds) == blocks, f"frames of {sum(holds)} blocks, not {blocks}")
-    _require(missed <= count, f"{missed} exceptions of {count} words")
+    require(sum(holds) == blocks, f"frames of {sum(holds)} blocks, not {blocks}")
+    require(missed <= count, f"{missed} exceptions of {count} words")
     value = np.dtype(f"<u{split.bits // 8}")
     rest = split.rest_bytes(width) * blocks
     whole = at + size + sum(lengths) + (4 + value.itemsize) * missed + rest
-    _require(whole + sum(tails) == len(data), f"{len(data)} bytes, not {whole}")
+    require(whole + sum(tails) == len(data), f"{len(data)} bytes, not {whole}")
     classes = np.zeros(blocks, np.uint8)
     if size:
         classes = np.frombuffer(zstd.decompress(data[at : at + size], blocks), np.uint8)
@@ -260,7 +260,7 @@ def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Ch
         frames.append((view[at : at + length], number))
         at += length
     spots = np.frombuffer(data, "<u4", missed, at)
-    _require(not missed or int(spots.max()) < count, "an exception outside")
+    require(not missed or int(spots.max()) < count, "an exception outside")
     at += 4 * missed
     values = np.frombuffer(data, value, missed, at)
     at += value.itemsize * missed
@@ -341,7 +341,7 @@ def _write_tails(given: np.ndarray | None) -> tuple[Any, Any, Any]:
 def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarray:
     flags, packed, raw = sizes
     if not flags:
-        _require(raw == 2 * count and not packed, f"{raw} bytes of {count} tails")
+        require(raw == 2 * count and not packed, f"{raw} bytes of {count} tails")
         return np.frombuffer(data, "<u2", count, at)
     segments = count // SEGMENT
     bits = np.frombuffer(
@@ -349,7 +349,7 @@ def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarra
     )
     short = np.unpackbits(bits)[:segments].astype(bool)
     some = int(np.count_nonzero(short)) * SEGMENT
-    _require(raw == 2 * (count - some) and packed > 4, f"{raw} bytes of raw tails")
+    require(raw == 2 * (count - some) and packed > 4, f"{raw} bytes of raw tails")
     at += flags
     first = int.from_bytes(data[at : at + 4], "little")
     frames = data[at + 4 : at + 4 + first], data[at + 4 + first : at + packed]
@@ -370,6 +370,7 @@ def _little(x: np.ndarray) -> np.ndarray:
     return x.astype(x.dtype.newbyteorder("<"), copy=False).view(np.uint8)
 
 
-def _require(fits: bool, found: str) -> None:
+def require(fits: bool, found: str) -> None:
+    """Raises ValueError where what was found does not fit a coded chunk."""
     if not fits:
         raise ValueError(f"not a coded chunk: {found}; the file is damaged")

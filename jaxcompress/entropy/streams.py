@@ -19,19 +19,20 @@ from typing import Any
 import numpy as np
 
 from jaxcompress.entropy import palettes, planes, zstd
+from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.splits import SPLITS, Split
 from jaxcompress.entropy.tables import read_numbers, write_numbers
-from jaxcompress.parallel import in_order
 
 CHECKSUM = 4  # bytes
 PALETTE, ZSTD = "palette", "zstd"
 
+Buffer = bytes | memoryview
 Read = Callable[[int, int], bytes]  # from one byte to another
 
 
 def encode(
     words: np.ndarray, coding: str, width: int, *, threads: int | None = None
-) -> Iterator[bytes]:
+) -> Iterator[Buffer]:
     """Flat unsigned words as the bytes of a stream, chunk by chunk.
 
     Args:
@@ -45,7 +46,7 @@ def encode(
     """
     step = planes.chunk_words(width)
 
-    def work(start: int) -> bytes:
+    def work(start: int) -> Buffer:
         data = encode_chunk(words[start : start + step], coding, width)
         if data is None:
             raise ValueError(
@@ -58,7 +59,7 @@ def encode(
     return bind(in_order(work, starts, threads=threads), words.size, width)
 
 
-def encode_chunk(words: np.ndarray, coding: str, width: int) -> bytes | None:
+def encode_chunk(words: np.ndarray, coding: str, width: int) -> Buffer | None:
     """The bytes of one chunk; None where the coding does not hold its words."""
     if coding == ZSTD:
         return zstd.compress(words)
@@ -79,7 +80,7 @@ def _split(coding: str) -> Split:
     return SPLITS["bfloat16" if coding == "halves" else coding]
 
 
-def bind(chunks: Iterable[bytes], count: int, width: int) -> Iterator[bytes]:
+def bind(chunks: Iterable[Buffer], count: int, width: int) -> Iterator[Buffer]:
     """Chunks of `count` words in all, and their index."""
     sizes, checksums = [], []
     for chunk in chunks:
@@ -119,6 +120,8 @@ class Stream:
         self._step = planes.chunk_words(self.width)
         _require(chunks == -(-count // self._step), f"{chunks} chunks of {count}")
         _require(chunks <= len(index), f"{chunks} chunks in {len(index)} bytes")
+        # Zstandard makes 128 KB of four bytes, at most.
+        _require(count * itemsize <= size << 15, f"{count} words in {size} bytes")
         sizes, at = read_numbers(index, at, chunks)
         _require(at + CHECKSUM * chunks == length, "an index of another length")
         self._checksums = index[at:]
@@ -198,7 +201,7 @@ def from_bytes(data: Any, coding: str, itemsize: int, count: int) -> Stream:
     return Stream(read, len(view), coding, itemsize, count)
 
 
-def _checksum(data: bytes) -> bytes:
+def _checksum(data: Buffer) -> bytes:
     return zlib.crc32(data).to_bytes(CHECKSUM, "little")
 
 

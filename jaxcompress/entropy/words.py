@@ -11,9 +11,9 @@ from jax import lax
 
 from jaxcompress.entropy import lanes, planes, streams
 from jaxcompress.entropy.blocks import lay_out, pick_up
+from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.splits import SPLITS, words_of
 from jaxcompress.entropy.tables import read_numbers, write_numbers
-from jaxcompress.parallel import in_order
 from jaxcompress.tree.leaves import Leaf, leaf, static
 
 TOGETHER = 2048  # blocks decoded at a time on a CPU, whose caches hold their streams
@@ -248,16 +248,8 @@ def _one(coded: CodedWords) -> jax.Array:
     blocks = coded.starts.shape[0]
     entries = lanes.lookup(coded.alphabets, coded.counts)
 
-    def some(first: Any, held: int) -> jax.Array:
-        """Upper halves of so many blocks, in rows."""
-        upper = _blocks(
-            coded, entries, lambda x: lax.dynamic_slice_in_dim(x, first, held)
-        )
-        rows, width = upper.shape
-        row, column = jnp.divmod(coded.spots, width)
-        row -= first * (rows // held)
-        row = jnp.where(row < 0, rows, row)  # else counted from the end
-        return upper.at[row, column].set(coded.values, mode="drop")
+    def whole() -> jax.Array:
+        return _excepted(coded, _blocks(coded, entries, lambda x: x))
 
     groups = -(-blocks // TOGETHER)
     size = -(-blocks // groups)
@@ -265,23 +257,34 @@ def _one(coded: CodedWords) -> jax.Array:
     def in_groups() -> jax.Array:
         def work(number: jax.Array, out: jax.Array) -> jax.Array:
             first = jnp.minimum(number * size, blocks - size)  # some blocks twice
-            part = some(first, size).reshape(size, coded.width)
-            return lax.dynamic_update_slice(out, part, (first, 0))
+            part = _blocks(
+                coded, entries, lambda x: lax.dynamic_slice_in_dim(x, first, size)
+            )
+            # None is set: a scatter keeps XLA from fusing what follows, which would
+            # make it ten times slower.
+            behind = jnp.full_like(coded.spots[:2], len(part))
+            part = part.at[behind, behind].set(coded.values[:2], mode="drop")
+            return lax.dynamic_update_slice(
+                out, part.reshape(size, coded.width), (first, 0)
+            )
 
         # Overwritten; see `lanes.decode`.
         out = coded.starts[0].astype(coded.values.dtype)
         out = jnp.broadcast_to(out, (blocks, coded.width))
-        return lax.fori_loop(0, groups, work, out).reshape(-1)
-
-    def at_once() -> jax.Array:
-        return some(0, blocks).reshape(-1)
+        return _excepted(coded, lax.fori_loop(0, groups, work, out))
 
     if groups > 1:
-        upper = lax.platform_dependent(cpu=in_groups, default=at_once)
+        upper = lax.platform_dependent(cpu=in_groups, default=whole)
     else:
-        upper = at_once()
+        upper = whole()
     upper = upper[: math.prod(coded.trailing)]
     return _joined(upper, coded.tails, coded.kind)
+
+
+def _excepted(coded: CodedWords, upper: jax.Array) -> jax.Array:
+    """Upper halves, flat, once exceptions are put in."""
+    row, column = jnp.divmod(coded.spots, upper.shape[1])
+    return upper.at[row, column].set(coded.values, mode="drop").reshape(-1)
 
 
 def _blocks(

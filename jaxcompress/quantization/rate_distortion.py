@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcompress.calibration.feedback import damped, feed_back, inverse_factor
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.parallel import in_order
+from jaxcompress.entropy.parallel import in_order
 from jaxcompress.quantization import contexts, rate_coded, trellis
 from jaxcompress.quantization.gaussian_levels import first_guess
 from jaxcompress.quantization.grids import round_to

@@ -241,7 +241,11 @@ def _pieces(
 
 
 def _reader(path: Path, dtype: str, count: int, start: int) -> Callable[[], np.ndarray]:
-    return lambda: bases.read_numbers(path, dtype, count, start)
+    def read() -> np.ndarray:
+        with _naming(path):
+            return bases.read_numbers(path, dtype, count, start)
+
+    return read
 
 
 def _differences(
@@ -272,8 +276,8 @@ def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
         seen = set()
         for about in files:
             path = PurePosixPath(_checked(about)["path"])
-            if not _portable(about["path"]) or path in seen:
-                raise ValueError(f"it names a file {about['path']!r}")
+            if path in seen:
+                raise ValueError(f"it names {about['path']!r} twice")
             seen.add(path)
         if not files or len(lists) != len(files):
             raise ValueError(f"{len(files)} files, parts of {len(lists)}")
@@ -305,7 +309,7 @@ def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
 def _checked(about: Any) -> Any:
     """What is said of a file; ValueError where that is another thing."""
     match about:
-        case {"path": str(), "bytes": int(), "digest": str()}:
+        case {"path": str(path), "bytes": int(), "digest": str()} if _portable(path):
             return about
     raise ValueError(f"of a file it says {str(about)[:80]}")
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcompress.parallel import in_groups, of_arrays
+from jaxcompress.entropy.parallel import in_groups, of_arrays
 from jaxcompress.storage import manifest, shards
 from jaxcompress.storage.manifest import ODD, FileDamaged, Slot
 from jaxcompress.storage.tensors import (

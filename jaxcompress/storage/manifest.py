@@ -174,7 +174,7 @@ def inside(node: Any, path: Path) -> tuple[str, list[tuple[Any, Any]]]:
         case {"dict": list(items)} if len(node) == 1:
             pairs = all(type(i) is list and len(i) == 2 for i in items)
             known = pairs and all(type(key) in (str, int) for key, _ in items)
-            if known and len({key for key, _ in items}) == len(items):
+            if known and len({str(key) for key, _ in items}) == len(items):
                 return "dict", [(key, child) for key, child in items]
         case {"list": list(items)} | {"tuple": list(items)} if len(node) == 1:
             return next(iter(node)), list(enumerate(items))

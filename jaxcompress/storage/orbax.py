@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxcompress.storage import manifest
 from jaxcompress.types import Params
 
-FORMAT, VERSION = "jaxcompress", 1
+FORMAT, VERSION = "jaxcompress", 2
 
 # Dtypes that Orbax does not save, or only lately, and what holds their values exactly.
 _HELD_AS = {
@@ -139,10 +139,12 @@ def _tree(checkpointer: Any, path: str) -> Any:
         raise ValueError(
             f"{path}: not a checkpoint of save_orbax; restore it with Orbax"
         )
-    if about.get("format_version") != VERSION:
+    version = about.get("format_version")
+    if version != VERSION:
+        newer = type(version) is int and version > VERSION
         raise ValueError(
-            f"{path}: of format {about.get('format_version')}, this jaxcompress reads "
-            f"{VERSION}; update it"
+            f"{path}: of format {version}, this jaxcompress reads {VERSION}; "
+            f"{'update it' if newer else 'restore and save it with what wrote it'}"
         )
     return about.get("tree")
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.entropy import arrays
-from jaxcompress.parallel import in_groups, of_arrays
+from jaxcompress.entropy.parallel import in_groups, of_arrays
 from jaxcompress.storage.manifest import Slot
 from jaxcompress.storage.tensors import (
     CODES,

@@ -4,13 +4,12 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.parallel import of_arrays
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaves import Leaf, dense, is_leaf, nbytes
@@ -184,35 +183,20 @@ def _run(
 
     turns = iter(progress(list(choices)))
 
-    def begun() -> Iterator[Entry]:
-        chosen: list[Entry] = []
-        map_entries(lambda x: chosen.append(x) or x.value, params, moments)
-        for entry in chosen:
-            if entry.name in choices:
-                next(turns, None)
-                yield entry
-
-    def work(entry: Entry) -> Any:
-        try:
-            return _apply(choices[entry.name], entry, layout)
-        except (ValueError, TypeError) as error:
-            message = str(error)
-            if message.startswith(entry.name):
-                raise
-            raise type(error)(f"{entry.name}: {message}") from error
-
-    made = map(work, begun())
-    if all(traits(f).selects == "codes" for f in choices.values()):
-        # Coded on the host, a leaf by itself; floats gain nothing from threads here.
-        made = of_arrays(work, begun(), lambda entry: nbytes(entry.value))
-
     def replace(entry: Entry) -> Any:
         f = choices.get(entry.name)
         if f is None:
             reasons.setdefault(entry.root, why[entry.name])
             return entry.value
+        next(turns, None)
         done.setdefault(entry.root, []).append(describe(f))
-        return next(made)
+        try:
+            return _apply(f, entry, layout)
+        except (ValueError, TypeError) as error:
+            message = str(error)
+            if message.startswith(entry.name):
+                raise
+            raise type(error)(f"{entry.name}: {message}") from error
 
     small = map_entries(replace, params, moments)
     for _ in turns:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+THREADS = 8  # each has some 30 MB to work in; more would wait for memory
 TINY = 1 << 18  # bytes of an array whose coding is Python's work, for the most part
 SMALL = 1 << 22  # bytes of an array that one thread codes, with others beside it
 TOGETHER = 1 << 26  # bytes of such arrays in memory at a time, at most
@@ -18,9 +19,9 @@ def in_order(
     """`function` of each item, in their order, some items ahead of what is asked for.
 
     Args:
-      threads: at most; as many as there are processors if None.
+      threads: at most; as many as there are processors, 8 at most, if None.
     """
-    threads = os.cpu_count() or 1 if threads is None else threads
+    threads = min(os.cpu_count() or 1, THREADS) if threads is None else threads
     items = iter(items)
     if threads < 2:
         yield from map(function, items)
@@ -70,16 +71,15 @@ def of_arrays(
     items: Iterable[Any],
     size: Callable[[Any], int],
 ) -> Iterator[Any]:
-    """`in_order` for small arrays: this thread sees to tiny and large ones by itself.
+    """`in_order` for a group of small arrays: this thread sees to tiny ones by itself.
 
-    Threads would only take turns at tiny ones; large ones have threads of their own,
-    for their chunks, and take memory. `size` tells the bytes of an item.
+    Threads would only take turns at those. `size` tells the bytes of an item.
     """
 
     def batches() -> Iterator[tuple[list[Any], list[Any]]]:
         done = []
         for item in items:
-            if TINY <= size(item) <= SMALL:
+            if size(item) >= TINY:
                 yield done, [item]
                 done = []
             else:
