@@ -13,9 +13,12 @@ import jaxcompress as jc
 from jaxcompress.entropy import (
     CodedFloats,
     CodedWords,
+    classes,
     code_floats,
     literals,
     planes,
+    streams,
+    tables,
     words,
     zstd,
 )
@@ -263,6 +266,33 @@ def test_blocks_decode_in_groups(small_chunks, monkeypatch, together, split):
     assert coded.spots.size >= 4
     decoded = jax.jit(lambda leaf: leaf.materialize())(coded)
     np.testing.assert_array_equal(decoded, x)
+
+
+@pytest.mark.parametrize("blocks", [128, 130, 517, 2048])
+def test_classes_are_few_and_lie_in_fours(blocks):
+    """Also where many blocks have the largest mean there is, or all have one."""
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        sums = np.minimum(random.normal(30_000, 9_000, blocks), 35_000).astype(
+            np.uint32
+        )
+        sample = random.normal(60, 6, 4096).astype(np.uint8)
+        found = classes.classes_of(sums, sample, 512)
+        sizes = np.bincount(found)
+        assert 1 < sizes.size <= min(8, blocks // 64)
+        assert sizes.all() and not (sizes[:-1] % 4).any()
+        order = np.argsort(sums, kind="stable")
+        assert (np.diff(found[order].astype(int)) >= 0).all()
+    assert not classes.classes_of(np.full(blocks, 9, np.uint32), sample, 512).any()
+
+
+def test_a_stream_may_not_claim_more_words_than_its_bytes_can_hold():
+    chunks = 100
+    numbers = tables.write_numbers([chunks << 20, 512, chunks, *([0] * chunks)])
+    index = numbers + bytes(4 * chunks)
+    data = bytes(-(len(index) + 4) % 8) + index + len(index).to_bytes(4, "little")
+    with pytest.raises(ValueError, match=r"words in .* bytes; the file is damaged"):
+        streams.from_bytes(data, "bfloat16", 2, chunks << 20)
 
 
 def test_slices_of_coded_words_stand_alone():

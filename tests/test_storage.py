@@ -442,6 +442,10 @@ def move(header, tree, data):
     header["a"]["data_offsets"][1] += 2**40
 
 
+def twins(header, tree, data):
+    tree["dict"] += [[1, None], ["1", None]]
+
+
 LEAF = ("dict", 2, 1)
 LIES = {
     "nothing": None,
@@ -459,6 +463,7 @@ LIES = {
     "an array that only the header has": drop_array,
     "an array that only the tree has": change("dict", 0, 0, value="z"),
     "two equal keys": change("dict", 0, 0, value="b"),
+    "a key as a number and as text": twins,
     "a key": change("dict", 0, 0, value=None),
     "a node": change("dict", 0, 1, value={"set": []}),
     "a leaf type": change(*LEAF, "leaf", value="Labelled"),
