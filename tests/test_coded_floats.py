@@ -286,6 +286,13 @@ def test_classes_are_few_and_lie_in_fours(blocks):
     assert not classes.classes_of(np.full(blocks, 9, np.uint32), sample, 512).any()
 
 
+def test_a_frame_may_not_claim_more_than_it_gives():
+    magic, flags = b"\x28\xb5\x2f\xfd", b"\xe0"  # its size in eight bytes
+    frame = magic + flags + (1 << 50).to_bytes(8, "little") + b"\x01\x00\x00"
+    with pytest.raises(ValueError, match=f"a frame of {1 << 50} bytes, not 100"):
+        zstd.decompress(frame, 100)
+
+
 def test_a_stream_may_not_claim_more_words_than_its_bytes_can_hold():
     chunks = 100
     numbers = tables.write_numbers([chunks << 20, 512, chunks, *([0] * chunks)])

@@ -256,7 +256,7 @@ def _one(coded: CodedWords) -> jax.Array:
 
     def in_groups() -> jax.Array:
         def work(number: jax.Array, out: jax.Array) -> jax.Array:
-            first = jnp.minimum(number * size, blocks - size)  # some blocks twice
+            first = number * size  # the last not behind the end: some blocks twice
             part = _blocks(
                 coded, entries, lambda x: lax.dynamic_slice_in_dim(x, first, size)
             )
