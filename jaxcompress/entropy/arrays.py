@@ -17,8 +17,9 @@ from jaxcompress.entropy import palettes, planes, streams
 from jaxcompress.entropy.splits import SPLITS
 
 LEAST = 2048  # bytes; what a shorter array would gain its entry in a header costs
-SAMPLE = 1 << 10  # words, at each of so many places
+SAMPLE = 1 << 10  # words, at each of so many places; or 8 times as many
 PLACES = 4
+CLEAR = 1.1  # the bytes of the next coding to those of the best, on a small sample
 GAIN = 0.99  # of the bytes as they are, at most, on a sample
 CODINGS = len((*SPLITS, "halves", streams.PALETTE, streams.ZSTD))
 
@@ -46,19 +47,21 @@ def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, float]]:
         return array.nbytes, {}
     whole = np.ascontiguousarray(array).reshape(-1)
     width = planes.block_width(array.shape)
-    flat = _sample(whole, SAMPLE)
-    few = palettes.fits(_bits(flat))
-    if few:  # what must be listed weighs less in more
-        flat = _sample(whole, 8 * SAMPLE)
+    for size in (SAMPLE, 8 * SAMPLE):
+        flat, sizes = _sample(whole, size), {}
         few = palettes.fits(_bits(flat))
-    sizes = {}
-    for name in _candidates(array.dtype, fast):
-        words = _words(flat, name)
-        if words is None or (name == streams.PALETTE and not few):
-            continue
-        size = streams.estimate(words, name, width)
-        if size is not None:
-            sizes[name] = size
+        for name in _candidates(array.dtype, fast):
+            words = _words(flat, name)
+            if words is None or (name == streams.PALETTE and not few):
+                continue
+            found = streams.estimate(words, name, width)
+            if found is not None:
+                sizes[name] = found
+        best = sorted(sizes.values())[:2]
+        clear = not few and (len(best) < 2 or best[1] > CLEAR * best[0])
+        # In more, what must be listed weighs less, and repetitions are found.
+        if clear or flat.size == whole.size:
+            break
     return flat.nbytes, sizes
 
 
