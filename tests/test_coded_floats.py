@@ -23,7 +23,6 @@ from jaxcompress.entropy import (
     zstd,
 )
 from jaxcompress.entropy.integers import stored_bytes
-from jaxcompress.entropy.parallel import in_order
 from jaxcompress.entropy.words import code_words
 from jaxcompress.tree.leaves import dense, static_fields
 
@@ -347,18 +346,3 @@ def test_damaged_words_raise_or_keep_their_shape(small_chunks):
     for wrong in ({"split": "float16"}, {"kind": "uint8"}, {"trailing": (9, 9)}):
         with pytest.raises(ValueError, match=r"damaged|not coded"):
             CodedWords.restored({"stream": stream}, {**fields, **wrong})
-
-
-def test_threads_give_chunks_in_order():
-    import threading
-
-    seen = set()
-
-    def work(i):
-        seen.add(threading.get_ident())
-        return i * i
-
-    assert list(in_order(work, range(50), threads=3)) == [i * i for i in range(50)]
-    assert list(in_order(work, range(3), threads=1)) == [0, 1, 4]
-    with pytest.raises(ZeroDivisionError):
-        list(in_order(lambda i: 1 // i, range(5), threads=2))

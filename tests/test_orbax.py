@@ -59,6 +59,17 @@ def test_restores_where_it_is_told(tmp_path):
         storage.restore_orbax(tmp_path / "a", sharding=placed(None, "x"))
 
 
+@pytest.mark.parametrize(
+    ("wrote", "advice"), [(1, "with what wrote it"), (9, "update")]
+)
+def test_other_formats_say_what_to_do(wrote, advice, tmp_path, monkeypatch):
+    with monkeypatch.context() as other:
+        other.setattr(storage.orbax, "VERSION", wrote)
+        storage.save_orbax(tmp_path / "x", {"a": jnp.ones(3)})
+    with pytest.raises(ValueError, match=f"of format {wrote}, .*{advice}"):
+        storage.restore_orbax(tmp_path / "x")
+
+
 def test_errors(tmp_path):
     storage.save_orbax(tmp_path / "a", {"a": jnp.ones(1)})
     with pytest.raises(ValueError, match="exists"):

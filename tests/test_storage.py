@@ -1,6 +1,5 @@
 """Files come back bit for bit, or not at all."""
 
-import functools
 import gc
 import hashlib
 import itertools
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import threading
 import tracemalloc
-import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +25,7 @@ import jaxcompress as jc
 import jaxcompress.entropy
 import jaxcompress.quantization
 from jaxcompress import storage
-from jaxcompress.entropy import parallel
-from jaxcompress.storage import container, manifest, tensors, writing
+from jaxcompress.storage import container, manifest, tensors
 
 RNG = np.random.default_rng(7)
 
@@ -198,93 +195,6 @@ def test_same_tree_same_bytes(path, tmp_path):
     other = tmp_path / "other.safetensors"
     storage.save(other, dict(reversed(tree.items())), {"b": 1, "a": 2})
     assert path.read_bytes() == other.read_bytes()
-
-
-def small_arrays():
-    """Tiny ones, ones for a thread each, a large one among them, one without words."""
-    random = np.random.default_rng(1)
-    sizes = [
-        70,
-        3000,
-        1500,
-        30,
-        2000,
-        9000,
-        8500,
-        900,
-        0,
-        4000,
-        2500,
-        1000,
-        8000,
-        20,
-        5000,
-    ]
-    return {
-        f"{i:02}": random.normal(0, 1, n).astype(np.float32)
-        for i, n in enumerate(sizes)
-    }
-
-
-@pytest.fixture
-def bounds(monkeypatch):
-    """So that arrays of thousands of bytes count as millions do."""
-    monkeypatch.setattr(parallel, "TINY", 1 << 12)
-    monkeypatch.setattr(parallel, "SMALL", 1 << 15)
-    monkeypatch.setattr(parallel, "TOGETHER", 48_000)
-    return monkeypatch
-
-
-def test_bytes_do_not_depend_on_threads(bounds, path):
-    tree = small_arrays()
-    found = set()
-    for threads in (1, 2, 5):
-        bounds.setattr(os, "cpu_count", lambda threads=threads: threads)
-        storage.save(path, tree)
-        found.add(path.read_bytes())
-        check_same(storage.load(path, numpy=True), tree)
-    for limit in ("TINY", "SMALL"):
-        bounds.setattr(parallel, limit, 1 << 62)
-        storage.save(path, tree)
-        found.add(path.read_bytes())
-    assert len(found) == 1
-
-
-def test_arrays_are_fetched_in_order_and_few_at_a_time(bounds, tmp_path):
-    """By this thread, with one tick of progress for each; coded by others too."""
-    tree, live, most, seen, threads = small_arrays(), {}, [], [], set()
-    choose = writing.arrays.choose
-
-    def fetch(name):
-        assert threading.current_thread() is threading.main_thread()
-        array = tree[name].copy()
-        live[name] = array.nbytes
-        weakref.finalize(array, live.pop, name)
-        most.append((sum(live.values()), len(live)))
-        assert max(live.values()) <= parallel.SMALL or len(live) == 1
-        seen.append(name)
-        return array
-
-    def spy(array, **options):
-        threads.add(threading.get_ident())
-        return choose(array, **options)
-
-    def progress(names):
-        for name in names:
-            yield name
-            assert seen[-1] == name
-
-    bounds.setattr(os, "cpu_count", lambda: 3)
-    bounds.setattr(writing.arrays, "choose", spy)
-    slots = {
-        name: manifest.Slot("float32", x.shape, functools.partial(fetch, name))
-        for name, x in tree.items()
-    }
-    with open(tmp_path / "x", "wb") as file:
-        writing.write(file, slots, {}, progress=progress)
-    assert seen == list(tree) and len(threads) > 1
-    largest, together = (max(column) for column in zip(*most, strict=True))
-    assert largest <= parallel.TOGETHER and together > 1
 
 
 def test_a_leaf_may_keep_less_in_the_file(path):

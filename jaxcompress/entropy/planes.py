@@ -309,7 +309,7 @@ def _base(counts: np.ndarray, split: Split) -> int:
 
 def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:
     """Blocks as frames: one, or more where only halves are free of repetitions."""
-    frame = zstd.pack(np.ascontiguousarray(symbols).data)
+    frame = zstd.pack(symbols.data)
     blocks = symbols.shape[0]
     if plain and blocks >= 8 and parse(frame) is None:
         half = blocks // 8 * 4

@@ -39,7 +39,7 @@ def encode(
       words: of the size that the coding takes.
       coding: a split by name, "halves" for that of bfloat16, "palette" or "zstd".
       width: words of a block.
-      threads: at most; as many as there are processors if None.
+      threads: as for `in_order`.
 
     Raises:
       ValueError: too many words outside the window of the symbols.
@@ -67,6 +67,18 @@ def encode_chunk(words: np.ndarray, coding: str, width: int) -> Buffer | None:
         return palettes.encode(words, width)
     chunk = planes.encode(words, _split(coding), width)
     return None if chunk is None else planes.write(chunk)
+
+
+def decode_chunk(data: bytes, coding: str, width: int, out: np.ndarray) -> None:
+    """Undoes `encode_chunk`: fills `out` with words; ValueError for anything else."""
+    if coding == ZSTD:
+        zstd.decompress_into(data, out)
+    elif coding == PALETTE:
+        palettes.decode(data, width, out)
+    else:
+        split = _split(coding)
+        chunk = planes.read(data, split, out.itemsize, out.size, width)
+        planes.decode(chunk, split, out)
 
 
 def estimate(words: np.ndarray, coding: str, width: int) -> float | None:
@@ -149,14 +161,6 @@ class Stream:
         split = _split(self._coding)
         return planes.read(data, split, self._itemsize, count, self.width)
 
-    def _decode(self, data: bytes, out: np.ndarray) -> None:
-        if self._coding == ZSTD:
-            zstd.decompress_into(data, out)
-        elif self._coding == PALETTE:
-            palettes.decode(data, self.width, out)
-        else:
-            planes.decode(self._chunk(data, out.size), _split(self._coding), out)
-
     def words(
         self,
         first: int = 0,
@@ -178,10 +182,12 @@ class Stream:
             start = number * self._step
             stop = start + self._held(number)
             if first <= start and stop <= last:
-                self._decode(data, out[start - first : stop - first])
+                decode_chunk(
+                    data, self._coding, self.width, out[start - first : stop - first]
+                )
                 return
             whole = np.empty(stop - start, out.dtype)
-            self._decode(data, whole)
+            decode_chunk(data, self._coding, self.width, whole)
             low, high = max(first, start), min(last, stop)
             out[low - first : high - first] = whole[low - start : high - start]
 

@@ -49,8 +49,8 @@ def pack(
 
     `unpack` gives the same bytes under the same names; permissions and times are not
     kept, links are followed, empty directories are left out. One part of a file is in
-    memory at a time. The archive is written beside `path`, as `.name.*.tmp`, which a
-    process that is killed leaves there, and renamed.
+    memory at a time, or small ones of 64 MiB together. The archive is written beside
+    `path`, as `.name.*.tmp`, which a process that is killed leaves there, and renamed.
 
     Args:
       folder: the directory.
