@@ -1,5 +1,7 @@
 """Pure functions that make Flax language models small, and exact again."""
 
+__version__ = "0.1.0"
+
 from jaxcompress import distillation
 from jaxcompress import models
 from jaxcompress import optimizers

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jaxcompress import __version__
 from jaxcompress.cli import commands
 
 MODEL = (
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; each has an example in its help."""
     top = argparse.ArgumentParser(prog="python -m jaxcompress", description=__doc__)
+    top.add_argument(
+        "--version", action="version", version=f"jaxcompress {__version__}"
+    )
     choices = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Any, about: str, example: str) -> argparse.ArgumentParser:

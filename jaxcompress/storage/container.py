@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcompress import __version__
 from jaxcompress.entropy.parallel import in_groups, of_arrays
 from jaxcompress.storage import manifest, shards
 from jaxcompress.storage.manifest import ODD, FileDamaged, Slot
@@ -377,8 +378,8 @@ class StoredParams:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a file names as its writers."""
-    found = {}
-    for package in ("jaxcompress", "jax", "flax"):
+    found = {"jaxcompress": __version__}
+    for package in ("jax", "flax"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

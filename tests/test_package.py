@@ -1,0 +1,40 @@
+"""What a package index, a type checker and a bug report read of the package."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+import tomllib
+
+import jaxcompress as jc
+from jaxcompress.storage.container import versions
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_one_literal_is_the_version():
+    """Setuptools reads a literal without importing the package, and so without JAX."""
+    tree = ast.parse((ROOT / "jaxcompress" / "__init__.py").read_text(encoding="utf-8"))
+    found = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
+    ]
+    assert found == [jc.__version__]
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    attribute = PROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    assert attribute == "jaxcompress.__version__"
+    assert versions()["jaxcompress"] == jc.__version__, "of the package that runs"
+
+
+def test_the_command_line_says_its_version():
+    command = [sys.executable, "-m", "jaxcompress", "--version"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == f"jaxcompress {jc.__version__}\n"
+
+
+def test_types_are_announced():
+    assert (ROOT / "jaxcompress" / "py.typed").is_file()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["jaxcompress"]
+    assert "Typing :: Typed" in PROJECT["project"]["classifiers"]
