@@ -41,7 +41,7 @@ def run(config: Config) -> dict[str, Any]:
         text = demo.heldout_text()
     else:
         model, weights, tokenizer = jc.models.open_weights(config.model)
-        text = Path(config.text).read_text(encoding="utf-8")
+        text = jc.tokenization.read_text(config.text)
     count = config.calibration * config.tokens
     ids = np.array(tokenizer.encode(text[: 8 * count])[:count])
     batches = list(ids.reshape(-1, min(4, config.calibration), config.tokens))

@@ -175,7 +175,7 @@ def rules(config: Config, name: str) -> list[Any]:
 def texts(config: Config, tokenizer: Any) -> tuple[list[np.ndarray], dict[str, list]]:
     """Batches of calibration tokens, and of each text to evaluate on."""
     if config.text:
-        whole = Path(config.text).read_text(encoding="utf-8")
+        whole = jc.tokenization.read_text(config.text)
         name = Path(config.text).stem
     else:
         whole, name = demo.heldout_text(), "heldout"

@@ -72,7 +72,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
     model, params, tokenizer = jc.models.load(config.model, scan=True)
     if config.text:
-        whole = Path(config.text).read_text(encoding="utf-8")
+        whole = jc.tokenization.read_text(config.text)
         cut = int(0.8 * len(whole))
     else:
         whole = demo.heldout_text()

@@ -77,7 +77,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     dense = jc.models.stack_layers(params)
     texts = {"docstrings": docstrings()}
     if config.text:
-        whole = Path(config.text).read_text(encoding="utf-8")
+        whole = jc.tokenization.read_text(config.text)
         start = int(len(whole) * (1 - config.fraction))
         texts = {Path(config.text).stem: whole[start:], **texts}
     batches = {}

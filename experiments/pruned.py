@@ -49,7 +49,7 @@ class Config:
 def texts(config: Config) -> tuple[str, str]:
     """Calibration text and the text to measure on, which follows it."""
     if config.text:
-        whole = Path(config.text).read_text(encoding="utf-8")
+        whole = jc.tokenization.read_text(config.text)
     else:
         whole = demo.heldout_text()
     start = int(len(whole) * (1 - (config.fraction if config.text else 0.5)))

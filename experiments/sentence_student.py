@@ -107,9 +107,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         config = dataclasses.replace(config, steps=2, batch=2, tokens=16, heldout=8)
     teacher, params, tokenizer = models.load(config.model, scan=True)
     student, start = models.fewer_layers(teacher, params, 2)
-    text = (
-        Path(config.text).read_text(encoding="utf-8") if config.text else docstrings()
-    )
+    text = jc.tokenization.read_text(config.text) if config.text else docstrings()
     found = sentences(text)
     held = encoded(tokenizer, found[-config.heldout :], config.tokens)
     learned = encoded(tokenizer, found[: -config.heldout], config.tokens)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import tokenization
 from jaxcompress.models.huggingface import export_huggingface
 from jaxcompress.models.loading import load
 
@@ -39,7 +40,7 @@ class Config:
 
 def text_windows(tokenizer: Any, config: Config) -> np.ndarray:
     """Tokens [windows, tokens] of the last part of the text, one after another."""
-    text = Path(config.text).read_text(encoding="utf-8")
+    text = tokenization.read_text(config.text)
     last = text[int(len(text) * (1 - config.fraction)) :]
     wanted = config.windows * config.tokens
     ids = np.asarray(tokenizer.encode(last), np.int32)

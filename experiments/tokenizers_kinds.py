@@ -198,7 +198,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.fast:
         config = dataclasses.replace(config, sizes="600", fuzz=300)
     if config.text:
-        whole = Path(config.text).read_text(encoding="utf-8")
+        whole = tokenization.read_text(config.text)
         outside = docstrings().splitlines(keepends=True)
     else:
         whole, outside = docstrings(40_000 if config.fast else 400_000), []

@@ -78,7 +78,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             cut_off="none,1,0.01",
         )
     if config.text:
-        whole = Path(config.text).read_text(encoding="utf-8")
+        whole = tokenization.read_text(config.text)
     else:
         whole = docstrings(20_000 if config.fast else 400_000)[
             30_000 * (not config.fast) :

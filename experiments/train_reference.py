@@ -74,8 +74,8 @@ def library_files(config: Config) -> dict[str, str]:
         if SKIPPED_FOLDERS & set(name.parts):
             continue
         try:
-            texts[name.as_posix()] = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
+            texts[name.as_posix()] = tokenization.read_text(path)
+        except ValueError:  # another encoding
             continue
     return dict(list(texts.items())[:60]) if config.fast else texts
 

@@ -45,6 +45,7 @@ def folder(tmp_path_factory):
     )
     save_model(folder / "dense.safetensors", model, params, tokenizer)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "latin1.txt").write_bytes("café".encode("latin-1"))
     return folder
 
 
@@ -122,6 +123,18 @@ def test_compress_writes_a_model_that_loads(run, folder):
     assert again[0] == again[1]
 
 
+def test_line_ends_of_a_text_are_scored_as_they_are(run, folder):
+    text = TEXT.replace("\n", "\r\n").encode()
+    (folder / "crlf.txt").write_bytes(text)
+    tokenizer = load(folder / "dense.safetensors")[2]
+    ids = tokenizer.encode(text.decode())
+    arguments = ("--text", "crlf.txt", "--length", "64", "--json", "crlf.jsonl")
+    run("evaluate", "dense.safetensors", *arguments)
+    row = json.loads((folder / "crlf.jsonl").read_text())
+    assert row["tokens"] == len(ids) - 1  # the first is context
+    assert row["bytes"] == len(text) - tokenizer.token_bytes(ids[:1])[0]
+
+
 def test_coding_makes_the_file_smaller_and_changes_no_bit(run, folder):
     arguments = (
         "compress",
@@ -183,6 +196,10 @@ def test_recipe_options_make_rules_and_stages():
         ),
         (["compress", "dense.safetensors", "out", "--recipe", "x=symmetric()"], "'x'"),
         (["evaluate", "dense.safetensors", "--text", "absent.txt"], "absent.txt"),
+        (
+            ["evaluate", "dense.safetensors", "--text", "latin1.txt"],
+            "latin1.txt is not UTF-8: byte 0xE9 at position 3",
+        ),
         (["inspect", "text.txt"], "text.txt"),
         (["verify", "text.txt"], "text.txt"),
         (["generate", "dense.safetensors", "--prompt", "a", "--tokens", "0"], "0"),

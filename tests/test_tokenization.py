@@ -484,3 +484,12 @@ def test_huggingface_errors(byte_level):
         tokenization.from_huggingface_json("{}")
     with pytest.raises(ValueError, match="eos token '<none>'"):
         tokenization.from_huggingface_json(byte_level, eos="<none>")
+
+
+def test_text_files_are_read_as_they_are(tmp_path):
+    text = "\ufeffone\r\ntwo\rthree\n\u2028\x0cé\n"
+    (tmp_path / "text").write_bytes(text.encode())
+    assert tokenization.read_text(tmp_path / "text") == text
+    (tmp_path / "text").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"text is not UTF-8: byte 0xE9 at position 3"):
+        tokenization.read_text(str(tmp_path / "text"))

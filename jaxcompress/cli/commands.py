@@ -28,6 +28,7 @@ from jaxcompress.models.loading import load, shapes
 from jaxcompress.models.saved import save_model
 from jaxcompress.models.transformer import stack_layers
 from jaxcompress.running.decoding import decoded
+from jaxcompress.tokenization import read_text
 from jaxcompress.tree.leaves import materialize, nbytes
 from jaxcompress.tree.methods import parse
 from jaxcompress.tree.paths import roots
@@ -254,8 +255,7 @@ def _track(batches: list[Any]) -> Any:
 def _batches(options: argparse.Namespace, tokenizer: Any) -> list[Any]:
     if tokenizer is None:
         raise ValueError("the model came without a tokenizer; a text needs one")
-    text = Path(options.text).read_text(encoding="utf-8")
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(read_text(options.text))
     return windows(
         ids,
         options.length,

@@ -228,7 +228,7 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
             for mark in ("bos", "eos"):
                 token = known.get(f"{mark}_token")
                 marks[mark] = token["content"] if isinstance(token, dict) else token
-        text = described.read_text(encoding="utf-8")
+        text = tokenization.read_text(described)
         return tokenization.from_huggingface_json(text, **marks)
     if pieces.exists():
         return tokenization.from_bytes(pieces.read_bytes())
@@ -286,7 +286,7 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
     for mark in ("bos", "eos"):
         if contents[mark] is not None:
             settings[f"{mark}_token"] = contents[mark]
-    (directory / "tokenizer.json").write_text(contents["tokenizer"], encoding="utf-8")
+    (directory / "tokenizer.json").write_bytes(contents["tokenizer"].encode())
     text = json.dumps(settings, indent=2) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 

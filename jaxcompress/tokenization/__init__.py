@@ -12,6 +12,7 @@ from jaxcompress.tokenization.measures import (
     renyi_entropy,
 )
 from jaxcompress.tokenization.sampling import sample
+from jaxcompress.tokenization.text_files import read_text
 from jaxcompress.tokenization.token_files import open_tokens, write_tokens
 from jaxcompress.tokenization.tokenizer import (
     Tokenizer,
@@ -36,6 +37,7 @@ __all__ = [
     "from_huggingface_json",
     "measure",
     "open_tokens",
+    "read_text",
     "renyi_entropy",
     "sample",
     "train",
