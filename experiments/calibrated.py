@@ -25,6 +25,7 @@ from nearest import docstrings
 
 import jaxcompress as jc
 from jaxcompress import demo, reporting
+from jaxcompress.calibration.moments import moments_from_arrays, moments_to_arrays
 from jaxcompress.evaluation import Apply, windows
 
 # Methods by name; {b} is the number of bits. "blockwise" ones see the compressed
@@ -212,14 +213,11 @@ def one_shot(
         if path is not None and path.exists():
             with jc.open(path) as file:
                 tree = jax.tree.map(file.read, file.tree)["moments"]
-            found = {key: jc.Moments(**fields) for key, fields in tree.items()}
+            found = {key: moments_from_arrays(x) for key, x in tree.items()}
         else:
             found = jc.collect_moments(model, params, [batch])
         if path is not None and not path.exists():
-            kept = {
-                key: {f.name: getattr(m, f.name) for f in dataclasses.fields(m)}
-                for key, m in found.items()
-            }
+            kept = {key: moments_to_arrays(m) for key, m in found.items()}
             path.parent.mkdir(parents=True, exist_ok=True)
             jc.save(path, {"moments": kept})
         total = {key: total[key] + m if key in total else m for key, m in found.items()}

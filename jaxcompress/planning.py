@@ -264,9 +264,13 @@ def _output_squares(
     if second is None and getattr(entry.moments, "curvatures", None) is None:
         kind = Layout((), tuple(range(entry.value.ndim - 1)), (entry.value.ndim - 1,))
     else:
-        default = layouts.ROWS if entry.embedding else layouts.DENSE
-        kind = _layout(entry, layout).get(entry.name, default)
-        layouts.check_layout(entry.name, entry.value.shape, kind)
+        kind = layouts.choose_layout(
+            entry.name,
+            entry.value.shape,
+            _layout(entry, layout).get(entry.name),
+            entry.moments,
+            embedding=entry.embedding,
+        )
     parts = [layouts.matricize(dense(x), kind) for x in (entry.value, value)]
     if getattr(entry.moments, "curvatures", None) is not None:
         require(entry.moments, parts[0], entry.name, fields=("curvatures",))

@@ -162,6 +162,7 @@ def measure_curvatures(
             known,
             curvatures=jnp.asarray(found, jnp.float32),
             joint_curvatures=pairs,
+            layout=known.layout or layout.get(entry.name),
         )
     return completed
 
@@ -209,7 +210,6 @@ def plan_rates(
     slices, sizes, spreads, floors, bends = [], [], [], [], []
     for entry in planned:
         kind = _kind(entry, layout)
-        layouts.check_layout(entry.name, entry.value.shape, kind)
         matrix = layouts.matricize(entry.value, kind)
         inputs, outputs = matrix.shape[-2:]
         count = entry.value.size // (inputs * outputs)
@@ -257,8 +257,13 @@ def plan_rates(
 
 
 def _kind(entry: Entry, layout: Mapping[str, Layout]) -> Layout:
-    default = layouts.ROWS if entry.embedding else layouts.DENSE
-    return layout.get(entry.name, default)
+    return layouts.choose_layout(
+        entry.name,
+        entry.value.shape,
+        layout.get(entry.name),
+        entry.moments,
+        embedding=entry.embedding,
+    )
 
 
 def _factors(entry: Entry, damping: float) -> jax.Array:

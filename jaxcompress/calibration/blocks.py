@@ -29,7 +29,7 @@ from jaxcompress.calibration.moments import (
 )
 from jaxcompress.calibration.sources import Source, source_of
 from jaxcompress.calibration.streams import Streams, Values, streams
-from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.layouts import Layout, choose_layout
 from jaxcompress.tree.leaves import materialize
 from jaxcompress.tree.paths import entries
 from jaxcompress.tree.rules import chain, choose, compress
@@ -139,6 +139,7 @@ def compress_blockwise(
             recipe,
             _wanted(source, recipe),
             curvatures,
+            moments or {},
             drift,
             streams(model, source.shapes, source.rebuild, batches, blocks),
             Store(
@@ -186,6 +187,7 @@ class _Job:
     recipe: Any
     wanted: set[str]  # full names of leaves that the recipe takes
     curvatures: dict[str, dict[str, np.ndarray]]  # by full name, then by field
+    seen: Mapping[str, Moments]  # given by the caller, whose layouts must agree
     drift: float
     streams: Streams
     store: Store
@@ -357,6 +359,9 @@ class _Job:
                 key: jnp.asarray(x[index] if stacked else x)
                 for key, x in self.curvatures.get(name, {}).items()
             }
+            choose_layout(
+                name, leaves[name].shape, layouts.get(name), self.seen.get(name)
+            )
             moments[name] = dataclasses.replace(known, **fields)
         small, rows = compress(
             leaves, self.recipe, moments, layout=layouts, report=True, part=True

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rich.progress import Progress, TimeElapsedColumn
 
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.tree.layouts import check_layout
+from jaxcompress.tree.layouts import Layout, check_layout, trailing
 from jaxcompress.tree.leaves import dense
 from jaxcompress.tree.paths import EMBEDDING, KERNEL, is_float, roots
 from jaxcompress.tree.program import Sums, Use, trace_uses
@@ -69,10 +69,10 @@ def collect_moments(
     names = selected(params, select)
     shapes, rebuild = flat_weights(params)
 
-    order: dict[str, None] = {}  # names as the model uses them
+    layouts: dict[str, Layout] = {}  # in the order in which the model uses them
 
     def visit(use: Use, mask: Any) -> dict[str, jax.Array]:
-        order[use.name] = None
+        layouts[use.name] = use.layout
         check_layout(use.name, shapes[use.name].shape, use.layout)
         return row_sums(use, shapes[use.name].shape, mask)
 
@@ -89,7 +89,7 @@ def collect_moments(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(total: dict[str, Moments], params: Params, batch: Any) -> Any:
-        more = averages(sums(params, batch))
+        more = averages(sums(params, batch), layouts)
         return {n: m + more[n] if n in more else m for n, m in total.items()}
 
     total = None
@@ -101,7 +101,7 @@ def collect_moments(
             if total is None:
                 found = jax.eval_shape(sums, params, batch)
                 check_seen(names, found)
-                empty = jax.eval_shape(averages, found)
+                empty = jax.eval_shape(lambda x: averages(x, layouts), found)
                 total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
             total = add(total, params, batch)
             if progress:
@@ -109,10 +109,10 @@ def collect_moments(
             bar.update(task, advance=1, description="calibrating")
     if total is None:
         raise ValueError("there are no batches; pass at least one")
-    for name in order:
+    for name in layouts:
         check_finite(name, total[name])
     warn_few(total)
-    return {name: total[name] for name in order}
+    return {name: total[name] for name in layouts}
 
 
 def selected(params: Params, select: Select = None) -> list[str]:
@@ -211,13 +211,13 @@ def _real_rows(name: str, rows: tuple[int, ...], mask: Any) -> jax.Array:
     return jnp.broadcast_to(jnp.expand_dims(mask, others), rows).reshape(-1)
 
 
-def averages(sums: Sums) -> dict[str, Moments]:
-    """The moments of sums over rows."""
+def averages(sums: Sums, layouts: Mapping[str, Layout]) -> dict[str, Moments]:
+    """The moments of sums over rows, each with the layout of its weight."""
     found = {}
     for name, named in sums.items():
-        tokens = named.get("tokens")
+        tokens, layout = named.get("tokens"), trailing(layouts[name])
         if "second" not in named:
-            found[name] = Moments(tokens.sum(-1), tokens=tokens)
+            found[name] = Moments(tokens.sum(-1), tokens=tokens, layout=layout)
             continue
         count = named["count"]
         scale = 1 / jnp.maximum(count, 1)  # a batch of padding alone
@@ -227,7 +227,7 @@ def averages(sums: Sums) -> dict[str, Moments]:
             if field in named
         }
         mean = named["sum"] * scale[..., None]
-        found[name] = Moments(count, mean, tokens=tokens, **matrices)
+        found[name] = Moments(count, mean, tokens=tokens, layout=layout, **matrices)
     return found
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.tree.layouts import Layout, trailing
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,6 +22,10 @@ class Moments:
     of the kernel. `mean` and `second` are None for an embedding that is only looked up;
     the other fields are None where they are not known. Not centred: the covariance is
     `covariance`, the sum of `x x^T` is `count * second`.
+
+    `layout` says along which axes of the kernel the inputs and outputs lie, as
+    `trailing` gives it: without the stack, axes counted from the last, so that slices
+    of a stack keep it. None: unknown, `compress` then goes by `layout=` or the name.
     """
 
     count: jax.Array  # [...] tokens seen; padding does not count
@@ -30,6 +36,7 @@ class Moments:
     tokens: jax.Array | None = None  # [..., rows] times each embedding row was read
     curvatures: jax.Array | None = None  # [..., outputs] of `measure_curvatures`
     joint_curvatures: jax.Array | None = None  # [..., outputs, outputs] likewise
+    layout: Layout | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def norms(self) -> jax.Array:
@@ -45,54 +52,59 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         """The moments of both sets of tokens; traceable.
 
-        Raises ValueError where one side knows a field that the other does not.
+        A side without a layout takes that of the other. Raises ValueError where one
+        side knows another field that the other does not, or where layouts differ.
         """
         if not isinstance(other, Moments):
             return NotImplemented
         total = self.count + other.count
         share = other.count / jnp.where(total > 0, total, 1)  # both may be empty
         merged: dict[str, Any] = {"count": total}
-        for field in dataclasses.fields(self)[1:]:
-            a, b = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "joint_curvatures" and (a is None or b is None):
+        merged["layout"] = _common_layout(self, other)
+        for field in _AVERAGED:
+            a, b = getattr(self, field), getattr(other, field)
+            if field == "joint_curvatures" and (a is None or b is None):
                 a = b = None  # one side's tokens said too little
             if (a is None) != (b is None):
                 raise ValueError(
-                    f"only one side of the sum of moments has {field.name!r}; add "
+                    f"only one side of the sum of moments has {field!r}; add "
                     "moments collected in the same way"
                 )
             if a is not None and a.shape != b.shape:
                 raise ValueError(
-                    f"moments of different kernels: {field.name!r} has shape {a.shape} "
+                    f"moments of different kernels: {field!r} has shape {a.shape} "
                     f"and {b.shape}"
                 )
             if a is None:
-                merged[field.name] = None
-            elif field.name == "tokens":
-                merged[field.name] = a + b
+                merged[field] = None
+            elif field == "tokens":
+                merged[field] = a + b
             else:
                 weight = jnp.expand_dims(share, tuple(range(share.ndim, a.ndim)))
-                merged[field.name] = a + (b - a) * weight.astype(a.dtype)
+                merged[field] = a + (b - a) * weight.astype(a.dtype)
         return Moments(**merged)
 
     def psum(self, axis_name: Any) -> "Moments":
         """The moments of all devices of a mapped axis (`shard_map`, `pmap`, `vmap`)."""
         total = jax.lax.psum(self.count, axis_name)
         share = self.count / jnp.where(total > 0, total, 1)  # all may be empty
-        merged: dict[str, Any] = {"count": total}
-        for field in dataclasses.fields(self)[1:]:
-            x = getattr(self, field.name)
-            if x is not None and field.name != "tokens":
+        merged: dict[str, Any] = {"count": total, "layout": self.layout}
+        for field in _AVERAGED:
+            x = getattr(self, field)
+            if x is not None and field != "tokens":
                 weight = jnp.expand_dims(share, tuple(range(share.ndim, x.ndim)))
                 x = x * weight.astype(x.dtype)
-            merged[field.name] = None if x is None else jax.lax.psum(x, axis_name)
+            merged[field] = None if x is None else jax.lax.psum(x, axis_name)
         return Moments(**merged)
 
     def project(self, weight: jax.Array) -> "Moments":
-        """The moments of `x @ weight`, for a `weight` `[..., inputs, outputs]`."""
+        """The moments of `x @ weight`, for a `weight` `[..., inputs, outputs]`.
+
+        They have no layout: their inputs are no axis of the kernel any more.
+        """
         wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
         changed: dict[str, Any] = dict.fromkeys(
-            ("tokens", "curvatures", "joint_curvatures")
+            ("tokens", "curvatures", "joint_curvatures", "layout")
         )
         if self.mean is not None:
             mean = _matmul(self.mean[..., None, :], wide)
@@ -115,6 +127,54 @@ class Moments:
             if matrix is not None:
                 changed[name] = matrix * wide[..., :, None] * wide[..., None, :]
         return dataclasses.replace(self, **changed)
+
+
+_AVERAGED = (
+    "mean",
+    "second",
+    "drifted",
+    "cross",
+    "tokens",
+    "curvatures",
+    "joint_curvatures",
+)
+
+
+def _common_layout(a: Moments, b: Moments) -> Layout | None:
+    """The layout of both; raises ValueError where they know different ones."""
+    if a.layout is None or b.layout is None:
+        return a.layout or b.layout
+    if trailing(a.layout) != trailing(b.layout):
+        raise ValueError(
+            f"moments of one kernel with two layouts, {a.layout} and {b.layout}; add "
+            "moments collected with models that store it in the same way"
+        )
+    return a.layout
+
+
+def moments_to_arrays(moments: Moments) -> dict[str, Any]:
+    """The moments as a dict of arrays, which `save` can write.
+
+    `moments_from_arrays` gives them back, layout included.
+    """
+    fields = {name: getattr(moments, name) for name in ("count", *_AVERAGED)}
+    arrays = {name: x for name, x in fields.items() if x is not None}
+    if moments.layout is not None:
+        slice_ = trailing(moments.layout)
+        arrays["input_axes"] = np.asarray(slice_.inputs, np.int32)
+        arrays["output_axes"] = np.asarray(slice_.outputs, np.int32)
+    return arrays
+
+
+def moments_from_arrays(arrays: Mapping[str, Any]) -> Moments:
+    """The moments of a dict of `moments_to_arrays`."""
+    fields = dict(arrays)
+    axes = [fields.pop(key, None) for key in ("input_axes", "output_axes")]
+    layout = None
+    if axes[0] is not None and axes[1] is not None:
+        inputs, outputs = (tuple(np.asarray(x).tolist()) for x in axes)
+        layout = Layout((), inputs, outputs)
+    return Moments(**fields, layout=layout)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -274,7 +334,8 @@ def both_uses(a: Moments | None, b: Moments) -> Moments:
         return b
     if (a.second is None) != (b.second is None):
         looked_up, head = (a, b) if a.second is None else (b, a)
-        return dataclasses.replace(head, tokens=looked_up.tokens)
+        layout = _common_layout(a, b)
+        return dataclasses.replace(head, tokens=looked_up.tokens, layout=layout)
     return a + b
 
 

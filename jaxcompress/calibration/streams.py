@@ -170,7 +170,8 @@ def _measured(
     if len(read) > 1:
         _, more = run_uses(segment, changed, read[1], compare, tagged=names)
         sums = {name: named | more.get(name, {}) for name, named in sums.items()}
-    return results, averages({name: named for name, named in sums.items() if named})
+    known = {name: named for name, named in sums.items() if named}
+    return results, averages(known, layouts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -168,17 +168,19 @@ def _spectrum(
 def _matrix(entry: Entry, layout: Mapping[str, Layout]) -> jax.Array:
     """The entry as a method sees it, `[..., inputs, outputs]`."""
     x = dense(entry.value)
-    kind = layout.get(entry.name)
-    if kind is None and x.ndim == 2 and not entry.depth:
-        kind = layouts.ROWS if entry.embedding else layouts.DENSE
-    if x.ndim < 2 or (kind is None and not entry.depth):
+    if x.ndim < 2:
         raise ValueError(
-            f"{entry.name}: shape {x.shape} is not a matrix; pass layout=layout(model, "
-            "params, batch) for kernels of more axes, or narrow the pattern"
+            f"{entry.name}: shape {x.shape} is not a matrix; narrow the pattern"
         )
     if entry.depth:
         return x
-    layouts.check_layout(entry.name, x.shape, kind)
+    kind = layouts.choose_layout(
+        entry.name,
+        x.shape,
+        layout.get(entry.name),
+        entry.moments,
+        embedding=entry.embedding,
+    )
     return layouts.matricize(x, kind)
 
 

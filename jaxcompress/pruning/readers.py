@@ -27,21 +27,16 @@ class Reader(NamedTuple):
 
 
 def find_reader(
-    place: Place, shapes: Mapping[str, tuple[int, ...]], layout: Mapping[str, Layout]
+    place: Place,
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: Mapping[str, Layout],
+    moments: Mapping[str, Moments],
 ) -> Reader | None:
     """The kernel of a place if the group lies on its inputs, else None."""
     name, shape = place.name, shapes[place.name]
     if name.rsplit("/", 1)[-1] != KERNEL or len(shape) < 2:
         return None
-    kind = layout.get(name)
-    if kind is None and len(shape) == 2:
-        kind = layouts.DENSE
-    if kind is None:
-        raise ValueError(
-            f"{name}: shape {shape} has {len(shape)} axes, and which are inputs is "
-            "unknown; pass layout=layout(model, params, batch)"
-        )
-    layouts.check_layout(name, shape, kind)
+    kind = layouts.choose_layout(name, shape, layout.get(name), moments.get(name))
     if place.axis not in kind.inputs:
         return None
     if kind.stack:

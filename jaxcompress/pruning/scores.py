@@ -231,7 +231,7 @@ def wanda_scores(
     Args:
       params: the tree.
       moments: by kernel name, from `collect_moments`.
-      layout: `Layout` by name; needed for kernels of more than two axes.
+      layout: `Layout` by name; by default the moments'.
       names: as in `magnitude_scores`.
 
     Raises:
@@ -244,15 +244,13 @@ def wanda_scores(
         if known is None or (known.second is None and known.drifted is None):
             return None
         x = entry.value
-        kind = layout.get(entry.name)
-        if kind is None and x.ndim == 2:
-            kind = layouts.ROWS if entry.embedding else layouts.DENSE
-        if kind is None:
-            raise ValueError(
-                f"{entry.name}: shape {x.shape} has {x.ndim} axes, and which are "
-                "inputs is unknown; pass layout=layout(model, params, batch)"
-            )
-        layouts.check_layout(entry.name, x.shape, kind)
+        kind = layouts.choose_layout(
+            entry.name,
+            x.shape,
+            layout.get(entry.name),
+            known,
+            embedding=entry.embedding,
+        )
         matrix = layouts.matricize(x, kind)
         second = second_of(matrix, known, entry.name)
         product = jnp.abs(_wide(matrix)) * _norms(second)

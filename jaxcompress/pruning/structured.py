@@ -58,7 +58,7 @@ def remove_units(
         such (`choose_units`); a group that is not in it stays whole.
       moments: of the inputs of the kernels that read the units, by kernel name, from
         `collect_moments` on the same parameters; None: nothing is made up for.
-      layout: `Layout` by name; with moments, for kernels of more than two axes.
+      layout: `Layout` by name; by default the moments'.
       damping: added to the diagonal of the second moment of the units that stay, as a
         fraction of its mean; the fit is drawn to the weights as they were.
 
@@ -128,7 +128,7 @@ def _make_up(
 ) -> bool:
     """Shrinks a kernel that reads the units, its rows making up; whether it was one."""
     name = place.name
-    reader = find_reader(place, {name: arrays[name].shape}, layout)
+    reader = find_reader(place, {name: arrays[name].shape}, layout, known)
     if reader is None:
         return False
     if name not in known:
@@ -164,6 +164,7 @@ def _make_up(
         known[name].count,
         None if known[name].mean is None else known[name].mean[index],
         known[name].second[index][:, index],
+        layout=known[name].layout,
     )
     return True
 

@@ -44,7 +44,7 @@ def score_units(
       groups: a group, `[(pattern, axis), ...]` or `Group`, or a mapping of names to
         groups.
       params: the tree; needed for kernels of more than two axes and for "loss".
-      layout: `Layout` by name, for kernels of more than two axes.
+      layout: `Layout` by name; by default the moments'.
       by: "activation": root mean square of what the unit sends, over that of the mean
         unit of its group. "loss": units are taken out one by one, each time the one
         that costs least while all other inputs, and the bias, make up for it; a unit's
@@ -89,7 +89,8 @@ def score_units(
         readers = [
             reader
             for place in places
-            if (reader := find_reader(place, shapes, layout)) and reader.name in moments
+            if (reader := find_reader(place, shapes, layout, moments))
+            and reader.name in moments
         ]
         if not readers:
             raise ValueError(

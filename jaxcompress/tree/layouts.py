@@ -14,6 +14,7 @@ class Layout:
     """Axes of one kernel: `stack` (layers), `inputs` (contracted), `outputs`.
 
     Non-negative axes of the array as its layer stores it; together they are all axes.
+    `Moments` hold the form of `trailing`, without the stack and with negative axes.
     """
 
     stack: tuple[int, ...]
@@ -38,6 +39,92 @@ def check_layout(name: str, shape: tuple[int, ...], layout: Layout) -> None:
             f"{name}: stack axes {layout.stack}; stacked layers must lie along axis 0. "
             "Use variable_axes={'params': 0} in nn.scan or nn.vmap"
         )
+
+
+def trailing(layout: Layout) -> Layout:
+    """The layout of one slice of the stack, with negative axes.
+
+    It stays true when stack axes are added, or sliced by `vmap`, `scan` or indexing.
+    """
+    count = len(layout.stack) + len(layout.inputs) + len(layout.outputs)
+    negative = lambda axes: tuple(a if a < 0 else a - count for a in axes)  # noqa: E731
+    return Layout((), negative(layout.inputs), negative(layout.outputs))
+
+
+def leading(layout: Layout, ndim: int) -> Layout:
+    """The layout of an array of `ndim` axes: the inverse of `trailing`.
+
+    Axes before those that the layout names are stack axes.
+    """
+    slice_ = trailing(layout)
+    stack = range(ndim - len(slice_.inputs) - len(slice_.outputs))
+    positive = lambda axes: tuple(a + ndim for a in axes)  # noqa: E731
+    return Layout(tuple(stack), positive(slice_.inputs), positive(slice_.outputs))
+
+
+def choose_layout(
+    name: str,
+    shape: tuple[int, ...],
+    given: Layout | None = None,
+    moments: Any = None,
+    *,
+    embedding: bool = False,
+) -> Layout:
+    """The layout of a leaf: the one given, else its moments', else by its name.
+
+    Only a matrix is understood by its name: `[inputs, outputs]`, an embedding
+    `[rows, features]`.
+
+    Args:
+      name: of the leaf, for messages.
+      shape: of the array as its layer stores it.
+      given: what the caller passed for this leaf.
+      moments: `Moments` of this leaf, which may know their layout.
+      embedding: the name says that it is an embedding.
+
+    Raises:
+      ValueError: the layout given and the moments' differ, a layout does not fit the
+        shape, or none is known.
+    """
+    seen = getattr(moments, "layout", None)
+    if given is not None and seen is not None and trailing(given) != trailing(seen):
+        raise ValueError(
+            f"{name}: the layout given is {given}, but the moments were collected with "
+            f"{leading(seen, len(shape))}; leave layout out, or collect the moments "
+            "with the model that uses the weight as the layout says"
+        )
+    layout = given
+    if layout is None and seen is not None:
+        layout = leading(seen, len(shape))
+    if layout is None and len(shape) == 2:
+        layout = ROWS if embedding else DENSE
+    if layout is None:
+        raise ValueError(
+            f"{name}: shape {shape} has {len(shape)} axes, and which are inputs, "
+            "outputs or stacked layers is unknown; pass layout=layout(model, params, "
+            "batch)"
+        )
+    check_layout(name, shape, layout)
+    return layout
+
+
+def leaf_layout(leaf: Any) -> Layout:
+    """The layout, as of `trailing`, along whose axes a leaf was compressed."""
+    if not isinstance(leaf, Reshaped):
+        return Layout((), (-2,), (-1,))
+    inputs, count = leaf.inner.shape[-2], 0
+    while count < len(leaf.sizes) and math.prod(leaf.sizes[:count]) != inputs:
+        count += 1
+    axis = {place: i - len(leaf.order) for i, place in enumerate(leaf.order)}
+    each = tuple(axis[i - len(leaf.sizes)] for i in range(len(leaf.sizes)))
+    return Layout((), each[:count], each[count:])
+
+
+def with_layout(moments: Any, layout: Layout | None) -> Any:
+    """The moments with another layout; what has none is returned as it is."""
+    if getattr(moments, "layout", layout) == layout:
+        return moments
+    return dataclasses.replace(moments, layout=layout)
 
 
 def matricize(x: jax.Array, layout: Layout) -> jax.Array:

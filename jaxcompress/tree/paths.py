@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.tree.layouts import leaf_layout, trailing, with_layout
 from jaxcompress.tree.leaves import Leaf, data_fields, is_box
 
 KERNEL, EMBEDDING = "kernel", "embedding"
@@ -73,7 +74,7 @@ def map_entries(
         if isinstance(node, Leaf) and not node.lossless:
             root = name if root is None else root
             if depth == 0:
-                place["moments"] = moments.get(name)
+                place["moments"] = _of_leaf(node, moments.get(name))
             stack = place["stack"] if is_transparent(node) else len(node.shape) - 2
             changed = {}
             for field in data_fields(node):
@@ -175,7 +176,19 @@ def inner_moments(leaf: Leaf, field: str, moments: Any) -> Any:
     """Moments of the inputs of a leaf's field, given those of the leaf's inputs."""
     if moments is None or field not in leaf.weights:
         return None
-    return leaf.inner_moments(field, moments)
+    layout = getattr(moments, "layout", None)
+    return with_layout(leaf.inner_moments(field, moments), layout)
+
+
+def _of_leaf(leaf: Leaf, moments: Any) -> Any:
+    """Moments for what a leaf holds, which is `[..., inputs, outputs]` already.
+
+    They lose their layout where the leaf was compressed along it, and keep it where
+    they contradict the leaf.
+    """
+    layout = getattr(moments, "layout", None)
+    agrees = layout is None or trailing(layout) == leaf_layout(leaf)
+    return with_layout(moments, None) if agrees else moments
 
 
 def join(name: str, key: str) -> str:

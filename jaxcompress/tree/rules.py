@@ -82,8 +82,9 @@ def compress(
         pattern that fully matches a leaf's name (`leaf_names`) decides, None keeps it;
         or a `chain` of recipes.
       moments: `Moments` by kernel name, for methods that need them.
-      layout: `Layout` by kernel name, from `layout(model, params, batch)`; needed for
-        kernels of more than two axes.
+      layout: `Layout` by kernel name, from `layout(model, params, batch)`. By default
+        that under which the moments were collected, and of a matrix the one that its
+        name suggests; needed for kernels of more than two axes without moments.
       report: return `(params, [LeafReport, ...])` instead.
       progress: wraps the list of names that a stage works on, one by one as it comes
         to them; `tqdm.tqdm`, say.
@@ -92,8 +93,8 @@ def compress(
 
     Raises:
       ValueError: a pattern that matches nothing, an unknown method or option, a kernel
-        whose layout is unknown, NaN or Inf in a selected weight, moments of another
-        model; names the leaf.
+        whose layout is unknown or contradicts the moments', NaN or Inf in a selected
+        weight, moments of another model; names the leaf.
       TypeError: a host method under a trace.
     """
     stages = chain(recipe).stages
@@ -291,8 +292,10 @@ def _refused(entry: Entry, selects: str) -> str:
 def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
     x = dense(entry.value)
     if traits(f).selects != "weights":
-        known = layout.get(entry.name)
-        stack = entry.stack if known is None else len(known.stack)
+        known = layout.get(entry.name) or getattr(entry.moments, "layout", None)
+        stack = entry.stack
+        if known is not None and not entry.depth:
+            stack = x.ndim - len(known.inputs) - len(known.outputs)
         return _call(with_default(f, "stack", stack), x, entry.moments)
     if not is_float(x):
         raise ValueError(
@@ -303,19 +306,27 @@ def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
     if entry.depth:
         if x.ndim < 2:
             raise ValueError(_needs_matrix(f, x))
+        seen = getattr(entry.moments, "layout", None)
+        if seen is not None:
+            raise ValueError(
+                f"{entry.root} was compressed along other axes than those of the "
+                f"moments, which were collected with {seen} (axes counted from the "
+                "last); compress the dense weights with these moments, or with "
+                "layout=layout(model, params, batch)"
+            )
         return _call(f, x, entry.moments)
-    kind = layout.get(entry.name)
-    if kind is None and x.ndim == 2:
-        kind = layouts.ROWS if entry.embedding else layouts.DENSE
     if x.ndim < 2:
         raise ValueError(_needs_matrix(f, x))
-    if kind is None:
-        raise ValueError(
-            f"shape {x.shape} has {x.ndim} axes, and which are inputs, outputs or "
-            "stacked layers is unknown; pass layout=layout(model, params, batch)"
-        )
-    layouts.check_layout(entry.name, x.shape, kind)
-    small = _call(f, layouts.matricize(x, kind), entry.moments)
+    kind = layouts.choose_layout(
+        entry.name,
+        x.shape,
+        layout.get(entry.name),
+        entry.moments,
+        embedding=entry.embedding,
+    )
+    # Without the layout, so that equal shapes share a compilation.
+    moments = layouts.with_layout(entry.moments, None)
+    small = _call(f, layouts.matricize(x, kind), moments)
     return layouts.restore(small, x.shape, kind)
 
 
