@@ -18,7 +18,8 @@ import numpy as np
 from command import commit, parse
 
 import jaxcompress as jc
-from jaxcompress import demo, reporting
+from jaxcompress import reporting
+from jaxcompress.cli import demo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from command import parse
 
-from jaxcompress.entropy import code_floats, entropy_code
-from jaxcompress.entropy.integers import stored_bytes
+from jaxcompress.coding import code_floats, entropy_code
+from jaxcompress.coding.integers.leaf import stored_bytes
 from jaxcompress.reporting import append_lines
 
 

@@ -23,8 +23,8 @@ from command import commit, parse
 
 import jaxcompress as jc
 from jaxcompress import reporting
+from jaxcompress.quantization.gptq import feed_codes
 from jaxcompress.quantization.grids import spread
-from jaxcompress.quantization.second_order import feed_codes
 
 BLOCK = 128
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from train_reference import Config, library_files, long_lines
 
-from jaxcompress import demo
+from jaxcompress.cli import demo
 
 
 def training_tokens(tokenizer: Any, size: int) -> np.ndarray:

@@ -35,8 +35,9 @@ from other_coders import Coder, peers, programs
 from safetensors.numpy import load_file
 
 import jaxcompress as jc
-from jaxcompress.entropy import arrays, code_floats, planes, streams
-from jaxcompress.entropy.parallel import in_order
+from jaxcompress.coding import array_codecs, chunked_stream, code_floats
+from jaxcompress.coding.floats import chunks as float_chunks
+from jaxcompress.coding.threads import in_order
 from jaxcompress.reporting import append_lines
 from jaxcompress.storage import save
 
@@ -76,20 +77,20 @@ def ours(tensors: list[np.ndarray], threads: int, fast: bool) -> Coder:
     def encode(_: bytes) -> list[tuple[str | None, list[bytes]]]:
         made = []
         for array in tensors:
-            how = arrays.choose(array, fast=fast)
+            how = array_codecs.choose(array, fast=fast)
             if how is None:
                 made.append((None, [array.tobytes()]))
                 continue
-            width = planes.block_width(array.shape)
-            step = planes.chunk_words(width)
+            width = float_chunks.block_width(array.shape)
+            step = float_chunks.chunk_words(width)
             words = array.reshape(-1).view(f"u{array.dtype.itemsize}")
             starts = range(0, words.size, step)
 
             def work(
                 start: int, words: Any = words, how: str = how, width: int = width
             ) -> bytes:
-                part = words[start : start + planes.chunk_words(width)]
-                return streams.encode_chunk(part, how, width)
+                part = words[start : start + float_chunks.chunk_words(width)]
+                return chunked_stream.encode_chunk(part, how, width)
 
             made.append((how, list(in_order(work, starts, threads=threads))))
         return made
@@ -100,8 +101,8 @@ def ours(tensors: list[np.ndarray], threads: int, fast: bool) -> Coder:
             if how is None:
                 out.append(np.frombuffer(chunks[0], array.dtype))
                 continue
-            width = planes.block_width(array.shape)
-            step = planes.chunk_words(width)
+            width = float_chunks.block_width(array.shape)
+            step = float_chunks.chunk_words(width)
             words = np.empty(array.size, f"u{array.dtype.itemsize}")
 
             def work(
@@ -112,7 +113,7 @@ def ours(tensors: list[np.ndarray], threads: int, fast: bool) -> Coder:
                 width: int = width,
             ) -> None:
                 part = words[job[0] * step : (job[0] + 1) * step]
-                streams.decode_chunk(job[1], how, width, part)
+                chunked_stream.decode_chunk(job[1], how, width, part)
 
             for _ in in_order(work, enumerate(chunks), threads=threads):
                 pass

@@ -23,7 +23,7 @@ from command import about, parse
 from safetensors.numpy import load_file
 
 import jaxcompress as jc
-from jaxcompress.entropy import code_floats, entropy_code, pack
+from jaxcompress.coding import code_floats, entropy_code, pack
 from jaxcompress.reporting import append_lines, track
 from jaxcompress.tree.paths import roots
 

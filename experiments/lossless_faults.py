@@ -37,7 +37,7 @@ from safetensors.numpy import save_file
 import jaxcompress as jc
 from jaxcompress import storage
 from jaxcompress.reporting import append_lines
-from jaxcompress.storage.tensors import digest, inflated, to_json
+from jaxcompress.storage.checksummed_file import digest, inflated, to_json
 
 NAME = "x.safetensors"
 INDEX = f"{NAME}.index.json"

@@ -32,10 +32,11 @@ from command import about, parse, rows_of
 from pruned import KERNELS, calibration, curved, cut, kernels, texts
 
 import jaxcompress as jc
-from jaxcompress import demo, reporting
+from jaxcompress import reporting
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply
 from jaxcompress.factorization import energies
-from jaxcompress.tree.leaves import is_leaf
+from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.tree.paths import roots
 
 FRACTIONS = (0.9, 0.8, 0.6)

@@ -21,9 +21,10 @@ import jax
 from command import commit, parse
 
 import jaxcompress as jc
-from jaxcompress import demo, reporting
+from jaxcompress import reporting
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, windows
-from jaxcompress.running.decoding import decoded
+from jaxcompress.running.decode_once import decoded
 
 EMBEDDING = (".*embedding", "symmetric(bits=8)")  # tied to the head: it matters most
 RECIPES = (

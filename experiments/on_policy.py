@@ -23,7 +23,8 @@ from command import about, parse
 from library_text import batch_at, training_tokens
 
 import jaxcompress as jc
-from jaxcompress import demo, distillation, reporting
+from jaxcompress import distillation, reporting
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, windows
 
 ROWS = {  # the ratio of own texts, and the loss

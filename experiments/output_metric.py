@@ -24,7 +24,7 @@ from command import about, parse
 
 import jaxcompress as jc
 from jaxcompress import reporting
-from jaxcompress.calibration.feedback import inverse_factor
+from jaxcompress.calibration.error_feedback import inverse_factor
 from jaxcompress.evaluation import Apply
 
 SHRINKAGE = (0.9, 0.7, 0.5, 0.3, 0.1)  # towards the diagonal

@@ -23,11 +23,11 @@ from train_reference import Config as Training
 from train_reference import make_model
 
 from jaxcompress import tokenization
-from jaxcompress.entropy import code_floats
+from jaxcompress.coding import code_floats
 from jaxcompress.models.assembly import parameter_shapes
 from jaxcompress.models.saved import load_saved, save_model
-from jaxcompress.tree.leaves import materialize, nbytes
-from jaxcompress.tree.rules import compress
+from jaxcompress.tree.compress import compress
+from jaxcompress.tree.leaf import materialize, nbytes
 
 
 @dataclasses.dataclass(frozen=True)

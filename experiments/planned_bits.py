@@ -25,7 +25,8 @@ from nearest import docstrings
 from pruned import curved
 
 import jaxcompress as jc
-from jaxcompress import demo, reporting
+from jaxcompress import reporting
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, divergence, windows
 
 KERNELS = r".*layer_\d+.*kernel"

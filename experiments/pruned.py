@@ -23,8 +23,9 @@ import numpy as np
 from command import about, parse, rows_of
 
 import jaxcompress as jc
-from jaxcompress import demo, reporting
-from jaxcompress.calibration.feedback import layer_loss
+from jaxcompress import reporting
+from jaxcompress.calibration.error_feedback import layer_loss
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, windows
 
 KERNELS = r"layer_\d+/.*kernel"

@@ -23,7 +23,8 @@ from command import about, parse
 from library_text import training_tokens
 
 import jaxcompress as jc
-from jaxcompress import demo, reporting
+from jaxcompress import reporting
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, divergence, windows
 
 KERNELS = r"layers/.*kernel"

@@ -25,9 +25,10 @@ import optax
 from command import about, parse, rows_of
 
 import jaxcompress as jc
-from jaxcompress import demo, distillation, reporting
+from jaxcompress import distillation, reporting
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply
-from jaxcompress.running.decoding import decoded, recoded
+from jaxcompress.running.decode_once import decoded, recoded
 
 KERNELS = r".*layer.*kernel"
 SIDE = r"layers/.*(steps|scale)"  # of rows, and of norms

@@ -22,8 +22,8 @@ from command import about, parse
 
 import jaxcompress as jc
 from jaxcompress import reporting
-from jaxcompress.calibration.feedback import damped, descend
-from jaxcompress.quantization import contexts, trellis
+from jaxcompress.calibration.error_feedback import damped, descend
+from jaxcompress.coding.levels import contexts, trellis
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "as it is": {},

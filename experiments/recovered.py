@@ -28,10 +28,15 @@ import train_reference
 from command import about, parse, rows_of
 
 import jaxcompress as jc
-from jaxcompress import demo, reporting
+from jaxcompress import reporting
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply
 from jaxcompress.evaluation.language import divergence
-from jaxcompress.optimizers import cubic_sparsity, gradual_pruning, keep_masked_zero
+from jaxcompress.training.optimizers import (
+    cubic_sparsity,
+    gradual_pruning,
+    keep_masked_zero,
+)
 
 KERNELS = r"layers/.*kernel"
 ROWS = (

@@ -36,7 +36,7 @@ from nearest import docstrings
 import jaxcompress as jc
 from jaxcompress import distillation, models, reporting
 from jaxcompress.evaluation import Apply
-from jaxcompress.running.decoding import decoded, recoded
+from jaxcompress.running.decode_once import decoded, recoded
 
 KERNELS = pruned.KERNELS
 READERS = r"layer_\d+/mlp/down_proj/kernel"

@@ -23,9 +23,10 @@ import structured
 from command import about, parse, rows_of
 
 import jaxcompress as jc
-from jaxcompress import demo, models, reporting
+from jaxcompress import models, reporting
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply
-from jaxcompress.running.decoding import decoded
+from jaxcompress.running.decode_once import decoded
 
 KERNELS = pruned.KERNELS
 VALUES = f"{KERNELS}/values"

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from jaxcompress.entropy import Coded, CodedWords
-from jaxcompress.tree.leaves import Leaf, dense, static_fields
+from jaxcompress.coding import Coded, CodedWords
+from jaxcompress.tree.leaf import Leaf, dense, static_fields
 
 decode = jax.jit(dense)
 

@@ -6,7 +6,7 @@ import re
 import nbformat
 import pytest
 
-from jaxcompress import demo
+from jaxcompress.cli import demo
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))

@@ -10,11 +10,11 @@ import numpy as np
 
 from jaxcompress.calibration.collect import averages, row_sums
 from jaxcompress.calibration.moments import Moments
+from jaxcompress.tracing.blocks import Segment, cut
+from jaxcompress.tracing.interpreter import run_uses
+from jaxcompress.tracing.layouts import model_function
+from jaxcompress.tracing.uses import Use
 from jaxcompress.tree.layouts import Layout, check_layout
-from jaxcompress.tree.program import run_uses
-from jaxcompress.tree.segments import Segment, cut
-from jaxcompress.tree.tracing import model_function
-from jaxcompress.tree.uses import Use
 
 Values = dict[Any, np.ndarray]  # of one batch, by variable of its program
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress, TimeElapsedColumn
 
-from jaxcompress.calibration.collect import check_finite, warn_few
-from jaxcompress.calibration.feedback import output_error
-from jaxcompress.calibration.kept import (
+from jaxcompress.calibration.activations import Streams, Values, streams
+from jaxcompress.calibration.checkpoints import (
     Part,
     Store,
     digest,
@@ -21,6 +20,9 @@ from jaxcompress.calibration.kept import (
     one_part,
     reports_of,
 )
+from jaxcompress.calibration.collect import check_finite, warn_few
+from jaxcompress.calibration.error_feedback import output_error
+from jaxcompress.calibration.lazy_params import Source, source_of
 from jaxcompress.calibration.moments import (
     Moments,
     both_uses,
@@ -32,8 +34,6 @@ from jaxcompress.calibration.streams import Streams, Values, streams
 from jaxcompress.tree.layouts import Layout, choose_layout
 from jaxcompress.tree.leaves import materialize
 from jaxcompress.tree.paths import entries
-from jaxcompress.tree.rules import chain, choose, compress
-from jaxcompress.tree.segments import Segment
 
 CURVATURES = "curvatures", "joint_curvatures"
 BLOCKS = r"(.*/)?(layers?|blocks?|h)([_/]?\d+)?"

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.storage import container
+from jaxcompress.storage import checkpoint
+from jaxcompress.tree.compress import LeafReport, chain
 from jaxcompress.tree.methods import describe
-from jaxcompress.tree.rules import LeafReport, chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Store:
         """
         if self.directory is None or not (path := self._path(number)).exists():
             return None
-        with container.open(path) as file:
+        with checkpoint.open(path) as file:
             about = file.metadata
             if about.get("run") != self.digest:
                 raise ValueError(
@@ -75,7 +75,7 @@ class Store:
             "whole": list(part.whole),
             "reports": [dataclasses.asdict(row) for row in part.reports],
         }
-        container.save(self._path(number), {"leaves": part.leaves}, metadata=about)
+        checkpoint.save(self._path(number), {"leaves": part.leaves}, metadata=about)
 
     def _path(self, number: int) -> Path:
         return Path(self.directory) / f"part-{number:04}.safetensors"

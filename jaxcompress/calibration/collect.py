@@ -16,9 +16,6 @@ from jaxcompress.calibration.moments import Moments
 from jaxcompress.tree.layouts import Layout, check_layout, trailing
 from jaxcompress.tree.leaves import dense
 from jaxcompress.tree.paths import EMBEDDING, KERNEL, is_float, roots
-from jaxcompress.tree.program import Sums, Use, trace_uses
-from jaxcompress.tree.rules import SMALLEST
-from jaxcompress.tree.tracing import flat_weights, model_function
 from jaxcompress.types import Params
 
 Select = str | Callable[[str], bool] | None

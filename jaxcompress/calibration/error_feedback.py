@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.tree.layouts import Layout, matricize
-from jaxcompress.tree.leaves import dense
+from jaxcompress.tree.leaf import dense
 
 BLOCK = 32  # rows fed back within, in the cache, before those behind are updated
 

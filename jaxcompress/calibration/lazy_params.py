@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.storage import container
-from jaxcompress.tree.leaves import is_leaf
+from jaxcompress.storage import checkpoint
+from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.tree.paths import roots
 from jaxcompress.types import Params
 
@@ -35,7 +35,7 @@ def source_of(params: Any) -> Iterator[Source]:
     Where a stored tree is `{"params": ..., ...}` the parameters are meant.
     """
     if isinstance(params, str | os.PathLike):
-        with container.open(params) as file:
+        with checkpoint.open(params) as file:
             yield _stored(file)
     elif hasattr(params, "describe") and hasattr(params, "tree"):
         yield _stored(params)

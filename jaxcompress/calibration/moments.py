@@ -246,15 +246,6 @@ def check_curvatures(moments: Mapping[str, Any]) -> bool:
     return True
 
 
-def steadied(curvatures: Any, xp: Any = jnp) -> Any:
-    """Curvatures drawn towards their mean, for they are known from few tokens.
-
-    `[..., outputs]` in the array library `xp`; ones where all are zero.
-    """
-    mean = curvatures.mean(axis=-1, keepdims=True)
-    return xp.where(mean > 0, (8 * curvatures + mean) / 9, 1)
-
-
 def require(
     moments: Any, x: jax.Array, method: str, *, fields: tuple[str, ...] = ("second",)
 ) -> Moments:

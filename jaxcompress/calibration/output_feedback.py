@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcompress.calibration.moments import require, steadied
-from jaxcompress.quantization import trellis
+from jaxcompress.calibration.moments import require
+from jaxcompress.coding.levels import trellis
+from jaxcompress.coding.levels.shrinkage import shrink_to_mean
 
 SHRINKAGES = 0.1, 0.2, 0.35, 0.5, 0.7, 1.0  # towards the diagonal, to choose from
 STEADY = 0.1  # of the mean curvature, added to each
@@ -165,7 +166,7 @@ def choose_shrinkage(halves: Sequence[np.ndarray]) -> float:
             made[:start, start : start + size] = -made[:start, :start] @ part
         held = np.asarray(held, np.float64)[np.ix_(order, order)]
         counts = np.einsum("ij,ij->i", made @ held, made)
-        costs = steadied(feedback.curvatures[order], np)
+        costs = shrink_to_mean(feedback.curvatures[order], np)
         return float(np.log(costs).mean() + np.log((counts / costs).mean()))
 
     def total(shrinkage: float) -> float:

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcompress import demo, evaluation, reporting, storage
+from jaxcompress import evaluation, reporting, storage
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import (
     Apply,
     LanguageModelMetrics,
@@ -32,7 +33,6 @@ from jaxcompress.tokenization import read_text
 from jaxcompress.tree.leaves import materialize, nbytes
 from jaxcompress.tree.methods import parse
 from jaxcompress.tree.paths import roots
-from jaxcompress.tree.rules import chain, compress
 
 CODING = ("entropy_code()", "code_floats()")
 RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>None|[A-Za-z_]\w*(\(.*\))?)")

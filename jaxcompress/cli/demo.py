@@ -14,9 +14,9 @@ from jaxcompress.models.generation import generate
 from jaxcompress.models.loading import load
 from jaxcompress.models.saved import save_model
 from jaxcompress.models.transformer import stack_layers
-from jaxcompress.running.decoding import decoded
-from jaxcompress.tree.leaves import materialize
-from jaxcompress.tree.rules import chain, compress
+from jaxcompress.running.decode_once import decoded
+from jaxcompress.tree.compress import chain, compress
+from jaxcompress.tree.leaf import materialize
 from jaxcompress.types import Params
 
 RECIPES = (

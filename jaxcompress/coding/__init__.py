@@ -1,9 +1,9 @@
 """No loss: packed bits, entropy-coded integers and floating-point arrays."""
 
-from jaxcompress.entropy.floats import CodedFloats, code_floats
-from jaxcompress.entropy.integers import Coded, entropy_code
-from jaxcompress.entropy.packing import Packed, pack
-from jaxcompress.entropy.words import CodedWords
+from jaxcompress.coding.floats.code_floats import CodedFloats, code_floats
+from jaxcompress.coding.floats.leaf import CodedWords
+from jaxcompress.coding.integers.leaf import Coded, entropy_code
+from jaxcompress.coding.packing import Packed, pack
 
 __all__ = [
     "Coded",

@@ -13,15 +13,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.entropy import palettes, planes, streams
-from jaxcompress.entropy.splits import SPLITS
+from jaxcompress.coding import chunked_stream, palette_codec
+from jaxcompress.coding.floats import chunks as float_chunks
+from jaxcompress.coding.floats.bit_fields import SPLITS
 
 LEAST = 2048  # bytes; what a shorter array would gain its entry in a header costs
 SAMPLE = 1 << 10  # words, at each of so many places; or 8 times as many
 PLACES = 4
 CLEAR = 1.1  # the bytes of the next coding to those of the best, on a small sample
 GAIN = 0.99  # of the bytes as they are, at most, on a sample
-CODINGS = len((*SPLITS, "halves", streams.PALETTE, streams.ZSTD))
+CODINGS = len((*SPLITS, "halves", chunked_stream.PALETTE, chunked_stream.ZSTD))
 
 
 def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
@@ -46,15 +47,15 @@ def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, float]]:
     if array.nbytes < LEAST or array.dtype.itemsize not in (1, 2, 4, 8):
         return array.nbytes, {}
     whole = np.ascontiguousarray(array).reshape(-1)
-    width = planes.block_width(array.shape)
+    width = float_chunks.block_width(array.shape)
     for size in (SAMPLE, 8 * SAMPLE):
         flat, sizes = _sample(whole, size), {}
-        few = palettes.fits(_bits(flat))
+        few = palette_codec.fits(_bits(flat))
         for name in _candidates(array.dtype, fast):
             words = _words(flat, name)
-            if words is None or (name == streams.PALETTE and not few):
+            if words is None or (name == chunked_stream.PALETTE and not few):
                 continue
-            found = streams.estimate(words, name, width)
+            found = chunked_stream.estimate(words, name, width)
             if found is not None:
                 sizes[name] = found
         best = sorted(sizes.values())[:2]
@@ -75,7 +76,7 @@ def _sample(flat: np.ndarray, size: int) -> np.ndarray:
 
 def encode(
     array: np.ndarray, coding: str, *, threads: int | None = None
-) -> Iterator[streams.Buffer]:
+) -> Iterator[chunked_stream.Buffer]:
     """An array as the bytes of a stream, a few million at a time.
 
     Raises:
@@ -84,13 +85,17 @@ def encode(
     words = _words(np.ascontiguousarray(array).reshape(-1), coding)
     if words is None:
         raise ValueError(f"{coding} does not hold these numbers")
-    width = planes.block_width(array.shape)
-    return streams.encode(words, coding, width, threads=threads)
+    width = float_chunks.block_width(array.shape)
+    return chunked_stream.encode(words, coding, width, threads=threads)
 
 
 def open_stream(
-    read: streams.Read, size: int, coding: str, dtype: Any, shape: tuple[int, ...]
-) -> streams.Stream:
+    read: chunked_stream.Read,
+    size: int,
+    coding: str,
+    dtype: Any,
+    shape: tuple[int, ...],
+) -> chunked_stream.Stream:
     """The stream of an array of this dtype and shape.
 
     Raises:
@@ -103,11 +108,11 @@ def open_stream(
             "newer jaxcompress"
         )
     itemsize = 2 if coding == "halves" else dtype.itemsize
-    return streams.Stream(read, size, coding, itemsize, math.prod(shape))
+    return chunked_stream.Stream(read, size, coding, itemsize, math.prod(shape))
 
 
 def decode(
-    stream: streams.Stream,
+    stream: chunked_stream.Stream,
     dtype: Any,
     first: int = 0,
     last: int | None = None,
@@ -131,11 +136,11 @@ def decode(
 def _candidates(dtype: np.dtype, fast: bool) -> tuple[str, ...]:
     """Codings that numbers of this type may have."""
     dtype = jnp.dtype(dtype)
-    split = planes.split_for(dtype.name, fast=fast)
+    split = float_chunks.split_for(dtype.name, fast=fast)
     if split is None:
         split = "bytes" if dtype.itemsize == 1 else None
     wide = ("halves",) if dtype.name == "float32" else ()
-    return (*wide, *filter(None, (split,)), streams.PALETTE, streams.ZSTD)
+    return (*wide, *filter(None, (split,)), chunked_stream.PALETTE, chunked_stream.ZSTD)
 
 
 def _words(flat: np.ndarray, coding: str) -> np.ndarray | None:
@@ -144,8 +149,8 @@ def _words(flat: np.ndarray, coding: str) -> np.ndarray | None:
     if coding != "halves":
         return words
     halves = words.view(np.uint16).reshape(-1, 2)
-    for start in range(0, len(halves), planes.CHUNK):
-        if halves[start : start + planes.CHUNK, 0].any():
+    for start in range(0, len(halves), float_chunks.CHUNK):
+        if halves[start : start + float_chunks.CHUNK, 0].any():
             return None
     return np.ascontiguousarray(halves[:, 1])
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress.entropy import palettes, planes, zstd
-from jaxcompress.entropy.parallel import in_order
-from jaxcompress.entropy.splits import SPLITS, Split
-from jaxcompress.entropy.tables import read_numbers, write_numbers
+from jaxcompress.coding import palette_codec, zstd
+from jaxcompress.coding.floats import chunks as float_chunks
+from jaxcompress.coding.floats.bit_fields import SPLITS, Split
+from jaxcompress.coding.tables import read_numbers, write_numbers
+from jaxcompress.coding.threads import in_order
 
 CHECKSUM = 4  # bytes
 PALETTE, ZSTD = "palette", "zstd"
@@ -44,7 +45,7 @@ def encode(
     Raises:
       ValueError: too many words outside the window of the symbols.
     """
-    step = planes.chunk_words(width)
+    step = float_chunks.chunk_words(width)
 
     def work(start: int) -> Buffer:
         data = encode_chunk(words[start : start + step], coding, width)
@@ -64,9 +65,9 @@ def encode_chunk(words: np.ndarray, coding: str, width: int) -> Buffer | None:
     if coding == ZSTD:
         return zstd.compress(words)
     if coding == PALETTE:
-        return palettes.encode(words, width)
-    chunk = planes.encode(words, _split(coding), width)
-    return None if chunk is None else planes.write(chunk)
+        return palette_codec.encode(words, width)
+    chunk = float_chunks.encode(words, _split(coding), width)
+    return None if chunk is None else float_chunks.write(chunk)
 
 
 def decode_chunk(data: bytes, coding: str, width: int, out: np.ndarray) -> None:
@@ -74,18 +75,18 @@ def decode_chunk(data: bytes, coding: str, width: int, out: np.ndarray) -> None:
     if coding == ZSTD:
         zstd.decompress_into(data, out)
     elif coding == PALETTE:
-        palettes.decode(data, width, out)
+        palette_codec.decode(data, width, out)
     else:
         split = _split(coding)
-        chunk = planes.read(data, split, out.itemsize, out.size, width)
-        planes.decode(chunk, split, out)
+        chunk = float_chunks.read(data, split, out.itemsize, out.size, width)
+        float_chunks.decode(chunk, split, out)
 
 
 def estimate(words: np.ndarray, coding: str, width: int) -> float | None:
     """About the bytes that words take; None where the coding does not hold them."""
     if coding in (PALETTE, ZSTD):
         return len(encode_chunk(words, coding, width))
-    return planes.estimate(words, _split(coding))
+    return float_chunks.estimate(words, _split(coding))
 
 
 def _split(coding: str) -> Split:
@@ -129,7 +130,7 @@ class Stream:
         _require(have == count, f"{have} words, not {count}")
         fits = 16 <= self.width <= 1024 and self.width % 16 == 0
         _require(fits, f"blocks of {self.width} words")
-        self._step = planes.chunk_words(self.width)
+        self._step = float_chunks.chunk_words(self.width)
         _require(chunks == -(-count // self._step), f"{chunks} chunks of {count}")
         _require(chunks <= len(index), f"{chunks} chunks in {len(index)} bytes")
         # Zstandard makes 128 KB of four bytes, at most.
@@ -142,7 +143,7 @@ class Stream:
         _require(0 <= room < 8, f"chunks of {ends[-1]:.0f} bytes in {size}")
         self._ends = ends.astype(np.int64).tolist()
 
-    def chunks(self) -> Iterator[planes.Chunk]:
+    def chunks(self) -> Iterator[float_chunks.Chunk]:
         """All chunks of a split, taken apart."""
         for number in range(len(self._ends) - 1):
             yield self._chunk(self._bytes(number, False), self._held(number))
@@ -157,9 +158,9 @@ class Stream:
             raise ValueError(f"not a coded chunk: chunk {number}; the file is damaged")
         return data
 
-    def _chunk(self, data: bytes, count: int) -> planes.Chunk:
+    def _chunk(self, data: bytes, count: int) -> float_chunks.Chunk:
         split = _split(self._coding)
-        return planes.read(data, split, self._itemsize, count, self.width)
+        return float_chunks.read(data, split, self._itemsize, count, self.width)
 
     def words(
         self,

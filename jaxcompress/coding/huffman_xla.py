@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcompress.entropy.literals import TABLE_BITS
+from jaxcompress.coding.zstd_literals import TABLE_BITS
 
 SLOTS = 1 << TABLE_BITS
 AHEAD = 32  # bits in front of the first stream, so that no window begins before it

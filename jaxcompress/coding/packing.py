@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.tree.leaves import Leaf, leaf, static
+from jaxcompress.tree.leaf import Leaf, leaf, static
 
 
 @leaf

@@ -13,8 +13,9 @@ bytes of 0, and Zstandard's frame of the words.
 
 import numpy as np
 
-from jaxcompress.entropy import planes, zstd
-from jaxcompress.entropy.splits import SPLITS
+from jaxcompress.coding import zstd
+from jaxcompress.coding.floats import chunks as float_chunks
+from jaxcompress.coding.floats.bit_fields import SPLITS
 
 MOST = 256  # distinct words
 SHARES = (1, 2, 4, 8)  # places in a byte
@@ -41,8 +42,8 @@ def encode(words: np.ndarray, width: int) -> bytes:
     tried = []
     for share in SHARES:
         if listed.size <= 1 << 8 // share:
-            chunk = planes.encode(_side_by_side(places, share), BYTES, width)
-            tried.append((share, planes.write(chunk)))
+            chunk = float_chunks.encode(_side_by_side(places, share), BYTES, width)
+            tried.append((share, float_chunks.write(chunk)))
     share, data = min(tried, key=lambda one: len(one[1]))
     little = listed.astype(listed.dtype.newbyteorder("<"), copy=False)
     return bytes([listed.size - 1, share]) + little.tobytes() + data
@@ -50,27 +51,29 @@ def encode(words: np.ndarray, width: int) -> bytes:
 
 def decode(data: bytes, width: int, out: np.ndarray) -> None:
     """Fills `out` with the words of a chunk; ValueError where it is damaged."""
-    planes.require(len(data) > 2, f"a chunk of {len(data)} bytes")
+    float_chunks.require(len(data) > 2, f"a chunk of {len(data)} bytes")
     size, share = data[0] + 1, data[1]
     if data[:2] == bytes(2):
         zstd.decompress_into(data[2:], out)
         return
     held = share in SHARES and size <= 1 << 8 // share
-    planes.require(held, f"{size} distinct words, {share} places in a byte")
+    float_chunks.require(held, f"{size} distinct words, {share} places in a byte")
     at = 2 + size * out.itemsize
-    planes.require(len(data) > at, f"{size} distinct words in {len(data)} bytes")
+    float_chunks.require(len(data) > at, f"{size} distinct words in {len(data)} bytes")
     listed = np.frombuffer(data, out.dtype.newbyteorder("<"), size, 2)
     count = -(-out.size // share)
     packed = np.empty(count, np.uint8)
-    planes.decode(planes.read(data[at:], BYTES, 1, count, width), BYTES, packed)
+    float_chunks.decode(
+        float_chunks.read(data[at:], BYTES, 1, count, width), BYTES, packed
+    )
     # What a byte stands for: all words of its places at once.
     places = np.arange(256)[:, None] >> np.arange(0, 8, 8 // share)
     places &= (1 << 8 // share) - 1
     known = (places < size).all(axis=1)
     table = listed.astype(out.dtype)[np.minimum(places, size - 1)]
-    for first in range(0, count, planes.PIECE):
-        piece = packed[first : first + planes.PIECE]
-        planes.require(
+    for first in range(0, count, float_chunks.PIECE):
+        piece = packed[first : first + float_chunks.PIECE]
+        float_chunks.require(
             known[piece].all(), f"a place behind the last of {size} distinct words"
         )
         here = out[first * share : (first + piece.size) * share]
@@ -87,8 +90,8 @@ def _places(words: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     that no two distinct ones share a slot is seen by looking them up.
     """
     pieces = [
-        slice(first, first + planes.PIECE)
-        for first in range(0, words.size, planes.PIECE)
+        slice(first, first + float_chunks.PIECE)
+        for first in range(0, words.size, float_chunks.PIECE)
     ]
     places = np.empty(words.size, np.uint8)
     for factor in FACTORS:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxcompress.entropy.rans import PRECISION, TOTAL
+from jaxcompress.coding.rans import PRECISION, TOTAL
 
 
 def normalize(counts: np.ndarray) -> np.ndarray:

@@ -38,13 +38,13 @@ from jaxcompress.distillation.objectives import (
     soft_labels,
 )
 from jaxcompress.distillation.rollouts import on_policy, rollout
-from jaxcompress.distillation.runs import (
+from jaxcompress.training.runs import (
     latest_checkpoint,
     restore_state,
     save_state,
     train,
 )
-from jaxcompress.distillation.steps import (
+from jaxcompress.training.steps import (
     TrainState,
     cast_like,
     init_state,

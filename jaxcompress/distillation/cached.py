@@ -25,7 +25,7 @@ from jaxcompress.distillation.losses import (
     take,
 )
 from jaxcompress.evaluation.language import divergence
-from jaxcompress.storage import container
+from jaxcompress.storage import checkpoint
 from jaxcompress.types import Batch
 
 _static = {"metadata": {"static": True}}
@@ -202,7 +202,7 @@ def write_cache(
         "temperature": cached.temperature,
         "vocabulary": cached.vocabulary,
     }
-    container.save(path, arrays, about)
+    checkpoint.save(path, arrays, about)
     return cached
 
 
@@ -223,7 +223,7 @@ def read_cache(
         raise FileNotFoundError(
             f"{path}: the teacher was not run on batch {number}; write_cache does it"
         )
-    with container.open(path) as file:
+    with checkpoint.open(path) as file:
         about = file.metadata
         if about["batch"] != _digest(batch):
             raise ValueError(

@@ -12,8 +12,8 @@ import jax
 
 from jaxcompress.distillation.cached import TopK, cached_kl
 from jaxcompress.distillation.losses import count, cross_entropy, forward_kl, mean
-from jaxcompress.distillation.steps import LossFn
 from jaxcompress.evaluation.language import ApplyFn
+from jaxcompress.training.steps import LossFn
 from jaxcompress.types import Batch, Params
 
 Soft = Callable[..., jax.Array]

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.distillation.steps import LossFn
-from jaxcompress.tree.leaves import materialize
+from jaxcompress.training.steps import LossFn
+from jaxcompress.tree.leaf import materialize
 from jaxcompress.types import Batch, Params
 
 

@@ -3,7 +3,6 @@
 from jaxcompress.factorization.corrections import corrected
 from jaxcompress.factorization.cp import CP, cp
 from jaxcompress.factorization.low_rank import LowRank
-from jaxcompress.factorization.ranks import plan_ranks
 from jaxcompress.factorization.svd import energies, svd
 from jaxcompress.factorization.tucker import Tucker, tucker
 
@@ -14,7 +13,6 @@ __all__ = [
     "corrected",
     "cp",
     "energies",
-    "plan_ranks",
     "svd",
     "tucker",
 ]

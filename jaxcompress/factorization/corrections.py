@@ -14,7 +14,7 @@ from jaxcompress.factorization.svd import (
     nearest,
     statistics,
 )
-from jaxcompress.tree.leaves import Sum, dense
+from jaxcompress.tree.leaf import Sum, dense
 from jaxcompress.tree.methods import describe, method, parse, traits
 from jaxcompress.types import Method
 

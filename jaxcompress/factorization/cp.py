@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.calibration.feedback import each_slice, float64
+from jaxcompress.calibration.error_feedback import each_slice, float64
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.factorization.low_rank import LowRank, multiply
 from jaxcompress.factorization.svd import (
@@ -26,7 +26,7 @@ from jaxcompress.factorization.tucker import (
     unfold,
     unfolded,
 )
-from jaxcompress.tree.leaves import (
+from jaxcompress.tree.leaf import (
     Arithmetic,
     Convolution,
     Leaf,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.tree.leaves import (
+from jaxcompress.tree.leaf import (
     Arithmetic,
     Convolution,
     Leaf,

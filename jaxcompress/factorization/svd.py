@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.feedback import damped, each_slice, float64
-from jaxcompress.calibration.moments import Moments, require, steadied
+from jaxcompress.calibration.error_feedback import damped, each_slice, float64
+from jaxcompress.calibration.moments import Moments, require
+from jaxcompress.coding.levels.shrinkage import shrink_to_mean
 from jaxcompress.factorization.low_rank import LowRank
 from jaxcompress.tree.methods import method
 
@@ -179,7 +180,7 @@ def statistics(
     counts = None
     if getattr(moments, "curvatures", None) is not None:
         known = require(moments, x, name, fields=("curvatures",))
-        counts = steadied(known.curvatures)[..., None, :]
+        counts = shrink_to_mean(known.curvatures)[..., None, :]
     if getattr(moments, "drifted", None) is not None:
         found = require(moments, x, name, fields=("drifted", "cross"))
         return Statistics(found.drifted, found.cross, counts)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.feedback import each_slice, float64
+from jaxcompress.calibration.error_feedback import each_slice, float64
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.factorization.svd import (
     Statistics,
@@ -22,7 +22,7 @@ from jaxcompress.factorization.svd import (
     unwhiten,
     whiten,
 )
-from jaxcompress.tree.leaves import (
+from jaxcompress.tree.leaf import (
     Arithmetic,
     Convolution,
     Leaf,

@@ -25,7 +25,7 @@ from jaxcompress.models.assembly import (
 )
 from jaxcompress.models.transformer import Transformer, unstack_layers
 from jaxcompress.tokenization import Tokenizer
-from jaxcompress.tree.leaves import dense
+from jaxcompress.tree.leaf import dense
 from jaxcompress.types import Params
 
 MODULES = {

@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxcompress import tokenization
 from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
-from jaxcompress.storage import container
+from jaxcompress.storage import checkpoint
 from jaxcompress.tokenization import Tokenizer
-from jaxcompress.tree.leaves import Leaf, is_leaf, materialize
+from jaxcompress.tree.leaf import Leaf, is_leaf, materialize
 from jaxcompress.types import Params
 
 ARCHITECTURE = "architecture"  # the key in a file's metadata
@@ -47,7 +47,7 @@ def save_model(
     if tokenizer is not None:
         tree["tokenizer"] = np.frombuffer(tokenizer.to_bytes(), np.uint8)
     metadata[ARCHITECTURE] = describe(model)
-    container.save(path, tree, metadata=metadata, coded=coded)
+    checkpoint.save(path, tree, metadata=metadata, coded=coded)
 
 
 def load_saved(
@@ -70,13 +70,13 @@ def load_saved(
 
 def open_saved(
     path: str | Path,
-) -> tuple[Transformer, container.StoredParams, Tokenizer | None]:
+) -> tuple[Transformer, checkpoint.StoredParams, Tokenizer | None]:
     """Model, open file and tokenizer (or None) from a file of `save_model`.
 
     Leaves are read when they are asked for; close the file, or use it in a `with`
     statement. Raises as `load_saved`.
     """
-    file = container.open(path)
+    file = checkpoint.open(path)
     try:
         if ARCHITECTURE not in file.metadata:
             raise ValueError(
@@ -125,7 +125,7 @@ def reference_file() -> Iterator[Path]:
 
 def saved_shapes(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Dense shapes and dtypes of a saved model's parameters; no weight is read."""
-    with container.open(path) as file:
+    with checkpoint.open(path) as file:
         described = {name: file.describe(name)[1:] for name in file.names}
     return {
         name.removeprefix("params/"): jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))

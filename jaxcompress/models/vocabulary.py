@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxcompress import tokenization
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tokenization import Tokenizer
-from jaxcompress.tree.leaves import is_leaf
+from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.types import Params
 
 

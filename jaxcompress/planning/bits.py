@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.allocation import Curve, allocate, total_loss
 from jaxcompress.calibration.moments import check_curvatures, require
+from jaxcompress.planning.allocation import Curve, allocate, total_loss
 from jaxcompress.tree import layouts
+from jaxcompress.tree.compress import chain, choose, compress
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaves import dense, nbytes
+from jaxcompress.tree.leaf import dense, nbytes
 from jaxcompress.tree.paths import Entry, entries, map_entries
-from jaxcompress.tree.rules import chain, choose, compress
 from jaxcompress.types import Method, Params, Rule
 
 CANDIDATES = tuple(

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcompress.allocation import Curve, allocate, total_loss
 from jaxcompress.calibration.moments import check_curvatures
 from jaxcompress.factorization.svd import check_damping, energies, svd
+from jaxcompress.planning.allocation import Curve, allocate, total_loss
 from jaxcompress.tree import layouts
+from jaxcompress.tree.compress import choose
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaves import dense
+from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import Entry, entries
-from jaxcompress.tree.rules import choose
 from jaxcompress.types import Params, Rule
 
 

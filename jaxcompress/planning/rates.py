@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.feedback import inverse_factor
+from jaxcompress.calibration.error_feedback import inverse_factor
 from jaxcompress.calibration.moments import Moments, check_curvatures
-from jaxcompress.planning import check_concrete, planned_entries
-from jaxcompress.quantization import rate_coded
-from jaxcompress.quantization.gaussian_levels import deviations, gaussian_bits
-from jaxcompress.quantization.output_feedback import (
+from jaxcompress.calibration.output_feedback import (
     choose_shrinkage,
     count_groups,
     output_costs,
     shrunk,
 )
+from jaxcompress.coding.levels import leaf as coded_levels
+from jaxcompress.planning.bits import check_concrete, planned_entries
 from jaxcompress.quantization.rate_distortion import prepare
+from jaxcompress.quantization.rate_model import deviations, gaussian_bits
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.methods import precise
@@ -217,12 +217,14 @@ def plan_rates(
         bent = np.ones((count, outputs))
         if measured:
             bent, _ = output_costs(entry.moments, matrix, entry.name)
-        scales = rate_coded.column_scales(bent)
-        finer = rate_coded.SCALES[scales]
+        scales = coded_levels.column_scales(bent)
+        finer = coded_levels.SCALES[scales]
         matrix = matrix.reshape(count, inputs, outputs) / finer[:, None]
         spreads += _spreads(matrix, entry.moments, order, damping)
         sizes += [inputs * outputs] * count
-        column = COLUMN_BITS + rate_coded.scale_bits(rate_coded.packed_scales(scales))
+        column = COLUMN_BITS + coded_levels.scale_bits(
+            coded_levels.packed_scales(scales)
+        )
         floors += [ROW_BITS / outputs + column / inputs] * count
         bends += list(
             0.5 * np.log2((bent * finer.astype(np.float64) ** 2).mean(axis=1))

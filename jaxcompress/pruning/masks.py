@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxcompress.pruning.sparse import Sparse
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaves import Leaf, Reshaped, dense, is_leaf
+from jaxcompress.tree.leaf import Leaf, Reshaped, dense, is_leaf
 from jaxcompress.tree.paths import Entry, entries, map_entries
 from jaxcompress.types import Masks, Params
 

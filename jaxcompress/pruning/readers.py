@@ -11,7 +11,7 @@ from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.pruning.groups import Place
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaves import Leaf
+from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.paths import KERNEL, roots
 from jaxcompress.types import Params
 

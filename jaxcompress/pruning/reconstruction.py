@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.feedback import (
+from jaxcompress.calibration.error_feedback import (
     damped,
     each_slice,
     feed_back,

@@ -13,11 +13,11 @@ from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.pruning.masks import Choice, choice, select
 from jaxcompress.pruning.sparse import Sparse, sparse
 from jaxcompress.tree import layouts
+from jaxcompress.tree.compress import SMALLEST
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaves import dense, is_leaf
+from jaxcompress.tree.leaf import dense, is_leaf
 from jaxcompress.tree.methods import method
 from jaxcompress.tree.paths import Entry, entries, is_float, map_entries
-from jaxcompress.tree.rules import SMALLEST
 from jaxcompress.types import Params
 
 

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.entropy.packing import pack
-from jaxcompress.tree.leaves import Leaf, dense, leaf, static
+from jaxcompress.coding.packing import pack
+from jaxcompress.tree.leaf import Leaf, dense, leaf, static
 
 
 @leaf

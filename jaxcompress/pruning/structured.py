@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.feedback import damped, float64
+from jaxcompress.calibration.error_feedback import damped, float64
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.pruning.groups import (
     Groups,
@@ -28,7 +28,7 @@ from jaxcompress.pruning.readers import (
 )
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaves import is_leaf
+from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.tree.paths import is_float
 from jaxcompress.types import Params
 

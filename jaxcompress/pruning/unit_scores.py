@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.calibration.feedback import damped, float64
+from jaxcompress.calibration.error_feedback import damped, float64
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.pruning.groups import Group, Groups, find_places, named_groups
 from jaxcompress.pruning.readers import (

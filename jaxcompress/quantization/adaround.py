@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.quantization.descent import Place, scale_of, stretched
 from jaxcompress.quantization.grids import Steps, decode, encode, spread
+from jaxcompress.quantization.learned_steps import Place, scale_of, stretched
 
 RATE = 0.2  # of Adam, on the logits
 PUSH = 50.0  # of the regularizer, relative to the loss of rounding to nearest

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.calibration.feedback import each_slice, layer_loss
+from jaxcompress.calibration.error_feedback import each_slice, layer_loss
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.quantization.grids import Block, Steps, quantized, round_to
 from jaxcompress.quantization.nearest import asymmetric, store_step, symmetric
-from jaxcompress.tree.leaves import (
+from jaxcompress.tree.leaf import (
     Arithmetic,
     Leaf,
     contract,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.calibration.feedback import (
+from jaxcompress.calibration.error_feedback import (
     damped,
     each_slice,
     feed_back,
@@ -15,8 +15,7 @@ from jaxcompress.calibration.feedback import (
     inverse_factor,
 )
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.entropy.packing import pack
-from jaxcompress.quantization.formats import FORMATS, to_format
+from jaxcompress.coding.packing import pack
 from jaxcompress.quantization.grids import (
     GRIDS,
     Block,
@@ -27,6 +26,7 @@ from jaxcompress.quantization.grids import (
     spread,
 )
 from jaxcompress.quantization.nearest import asymmetric, sign_split, symmetric
+from jaxcompress.quantization.number_formats import FORMATS, to_format
 from jaxcompress.tree.methods import method
 
 NEAREST = {"symmetric": symmetric, "asymmetric": asymmetric, "sign_split": sign_split}

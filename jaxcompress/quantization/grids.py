@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.entropy.integers import Packed, pack
-from jaxcompress.quantization.levels import LEVELS
-from jaxcompress.quantization.products import (
+from jaxcompress.coding.integers.leaf import Packed, pack
+from jaxcompress.quantization.codebooks import LEVELS
+from jaxcompress.quantization.integer_matmul import (
     has_integers,
     integer_product,
     integers_pay,
 )
-from jaxcompress.tree.leaves import (
+from jaxcompress.tree.leaf import (
     Arithmetic,
     Leaf,
     before_use,

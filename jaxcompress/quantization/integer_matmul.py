@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.tree.leaves import Arithmetic, contract, dense
+from jaxcompress.tree.leaf import Arithmetic, contract, dense
 
 GRIDS = ("symmetric", "asymmetric")  # those whose codes are multiples of a step
 LARGEST = 2**31 // 2**14  # inputs whose products of 8-bit integers cannot overflow

@@ -8,20 +8,20 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.calibration.feedback import damped, each_slice, layer_loss
+from jaxcompress.calibration.error_feedback import damped, each_slice, layer_loss
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.quantization.descent import (
+from jaxcompress.quantization.adaround import descend_relaxed
+from jaxcompress.quantization.gptq import NEAREST, corrected_target, gptq
+from jaxcompress.quantization.grids import Block, Quantized, Steps, quantized
+from jaxcompress.quantization.learned_bits import START, continuous_bits
+from jaxcompress.quantization.learned_steps import (
     Place,
     descend_gradients,
     descend_outputs,
     descend_weights,
     output_error,
 )
-from jaxcompress.quantization.grids import Block, Quantized, Steps, quantized
-from jaxcompress.quantization.relaxed import descend_relaxed
-from jaxcompress.quantization.second_order import NEAREST, corrected_target, gptq
-from jaxcompress.quantization.widths import START, continuous_bits
-from jaxcompress.tree.leaves import dense
+from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.methods import method
 
 OBJECTIVES = ("weights", "outputs")

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcompress.quantization.gptq import NEAREST
 from jaxcompress.quantization.grids import Block, Steps, spread
-from jaxcompress.quantization.latent import straight
-from jaxcompress.quantization.second_order import NEAREST
+from jaxcompress.quantization.straight_through_estimator import straight
 
 START, FEWEST, MOST = 4, 2, 8  # bits
 RATE = 0.05  # in bits, and in log scales

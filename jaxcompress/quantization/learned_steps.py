@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.calibration.feedback import descend, layer_loss
+from jaxcompress.calibration.error_feedback import descend, layer_loss
 from jaxcompress.quantization.grids import Block, Steps, decode, encode, spread
-from jaxcompress.quantization.latent import quantize_through, straight
 from jaxcompress.quantization.nearest import split, store_step
+from jaxcompress.quantization.straight_through_estimator import (
+    quantize_through,
+    straight,
+)
 
 ROUNDS = 4  # of gradient descent over steps, then of moving codes
 

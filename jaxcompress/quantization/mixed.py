@@ -5,12 +5,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.calibration.feedback import each_slice, inverse_factor
+from jaxcompress.calibration.error_feedback import each_slice, inverse_factor
 from jaxcompress.calibration.moments import Moments, require
+from jaxcompress.quantization.gptq import NEAREST
 from jaxcompress.quantization.grids import Block
 from jaxcompress.quantization.nearest import check_bits
-from jaxcompress.quantization.second_order import NEAREST
-from jaxcompress.tree.leaves import Mixed
+from jaxcompress.tree.leaf import Mixed
 from jaxcompress.tree.methods import method
 
 SCORES = ("weight", "activation", "second_order")

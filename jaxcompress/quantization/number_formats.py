@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.quantization.codebooks import LEVELS
 from jaxcompress.quantization.grids import (
     Block,
     Quantized,
@@ -16,7 +17,6 @@ from jaxcompress.quantization.grids import (
     quantized,
     spread,
 )
-from jaxcompress.quantization.levels import LEVELS
 from jaxcompress.quantization.nearest import (
     best_factor,
     check_weights,

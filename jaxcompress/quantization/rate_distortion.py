@@ -9,20 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.feedback import damped, feed_back, inverse_factor
+from jaxcompress.calibration.error_feedback import damped, feed_back, inverse_factor
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.entropy.parallel import in_order
-from jaxcompress.quantization import contexts, rate_coded, trellis
-from jaxcompress.quantization.gaussian_levels import first_guess
-from jaxcompress.quantization.grids import round_to
-from jaxcompress.quantization.output_feedback import (
+from jaxcompress.calibration.output_feedback import (
     count_groups,
     output_costs,
     output_feedback,
     stretched,
 )
-from jaxcompress.quantization.rate_coded import RateCoded
-from jaxcompress.quantization.second_order import corrected_target
+from jaxcompress.coding.levels import contexts, trellis
+from jaxcompress.coding.levels import leaf as coded_levels
+from jaxcompress.coding.levels.leaf import RateCoded
+from jaxcompress.coding.threads import in_order
+from jaxcompress.quantization.gptq import corrected_target
+from jaxcompress.quantization.grids import round_to
+from jaxcompress.quantization.rate_model import first_guess
 from jaxcompress.tree.methods import method, precise
 
 EXACT = 0.005  # of the rate: how near the coded size comes
@@ -116,16 +117,16 @@ def rate_distortion(
     costs, joint = output_costs(moments, x, "rate_distortion")
     scales = np.zeros((*lead, x.shape[-1]), np.uint8)
     if costs is not None:
-        scales = rate_coded.column_scales(costs).reshape(scales.shape)
-    finer = rate_coded.SCALES[scales]
+        scales = coded_levels.column_scales(costs).reshape(scales.shape)
+    finer = coded_levels.SCALES[scales]
     x32 = x.astype(jnp.float32) / finer[..., None, :]
     finer = finer.reshape(count, -1)
     flat = [
         None if a is None else np.asarray(a).reshape(-1, *a.shape[-2:])
         for a in (x32, second, cross)
     ]
-    scales = rate_coded.packed_scales(scales)
-    side = rate_coded.scale_bits(scales) / x.shape[-2]
+    scales = coded_levels.packed_scales(scales)
+    side = coded_levels.scale_bits(scales) / x.shape[-2]
     holders = jnp.asarray(x).sharding.addressable_devices
     devices = sorted(holders, key=lambda device: device.id)
 
@@ -149,7 +150,7 @@ def rate_distortion(
     levels, steps = (np.stack(part) for part in zip(*found, strict=True))
     groups = 1 if joint is None else count_groups(x.shape[-1])
     return RateCoded(
-        rate_coded.code_levels(levels.reshape(x.shape), states, groups),
+        coded_levels.code_levels(levels.reshape(x.shape), states, groups),
         jnp.asarray(steps.reshape(*lead, inputs), jnp.bfloat16),
         scales,
         jnp.dtype(x.dtype).name,
@@ -385,6 +386,6 @@ def _rate(
     """Bits per weight of levels, some of `outputs` columns that are like them."""
     found = contexts.fit(levels, 2 if states else 1)
     bits = found.bits * outputs / levels.shape[1]
-    bits += rate_coded.side_bits(found, outputs)
-    bits += rate_coded.step_bits(steps, slices) * steps.size
+    bits += coded_levels.side_bits(found, outputs)
+    bits += coded_levels.step_bits(steps, slices) * steps.size
     return bits / (levels.shape[0] * outputs)

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from jaxcompress.tree.leaves import nbytes
+from jaxcompress.tree.compress import LeafReport
+from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.paths import roots
-from jaxcompress.tree.rules import LeafReport
 from jaxcompress.types import Params
 
 QUIET = 10.0  # seconds between lines of progress where there is no terminal

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from jaxcompress.tree.leaves import Leaf, dense
+from jaxcompress.tree.leaf import Leaf, dense
 from jaxcompress.tree.paths import is_float
 from jaxcompress.types import Params
 

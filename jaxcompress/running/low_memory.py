@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
-from jaxcompress.tree.leaves import Leaf, before_use
+from jaxcompress.tree.leaf import Leaf, before_use
 
 # `(module, method, args, kwargs)` to the result of that method, or to None where Flax's
 # own code is to run; `running.fast` sets it, per thread.

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from jaxcompress.tree.leaves import Leaf, dense
+from jaxcompress.tree.leaf import Leaf, dense
 from jaxcompress.tree.paths import roots
 from jaxcompress.types import Params
 

@@ -1,9 +1,9 @@
 """Files: one `.safetensors` file or shards of it, archives, and Orbax checkpoints."""
 
 from jaxcompress.storage.archive import pack, unpack
-from jaxcompress.storage.container import StoredParams, load, open, save, verify
-from jaxcompress.storage.manifest import FileDamaged
+from jaxcompress.storage.checkpoint import StoredParams, load, open, save, verify
 from jaxcompress.storage.orbax import is_orbax, restore_orbax, save_orbax
+from jaxcompress.storage.tree_json import FileDamaged
 
 __all__ = [
     "FileDamaged",

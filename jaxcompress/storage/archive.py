@@ -26,11 +26,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.entropy import deltas
-from jaxcompress.storage import bases, container
-from jaxcompress.storage.manifest import FileDamaged, Slot
-from jaxcompress.storage.tensors import CODES, damaged
-from jaxcompress.storage.writing import beside, write
+from jaxcompress.coding import delta_codec
+from jaxcompress.storage import checkpoint, delta_base
+from jaxcompress.storage.checksummed_file import CODES, damaged
+from jaxcompress.storage.file_writer import beside, write
+from jaxcompress.storage.tree_json import FileDamaged, Slot
 
 PART = 1 << 26  # bytes of a file in memory at a time
 
@@ -77,10 +77,10 @@ def pack(
         raise ValueError(
             f"{path} would lie in {root}, which is packed; write elsewhere"
         )
-    files = [bases.describe(root, name) for name in _names(root)]
+    files = [delta_base.describe(root, name) for name in _names(root)]
     if not files:
         raise FileNotFoundError(f"{root} holds no files")
-    other = None if base is None else bases.Base(base)
+    other = None if base is None else delta_base.Base(base)
     slots, lists, used, latest = {}, [], set(), {}
     for number, about in enumerate(files):
         nodes = []
@@ -106,8 +106,10 @@ def pack(
                 f"no tensor of {root} is closer to one of the same name, dtype and "
                 f"size in {base} than to none; pack without a base"
             )
-        metadata["base"] = [bases.describe(other.root, name) for name in sorted(used)]
-    about = container.describe({"dict": [["files", {"list": lists}]]}, metadata)
+        metadata["base"] = [
+            delta_base.describe(other.root, name) for name in sorted(used)
+        ]
+    about = checkpoint.describe({"dict": [["files", {"list": lists}]]}, metadata)
     with _naming(path), beside(path) as file:
         write(file, slots, about, coded=coded, progress=progress)
     return {
@@ -149,7 +151,7 @@ def unpack(
     target = Path(folder).absolute()
     if target.exists():
         raise FileExistsError(f"{target} exists; name a directory that does not")
-    with container.open(path) as stored:
+    with checkpoint.open(path) as stored:
         files = _listed(stored)
         other = _base_of(stored, base)
         scratch = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
@@ -213,15 +215,15 @@ def _portable(name: str) -> bool:
 
 
 def _parts(
-    root: Path, about: dict[str, Any], base: bases.Base | None
+    root: Path, about: dict[str, Any], base: delta_base.Base | None
 ) -> Iterator[tuple[str, int, int, tuple[str, int] | None]]:
     """Dtype, numbers and first byte of the parts of a file, one behind another.
 
     And, of parts to be kept as differences, file and first byte in the base.
     """
     path, size, at = root / about["path"], about["bytes"], 0
-    end = bases.Tensor("", "uint8", size, size)
-    for one in [*bases.tensors(path, size), end]:
+    end = delta_base.Tensor("", "uint8", size, size)
+    for one in [*delta_base.tensors(path, size), end]:
         place = None if base is None else base.place(one)
         if place is not None and not base.gains(path, one, *place):
             place = None
@@ -243,7 +245,7 @@ def _pieces(
 def _reader(path: Path, dtype: str, count: int, start: int) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         with _naming(path):
-            return bases.read_numbers(path, dtype, count, start)
+            return delta_base.read_numbers(path, dtype, count, start)
 
     return read
 
@@ -260,13 +262,13 @@ def _differences(
     def row(i: int) -> np.ndarray:
         if name not in latest:
             latest.clear()
-            latest[name] = deltas.difference(read(), there())
+            latest[name] = delta_codec.difference(read(), there())
         return latest[name][i]
 
     return [functools.partial(row, i) for i in range(rows)]
 
 
-def _listed(stored: container.StoredParams) -> list[dict[str, Any]]:
+def _listed(stored: checkpoint.StoredParams) -> list[dict[str, Any]]:
     """The files of an archive, checked against its tree."""
     files = stored.metadata.get("archive")
     if files is None:
@@ -315,7 +317,7 @@ def _checked(about: Any) -> Any:
 
 
 def _kind(
-    stored: container.StoredParams, part: str | list[str]
+    stored: checkpoint.StoredParams, part: str | list[str]
 ) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a part: of a difference, those of all its bytes."""
     if type(part) is str:
@@ -331,7 +333,7 @@ def _kind(
 
 
 def _base_of(
-    stored: container.StoredParams, folder: str | os.PathLike | None
+    stored: checkpoint.StoredParams, folder: str | os.PathLike | None
 ) -> Path | None:
     """The base's directory, its files checked."""
     wanted = stored.metadata.get("base")
@@ -344,12 +346,12 @@ def _base_of(
             f"{stored.path} was packed against a base, {wanted[0]['path']} of digest "
             f"{wanted[0]['digest']}; name its directory (--base)"
         )
-    bases.check(Path(folder), wanted)
+    delta_base.check(Path(folder), wanted)
     return Path(folder)
 
 
 def _write_file(
-    stored: container.StoredParams,
+    stored: checkpoint.StoredParams,
     base: Path | None,
     number: int,
     about: dict[str, Any],
@@ -366,7 +368,7 @@ def _write_file(
                 rows = np.stack([stored.read(name, numpy=True) for name in part])
                 dtype, name, start = places[i]
                 there = _reader(base / name, dtype, rows.shape[1], start)()
-                data = deltas.restore(rows, there)
+                data = delta_codec.restore(rows, there)
             data = data.reshape(-1).view(np.uint8)
             file.write(data)
             state.update(data)

@@ -31,8 +31,9 @@ from jaxcompress.storage.tensors import (
     inflated,
     to_json,
 )
-from jaxcompress.storage.writing import beside, write
-from jaxcompress.tree.leaves import dense
+from jaxcompress.storage.file_writer import beside, write
+from jaxcompress.storage.tree_json import ODD, FileDamaged, Slot
+from jaxcompress.tree.leaf import dense
 from jaxcompress.types import Params
 
 
@@ -73,7 +74,7 @@ def save(
       ValueError: an array is not of this host alone: `save_orbax` saves those.
     """
     path = os.path.realpath(path)
-    node, slots = manifest.encode(params, compact=True)
+    node, slots = tree_json.encode(params, compact=True)
     about = describe(node, {} if metadata is None else metadata)
     parts = shards.split(slots, max_shard_bytes)
     if len(parts) > 1:
@@ -256,7 +257,7 @@ class StoredParams:
     def _leaf(self, name: str, read: Any, numpy: bool) -> Any:
         node, path = self._find(name)
         try:
-            leaf = manifest.decode(node, read, path)
+            leaf = tree_json.decode(node, read, path)
         except KeyError as error:
             raise ValueError(f"{self.path}: {name}: {error.args[0]}") from error
         except FileDamaged as error:
@@ -292,8 +293,8 @@ class StoredParams:
                 return np.asarray(dense(leaf)[first:last])
             except ODD as error:
                 raise damaged(self.path, f"{name}: {error}") from error
-        file = self._file_of(manifest.join(path))
-        return file.read_rows(manifest.join(path), node["array"], shape, first, last)
+        file = self._file_of(tree_json.join(path))
+        return file.read_rows(tree_json.join(path), node["array"], shape, first, last)
 
     def nbytes(self, name: str) -> int:
         """Bytes that the arrays of one leaf take in the file."""
@@ -315,14 +316,14 @@ class StoredParams:
                 self._open(file)
         return list(self._files.values())
 
-    def _find(self, name: str) -> tuple[Any, manifest.Path]:
+    def _find(self, name: str) -> tuple[Any, tree_json.Path]:
         if name not in self._nodes:
             near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.0)
             raise KeyError(f"{self.path} has no leaf {name!r}; near: {', '.join(near)}")
         return self._nodes[name]
 
     def _arrays(self, name: str) -> list[tuple[str, str, tuple[int, ...]]]:
-        return list(manifest.arrays(*self._find(name)))
+        return list(tree_json.arrays(*self._find(name)))
 
     def _read(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         return self._file_of(name).read(name, dtype, shape)
@@ -347,8 +348,8 @@ class StoredParams:
             self.versions = json.loads(about["versions"])
             if type(self.metadata) is not dict or type(self.versions) is not dict:
                 raise ValueError("metadata or versions that are no mapping")
-            found = list(manifest.arrays(node))
-            self.tree, self._nodes = manifest.outline(node)
+            found = list(tree_json.arrays(node))
+            self.tree, self._nodes = tree_json.outline(node)
         except FileDamaged as error:
             raise self._in_file(error) from error
         except (LookupError, ValueError, TypeError, RecursionError) as error:

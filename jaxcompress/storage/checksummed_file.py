@@ -28,8 +28,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.entropy import arrays, streams
-from jaxcompress.storage.manifest import FileDamaged, Slot
+from jaxcompress.coding import array_codecs, chunked_stream
+from jaxcompress.storage.tree_json import FileDamaged, Slot
 
 SEAL = "__checksums__"
 FORMAT = "jaxcompress"
@@ -164,20 +164,25 @@ class TensorFile:
 
     def _stream(
         self, name: str, read: Any, dtype: str, shape: tuple[int, ...]
-    ) -> streams.Stream:
+    ) -> chunked_stream.Stream:
         span = self.spans[name]
         try:
-            return arrays.open_stream(
+            return array_codecs.open_stream(
                 read, span.stop - span.start, self.codings[name], dtype, shape
             )
         except ValueError as error:
             raise self._damaged(f"{name}: {error}") from error
 
     def _decoded(
-        self, name: str, stream: streams.Stream, dtype: str, *part: int, **options: Any
+        self,
+        name: str,
+        stream: chunked_stream.Stream,
+        dtype: str,
+        *part: int,
+        **options: Any,
     ) -> np.ndarray:
         try:
-            return arrays.decode(stream, dtype, *part, **options)
+            return array_codecs.decode(stream, dtype, *part, **options)
         except FileDamaged:
             raise
         except ValueError as error:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.entropy import arrays, deltas
-from jaxcompress.storage.tensors import CODES, LONGEST_HEADER
+from jaxcompress.coding import array_codecs, delta_codec
+from jaxcompress.storage.checksummed_file import CODES, LONGEST_HEADER
 
 _NAMES = {code: name for name, code in CODES.items()}
 GLANCE = 1 << 20  # numbers of a part that are looked at
@@ -113,8 +113,8 @@ class Base:
         count = min(GLANCE, (one.stop - one.start) // width)
         here = read_numbers(path, one.dtype, count, one.start)
         there = read_numbers(self.root / name, one.dtype, count, start)
-        parts = deltas.difference(here, there)
-        return sum(map(arrays.estimate, parts)) < arrays.estimate(here)
+        parts = delta_codec.difference(here, there)
+        return sum(map(array_codecs.estimate, parts)) < array_codecs.estimate(here)
 
 
 def check(root: Path, wanted: Iterable[Mapping[str, Any]]) -> None:

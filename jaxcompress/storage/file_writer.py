@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.entropy import arrays
-from jaxcompress.entropy.parallel import in_groups, of_arrays
-from jaxcompress.storage.manifest import Slot
-from jaxcompress.storage.tensors import (
+from jaxcompress.coding import array_codecs
+from jaxcompress.coding.threads import in_groups, of_arrays
+from jaxcompress.storage.checksummed_file import (
     CODES,
     DIGEST,
     LONGEST_HEADER,
@@ -27,6 +26,7 @@ from jaxcompress.storage.tensors import (
     stored_as,
     to_json,
 )
+from jaxcompress.storage.tree_json import Slot
 
 
 def write(
@@ -58,9 +58,9 @@ def write(
                 f"an array can't be called {name}: the file needs the name"
             )
     raw = {name: count_bytes(slots[name]) for name in order}
-    codable = [name for name in order if coded and raw[name] >= arrays.LEAST]
+    codable = [name for name in order if coded and raw[name] >= array_codecs.LEAST]
     # Room for a list of arrays under each coding there is.
-    longest = {name: "-" * 20 * arrays.CODINGS for name in codable}
+    longest = {name: "-" * 20 * array_codecs.CODINGS for name in codable}
     widest = max(CODES.values(), key=len)
     most = {name: (widest, (*slots[name].shape, raw[name])) for name in order}
     room = len(_header(order, slots, raw, most, longest, metadata))
@@ -112,11 +112,11 @@ def _write_array(
     file: BinaryIO, array: np.ndarray, coded: bool | str, *, threads: int | None = None
 ) -> tuple[str | None, int, bytes]:
     """Writes one array, coded if that makes it smaller; says how, bytes and digest."""
-    how = arrays.choose(array, fast=coded == "fast") if coded else None
+    how = array_codecs.choose(array, fast=coded == "fast") if coded else None
     if how is not None:
         start, size, state = file.tell(), 0, hashlib.blake2b(digest_size=DIGEST)
         try:
-            for part in arrays.encode(array, how, threads=threads):
+            for part in array_codecs.encode(array, how, threads=threads):
                 file.write(part)
                 state.update(part)
                 size += len(part)

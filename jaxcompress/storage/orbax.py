@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxcompress.storage import manifest
+from jaxcompress.storage import tree_json
 from jaxcompress.types import Params
 
 FORMAT, VERSION = "jaxcompress", 2
@@ -48,7 +48,7 @@ def save_orbax(path: str | os.PathLike, params: Params) -> None:
     """
     import orbax.checkpoint as ocp
 
-    node, slots = manifest.encode(params, compact=False)
+    node, slots = tree_json.encode(params, compact=False)
     about = {"format": FORMAT, "format_version": VERSION, "tree": node}
     items = {"tree": ocp.args.JsonSave(about)}
     # Orbax refuses empty arrays; the tree says all there is to say about them.
@@ -85,7 +85,7 @@ def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
         node = _tree(checkpointer, path)
         place = _place(node, sharding)
         target, how = {}, {}
-        for name, dtype, shape in manifest.arrays(node):
+        for name, dtype, shape in tree_json.arrays(node):
             if 0 in shape:
                 continue
             held = jnp.dtype(_HELD_AS.get(dtype, dtype))
@@ -112,7 +112,7 @@ def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
             x = x[step]
         return _freed(x, dtype)
 
-    return manifest.decode(node, read)
+    return tree_json.decode(node, read)
 
 
 def is_orbax(path: str | os.PathLike) -> bool:
@@ -227,7 +227,7 @@ def _spread(node: Any, tree: Any) -> dict[str, Sharding]:
         names[id(held[-1])] = name
         return held[-1]
 
-    params = manifest.decode(node, read)
+    params = tree_json.decode(node, read)
     found: dict[str, Sharding] = {}
 
     def assign(sharding: Sharding, below: Any) -> None:

@@ -12,8 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxcompress.storage.manifest import Slot
-from jaxcompress.storage.tensors import (
+from jaxcompress.storage.checksummed_file import (
     FORMAT,
     LONGEST_HEADER,
     VERSION,
@@ -23,7 +22,13 @@ from jaxcompress.storage.tensors import (
     digest,
     to_json,
 )
-from jaxcompress.storage.writing import beside, sync_directory, temporary_beside, write
+from jaxcompress.storage.file_writer import (
+    beside,
+    sync_directory,
+    temporary_beside,
+    write,
+)
+from jaxcompress.storage.tree_json import Slot
 
 SUFFIX = ".index.json"
 _ENDING = ".safetensors"

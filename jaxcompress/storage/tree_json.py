@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.tree.leaves import Leaf, data_fields, leaf_type, static_fields
+from jaxcompress.tree.leaf import Leaf, data_fields, leaf_type, static_fields
 
 DTYPES = frozenset(
     (

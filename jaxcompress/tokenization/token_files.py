@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcompress.storage.manifest import FileDamaged
+from jaxcompress.storage.tree_json import FileDamaged
 from jaxcompress.tokenization.tokenizer import Tokenizer
 
 MAGIC = b"JCTOKENS"

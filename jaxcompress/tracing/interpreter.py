@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxcompress.tracing.provenance import Weight, moved, sliced, tag
+from jaxcompress.tracing.uses import Use, uses_of
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.tags import Weight, moved, sliced, tag
-from jaxcompress.tree.uses import Use, uses_of
 
 Sums = dict[str, dict[str, jax.Array]]  # per weight: named sums over tokens
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
+from jaxcompress.tracing.interpreter import Use, trace_uses
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaves import is_leaf
+from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.tree.paths import roots
-from jaxcompress.tree.program import Use, trace_uses
 from jaxcompress.types import Params
 
 NOT_INPUTS = ("mask", "labels", "targets")  # keys of a batch no Linen module is given

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.tracing.provenance import Atom, Weight, held_size, original_layout
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.tags import Atom, Weight, held_size, original_layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jaxcompress.quantization.awq import Scaled
 from jaxcompress.quantization.grids import Quantized
-from jaxcompress.quantization.latent import Latent, latent, settled
-from jaxcompress.tree.leaves import (
+from jaxcompress.training.qat_leaf import Latent, latent, settled
+from jaxcompress.tree.compress import Chain, compress
+from jaxcompress.tree.leaf import (
     Leaf,
     Mixed,
     Reshaped,
@@ -20,7 +21,6 @@ from jaxcompress.tree.leaves import (
     dense,
     is_leaf,
 )
-from jaxcompress.tree.rules import Chain, compress
 from jaxcompress.types import Params
 
 Transform = Callable[[Params], Params]

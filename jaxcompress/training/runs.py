@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jaxcompress.distillation.steps import Metrics, TrainState, check_batch
 from jaxcompress.storage.orbax import restore_orbax, save_orbax
-from jaxcompress.tree.leaves import data_fields, is_leaf, static_fields
+from jaxcompress.training.steps import Metrics, TrainState, check_batch
+from jaxcompress.tree.leaf import data_fields, is_leaf, static_fields
 from jaxcompress.tree.paths import key_name
 from jaxcompress.types import Batch
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxcompress.tree import layouts
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaves import Leaf, dense, is_leaf, nbytes
+from jaxcompress.tree.leaf import Leaf, dense, is_leaf, nbytes
 from jaxcompress.tree.methods import describe, parse, traits, with_default
 from jaxcompress.tree.paths import Entry, entries, is_float, map_entries, roots
 from jaxcompress.types import Method, Params

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxcompress.tree.leaves import Arithmetic, Leaf, Reshaped, contract
+from jaxcompress.tree.leaf import Arithmetic, Leaf, Reshaped, contract
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,16 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from calibration.test_moments import (
+    assert_same,
+    check,
+    dense_inputs,
+    make_params,
+    random,
+)
 from models_for_tests import Language
-from test_calibration import assert_same, check, dense_inputs, make_params, random
 
 import jaxcompress as jc
-from jaxcompress.calibration.blocks import BLOCKS
+from jaxcompress.calibration.blockwise import BLOCKS
 from jaxcompress.calibration.moments import Moments, by_input
-from jaxcompress.storage.container import StoredParams
+from jaxcompress.storage.checkpoint import StoredParams
+from jaxcompress.tracing.blocks import cut, find_blocks
+from jaxcompress.tracing.layouts import flat_weights, model_function
 from jaxcompress.tree.paths import entries
-from jaxcompress.tree.segments import cut, find_blocks
-from jaxcompress.tree.tracing import flat_weights, model_function
 
 KERNELS = r".*kernel"
 

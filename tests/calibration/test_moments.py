@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from models_for_tests import Language, rounded
-from test_layouts import Kinds, Tied
+from tracing.test_layouts import Kinds, Tied
 
 from jaxcompress.calibration.collect import collect_moments
 from jaxcompress.calibration.moments import (
@@ -17,8 +17,8 @@ from jaxcompress.calibration.moments import (
     moments_from_covariance,
     require,
 )
+from jaxcompress.tracing.layouts import layout
 from jaxcompress.tree.layouts import matricize
-from jaxcompress.tree.tracing import layout
 
 KEY = jax.random.key(0)
 ALL = ".*(kernel|embedding)"

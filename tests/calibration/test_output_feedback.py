@@ -7,20 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_rate_distortion import covariance, gaussian, natural
+from quantization.test_rate_distortion import covariance, gaussian, natural
 
 import jaxcompress as jc
-from jaxcompress import demo, rates
-from jaxcompress.quantization import output_feedback as module
-from jaxcompress.quantization import rate_coded, trellis
-from jaxcompress.quantization.output_feedback import (
+from jaxcompress.calibration import output_feedback as module
+from jaxcompress.calibration.output_feedback import (
     choose_shrinkage,
     count_groups,
     output_feedback,
     stretched,
 )
+from jaxcompress.cli import demo
+from jaxcompress.coding.levels import leaf as coded_levels
+from jaxcompress.coding.levels import trellis
+from jaxcompress.planning import rates
 from jaxcompress.quantization.rate_distortion import sweep
-from jaxcompress.storage import manifest
+from jaxcompress.storage import tree_json
 
 
 def joint_of(outputs, heads=8, seed=0):
@@ -43,8 +45,8 @@ def test_groups_fit_the_walks(outputs, groups):
     count, places = trellis.walks(outputs)
     if groups > 1:
         x = np.arange(outputs)
-        laid = rate_coded.in_groups(x, groups, places)
-        back = rate_coded.out_of_groups(laid, groups, places)
+        laid = coded_levels.in_groups(x, groups, places)
+        back = coded_levels.out_of_groups(laid, groups, places)
         np.testing.assert_array_equal(back, x)
         size = places // groups
         for group in range(groups):  # of each walk, and of all walks together
@@ -165,7 +167,7 @@ def test_walks_of_a_stack_go_on_from_group_to_group():
     np.testing.assert_allclose(whole[1], alone.materialize(), atol=0.3)
     assert np.corrcoef(whole.ravel(), x.ravel())[0, 1] > 0.85
     # Along the groups, a level's parity is that of its state.
-    walks = rate_coded.in_groups(np.asarray(leaf.levels.materialize()), 12, 576)
+    walks = coded_levels.in_groups(np.asarray(leaf.levels.materialize()), 12, 576)
     state = np.zeros((2, 8, 2), np.int32)
     for place in range(576):
         here = walks.reshape(2, 8, 2, 576)[..., place].astype(np.int32)
@@ -270,7 +272,7 @@ def test_a_plan_counts_what_feedback_saves():
     rate = [float(rule.split("rate=")[1].split(",")[0]) for rule in (first, second)]
 
     def cost(counts):  # of an error that is white where outputs are scaled
-        squares = rate_coded.SCALES[rate_coded.column_scales(counts)] ** 2
+        squares = coded_levels.SCALES[coded_levels.column_scales(counts)] ** 2
         return np.log2((counts * squares).mean()) - np.log2(squares).mean()
 
     gain = cost(np.diag(joint)) - cost(output_feedback(joint).curvatures)
@@ -317,8 +319,8 @@ def test_parts_of_a_layer_leave_joint_curvatures_behind():
 def test_files_without_groups_are_read():
     """Those written before there were any."""
     node = {"static": {"places": 64, "trellis": 8, "kind": "int8"}}
-    found = manifest._static_of(rate_coded.CodedLevels, node, ())
-    assert "groups" not in found and rate_coded.CodedLevels.groups == 1
+    found = tree_json._static_of(coded_levels.CodedLevels, node, ())
+    assert "groups" not in found and coded_levels.CodedLevels.groups == 1
 
 
 @pytest.mark.parametrize("groups", [0, -2, 5, 97])
@@ -329,7 +331,7 @@ def test_groups_that_do_not_fit_are_told(groups):
     )
     static = {"places": 96, "trellis": 8, "kind": "int8", "groups": groups}
     with pytest.raises(ValueError, match=f"{groups} groups of 96 outputs"):
-        rate_coded.CodedLevels.restored(leaf.levels.stored(), static)
+        coded_levels.CodedLevels.restored(leaf.levels.stored(), static)
 
 
 def test_sums_of_moments_that_say_more_and_less_of_pairs():

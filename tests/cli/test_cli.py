@@ -13,9 +13,9 @@ from jaxcompress.cli.parser import parser
 from jaxcompress.models.loading import load
 from jaxcompress.models.saved import save_model
 from jaxcompress.models.transformer import Transformer
-from jaxcompress.running.decoding import decoded
+from jaxcompress.running.decode_once import decoded
 from jaxcompress.tokenization import train
-from jaxcompress.tree.leaves import Leaf
+from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.methods import describe
 
 TEXT = (

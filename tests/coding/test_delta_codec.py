@@ -12,7 +12,7 @@ import safetensors.numpy
 
 import jaxcompress as jc
 from jaxcompress import cli, storage
-from jaxcompress.entropy import arrays, deltas
+from jaxcompress.coding import array_codecs, delta_codec
 from jaxcompress.storage import archive
 
 RANDOM = np.random.default_rng(5)
@@ -28,7 +28,7 @@ def test_differences_of_any_bits_come_back(dtype):
         np.frombuffer(RANDOM.bytes(8 * 512), dtype).copy() for _ in range(2)
     )  # NaN payloads, infinities and both zeros among them
     two[:100] = one[:100]
-    found = deltas.restore(deltas.difference(one, two), two)
+    found = delta_codec.restore(delta_codec.difference(one, two), two)
     assert found.dtype == one.dtype and found.tobytes() == one.tobytes()
 
 
@@ -38,7 +38,7 @@ def test_neighbours_differ_by_one(dtype):
     some = np.array([1.0, 0.0, -0.0, -1.5, 2.0, 0.5], dtype)
     for up, code in ((np.inf, 2), (-np.inf, 1)):
         near = np.nextafter(some, np.array(up, dtype))
-        parts = deltas.difference(near, some)
+        parts = delta_codec.difference(near, some)
         crossed = (some == 0) & (np.signbit(some) != np.signbit(near))
         # Between the zeros of both signs there is a step of its own.
         wanted = np.where(crossed, code + 2, code)
@@ -53,7 +53,7 @@ def test_an_oracle_of_integers():
         return bits if bits < 1 << 15 else (1 << 15) + (1 << 16) - 1 - bits
 
     bits = RANDOM.integers(0, 1 << 16, (2, 300), dtype=np.uint16)
-    parts = deltas.difference(*bits.view(ml_dtypes.bfloat16))
+    parts = delta_codec.difference(*bits.view(ml_dtypes.bfloat16))
     for new, old, low, high in zip(*bits.tolist(), *parts.tolist(), strict=True):
         gap = (rank(new) - rank(old)) % (1 << 16)
         gap = gap if gap < 1 << 15 else gap - (1 << 16)
@@ -67,11 +67,11 @@ def test_an_estimate_is_about_the_bytes_of_the_stream():
         RANDOM.integers(0, 256, 70_000, dtype=np.uint8),
         np.zeros(50_000, np.uint8),
     ):
-        how = arrays.choose(array)
+        how = array_codecs.choose(array)
         size = array.nbytes
         if how is not None:
-            size = sum(map(len, arrays.encode(array, how)))
-        assert abs(arrays.estimate(array) - size) < 0.02 * array.nbytes
+            size = sum(map(len, array_codecs.encode(array, how)))
+        assert abs(array_codecs.estimate(array) - size) < 0.02 * array.nbytes
 
 
 def weights(seed, dtype, shape=(300, 200)):

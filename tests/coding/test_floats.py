@@ -10,21 +10,27 @@ import pytest
 from lossless_checks import check, decode, entropy_bytes, reload
 
 import jaxcompress as jc
-from jaxcompress.entropy import (
+from jaxcompress.coding import (
     CodedFloats,
     CodedWords,
-    classes,
+    chunked_stream,
     code_floats,
-    literals,
-    planes,
-    streams,
     tables,
-    words,
     zstd,
+    zstd_literals,
 )
-from jaxcompress.entropy.integers import stored_bytes
-from jaxcompress.entropy.words import code_words
-from jaxcompress.tree.leaves import dense, static_fields
+from jaxcompress.coding.floats import (
+    block_classes,
+)
+from jaxcompress.coding.floats import (
+    chunks as float_chunks,
+)
+from jaxcompress.coding.floats import (
+    leaf as coded_words,
+)
+from jaxcompress.coding.floats.leaf import code_words
+from jaxcompress.coding.integers.leaf import stored_bytes
+from jaxcompress.tree.leaf import dense, static_fields
 
 RANDOM = np.random.default_rng(7)
 
@@ -202,7 +208,7 @@ def test_literals_of_zstandard_are_understood(spread):
     for _ in range(9):  # chance repetitions make a block that XLA can't decode
         RANDOM.shuffle(plane)
         frame = zstd.pack(plane.tobytes())
-        if found := literals.parse(frame):
+        if found := zstd_literals.parse(frame):
             break
     (block,) = found
     assert block.count == 4000 and len(block.ends) == 4
@@ -218,16 +224,16 @@ def test_literals_of_zstandard_are_understood(spread):
 
 def test_what_is_not_only_literals_is_left_to_the_library():
     for plane in (b"abcdefgh" * 900, bytes(5000), RANDOM.bytes(5000)):
-        assert literals.parse(zstd.pack(plane)) is None
-    for frame in (b"", b"12345678", literals.MAGIC):
+        assert zstd_literals.parse(zstd.pack(plane)) is None
+    for frame in (b"", b"12345678", zstd_literals.MAGIC):
         with pytest.raises(ValueError, match="not a Zstandard frame"):
-            literals.parse(frame)
+            zstd_literals.parse(frame)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Arrays of a few thousand numbers are several chunks."""
-    monkeypatch.setattr(planes, "CHUNK", 1 << 14)
+    monkeypatch.setattr(float_chunks, "CHUNK", 1 << 14)
 
 
 @pytest.mark.parametrize("split", ["bfloat16", "bfloat16 pairs"])
@@ -250,7 +256,7 @@ def test_words_in_chunks_come_back_whole_and_by_rows(small_chunks, split):
 @pytest.mark.parametrize("split", ["bfloat16", "bfloat16 pairs"])
 def test_blocks_decode_in_groups(small_chunks, monkeypatch, together, split):
     """Groups do not divide the blocks, and have exceptions at their first and last."""
-    monkeypatch.setattr(words, "TOGETHER", together)
+    monkeypatch.setattr(coded_words, "TOGETHER", together)
     x = (RANDOM.normal(0, 1, (131, 300)) * 0.02).astype(np.float32).view(np.uint32)
     coded, _ = code_words(x, split, 0)
     blocks, width = coded.starts.size, coded.width
@@ -276,13 +282,15 @@ def test_classes_are_few_and_lie_in_fours(blocks):
             np.uint32
         )
         sample = random.normal(60, 6, 4096).astype(np.uint8)
-        found = classes.classes_of(sums, sample, 512)
+        found = block_classes.classes_of(sums, sample, 512)
         sizes = np.bincount(found)
         assert 1 < sizes.size <= min(8, blocks // 64)
         assert sizes.all() and not (sizes[:-1] % 4).any()
         order = np.argsort(sums, kind="stable")
         assert (np.diff(found[order].astype(int)) >= 0).all()
-    assert not classes.classes_of(np.full(blocks, 9, np.uint32), sample, 512).any()
+    assert not block_classes.classes_of(
+        np.full(blocks, 9, np.uint32), sample, 512
+    ).any()
 
 
 def test_a_frame_may_not_claim_more_than_it_gives():
@@ -298,7 +306,7 @@ def test_a_stream_may_not_claim_more_words_than_its_bytes_can_hold():
     index = numbers + bytes(4 * chunks)
     data = bytes(-(len(index) + 4) % 8) + index + len(index).to_bytes(4, "little")
     with pytest.raises(ValueError, match=r"words in .* bytes; the file is damaged"):
-        streams.from_bytes(data, "bfloat16", 2, chunks << 20)
+        chunked_stream.from_bytes(data, "bfloat16", 2, chunks << 20)
 
 
 def test_slices_of_coded_words_stand_alone():

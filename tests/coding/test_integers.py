@@ -11,9 +11,10 @@ import pytest
 from lossless_checks import check, decode, entropy_bytes
 
 import jaxcompress as jc
-from jaxcompress.entropy import Coded, Packed, entropy_code, integers, rans, tables
-from jaxcompress.entropy.integers import stored_bytes
-from jaxcompress.tree.leaves import dense, static_fields
+from jaxcompress.coding import Coded, Packed, entropy_code, rans, tables
+from jaxcompress.coding.integers import leaf as coded_integers
+from jaxcompress.coding.integers.leaf import stored_bytes
+from jaxcompress.tree.leaf import dense, static_fields
 
 RANDOM = np.random.default_rng(7)
 
@@ -407,7 +408,7 @@ def test_each_leaf_gets_the_model_that_suits_it():
 def test_slices_are_coded_side_by_side(monkeypatch):
     """The same with any number of threads; PART bounds what one codes at a time."""
     codes = np.rint(np.random.default_rng(0).normal(0, 3, (6, 64, 64))).astype(np.int8)
-    monkeypatch.setattr(integers, "PART", codes[0].size)
+    monkeypatch.setattr(coded_integers, "PART", codes[0].size)
     made, seen = [], []
     encode = rans.encode
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from lossless_checks import check
 
-from jaxcompress.entropy import pack, tables
-from jaxcompress.entropy.packing import packed_rows
-from jaxcompress.tree.leaves import dense
+from jaxcompress.coding import pack, tables
+from jaxcompress.coding.packing import packed_rows
+from jaxcompress.tree.leaf import dense
 
 RANDOM = np.random.default_rng(7)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxcompress import storage
-from jaxcompress.entropy import arrays, palettes, planes, streams, tables, zstd
+from jaxcompress.coding import array_codecs, chunked_stream, palette_codec, tables, zstd
+from jaxcompress.coding.floats import chunks as float_chunks
 
 RANDOM = np.random.default_rng(3)
 COUNT = 100_003
@@ -44,13 +45,13 @@ def stream_of(data, array):
     def read(first, last):
         return bytes(data[first:last])
 
-    return arrays.open_stream(
-        read, len(data), streams.PALETTE, array.dtype, array.shape
+    return array_codecs.open_stream(
+        read, len(data), chunked_stream.PALETTE, array.dtype, array.shape
     )
 
 
 def decoded(data, array):
-    return arrays.decode(stream_of(data, array), array.dtype)
+    return array_codecs.decode(stream_of(data, array), array.dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -72,7 +73,7 @@ def test_costs_little_more_than_entropy_and_comes_back(name, tmp_path):
 def test_neighbours_share_what_they_have_in_common():
     """Half of every four: 6 patterns of 16, which bits one by one do not show."""
     mask = RANDOM.random((COUNT // 4, 4)).argsort(axis=1) < 2
-    data = b"".join(arrays.encode(mask, arrays.choose(mask)))
+    data = b"".join(array_codecs.encode(mask, array_codecs.choose(mask)))
     assert 8 * len(data) / mask.size < np.log2(6) / 4 + 0.02
     np.testing.assert_array_equal(decoded(data, mask), mask.reshape(-1))
 
@@ -81,23 +82,23 @@ def test_neighbours_share_what_they_have_in_common():
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
 def test_all_sizes_and_chunks_come_back(dtype, distinct, monkeypatch):
     """Parts are read alone, also where they end within a byte of places."""
-    monkeypatch.setattr(planes, "CHUNK", 1 << 10)
-    monkeypatch.setattr(planes, "PIECE", 1 << 8)
+    monkeypatch.setattr(float_chunks, "CHUNK", 1 << 10)
+    monkeypatch.setattr(float_chunks, "PIECE", 1 << 8)
     words = RANDOM.permutation(np.iinfo(dtype).max - np.arange(256, dtype=dtype) ** 2)
     words = np.unique(words)[:distinct]
     for count in (1, 2, 7, 127, 1023, 1024, 4099):
         array = RANDOM.choice(words, count)
-        data = b"".join(arrays.encode(array, streams.PALETTE))
+        data = b"".join(array_codecs.encode(array, chunked_stream.PALETTE))
         np.testing.assert_array_equal(decoded(data, array), array)
         stream = stream_of(data, array)
         for first, last in ((0, 1), (count // 3, count // 2), (count - 1, count)):
-            found = arrays.decode(stream, dtype, first, last)
+            found = array_codecs.decode(stream, dtype, first, last)
             np.testing.assert_array_equal(found, array[first:last])
 
 
 def test_chunks_that_the_sample_missed_are_kept_otherwise(tmp_path):
     """The other chunks keep their palettes; the array is not left as it is."""
-    array = RANDOM.choice(np.float32([0.1, 0.7]), 3 * planes.CHUNK)
+    array = RANDOM.choice(np.float32([0.1, 0.7]), 3 * float_chunks.CHUNK)
     array[1_500_000:1_500_300] = RANDOM.normal(0, 1, 300)
     storage.save(tmp_path / "x", {"a": array})
     with storage.open(tmp_path / "x") as stored:
@@ -111,32 +112,34 @@ def test_chunks_that_the_sample_missed_are_kept_otherwise(tmp_path):
 
 def test_words_that_share_a_slot_are_told_apart(monkeypatch):
     words = RANDOM.integers(0, 200, 5000, np.uint32)  # in one slot under the factor 1
-    monkeypatch.setattr(palettes, "FACTORS", (1, *palettes.FACTORS))
-    data = palettes.encode(words, 128)
+    monkeypatch.setattr(palette_codec, "FACTORS", (1, *palette_codec.FACTORS))
+    data = palette_codec.encode(words, 128)
     assert data[:2] == bytes([199, 1])
     out = np.empty_like(words)
-    palettes.decode(data, 128, out)
+    palette_codec.decode(data, 128, out)
     np.testing.assert_array_equal(out, words)
-    monkeypatch.setattr(palettes, "FACTORS", (1,))
-    data = palettes.encode(words, 128)
+    monkeypatch.setattr(palette_codec, "FACTORS", (1,))
+    data = palette_codec.encode(words, 128)
     assert data[:2] == bytes(2)
-    palettes.decode(data, 128, out)
+    palette_codec.decode(data, 128, out)
     np.testing.assert_array_equal(out, words)
 
 
 def test_more_words_are_not_listed():
     """Weights, and as many distinct words as a list holds and one more."""
     words = np.arange(257, dtype=np.uint32).repeat(20)
-    assert palettes.fits(words[20:]) and not palettes.fits(words)
-    assert not palettes.fits(RANDOM.normal(0, 1, 5000).view(np.uint64))
-    assert arrays.choose(RANDOM.normal(0, 1, 5000).astype(np.float32)) == "bfloat16"
+    assert palette_codec.fits(words[20:]) and not palette_codec.fits(words)
+    assert not palette_codec.fits(RANDOM.normal(0, 1, 5000).view(np.uint64))
+    assert (
+        array_codecs.choose(RANDOM.normal(0, 1, 5000).astype(np.float32)) == "bfloat16"
+    )
 
 
 def chunk(size=3, share=4, words=None, count=COUNT):
     """Bytes of a chunk of zeros that says so of itself."""
     listed = np.arange(size if words is None else words, dtype="<u4").tobytes()
     packed = np.zeros(-(-count // max(1, share)), np.uint8)
-    data = planes.write(planes.encode(packed, palettes.BYTES, 512))
+    data = float_chunks.write(float_chunks.encode(packed, palette_codec.BYTES, 512))
     return bytes([size - 1, share]) + listed + data
 
 
@@ -160,27 +163,27 @@ LIES = {
 def test_lies_are_refused(lie):
     data, words = LIES[lie]
     with pytest.raises(ValueError, match=words):
-        palettes.decode(data, 512, np.empty(COUNT, np.uint32))
+        palette_codec.decode(data, 512, np.empty(COUNT, np.uint32))
 
 
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_places_behind_the_list_are_refused(share):
     out = np.empty(COUNT, np.uint32)
-    palettes.decode(chunk(share=share), 512, out)
+    palette_codec.decode(chunk(share=share), 512, out)
     assert not out.any()
     packed = np.zeros(-(-COUNT // share), np.uint8)
     packed[packed.size // 2] = 3 << 8 - 8 // share  # of the last place in a byte
-    data = planes.write(planes.encode(packed, palettes.BYTES, 512))
+    data = float_chunks.write(float_chunks.encode(packed, palette_codec.BYTES, 512))
     head = bytes([2, share]) + np.arange(3, dtype="<u4").tobytes()
     with pytest.raises(ValueError, match="a place behind the last of 3 distinct"):
-        palettes.decode(head + data, 512, out)
+        palette_codec.decode(head + data, 512, out)
 
 
 def test_mutated_chunks_raise_or_give_numbers():
     refused = 0
     for name in ("float32", "lattice", "mask"):
         array = CASES[name][:5000]
-        whole = palettes.encode(array.view(f"u{array.dtype.itemsize}"), 128)
+        whole = palette_codec.encode(array.view(f"u{array.dtype.itemsize}"), 128)
         for seed in range(150):
             random = np.random.default_rng(seed)
             data = bytearray(whole)
@@ -192,7 +195,7 @@ def test_mutated_chunks_raise_or_give_numbers():
                 data[random.integers(0, len(data))] ^= 1 << random.integers(0, 8)
             try:
                 out = np.empty(array.size, f"u{array.dtype.itemsize}")
-                palettes.decode(bytes(data), 128, out)
+                palette_codec.decode(bytes(data), 128, out)
             except ValueError:
                 refused += 1
     assert refused > 150
@@ -201,7 +204,7 @@ def test_mutated_chunks_raise_or_give_numbers():
 def test_a_coding_that_is_not_known_says_what_may_be():
     array = jnp.zeros(9)
     with pytest.raises(ValueError, match=r"'later' here; .* or of a newer"):
-        arrays.open_stream(lambda i, j: b"", 9, "later", array.dtype, array.shape)
+        array_codecs.open_stream(lambda i, j: b"", 9, "later", array.dtype, array.shape)
 
 
 def test_codings_that_are_close_are_tried_on_more():
@@ -209,7 +212,8 @@ def test_codings_that_are_close_are_tried_on_more():
     rows = np.random.default_rng(0).normal(0, 1, (700, 30)).astype(np.float32)
     array = rows[np.random.default_rng(1).integers(0, 700, 4000)]
     sizes = {
-        name: sum(map(len, arrays.encode(array, name))) for name in ("bfloat16", "zstd")
+        name: sum(map(len, array_codecs.encode(array, name)))
+        for name in ("bfloat16", "zstd")
     }
     assert sizes["zstd"] < 0.9 * sizes["bfloat16"]
-    assert arrays.choose(array) == "zstd"
+    assert array_codecs.choose(array) == "zstd"

@@ -8,12 +8,12 @@ import weakref
 
 import numpy as np
 import pytest
-from test_storage import check_same
+from trees_for_tests import check_same
 
 from jaxcompress import storage
-from jaxcompress.entropy import parallel
-from jaxcompress.entropy.parallel import in_order
-from jaxcompress.storage import manifest, writing
+from jaxcompress.coding import threads
+from jaxcompress.coding.threads import in_order
+from jaxcompress.storage import file_writer, tree_json
 
 
 def test_threads_give_chunks_in_order():
@@ -39,7 +39,7 @@ def test_threads_are_no_more_than_memory_bears(monkeypatch):
 
     for _ in in_order(work, range(100)):
         pass
-    assert 1 < len(names) <= parallel.THREADS < 64
+    assert 1 < len(names) <= threads.THREADS < 64
 
 
 def small_arrays():
@@ -71,9 +71,9 @@ def small_arrays():
 @pytest.fixture
 def bounds(monkeypatch):
     """So that arrays of thousands of bytes count as millions do."""
-    monkeypatch.setattr(parallel, "TINY", 1 << 12)
-    monkeypatch.setattr(parallel, "SMALL", 1 << 15)
-    monkeypatch.setattr(parallel, "TOGETHER", 48_000)
+    monkeypatch.setattr(threads, "TINY", 1 << 12)
+    monkeypatch.setattr(threads, "SMALL", 1 << 15)
+    monkeypatch.setattr(threads, "TOGETHER", 48_000)
     return monkeypatch
 
 
@@ -81,13 +81,13 @@ def test_bytes_do_not_depend_on_threads(bounds, tmp_path):
     path = tmp_path / "x.safetensors"
     tree = small_arrays()
     found = set()
-    for threads in (1, 2, 5):
-        bounds.setattr(os, "cpu_count", lambda threads=threads: threads)
+    for count in (1, 2, 5):
+        bounds.setattr(os, "cpu_count", lambda count=count: count)
         storage.save(path, tree)
         found.add(path.read_bytes())
         check_same(storage.load(path, numpy=True), tree)
     for limit in ("TINY", "SMALL"):
-        bounds.setattr(parallel, limit, 1 << 62)
+        bounds.setattr(threads, limit, 1 << 62)
         storage.save(path, tree)
         found.add(path.read_bytes())
     assert len(found) == 1
@@ -96,7 +96,7 @@ def test_bytes_do_not_depend_on_threads(bounds, tmp_path):
 def test_arrays_are_fetched_in_order_and_few_at_a_time(bounds, tmp_path):
     """By this thread, with one tick of progress for each; coded by others too."""
     tree, live, most, seen, threads = small_arrays(), {}, [], [], set()
-    choose = writing.arrays.choose
+    choose = file_writer.arrays.choose
 
     def fetch(name):
         assert threading.current_thread() is threading.main_thread()
@@ -104,7 +104,7 @@ def test_arrays_are_fetched_in_order_and_few_at_a_time(bounds, tmp_path):
         live[name] = array.nbytes
         weakref.finalize(array, live.pop, name)
         most.append((sum(live.values()), len(live)))
-        assert max(live.values()) <= parallel.SMALL or len(live) == 1
+        assert max(live.values()) <= threads.SMALL or len(live) == 1
         seen.append(name)
         return array
 
@@ -118,13 +118,13 @@ def test_arrays_are_fetched_in_order_and_few_at_a_time(bounds, tmp_path):
             assert seen[-1] == name
 
     bounds.setattr(os, "cpu_count", lambda: 3)
-    bounds.setattr(writing.arrays, "choose", spy)
+    bounds.setattr(file_writer.arrays, "choose", spy)
     slots = {
-        name: manifest.Slot("float32", x.shape, functools.partial(fetch, name))
+        name: tree_json.Slot("float32", x.shape, functools.partial(fetch, name))
         for name, x in tree.items()
     }
     with open(tmp_path / "x", "wb") as file:
-        writing.write(file, slots, {}, progress=progress)
+        file_writer.write(file, slots, {}, progress=progress)
     assert seen == list(tree) and len(threads) > 1
     largest, together = (max(column) for column in zip(*most, strict=True))
-    assert largest <= parallel.TOGETHER and together > 1
+    assert largest <= threads.TOGETHER and together > 1

@@ -25,8 +25,9 @@ from matrices_for_tests import (
 
 import jaxcompress as jc
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.factorization import LowRank, cp, energies, plan_ranks, svd, tucker
-from jaxcompress.tree.leaves import take_columns
+from jaxcompress.factorization import LowRank, cp, energies, svd, tucker
+from jaxcompress.planning.ranks import plan_ranks
+from jaxcompress.tree.leaf import take_columns
 from jaxcompress.tree.paths import entries
 
 

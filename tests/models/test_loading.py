@@ -24,10 +24,10 @@ from jaxcompress.models.loading import load, shapes
 from jaxcompress.models.saved import describe, rebuild, save_model
 from jaxcompress.models.transformer import Transformer, stack_layers
 from jaxcompress.quantization import symmetric
-from jaxcompress.tree.leaves import materialize
-from jaxcompress.tree.rules import compress
+from jaxcompress.tree.compress import compress
+from jaxcompress.tree.leaf import materialize
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 NAMES = ("llama", "llama3", "llama_biases", "mistral", "qwen2", "qwen3")
 
 
@@ -273,9 +273,9 @@ def test_saved_model_comes_back(tmp_path, tokenizer):
 
 
 def test_file_without_a_model_says_so(tmp_path):
-    from jaxcompress.storage import container
+    from jaxcompress.storage import checkpoint
 
-    container.save(tmp_path / "a.safetensors", {"kernel": jnp.ones((2, 2))})
+    checkpoint.save(tmp_path / "a.safetensors", {"kernel": jnp.ones((2, 2))})
     with pytest.raises(ValueError, match=r"without a model.*jaxcompress\.load"):
         load(tmp_path / "a.safetensors")
 

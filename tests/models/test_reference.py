@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress import demo
+from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, divergence, windows
 from jaxcompress.tree.paths import entries
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress import planning
-from jaxcompress.allocation import Curve, allocate, hull, total_loss
+from jaxcompress.planning import bits
+from jaxcompress.planning.allocation import Curve, allocate, hull, total_loss
 from jaxcompress.tree.paths import entries
 
 
@@ -279,7 +279,7 @@ def test_curvatures_take_the_place_of_sensitivities():
     options = {"layout": {"c/kernel": jc.Layout((0,), (1,), (2,))}}
     (entry,) = entries(stacked, {"c/kernel": both})
     small = jc.compress(stacked, candidates[0], **options)["c"]["kernel"]
-    found = planning._divergence(entry, small, options["layout"])
+    found = bits._divergence(entry, small, options["layout"])
     wanted = damage("a", candidates[0]) + damage("b", candidates[0])
     assert found == pytest.approx(wanted, rel=1e-4)
 
@@ -295,7 +295,7 @@ def test_curvatures_take_the_place_of_sensitivities():
     for name in "ab":
         entry = next(e for e in entries(params, curved) if e.name == f"{name}/kernel")
         small = jc.compress(params[name], candidates[0])["kernel"]
-        found = planning._divergence(entry, small, {})
+        found = bits._divergence(entry, small, {})
         assert found == pytest.approx(damage(name, candidates[0]), rel=1e-4)
     zero = dataclasses.replace(moments, curvatures=jnp.zeros(96))
     with pytest.raises(ValueError, match="a/kernel: curvatures that are all zero"):

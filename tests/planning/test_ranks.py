@@ -11,7 +11,7 @@ import pytest
 from matrices_for_tests import correlated, moments_of, output_loss, random, squared
 
 import jaxcompress as jc
-from jaxcompress.factorization import plan_ranks
+from jaxcompress.planning.ranks import plan_ranks
 
 
 def tree():

@@ -11,7 +11,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.evaluation import divergence
-from jaxcompress.quantization.gaussian_levels import gaussian_bits
+from jaxcompress.quantization.rate_model import gaussian_bits
 
 VOCABULARY, FEATURES = 96, 64
 

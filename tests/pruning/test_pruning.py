@@ -11,7 +11,7 @@ from matrices_for_tests import covariance, moments, weights
 from oracles import first_largest, oracle_mask
 
 import jaxcompress as jc
-from jaxcompress.entropy.integers import Coded, entropy_code, stored_bytes
+from jaxcompress.coding.integers.leaf import Coded, entropy_code, stored_bytes
 from jaxcompress.pruning import (
     Sparse,
     alps,
@@ -29,9 +29,9 @@ from jaxcompress.pruning import (
 )
 from jaxcompress.quantization import symmetric
 from jaxcompress.storage import load, save
+from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaves import dense, materialize, nbytes
-from jaxcompress.tree.rules import chain, compress
+from jaxcompress.tree.leaf import dense, materialize, nbytes
 
 INPUTS, OUTPUTS = 24, 10
 CHOICES = [

@@ -9,7 +9,7 @@ import pytest
 from matrices_for_tests import covariance, moments, weights
 from oracles import first_largest
 
-from jaxcompress.calibration.feedback import layer_loss
+from jaxcompress.calibration.error_feedback import layer_loss
 from jaxcompress.calibration.moments import moments_from_covariance
 from jaxcompress.pruning import (
     alps,

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.calibration.feedback import (
+from jaxcompress.calibration.error_feedback import (
     damped,
     descend,
     feed_back,
     inverse_factor,
     layer_loss,
 )
-from jaxcompress.quantization.second_order import corrected_target
+from jaxcompress.quantization.gptq import corrected_target
 
 INPUTS, OUTPUTS, BLOCK = 48, 40, 16
 

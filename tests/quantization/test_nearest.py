@@ -8,9 +8,9 @@ import numpy as np
 import oracles
 import pytest
 
-from jaxcompress.entropy.integers import Packed
+from jaxcompress.coding.integers.leaf import Packed
 from jaxcompress.quantization import GRIDS, asymmetric, sign_split, symmetric
-from jaxcompress.tree.leaves import dense, nbytes
+from jaxcompress.tree.leaf import dense, nbytes
 
 BLOCKS = [None, 7, 64, "tensor"]  # one per output, dividing, too long, all; 5: ragged
 CASES = [(bits, 5) for bits in range(1, 9)] + [(3, block) for block in BLOCKS]

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from test_second_order import correlated, loss
+from quantization.test_gptq import correlated, loss
 
 import jaxcompress as jc
-from jaxcompress.quantization.formats import FORMATS
-from jaxcompress.quantization.levels import LEVELS, NF4
+from jaxcompress.quantization.codebooks import LEVELS, NF4
+from jaxcompress.quantization.number_formats import FORMATS
 
 INPUTS, OUTPUTS = 48, 24
 FLOATS = {

@@ -16,11 +16,19 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress import demo, rates
-from jaxcompress.calibration.feedback import inverse_factor
-from jaxcompress.quantization import contexts, densities, rate_coded, trellis
+from jaxcompress.calibration.error_feedback import inverse_factor
+from jaxcompress.cli import demo
+from jaxcompress.coding.levels import (
+    contexts,
+    generalized_gaussian,
+    trellis,
+)
+from jaxcompress.coding.levels import (
+    leaf as coded_levels,
+)
+from jaxcompress.planning import rates
 from jaxcompress.quantization.rate_distortion import pivots, prepare, sweep
-from jaxcompress.running.decoding import decoded, recoded
+from jaxcompress.running.decode_once import decoded, recoded
 
 search = jax.jit(lambda x, states: trellis.search(x, states)[0], static_argnums=1)
 sweep_once = jax.jit(sweep, static_argnames="states")
@@ -116,23 +124,25 @@ def test_the_trellis_comes_near_the_bound(states, most, step):
 
 def test_tables_are_densities_and_the_same_everywhere():
     x = np.linspace(-30, 30, 1001)
-    np.testing.assert_allclose(densities.exp2(x), np.exp2(x), rtol=4e-15)
+    np.testing.assert_allclose(generalized_gaussian.exp2(x), np.exp2(x), rtol=4e-15)
     y = np.exp(np.linspace(-10, 10, 1001))
-    np.testing.assert_allclose(densities.log2(y), np.log2(y), rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(
+        generalized_gaussian.log2(y), np.log2(y), rtol=1e-14, atol=1e-15
+    )
     for scale, shape, parity in itertools.product(
         (0, 20, 44, 70, 127), (0, 4, 11), (0, 1)
     ):
-        table = densities.table(scale, shape, 2, parity).astype(np.int64)
+        table = generalized_gaussian.table(scale, shape, 2, parity).astype(np.int64)
         assert table.sum() == 4096 and table[-1] >= 1 and table.shape == (512,)
         levels = 2 * np.arange(-255, 256) + parity
-        b, s = densities.SHAPES[shape], 2 ** (scale / 8 - 4)
+        b, s = generalized_gaussian.SHAPES[shape], 2 ** (scale / 8 - 4)
         far = 2 * np.arange(-1020, 1021) + parity
         least = (parity / s) ** b
         shares = np.exp2(least - (np.abs(levels) / s) ** b)
         shares /= np.exp2(least - (np.abs(far) / s) ** b).sum()
         assert np.abs(table[:-1] - 4095 * shares).max() <= 1.5
     # Files depend on these numbers: they may never change.
-    assert densities.table(36, 8, 1, 0)[250:261].tolist() == GOLDEN
+    assert generalized_gaussian.table(36, 8, 1, 0)[250:261].tolist() == GOLDEN
 
 
 GOLDEN = [0, 5, 60, 340, 962, 1360, 962, 340, 60, 5, 0]
@@ -145,7 +155,7 @@ def test_contexts_cost_what_the_stream_takes():
     found = contexts.fit(levels, 1)
     ideal = sum(entropy(row) for row in np.rint(rng.standard_normal((400, 4000)))) / 400
     assert ideal > 0 and 4 <= len(found.parameters) <= contexts.MOST
-    words = 16 * rate_coded.code_levels(levels, 0).words.size
+    words = 16 * coded_levels.code_levels(levels, 0).words.size
     assert abs(words - found.bits) < 0.002 * found.bits
     bits = found.bits / levels.size
     # A Gaussian of every size at its own entropy, within 2 %.
@@ -169,7 +179,7 @@ def test_all_levels_come_back(states):
             for i, level in enumerate(part):
                 part[i] = level - (level - state) % 2
                 state = int(trellis.advance(np.int32(state), part[i], states))
-    coded = rate_coded.code_levels(levels, states)
+    coded = coded_levels.code_levels(levels, states)
     np.testing.assert_array_equal(coded.materialize(), levels)
     steps = np.exp2(rng.integers(-9, 3, (2, 40)))
     leaf = jc.RateCoded(coded, jnp.asarray(steps, jnp.bfloat16), None, "float32")
@@ -266,10 +276,10 @@ def test_walks_that_are_filled_up_come_back(states, outputs):
     assert count * places > outputs
     x = jnp.asarray(gaussian(48, outputs), jnp.float32)
     levels, _ = sweep_once(x, jnp.eye(48), jnp.float32(0.4), states=states)
-    coded = rate_coded.code_levels(np.asarray(levels), states)
+    coded = coded_levels.code_levels(np.asarray(levels), states)
     np.testing.assert_array_equal(coded.materialize(), levels)
     with pytest.raises(ValueError, match="no walk through a trellis"):
-        rate_coded.code_levels(np.asarray(levels) + 1, states)
+        coded_levels.code_levels(np.asarray(levels) + 1, states)
 
 
 def test_pivots_explain_most_first():
@@ -512,7 +522,7 @@ def test_scales_of_any_range_come_back():
     levels = np.rint(gaussian(300, 40) * scales[:, None] / 16).astype(np.int32)
     levels = np.clip(levels * np.exp2(np.linspace(0, 1, 40)), -32767, 32767)
     levels = levels.astype(np.int32)
-    coded = rate_coded.code_levels(levels, 0)
+    coded = coded_levels.code_levels(levels, 0)
     assert int(coded.rows.max()) + int(coded.columns.max()) < 255
     np.testing.assert_array_equal(coded.materialize(), levels)
 
@@ -575,7 +585,7 @@ def test_what_cannot_be_met_is_told():
             x, jc.moments_from_covariance(jnp.eye(100, dtype=jnp.float32)), rate=2.0
         )
     with pytest.raises(ValueError, match="16 bits"):
-        rate_coded.code_levels(np.full((4, 4), 40000, np.int32), 0)
+        coded_levels.code_levels(np.full((4, 4), 40000, np.int32), 0)
 
 
 def test_steps_train_and_levels_do_not():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import reporting
-from jaxcompress.tree.rules import LeafReport
+from jaxcompress.tree.compress import LeafReport
 
 
 def leaf_report(name, before, after, error=0.5):

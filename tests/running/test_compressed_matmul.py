@@ -11,8 +11,8 @@ import pytest
 from models_for_tests import TOKENS, WIDTH, Ensemble, language, layouts
 
 import jaxcompress as jc
-from jaxcompress.quantization import products
-from jaxcompress.tree.leaves import Arithmetic
+from jaxcompress.quantization import integer_matmul
+from jaxcompress.tree.leaf import Arithmetic
 
 
 def random(*shape, seed=0):
@@ -550,14 +550,14 @@ def test_integer_products_are_what_the_definition_says(method):
 def test_accelerators_multiply_the_same_integers_in_bfloat16():
     """An H200 summed 8-bit integers wrongly."""
     x = jnp.asarray(random(5, 200))
-    rounded, _ = products.round_rows(x)
+    rounded, _ = integer_matmul.round_rows(x)
     for zero in (None, jnp.arange(12)[None] - 6):
         small = jc.symmetric(jnp.asarray(random(200, 12, seed=3)), bits=8)
         given = rounded, small.codes, zero, 128
-        exact = products._in_integers(*given)
-        np.testing.assert_array_equal(products._in_floats(*given), exact)
+        exact = integer_matmul._in_integers(*given)
+        np.testing.assert_array_equal(integer_matmul._in_floats(*given), exact)
 
-    run = jax.jit(products.integer_product)
+    run = jax.jit(integer_matmul.integer_product)
     for platform, inside in (("cpu", "i8"), ("cuda", "bf16"), ("tpu", "bf16")):
         program = run.trace(x, small).lower(lowering_platforms=(platform,)).as_text()
         (product,) = [line for line in program.splitlines() if "dot_general" in line]
@@ -656,13 +656,13 @@ def test_auto_takes_integers_only_where_they_are_faster(monkeypatch):
         ("0.10.2", 1, False),
         ("0.7.2", 64, False),
     ):
-        monkeypatch.setattr(products.jax, "__version__", version)
+        monkeypatch.setattr(integer_matmul.jax, "__version__", version)
         assert in_integers(rows, "auto") == expected
         assert in_integers(rows, "int8")
         assert not in_integers(rows, "float")
-    monkeypatch.setattr(products.jax, "__version__", "0.10.2")
-    monkeypatch.setattr(products.jax, "default_backend", lambda: "tpu")
-    assert not products.integers_pay(64)
+    monkeypatch.setattr(integer_matmul.jax, "__version__", "0.10.2")
+    monkeypatch.setattr(integer_matmul.jax, "default_backend", lambda: "tpu")
+    assert not integer_matmul.integers_pay(64)
 
 
 def test_scaled_rows_scale_the_inputs_of_an_integer_product():
@@ -680,11 +680,11 @@ def test_scaled_rows_scale_the_inputs_of_an_integer_product():
 
 def test_sums_too_long_for_32_bits_are_dequantized():
     leaf = jc.symmetric(np.ones((4, 2), np.float32), bits=8)
-    assert products.has_integers(leaf)
+    assert integer_matmul.has_integers(leaf)
     packed = jax.ShapeDtypeStruct((2**17, 2), jnp.uint8)
     codes = jc.Packed(packed, 8, 2**17)
     long = jc.Quantized(codes, leaf.scale, None, None, "symmetric", 8, None, "float32")
-    assert not products.has_integers(long)
+    assert not integer_matmul.has_integers(long)
 
 
 def test_other_activations_are_refused():

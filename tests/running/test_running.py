@@ -23,8 +23,8 @@ from models_for_tests import (
 import jaxcompress as jc
 from jaxcompress.quantization.nearest import symmetric
 from jaxcompress.running import nnx as running_nnx
-from jaxcompress.running.streaming import streaming
-from jaxcompress.tree.leaves import before_use, is_leaf
+from jaxcompress.running.low_memory import streaming
+from jaxcompress.tree.leaf import before_use, is_leaf
 
 WEIGHTS = r".*(kernel|embedding)"
 KINDS = ("loop", "scan", "remat", "scan_remat")

@@ -15,7 +15,8 @@ import safetensors.numpy
 
 import jaxcompress as jc
 from jaxcompress import cli, storage
-from jaxcompress.entropy import arrays, planes
+from jaxcompress.coding import array_codecs
+from jaxcompress.coding.floats import chunks as float_chunks
 from jaxcompress.storage import archive
 
 RANDOM = np.random.default_rng(11)
@@ -86,12 +87,12 @@ def test_plain_arrays_are_coded_where_it_pays_and_come_back(path):
 
 def test_a_coding_must_gain_a_hundredth():
     """Less is not worth the time that decoding takes."""
-    assert arrays.choose(TREE["noise"]) is None
+    assert array_codecs.choose(TREE["noise"]) is None
     bits = TREE["noise"].copy()
     bits[:12] = 0  # about 0.4 % less
-    assert arrays.choose(bits) is None
+    assert array_codecs.choose(bits) is None
     bits[:200] = 0
-    assert arrays.choose(bits) == "zstd"
+    assert array_codecs.choose(bits) == "zstd"
 
 
 def test_a_file_is_on_the_disk_before_it_takes_the_place(path, monkeypatch):
@@ -120,7 +121,7 @@ def test_coding_may_be_left_out(path):
 def test_a_sample_that_misleads_leaves_the_array_as_it_is(path, monkeypatch):
     """Samples look at four places; what lies between them may not fit the coding."""
     bits = TREE["bfloat16"].reshape(-1).view(np.uint16).copy()
-    monkeypatch.setattr(arrays, "SAMPLE", 1000)
+    monkeypatch.setattr(array_codecs, "SAMPLE", 1000)
     bits[5000:15000] = RANDOM.integers(0, 2**16, 10000)
     wild = bits.view(ml_dtypes.bfloat16)
     halves = TREE["halves"].copy()
@@ -136,7 +137,7 @@ def test_a_sample_that_misleads_leaves_the_array_as_it_is(path, monkeypatch):
 
 
 def test_rows_are_read_alone(path, monkeypatch):
-    monkeypatch.setattr(planes, "CHUNK", 1 << 14)
+    monkeypatch.setattr(float_chunks, "CHUNK", 1 << 14)
     tree = {"w": TREE["float32"], "i": TREE["ids"], "raw": TREE["noise"]}
     tree["leaf"] = jc.symmetric(bits=4)(jnp.asarray(TREE["float32"]))
     storage.save(path, tree)
@@ -169,8 +170,8 @@ def test_codings_that_lie_are_refused(path, monkeypatch):
     for lie in ("float16", "float8", "zstd", "nonsense"):
         storage.save(path, {"a": TREE["bfloat16"], "b": TREE["codes"]})
         with monkeypatch.context() as patch:
-            patch.setattr(arrays, "encode", lambda *_, **__: iter([bytes(4000)]))
-            patch.setattr(arrays, "choose", lambda x, lie=lie, **_: lie)
+            patch.setattr(array_codecs, "encode", lambda *_, **__: iter([bytes(4000)]))
+            patch.setattr(array_codecs, "choose", lambda x, lie=lie, **_: lie)
             storage.save(path, {"a": TREE["bfloat16"]})
         with pytest.raises(storage.FileDamaged, match="a: "):
             storage.load(path)
@@ -181,8 +182,8 @@ def test_mutated_streams_raise_or_give_numbers():
     refused = total = 0
     for name in ("bfloat16", "float32", "codes", "mask", "halves", "levels"):
         array = TREE[name]
-        how = arrays.choose(array)
-        whole = b"".join(arrays.encode(array, how))
+        how = array_codecs.choose(array)
+        whole = b"".join(array_codecs.encode(array, how))
         for seed in range(80):
             random = np.random.default_rng(seed)
             data = bytearray(whole)
@@ -194,14 +195,14 @@ def test_mutated_streams_raise_or_give_numbers():
             view = bytes(data)
             total += 1
             try:
-                stream = arrays.open_stream(
+                stream = array_codecs.open_stream(
                     lambda i, j, view=view: view[i:j],
                     len(view),
                     how,
                     array.dtype,
                     array.shape,
                 )
-                found = arrays.decode(stream, array.dtype)
+                found = array_codecs.decode(stream, array.dtype)
                 assert (found.size, found.dtype) == (array.size, array.dtype)
             except ValueError:
                 refused += 1

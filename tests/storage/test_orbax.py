@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from test_storage import TREES, check_same, trees
+from trees_for_tests import TREES, check_same, trees
 
 import jaxcompress as jc
 from jaxcompress import storage

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import tokenization
-from jaxcompress.storage.manifest import FileDamaged
+from jaxcompress.storage.tree_json import FileDamaged
 
 TEXTS = [
     "def area(width, height):\n    return width * height  # in metres\n",

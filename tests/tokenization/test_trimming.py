@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress import demo, tokenization
+from jaxcompress import tokenization
+from jaxcompress.cli import demo
 
 DOMAIN = [inspect.getsource(textwrap), inspect.getsource(bisect)]
 OTHER = [

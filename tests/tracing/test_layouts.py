@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxcompress.tracing.layouts import layout
 from jaxcompress.tree.layouts import (
     DENSE,
     ROWS,
@@ -15,9 +16,8 @@ from jaxcompress.tree.layouts import (
     matricize,
     restore,
 )
-from jaxcompress.tree.leaves import Reshaped, dense
+from jaxcompress.tree.leaf import Reshaped, dense
 from jaxcompress.tree.paths import roots
-from jaxcompress.tree.tracing import layout
 
 KEY = jax.random.key(0)
 SCANNED = Layout((0,), (1,), (2,))

@@ -12,13 +12,17 @@ from flax import serialization
 from matrices_for_tests import weights
 from oracles import oracle_mask
 
-from jaxcompress.optimizers import cubic_sparsity, gradual_pruning, keep_masked_zero
 from jaxcompress.pruning import (
     magnitude,
     magnitude_scores,
     make_masks,
     masks_of,
     taylor_scores,
+)
+from jaxcompress.training.optimizers import (
+    cubic_sparsity,
+    gradual_pruning,
+    keep_masked_zero,
 )
 
 

@@ -261,7 +261,7 @@ def test_a_checkpoint_is_of_leaves_of_one_kind(tmp_path):
 PROGRAM = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
-    import test_training as t
+    import training.test_steps as t
     from jaxcompress import distillation as d
 
     def batch_at(step):
@@ -275,7 +275,7 @@ PROGRAM = """
 
 def test_a_killed_run_resumes_and_ends_with_the_same_bits(tmp_path):
     whole = d.train(stepper(), start(), batch_at, steps=7)
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1])
     folder = tmp_path / "run"
     program = textwrap.dedent(PROGRAM).format(tests=tests, folder=str(folder))
     flags = "--xla_force_host_platform_device_count=2"

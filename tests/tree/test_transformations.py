@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from models_for_tests import product, rounded
 
 import jaxcompress as jc
-from jaxcompress.tree.leaves import is_leaf
+from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.tree.paths import entries
 
 STACK = {"kernel": jc.Layout((0,), (1,), (2,))}

@@ -12,9 +12,9 @@ import pytest
 from models_for_tests import Product, Rounded, product, rounded
 
 import jaxcompress as jc
-from jaxcompress.quantization.latent import latent
 from jaxcompress.quantization.nearest import asymmetric, symmetric
-from jaxcompress.tree.leaves import data_fields, leaf_type, static_fields
+from jaxcompress.training.qat_leaf import latent
+from jaxcompress.tree.leaf import data_fields, leaf_type, static_fields
 from jaxcompress.tree.methods import describe, parse, traits
 from jaxcompress.tree.paths import entries, roots
 

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from jaxcompress.entropy.splits import room
+from jaxcompress.coding.floats.bit_fields import room
 
 MOST = 8
 SHARES = 64  # of blocks in order, that stay together

@@ -24,10 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcompress.entropy import zstd
-from jaxcompress.entropy.classes import classes_of, sums_of
-from jaxcompress.entropy.literals import parse
-from jaxcompress.entropy.splits import (
+from jaxcompress.coding import zstd
+from jaxcompress.coding.floats.bit_fields import (
     SPLITS,
     Split,
     fresh,
@@ -35,7 +33,9 @@ from jaxcompress.entropy.splits import (
     room,
     take_apart,
 )
-from jaxcompress.entropy.tables import entropy, read_numbers, write_numbers
+from jaxcompress.coding.floats.block_classes import classes_of, sums_of
+from jaxcompress.coding.tables import entropy, read_numbers, write_numbers
+from jaxcompress.coding.zstd_literals import parse
 
 CHUNK = 1 << 20  # words
 SEGMENT = 128  # words whose lowest bits are looked at together

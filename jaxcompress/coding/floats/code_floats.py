@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcompress.entropy import planes
-from jaxcompress.entropy.integers import ALLOWANCE, entropy_code, stored_bytes
-from jaxcompress.entropy.tables import entropy
-from jaxcompress.entropy.words import code_words
-from jaxcompress.tree.leaves import Leaf, dense, leaf, static
+from jaxcompress.coding.floats import chunks as float_chunks
+from jaxcompress.coding.floats.leaf import code_words
+from jaxcompress.coding.integers.leaf import ALLOWANCE, entropy_code, stored_bytes
+from jaxcompress.coding.tables import entropy
+from jaxcompress.tree.leaf import Leaf, dense, leaf, static
 from jaxcompress.tree.methods import method
 
 WHOLE = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of integers held exactly
@@ -112,7 +112,7 @@ def code_floats(
             f"code_floats takes floating-point arrays, not {kind}; entropy_code takes "
             "integers"
         )
-    split = planes.split_for(kind.name, fast=fast)
+    split = float_chunks.split_for(kind.name, fast=fast)
     if split is None or array.size == 0 or array.ndim == 0:
         return x
     stack = max(0, array.ndim - 2) if stack is None else stack

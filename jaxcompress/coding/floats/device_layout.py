@@ -5,26 +5,29 @@ The names are those of the fields of `CodedWords`, which says what they hold.
 
 import numpy as np
 
-from jaxcompress.entropy import lanes, planes
-from jaxcompress.entropy.literals import TABLE_BITS, parse
-from jaxcompress.entropy.splits import Split
+from jaxcompress.coding import huffman_xla
+from jaxcompress.coding.floats import chunks as float_chunks
+from jaxcompress.coding.floats.bit_fields import Split
+from jaxcompress.coding.zstd_literals import TABLE_BITS, parse
 
 MOST_BYTES = 1 << 29  # of the frames of a slice: places of bits are 32-bit numbers
 _RAW = np.full(256, 8, np.uint8)  # a table under which a byte is its own code
 
 
-def lay_out(chunks: list[planes.Chunk], split: Split) -> dict[str, np.ndarray | None]:
+def lay_out(
+    chunks: list[float_chunks.Chunk], split: Split
+) -> dict[str, np.ndarray | None]:
     """The fields of one slice."""
     starts, tables, lengths, sizes, raw = [], [], [], [], []
-    data = [bytes(lanes.AHEAD // 8)]
-    at = lanes.AHEAD // 8
+    data = [bytes(huffman_xla.AHEAD // 8)]
+    at = huffman_xla.AHEAD // 8
     for number, chunk in enumerate(chunks):
         blocks = chunk.classes.size
         order = np.argsort(chunk.classes, kind="stable")
         places, table = np.zeros((2, blocks), np.int64)
         first = 0
         for (frame, held), symbols in zip(
-            chunk.frames, planes.symbols_of(chunk, split), strict=True
+            chunk.frames, float_chunks.symbols_of(chunk, split), strict=True
         ):
             here = order[first : first + held]
             begins, table[here] = _places(frame, symbols, lengths)
@@ -50,7 +53,7 @@ def lay_out(chunks: list[planes.Chunk], split: Split) -> dict[str, np.ndarray | 
         )
     data.append(bytes(-at % 4 + 4))
     tails = [chunk.tails for chunk in chunks]
-    firsts = np.arange(len(chunks), dtype=np.int64) * planes.chunk_words(
+    firsts = np.arange(len(chunks), dtype=np.int64) * float_chunks.chunk_words(
         chunks[0].width
     )
     spots = [chunk.spots + first for chunk, first in zip(chunks, firsts, strict=True)]
@@ -118,10 +121,10 @@ def pick_up(
     tails: np.ndarray | None,
     count: int,
     width: int,
-) -> list[planes.Chunk]:
+) -> list[float_chunks.Chunk]:
     data = memoryview(frames.astype("<u4")).cast("B")
-    step = planes.chunk_words(width)
-    at, number, made = lanes.AHEAD // 8, 0, []
+    step = float_chunks.chunk_words(width)
+    at, number, made = huffman_xla.AHEAD // 8, 0, []
     for i, base in enumerate(bases.tolist()):
         start = i * step
         held = min(step, count - start)
@@ -135,7 +138,7 @@ def pick_up(
             at, left, number = at + size, left - some, number + 1
         mine = (spots >= start) & (spots < start + held)
         made.append(
-            planes.Chunk(
+            float_chunks.Chunk(
                 held,
                 width,
                 base,

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcompress.entropy import lanes, planes, streams
-from jaxcompress.entropy.blocks import lay_out, pick_up
-from jaxcompress.entropy.parallel import in_order
-from jaxcompress.entropy.splits import SPLITS, words_of
-from jaxcompress.entropy.tables import read_numbers, write_numbers
-from jaxcompress.tree.leaves import Leaf, leaf, static
+from jaxcompress.coding import chunked_stream, huffman_xla
+from jaxcompress.coding.floats import chunks as float_chunks
+from jaxcompress.coding.floats.bit_fields import SPLITS, words_of
+from jaxcompress.coding.floats.device_layout import lay_out, pick_up
+from jaxcompress.coding.tables import read_numbers, write_numbers
+from jaxcompress.coding.threads import in_order
+from jaxcompress.tree.leaf import Leaf, leaf, static
 
 TOGETHER = 2048  # blocks decoded at a time on a CPU, whose caches hold their streams
 
@@ -92,11 +93,11 @@ class CodedWords(Leaf):
         count = math.prod(self.trailing)
         out = np.empty((math.prod(lead), count), self.kind)
 
-        def work(job: tuple[np.ndarray, int, planes.Chunk]) -> None:
+        def work(job: tuple[np.ndarray, int, float_chunks.Chunk]) -> None:
             row, number, chunk = job
-            start = number * planes.chunk_words(self.width)
+            start = number * float_chunks.chunk_words(self.width)
             part = row[start : start + chunk.count]
-            planes.decode(chunk, SPLITS[self.split], part)
+            float_chunks.decode(chunk, SPLITS[self.split], part)
 
         rows = zip(out, _chunks_of_slices(self), strict=True)
         jobs = ((row, i, one) for row, some in rows for i, one in enumerate(some))
@@ -109,7 +110,9 @@ class CodedWords(Leaf):
         lead = self.starts.shape[:-1]
         count = math.prod(self.trailing)
         made = [
-            b"".join(streams.bind(map(planes.write, chunks), count, self.width))
+            b"".join(
+                chunked_stream.bind(map(float_chunks.write, chunks), count, self.width)
+            )
             for chunks in _chunks_of_slices(self)
         ]
         head = write_numbers([len(lead) + 1, *lead, *map(len, made)])
@@ -142,7 +145,7 @@ class CodedWords(Leaf):
         found = []
         for size in sizes:
             part = data[at : at + size]
-            stream = streams.from_bytes(part, name, kind.itemsize, count)
+            stream = chunked_stream.from_bytes(part, name, kind.itemsize, count)
             if stream.width != static["width"]:
                 raise ValueError(f"not coded words: blocks of {stream.width} words")
             found.append(list(stream.chunks()))
@@ -161,12 +164,12 @@ def code_words(
     """
     lead, trailing = words.shape[:stack], words.shape[stack:]
     count = math.prod(trailing)
-    width = planes.block_width(trailing)
-    step = planes.chunk_words(width)
+    width = float_chunks.block_width(trailing)
+    step = float_chunks.chunk_words(width)
     rows = np.ascontiguousarray(words).reshape(-1, count)
 
-    def work(part: np.ndarray) -> planes.Chunk | None:
-        chunk = planes.encode(part, SPLITS[split], width, plain=True)
+    def work(part: np.ndarray) -> float_chunks.Chunk | None:
+        chunk = float_chunks.encode(part, SPLITS[split], width, plain=True)
         return chunk and chunk._replace(rests=chunk.rests.copy())
 
     starts = range(0, count, step)
@@ -174,7 +177,9 @@ def code_words(
     chunks = list(in_order(work, parts))
     if any(chunk is None for chunk in chunks):
         return None, 0
-    size = sum(len(planes.write(chunk)) + streams.CHECKSUM for chunk in chunks)
+    size = sum(
+        len(float_chunks.write(chunk)) + chunked_stream.CHECKSUM for chunk in chunks
+    )
     each = len(starts)
     slices = [chunks[i : i + each] for i in range(0, len(chunks), each)]
     made = from_chunks(slices, lead, trailing, words.dtype.name, split)
@@ -182,7 +187,7 @@ def code_words(
 
 
 def from_chunks(
-    slices: list[list[planes.Chunk]],
+    slices: list[list[float_chunks.Chunk]],
     lead: tuple[int, ...],
     trailing: tuple[int, ...],
     kind: str,
@@ -213,7 +218,7 @@ def from_chunks(
     return CodedWords(**fields, trailing=trailing, kind=kind, split=split, width=width)
 
 
-def _chunks_of_slices(coded: CodedWords) -> list[list[planes.Chunk]]:
+def _chunks_of_slices(coded: CodedWords) -> list[list[float_chunks.Chunk]]:
     """The chunks of every slice, as the host codes them."""
     fields = {
         name: np.asarray(getattr(coded, name))
@@ -246,7 +251,7 @@ def _slices(coded: CodedWords) -> jax.Array:
 def _one(coded: CodedWords) -> jax.Array:
     """The words of one slice, flat."""
     blocks = coded.starts.shape[0]
-    entries = lanes.lookup(coded.alphabets, coded.counts)
+    entries = huffman_xla.lookup(coded.alphabets, coded.counts)
 
     def whole() -> jax.Array:
         return _excepted(coded, _blocks(coded, entries, lambda x: x))
@@ -294,9 +299,9 @@ def _blocks(
     split = SPLITS[coded.split]
     width = coded.width
     chunks = np.arange(coded.starts.shape[0], dtype=np.int32)
-    chunks //= planes.chunk_words(width) // width
+    chunks //= float_chunks.chunk_words(width) // width
     bases = coded.bases.at[pick(jnp.asarray(chunks))].get(mode="clip")
-    symbols = lanes.decode(
+    symbols = huffman_xla.decode(
         coded.frames,
         pick(coded.starts),
         pick(coded.tables),
@@ -321,7 +326,7 @@ def _rows(coded: CodedWords, indices: jax.Array) -> jax.Array:
     block = start * (features // width) + (start * (features % width)) // width
     behind = (start * (features % width)) % width
     which = (block[:, None] + jnp.arange(many)[None]).reshape(-1)
-    entries = lanes.lookup(coded.alphabets, coded.counts)
+    entries = huffman_xla.lookup(coded.alphabets, coded.counts)
     words = _blocks(coded, entries, lambda x: x.at[which].get(mode="clip"))
     words = words.reshape(-1, many * width)
     place = behind[:, None] + jnp.arange(features)[None]

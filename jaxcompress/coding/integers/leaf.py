@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcompress.entropy import files, rans
-from jaxcompress.entropy.packing import (
+from jaxcompress.coding import rans
+from jaxcompress.coding.integers import record as integer_record
+from jaxcompress.coding.integers.scale_contexts import contexts_by_scale
+from jaxcompress.coding.integers.symbol_model import Plan, plan
+from jaxcompress.coding.packing import (
     Packed,
     pack,
     pack_bits,
@@ -20,10 +23,8 @@ from jaxcompress.entropy.packing import (
     packing_axis,
     unpack_bits,
 )
-from jaxcompress.entropy.parallel import in_order
-from jaxcompress.entropy.plans import Plan, plan
-from jaxcompress.entropy.scales import contexts_by_scale
-from jaxcompress.tree.leaves import Leaf, leaf, static
+from jaxcompress.coding.threads import in_order
+from jaxcompress.tree.leaf import Leaf, leaf, static
 from jaxcompress.tree.methods import method
 
 __all__ = ["Coded", "Packed", "entropy_code", "pack"]
@@ -98,7 +99,7 @@ class Coded(Leaf):
 
     def stored(self) -> dict[str, np.ndarray]:
         """What a file holds: all but raw bits and contexts in one `stream` of bytes."""
-        arrays = {"stream": np.frombuffer(files.write(self), np.uint8)}
+        arrays = {"stream": np.frombuffer(integer_record.write(self), np.uint8)}
         if self.low is not None:
             arrays["low"] = np.asarray(self.low)
         if self.contexts is not None:
@@ -108,7 +109,7 @@ class Coded(Leaf):
     @classmethod
     def restored(cls, arrays: dict[str, np.ndarray], static: dict[str, Any]) -> "Coded":
         """Undoes `stored`, given the static fields; ValueError if they do not fit."""
-        return cls(**files.read(arrays, static))
+        return cls(**integer_record.read(arrays, static))
 
 
 @method(selects="codes", traceable=False)

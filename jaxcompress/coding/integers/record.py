@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress.entropy import rans
-from jaxcompress.entropy.packing import packed_rows, packing_axis
-from jaxcompress.entropy.tables import (
+from jaxcompress.coding import rans
+from jaxcompress.coding.packing import packed_rows, packing_axis
+from jaxcompress.coding.tables import (
     fold_sign,
     read_numbers,
     unfold_sign,

@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from jaxcompress.entropy import tables
-from jaxcompress.entropy.packing import field_widths, pack_bits, packing_axis
-from jaxcompress.entropy.rans import count_lanes
+from jaxcompress.coding import tables
+from jaxcompress.coding.packing import field_widths, pack_bits, packing_axis
+from jaxcompress.coding.rans import count_lanes
 
 LANE_BITS = 34  # state and length, less what the state holds of the symbols
 Histogram = tuple[np.ndarray, np.ndarray]  # sorted values, their counts

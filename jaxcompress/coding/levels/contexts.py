@@ -6,9 +6,9 @@ import itertools
 
 import numpy as np
 
-from jaxcompress.entropy import tables
-from jaxcompress.entropy.rans import PRECISION
-from jaxcompress.quantization import densities
+from jaxcompress.coding import tables
+from jaxcompress.coding.levels import generalized_gaussian
+from jaxcompress.coding.rans import PRECISION
 
 FINEST = 0.25  # octaves between kinds of rows, and of columns
 MOST = 24  # contexts: more gain little, and their tables would not stay in a cache
@@ -75,11 +75,13 @@ def frequencies(parameters: np.ndarray, parities: int) -> np.ndarray:
     Raises ValueError where there is no such density.
     """
     scales, shapes = parameters[:, 0], parameters[:, 1]
-    if (scales >= densities.SCALES).any() or (shapes >= len(densities.SHAPES)).any():
+    if (scales >= generalized_gaussian.SCALES).any() or (
+        shapes >= len(generalized_gaussian.SHAPES)
+    ).any():
         raise ValueError("a density with a scale or a shape that does not exist")
     return np.stack(
         [
-            densities.table(int(scale), int(shape), parities, parity)
+            generalized_gaussian.table(int(scale), int(shape), parities, parity)
             for parity in range(parities)
             for scale, shape in parameters
         ]
@@ -88,8 +90,10 @@ def frequencies(parameters: np.ndarray, parities: int) -> np.ndarray:
 
 def columns_of(symbols: np.ndarray) -> np.ndarray:
     """The column of each symbol in a table that has all of them, or the last."""
-    outside = np.abs(symbols) > densities.REACH
-    return np.where(outside, densities.WIDTH - 1, symbols + densities.REACH)
+    outside = np.abs(symbols) > generalized_gaussian.REACH
+    return np.where(
+        outside, generalized_gaussian.WIDTH - 1, symbols + generalized_gaussian.REACH
+    )
 
 
 def escaped(columns: np.ndarray, tables: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -99,7 +103,7 @@ def escaped(columns: np.ndarray, tables: np.ndarray, sizes: np.ndarray) -> np.nd
       columns, tables: integers of one shape.
       sizes: frequencies `[tables, columns]`.
     """
-    return np.where(sizes[tables, columns] > 0, columns, densities.WIDTH - 1)
+    return np.where(sizes[tables, columns] > 0, columns, generalized_gaussian.WIDTH - 1)
 
 
 def _kinds(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,10 +126,10 @@ def _counts(
     where = (rows[:, None].astype(np.int64) + columns[None]) * parities
     if parities == 2:
         where += levels & 1
-    where = where * densities.WIDTH + columns_of(levels >> (parities - 1))
-    size = scales * parities * densities.WIDTH
+    where = where * generalized_gaussian.WIDTH + columns_of(levels >> (parities - 1))
+    size = scales * parities * generalized_gaussian.WIDTH
     counts = np.bincount(where.reshape(-1), minlength=size)
-    return counts.reshape(scales, parities, densities.WIDTH)
+    return counts.reshape(scales, parities, generalized_gaussian.WIDTH)
 
 
 def _entropy(group: np.ndarray) -> float:
@@ -141,7 +145,7 @@ def _densities(groups: np.ndarray) -> tuple[np.ndarray, float]:
     flat = groups.reshape(len(groups), -1).astype(np.float64)
     bits = flat @ _costs(groups.shape[1])
     best = bits.argmin(axis=1)
-    parameters = np.stack(np.divmod(best, len(densities.SHAPES)), axis=1)
+    parameters = np.stack(np.divmod(best, len(generalized_gaussian.SHAPES)), axis=1)
     return parameters.astype(np.uint8), float(bits.min(axis=1).sum())
 
 
@@ -151,10 +155,15 @@ def _costs(parities: int) -> np.ndarray:
 
     Tables by scale, then by shape.
     """
-    every = itertools.product(range(densities.SCALES), range(len(densities.SHAPES)))
+    every = itertools.product(
+        range(generalized_gaussian.SCALES), range(len(generalized_gaussian.SHAPES))
+    )
     sizes = np.array(
         [
-            [densities.table(*one, parities, parity) for parity in range(parities)]
+            [
+                generalized_gaussian.table(*one, parities, parity)
+                for parity in range(parities)
+            ]
             for one in every
         ],
         np.float64,

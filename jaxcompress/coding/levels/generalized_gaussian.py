@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from jaxcompress.entropy.rans import TOTAL
+from jaxcompress.coding.rans import TOTAL
 
 SCALES = 128  # eighths of an octave, from 2^-4
 SHAPES = (0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)

@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcompress.calibration.moments import steadied
-from jaxcompress.entropy import arrays, rans
-from jaxcompress.entropy.packing import bits_needed, pack
-from jaxcompress.quantization import contexts, densities, level_files, trellis
-from jaxcompress.tree.leaves import Leaf, dense, leaf, static
+from jaxcompress.coding import array_codecs, rans
+from jaxcompress.coding.levels import (
+    contexts,
+    generalized_gaussian,
+    trellis,
+)
+from jaxcompress.coding.levels import (
+    record as level_record,
+)
+from jaxcompress.coding.levels.shrinkage import shrink_to_mean
+from jaxcompress.coding.packing import bits_needed, pack
+from jaxcompress.tree.leaf import Leaf, dense, leaf, static
 
 TABLE_BITS = 1000  # about, in front of steps that are coded
 OCTAVE = 4  # column scales to a factor of two
@@ -110,14 +117,14 @@ class CodedLevels(Leaf):
 
     def stored(self) -> dict[str, np.ndarray]:
         """What a file holds: one `stream` of bytes."""
-        return {"stream": np.frombuffer(level_files.write(self), np.uint8)}
+        return {"stream": np.frombuffer(level_record.write(self), np.uint8)}
 
     @classmethod
     def restored(
         cls, arrays: dict[str, np.ndarray], static: dict[str, Any]
     ) -> "CodedLevels":
         """Undoes `stored`, given the static fields; ValueError if they do not fit."""
-        return cls(**level_files.read(arrays, static))
+        return cls(**level_record.read(arrays, static))
 
 
 def count_lanes(inputs: int, outputs: int) -> int:
@@ -264,7 +271,10 @@ def _slice(coded: CodedLevels) -> jax.Array:
     each = -(-inputs * count // lanes)
     kinds = coded.parameters.shape[0]
     tables = _contexts(coded.rows, coded.columns, coded.edges, places, lanes, jnp)
-    column = np.arange(densities.WIDTH, dtype=np.int32) - densities.REACH
+    column = (
+        np.arange(generalized_gaussian.WIDTH, dtype=np.int32)
+        - generalized_gaussian.REACH
+    )
     values, memory = column[None], None
     if coded.trellis:
         values = np.stack([2 * column, 2 * column + 1])
@@ -339,7 +349,7 @@ def column_scales(curvatures: np.ndarray) -> np.ndarray:
 
     Errors go in inverse proportion to the root of what they do. uint8 `[..., outputs]`.
     """
-    wide = steadied(np.asarray(curvatures, np.float64), np)
+    wide = shrink_to_mean(np.asarray(curvatures, np.float64), np)
     finer = OCTAVE / 2 * np.log2(wide / wide.min(axis=-1, keepdims=True))
     return np.minimum(np.rint(finer), MOST_SCALES - 1).astype(np.uint8)
 
@@ -355,7 +365,7 @@ def scale_bits(scales: Any) -> float:
     """Bits of a column's scale in a file, for what `packed_scales` gives."""
     if scales is None:
         return 0.0
-    return 8 * arrays.estimate(np.asarray(scales.packed)) / scales.size
+    return 8 * array_codecs.estimate(np.asarray(scales.packed)) / scales.size
 
 
 def side_bits(found: contexts.Contexts, outputs: int) -> int:
@@ -363,7 +373,7 @@ def side_bits(found: contexts.Contexts, outputs: int) -> int:
     inputs = found.rows.size
     lanes = count_lanes(inputs, outputs)
     widths = [bits_needed(x.max()) for x in (found.rows, found.columns)]
-    layout = level_files.layout(
+    layout = level_record.layout(
         1, inputs, outputs, lanes, len(found.parameters), *widths, 2
     )
     sizes = (
@@ -378,7 +388,7 @@ def step_bits(steps: np.ndarray, slices: int) -> float:
     A file codes long arrays of bfloat16: sign and five bits of a number as they are,
     exponent and two bits at their entropy, for which it holds a table.
     """
-    if 2 * slices * steps.size < arrays.LEAST:
+    if 2 * slices * steps.size < array_codecs.LEAST:
         return 16.0
     symbols = steps.astype(jnp.bfloat16).view(np.uint16) >> 5 & 1023
     shares = np.bincount(symbols) / symbols.size

@@ -6,14 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcompress.entropy.packing import (
-    bits_needed,
-    pack_bits,
-    packed_rows,
-    unpack_bits,
-)
-from jaxcompress.entropy.tables import read_numbers, write_numbers
-from jaxcompress.quantization import contexts, trellis
+from jaxcompress.coding.levels import contexts, trellis
+from jaxcompress.coding.packing import bits_needed, pack_bits, packed_rows, unpack_bits
+from jaxcompress.coding.tables import read_numbers, write_numbers
 
 
 def write(coded: Any) -> bytes:

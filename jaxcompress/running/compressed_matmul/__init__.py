@@ -1,5 +1,5 @@
 """Multiplying by what is stored: thin factors, integer codes."""
 
-from jaxcompress.running.fast.context import fast
+from jaxcompress.running.compressed_matmul.context import fast
 
 __all__ = ["fast"]

@@ -7,9 +7,14 @@ from typing import Any, Literal, get_args
 
 import flax.linen as nn
 
-from jaxcompress.running.fast.convolutions import convolve
-from jaxcompress.running.fast.products import attend, dense, dense_general, einsum
-from jaxcompress.running.streaming import instead, streaming
+from jaxcompress.running.compressed_matmul.convolutions import convolve
+from jaxcompress.running.compressed_matmul.products import (
+    attend,
+    dense,
+    dense_general,
+    einsum,
+)
+from jaxcompress.running.low_memory import instead, streaming
 
 Activations = Literal["float", "int8", "auto"]
 

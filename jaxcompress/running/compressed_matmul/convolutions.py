@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.running.fast.products import bias_of, overrides, stored
+from jaxcompress.running.compressed_matmul.products import bias_of, overrides, stored
 from jaxcompress.tree.layouts import product
-from jaxcompress.tree.leaves import Arithmetic, Leaf, Reshaped
+from jaxcompress.tree.leaf import Arithmetic, Leaf, Reshaped
 
 
 def convolve(module: nn.Conv, activations: str, inputs: jax.Array) -> jax.Array | None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.tree.layouts import product
-from jaxcompress.tree.leaves import Arithmetic, Leaf, is_box
+from jaxcompress.tree.leaf import Arithmetic, Leaf, is_box
 
 
 def stored(module: nn.Module, name: str) -> Any:

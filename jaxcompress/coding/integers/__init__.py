@@ -1,0 +1,1 @@
+"""Integer arrays near their entropy."""

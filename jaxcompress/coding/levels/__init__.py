@@ -1,0 +1,1 @@
+"""Levels of rate-distortion quantization near their entropy, with the trellis."""

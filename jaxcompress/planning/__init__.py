@@ -1,0 +1,1 @@
+"""Planners: one budget in, one recipe of Python numbers out."""

@@ -1,0 +1,1 @@
+"""Training steps, runs, optimizers and quantization-aware training."""
