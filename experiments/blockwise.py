@@ -19,7 +19,7 @@ from command import commit, parse
 
 import jaxcompress as jc
 from jaxcompress import reporting
-from jaxcompress.cli import demo
+from jaxcompress.models.bundled_text import heldout_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.fast:
         config = dataclasses.replace(config, calibration=1, store="")
         model, weights, tokenizer = jc.models.load("reference")
-        text = demo.heldout_text()
+        text = heldout_text()
     else:
         model, weights, tokenizer = jc.models.open_weights(config.model)
         text = jc.tokenization.read_text(config.text)

@@ -27,6 +27,8 @@ import jaxcompress as jc
 from jaxcompress import demo, reporting
 from jaxcompress.calibration.moments import moments_from_arrays, moments_to_arrays
 from jaxcompress.evaluation import Apply, windows
+from jaxcompress.models.bundled_text import heldout_text
+from jaxcompress.tree.equality import same_bits
 
 # Methods by name; {b} is the number of bits. "blockwise" ones see the compressed
 # prefix, the others moments of the original model.
@@ -120,7 +122,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             path = Path(folder) / "small.safetensors"
             jc.save(path, small)
             loaded = jc.load(path)
-            if not demo.same_bits(small, loaded):
+            if not same_bits(small, loaded):
                 raise ValueError(f"{name}: the file did not come back bit for bit")
             sizes = stored(path, loaded)
         del small
@@ -179,7 +181,7 @@ def texts(config: Config, tokenizer: Any) -> tuple[list[np.ndarray], dict[str, l
         whole = jc.tokenization.read_text(config.text)
         name = Path(config.text).stem
     else:
-        whole, name = demo.heldout_text(), "heldout"
+        whole, name = heldout_text(), "heldout"
     cut = int(len(whole) * config.fraction)
     count = config.calibration * config.tokens
     ids = np.array(tokenizer.encode(whole[: min(cut, 8 * count)]))

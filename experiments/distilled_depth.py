@@ -24,8 +24,8 @@ from library_text import batch_at, training_tokens
 
 import jaxcompress as jc
 from jaxcompress import distillation, reporting
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, windows
+from jaxcompress.models.bundled_text import heldout_text
 
 HIDDEN, MAPS = "layers/hidden", "layers/attention/attention"
 ROWS = ("hard", "soft", "soft+hidden", "soft+hidden+attention")
@@ -102,7 +102,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     teacher, params, tokenizer = jc.models.load("reference", scan=True)
     student, start = jc.models.fewer_layers(teacher, params, config.every)
     text = training_tokens(tokenizer, TEXT // (40 if config.fast else 1))
-    ids = tokenizer.encode(demo.heldout_text())
+    ids = tokenizer.encode(heldout_text())
     heldout = windows(
         ids, 256, 4, token_bytes=tokenizer.token_bytes(ids), limit=config.windows
     )

@@ -21,8 +21,8 @@ from command import commit, parse
 
 import jaxcompress as jc
 from jaxcompress import reporting
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, windows
+from jaxcompress.models.bundled_text import heldout_text
 
 KERNELS = r"layers/.*kernel"
 
@@ -76,7 +76,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         whole = jc.tokenization.read_text(config.text)
         cut = int(0.8 * len(whole))
     else:
-        whole = demo.heldout_text()
+        whole = heldout_text()
         cut = len(whole) // 2
     ids = np.asarray(tokenizer.encode(whole[:cut]), np.int32)
     count = min(config.calibration, ids.size // config.tokens) // 2 * 2

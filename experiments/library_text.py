@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from train_reference import Config, library_files, long_lines
 
-from jaxcompress.cli import demo
+from jaxcompress.models.bundled_text import heldout_text
 
 
 def training_tokens(tokenizer: Any, size: int) -> np.ndarray:
     """Tokens of library files, about `size` bytes of them; near copies left out too."""
-    held = long_lines(demo.heldout_text())
+    held = long_lines(heldout_text())
     found: list[int] = []
     texts = library_files(Config())
     order = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())

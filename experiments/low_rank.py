@@ -33,9 +33,9 @@ from pruned import KERNELS, calibration, curved, cut, kernels, texts
 
 import jaxcompress as jc
 from jaxcompress import reporting
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply
 from jaxcompress.factorization import energies
+from jaxcompress.tree.equality import same_bits
 from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.tree.paths import roots
 
@@ -228,7 +228,7 @@ def stored(model: Any, params: Any, small: Any, tokenizer: Any) -> dict[str, Any
         path = Path(folder) / "small.safetensors"
         jc.models.save_model(path, model, small, tokenizer)
         loaded = jc.models.load(path)[1]
-        if not demo.same_bits(small, loaded):
+        if not same_bits(small, loaded):
             raise ValueError("the file did not come back bit for bit")
         size = reporting.measure(loaded, path)
     tokens = jnp.ones((1, 8), jnp.int32)

@@ -22,9 +22,9 @@ from command import commit, parse
 
 import jaxcompress as jc
 from jaxcompress import reporting
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, windows
 from jaxcompress.running.decode_once import decoded
+from jaxcompress.tree.equality import same_bits
 
 EMBEDDING = (".*embedding", "symmetric(bits=8)")  # tied to the head: it matters most
 RECIPES = (
@@ -105,7 +105,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             path = Path(folder) / "small.safetensors"
             jc.models.save_model(path, model, coded, tokenizer, {"recipe": recipe})
             loaded = jc.models.load(path)[1]
-            if not demo.same_bits(coded, loaded):
+            if not same_bits(coded, loaded):
                 raise ValueError(f"{recipe}: the file did not come back bit for bit")
             size = reporting.measure(loaded, path)
         ready = jax.jit(jc.materialize)(jc.models.stack_layers(decoded(loaded)))

@@ -24,8 +24,8 @@ from library_text import batch_at, training_tokens
 
 import jaxcompress as jc
 from jaxcompress import distillation, reporting
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, windows
+from jaxcompress.models.bundled_text import heldout_text
 
 ROWS = {  # the ratio of own texts, and the loss
     "off-policy, forward": (0.0, distillation.forward_kl),
@@ -64,7 +64,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     student, start = jc.models.fewer_layers(teacher, params, 2)
     teach, learn = Apply(teacher), Apply(student)
     text = training_tokens(tokenizer, 50_000 if config.fast else 2_000_000)
-    ids = tokenizer.encode(demo.heldout_text())
+    ids = tokenizer.encode(heldout_text())
     heldout = windows(ids, 256, 4, limit=config.windows)
     prompts = np.asarray(ids[: config.texts * config.tokens], np.int32)
     prompts = prompts.reshape(config.texts, -1)[:, : config.prompt]

@@ -26,8 +26,8 @@ from pruned import curved
 
 import jaxcompress as jc
 from jaxcompress import reporting
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, divergence, windows
+from jaxcompress.models.bundled_text import heldout_text
 
 KERNELS = r".*layer_\d+.*kernel"
 METHODS = {
@@ -100,7 +100,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         texts = {Path(config.text).stem: whole[start:], **texts}
         before = whole[:start]
     else:
-        before = demo.heldout_text()
+        before = heldout_text()
     ids = np.asarray(tokenizer.encode(before), np.int32)
     batches = {
         name: windows(tokenizer.encode(text), config.tokens, 1, limit=config.windows)

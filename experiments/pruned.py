@@ -25,8 +25,8 @@ from command import about, parse, rows_of
 import jaxcompress as jc
 from jaxcompress import reporting
 from jaxcompress.calibration.error_feedback import layer_loss
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, windows
+from jaxcompress.models.bundled_text import heldout_text
 
 KERNELS = r"layer_\d+/.*kernel"
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")  # worst first
@@ -52,7 +52,7 @@ def texts(config: Config) -> tuple[str, str]:
     if config.text:
         whole = jc.tokenization.read_text(config.text)
     else:
-        whole = demo.heldout_text()
+        whole = heldout_text()
     start = int(len(whole) * (1 - (config.fraction if config.text else 0.5)))
     return whole[:start], whole[start:]
 

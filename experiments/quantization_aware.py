@@ -24,8 +24,8 @@ from library_text import training_tokens
 
 import jaxcompress as jc
 from jaxcompress import reporting
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, divergence, windows
+from jaxcompress.models.bundled_text import heldout_text
 
 KERNELS = r"layers/.*kernel"
 LAYERS = r"(layers|final_norm)/.*"  # trains with the weights; the embedding stays
@@ -110,7 +110,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     model, params, tokenizer = jc.models.load("reference", scan=True)
     apply_fn = Apply(model)
     tokens = training_tokens(tokenizer, MEGABYTE // (20 if config.fast else 1))
-    ids = tokenizer.encode(demo.heldout_text())
+    ids = tokenizer.encode(heldout_text())
     heldout = windows(
         ids, 256, 4, token_bytes=tokenizer.token_bytes(ids), limit=config.windows
     )

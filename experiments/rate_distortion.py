@@ -26,9 +26,9 @@ from command import about, parse, rows_of
 
 import jaxcompress as jc
 from jaxcompress import distillation, reporting
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply
 from jaxcompress.running.decode_once import decoded, recoded
+from jaxcompress.tree.equality import same_bits
 
 KERNELS = r".*layer.*kernel"
 SIDE = r"layers/.*(steps|scale)"  # of rows, and of norms
@@ -185,7 +185,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 clock = time.perf_counter()
                 loaded = jc.models.load(path)[1]
                 took["load_seconds"] = time.perf_counter() - clock
-                if not demo.same_bits(small, loaded):
+                if not same_bits(small, loaded):
                     raise ValueError("the file did not come back bit for bit")
                 sizes = calibrated.stored(path, loaded)
             clock, processor = time.perf_counter(), time.process_time()

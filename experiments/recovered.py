@@ -29,9 +29,9 @@ from command import about, parse, rows_of
 
 import jaxcompress as jc
 from jaxcompress import reporting
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply
 from jaxcompress.evaluation.language import divergence
+from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.training.optimizers import (
     cubic_sparsity,
     gradual_pruning,
@@ -60,7 +60,7 @@ def training_tokens(tokenizer: Any, config: Config) -> np.ndarray:
     """Tokens enough for all steps, of library files in the order of their hashes."""
     texts = train_reference.library_files(train_reference.Config(fast=config.fast))
     train, _, _ = train_reference.split(texts, 160_000)
-    held = train_reference.long_lines(demo.heldout_text())
+    held = train_reference.long_lines(heldout_text())
     order = sorted(train, key=lambda name: hashlib.sha256(name.encode()).digest())
     wanted = config.steps * config.batch * config.tokens
     found: list[int] = []

@@ -24,9 +24,9 @@ from command import about, parse, rows_of
 
 import jaxcompress as jc
 from jaxcompress import models, reporting
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply
 from jaxcompress.running.decode_once import decoded
+from jaxcompress.tree.equality import same_bits
 
 KERNELS = pruned.KERNELS
 VALUES = f"{KERNELS}/values"
@@ -91,7 +91,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             file = Path(folder) / "small.safetensors"
             models.save_model(file, model, small, tokenizer)
             loaded = models.load(file)[1]
-            if not demo.same_bits(small, loaded):
+            if not same_bits(small, loaded):
                 raise ValueError(f"{recipe}: the file did not come back bit for bit")
             size = reporting.measure(loaded, file)
         ready = jax.jit(jc.materialize)(models.stack_layers(decoded(loaded)))

@@ -1,21 +1,21 @@
 """The first thing to run: the reference model at 8, 4, 3 and 2 bits, measured."""
 
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxcompress import reporting, storage
 from jaxcompress.evaluation import Apply, Report, compare, windows
+from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.models.generation import generate
 from jaxcompress.models.loading import load
 from jaxcompress.models.saved import save_model
 from jaxcompress.models.transformer import stack_layers
 from jaxcompress.running.decode_once import decoded
 from jaxcompress.tree.compress import chain, compress
+from jaxcompress.tree.equality import same_bits
 from jaxcompress.tree.leaf import materialize
 from jaxcompress.types import Params
 
@@ -120,14 +120,3 @@ def sample(model: Any, params: Params, tokenizer: Any) -> str:
     """What the model writes after the prompt; materialized once, not for each token."""
     dense = jax.jit(materialize)(params)
     return generate(model, dense, tokenizer, PROMPT, max_tokens=24)
-
-
-def same_bits(left: Params, right: Params) -> bool:
-    """Whether two trees have the same structure and the same bytes in every array."""
-    (a, here), (b, there) = jax.tree.flatten(left), jax.tree.flatten(right)
-    return here == there and all(
-        x.dtype == y.dtype
-        and x.shape == y.shape
-        and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-        for x, y in zip(a, b, strict=True)
-    )

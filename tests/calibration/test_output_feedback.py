@@ -17,12 +17,12 @@ from jaxcompress.calibration.output_feedback import (
     output_feedback,
     stretched,
 )
-from jaxcompress.cli import demo
 from jaxcompress.coding.levels import leaf as coded_levels
 from jaxcompress.coding.levels import trellis
 from jaxcompress.planning import rates
 from jaxcompress.quantization.rate_distortion import sweep
 from jaxcompress.storage import tree_json
+from jaxcompress.tree.equality import same_bits
 
 
 def joint_of(outputs, heads=8, seed=0):
@@ -142,7 +142,7 @@ def test_it_does_less_harm_at_the_same_size(states, tmp_path):
         with jc.open(tmp_path / f"{name}.safetensors") as file:
             assert 8 * file.nbytes("kernel") / x.size == pytest.approx(3, rel=0.01)
         back = jc.load(tmp_path / f"{name}.safetensors")["kernel"]
-        assert demo.same_bits(back, leaf)
+        assert same_bits(back, leaf)
         found[name] = harm(back, x, second, joint)
     feedback = output_feedback(joint)
     theory = np.log(np.diag(feedback.matrix)).mean()

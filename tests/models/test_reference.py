@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.cli import demo
 from jaxcompress.evaluation import Apply, divergence, windows
+from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.tree.paths import entries
 
 HELDOUT_SHA256 = "1b43338678fff55e110b0793364566110064094350ede6e62cd331e017e6082e"
@@ -22,7 +22,7 @@ KERNELS, MLP = r"layers/.*kernel", r"layers/mlp/.*kernel"
 def reference():
     """Scanned model, its parameters, layouts, and windows of text to measure on."""
     model, params, tokenizer = jc.models.load("reference", scan=True)
-    text = demo.heldout_text()
+    text = heldout_text()
     ids = tokenizer.encode(text[len(text) // 2 :])
     batches = list(
         windows(ids, LENGTH, BATCH, token_bytes=tokenizer.token_bytes(ids), limit=24)
@@ -35,7 +35,7 @@ def reference():
 def moments(reference):
     """From the first half of the held-out text, which nothing here is measured on."""
     model, params, tokenizer, _, _ = reference
-    text = demo.heldout_text()
+    text = heldout_text()
     ids = np.array(tokenizer.encode(text[: len(text) // 2])[: 32 * LENGTH])
     found = jc.collect_moments(model, params, ids.reshape(-1, 8, LENGTH))
     assert float(found["embed/embedding"].count) == ids.size
@@ -71,7 +71,7 @@ def test_the_file_is_small_and_the_text_is_the_recorded_one():
 def test_it_predicts_held_out_text_far_better_than_xz(reference):
     model, params, _, _, batches = reference
     report = jc.compare(Apply(model), params, params, batches)
-    text = demo.heldout_text().encode()
+    text = heldout_text().encode()
     xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     assert report.kl == 0
     assert report.dense.bits_per_byte < 0.75 * xz
@@ -132,7 +132,7 @@ def test_number_formats(kl):
 
 def test_block_by_block(reference, kl, moments):
     model, params, tokenizer, _, batches = reference
-    ids = np.array(tokenizer.encode(demo.heldout_text()[:60_000])[: 16 * LENGTH])
+    ids = np.array(tokenizer.encode(heldout_text()[:60_000])[: 16 * LENGTH])
     small = jc.compress_blockwise(
         model, params, [(MLP, "gptq(bits=3, block=64)")], list(ids.reshape(-1, 8, 256))
     )
@@ -146,7 +146,7 @@ def test_planned_bits_beat_uniform_bits_at_equal_bytes(reference):
     """Sensitivities on the first half of the text, divergence on the second."""
     model, stacked, tokenizer, _, batches = reference
     params = jc.models.unstack_layers(stacked)
-    text = demo.heldout_text()
+    text = heldout_text()
     ids = np.array(tokenizer.encode(text[: len(text) // 2])[: 4 * LENGTH])
     target = jax.jit(Apply(model))(stacked, ids.reshape(4, LENGTH))
 
@@ -215,7 +215,7 @@ def test_mixed_channels_beat_uniform_bits_where_there_are_outliers(reference):
             changed[part][name] = {"kernel": kernel}
     rescaled = params | {"layers": changed}
     assert jc.compare(Apply(model), params, rescaled, batches[:1]).kl < 1e-6
-    text = demo.heldout_text()
+    text = heldout_text()
     ids = np.array(tokenizer.encode(text[: len(text) // 2])[: 8 * LENGTH])
     pattern = r"layers/.*(q|k|v|gate|up)_proj/kernel"
     found = jc.collect_moments(

@@ -17,7 +17,6 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.calibration.error_feedback import inverse_factor
-from jaxcompress.cli import demo
 from jaxcompress.coding.levels import (
     contexts,
     generalized_gaussian,
@@ -29,6 +28,7 @@ from jaxcompress.coding.levels import (
 from jaxcompress.planning import rates
 from jaxcompress.quantization.rate_distortion import pivots, prepare, sweep
 from jaxcompress.running.decode_once import decoded, recoded
+from jaxcompress.tree.equality import same_bits
 
 search = jax.jit(lambda x, states: trellis.search(x, states)[0], static_argnums=1)
 sweep_once = jax.jit(sweep, static_argnames="states")
@@ -426,7 +426,7 @@ def test_slices_are_searched_on_all_devices_that_hold_them(monkeypatch):
         spread = jax.device_put(x, jax.NamedSharding(mesh, spec))
         found = jc.rate_distortion(rate=3.0, states=8)(spread, known)
         assert sorted(map(str, used)) == sorted(str({d}) for d in jax.devices() * 2)
-        assert demo.same_bits(found, alone)
+        assert same_bits(found, alone)
 
 
 def test_outputs_that_do_more_are_coded_finer(tmp_path):
@@ -653,7 +653,7 @@ def test_trained_steps_go_back_to_coded_levels():
     steps = (2 * steps + 1).astype(steps.dtype)
     wanted = dataclasses.replace(small["kernel"], steps=steps)
     trained = {"bias": jnp.ones(100), "norm": jnp.full(4096, 3.0)}
-    assert demo.same_bits(back, {"kernel": wanted, **trained})
+    assert same_bits(back, {"kernel": wanted, **trained})
 
 
 def test_the_factor_is_what_the_theory_names():

@@ -380,14 +380,14 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 from jaxcompress import storage
-from jaxcompress.storage import writing
+from jaxcompress.storage import file_writer
 
-read = writing._array_of
+read = file_writer._array_of
 def last(name, slot):
     if name == "b":
         os.kill(os.getpid(), signal.SIGKILL)
     return read(name, slot)
-writing._array_of = last
+file_writer._array_of = last
 storage.save(sys.argv[1], {"a": np.zeros(100_000), "b": np.zeros(3)})
 """
 

@@ -13,7 +13,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import tokenization
-from jaxcompress.cli import demo
+from jaxcompress.models.bundled_text import heldout_text
 
 DOMAIN = [inspect.getsource(textwrap), inspect.getsource(bisect)]
 OTHER = [
@@ -142,7 +142,7 @@ def reference():
 def test_a_model_without_unused_pieces(reference):
     """Same hidden states and logits; probabilities differ by one factor a place."""
     model, params, tokenizer = reference
-    text = demo.heldout_text()[:3000]
+    text = heldout_text()[:3000]
     ids = np.array(tokenizer.encode(text))[:256]
     small_model, small_params, small = jc.models.trim_vocabulary(
         model, params, tokenizer, ids

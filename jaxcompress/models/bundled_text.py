@@ -1,0 +1,9 @@
+"""The text that ships with the reference model."""
+
+from importlib import resources
+
+
+def heldout_text() -> str:
+    """The packaged text that the reference model has not seen in training."""
+    data = resources.files("jaxcompress.models") / "data" / "heldout.txt"
+    return data.read_text(encoding="utf-8")
