@@ -96,7 +96,7 @@ def test_bytes_do_not_depend_on_threads(bounds, tmp_path):
 def test_arrays_are_fetched_in_order_and_few_at_a_time(bounds, tmp_path):
     """By this thread, with one tick of progress for each; coded by others too."""
     tree, live, most, seen, threads = small_arrays(), {}, [], [], set()
-    choose = file_writer.arrays.choose
+    choose = file_writer.array_codecs.choose
 
     def fetch(name):
         assert threading.current_thread() is threading.main_thread()
@@ -118,7 +118,7 @@ def test_arrays_are_fetched_in_order_and_few_at_a_time(bounds, tmp_path):
             assert seen[-1] == name
 
     bounds.setattr(os, "cpu_count", lambda: 3)
-    bounds.setattr(file_writer.arrays, "choose", spy)
+    bounds.setattr(file_writer.array_codecs, "choose", spy)
     slots = {
         name: tree_json.Slot("float32", x.shape, functools.partial(fetch, name))
         for name, x in tree.items()
