@@ -24,7 +24,7 @@ from command import commit, parse
 from nearest import docstrings
 
 import jaxcompress as jc
-from jaxcompress import demo, reporting
+from jaxcompress import reporting
 from jaxcompress.calibration.moments import moments_from_arrays, moments_to_arrays
 from jaxcompress.evaluation import Apply, windows
 from jaxcompress.models.bundled_text import heldout_text

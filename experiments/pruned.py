@@ -49,10 +49,7 @@ class Config:
 
 def texts(config: Config) -> tuple[str, str]:
     """Calibration text and the text to measure on, which follows it."""
-    if config.text:
-        whole = jc.tokenization.read_text(config.text)
-    else:
-        whole = heldout_text()
+    whole = jc.tokenization.read_text(config.text) if config.text else heldout_text()
     start = int(len(whole) * (1 - (config.fraction if config.text else 0.5)))
     return whole[:start], whole[start:]
 

@@ -7,7 +7,7 @@ import sys
 import tomllib
 
 import jaxcompress as jc
-from jaxcompress.storage.container import versions
+from jaxcompress.storage.checkpoint import versions
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -29,10 +29,10 @@ from jaxcompress.calibration.moments import (
     by_input,
     partly_drifted,
 )
-from jaxcompress.calibration.sources import Source, source_of
-from jaxcompress.calibration.streams import Streams, Values, streams
+from jaxcompress.tracing.blocks import Segment
+from jaxcompress.tree.compress import chain, choose, compress
 from jaxcompress.tree.layouts import Layout, choose_layout
-from jaxcompress.tree.leaves import materialize
+from jaxcompress.tree.leaf import materialize
 from jaxcompress.tree.paths import entries
 
 CURVATURES = "curvatures", "joint_curvatures"

@@ -13,8 +13,12 @@ import jax.numpy as jnp
 from rich.progress import Progress, TimeElapsedColumn
 
 from jaxcompress.calibration.moments import Moments
+from jaxcompress.tracing.interpreter import Sums, trace_uses
+from jaxcompress.tracing.layouts import flat_weights, model_function
+from jaxcompress.tracing.uses import Use
+from jaxcompress.tree.compress import SMALLEST
 from jaxcompress.tree.layouts import Layout, check_layout, trailing
-from jaxcompress.tree.leaves import dense
+from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import EMBEDDING, KERNEL, is_float, roots
 from jaxcompress.types import Params
 

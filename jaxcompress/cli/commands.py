@@ -28,9 +28,10 @@ from jaxcompress.models import generation
 from jaxcompress.models.loading import load, shapes
 from jaxcompress.models.saved import save_model
 from jaxcompress.models.transformer import stack_layers
-from jaxcompress.running.decoding import decoded
+from jaxcompress.running.decode_once import decoded
 from jaxcompress.tokenization import read_text
-from jaxcompress.tree.leaves import materialize, nbytes
+from jaxcompress.tree.compress import chain, compress
+from jaxcompress.tree.leaf import materialize, nbytes
 from jaxcompress.tree.methods import parse
 from jaxcompress.tree.paths import roots
 

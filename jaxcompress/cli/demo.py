@@ -30,12 +30,6 @@ PROMPT = "def read_lines(path):\n"
 LENGTH, BATCH = 512, 2
 
 
-def heldout_text() -> str:
-    """The packaged text that the reference model has not seen in training."""
-    data = resources.files("jaxcompress.models") / "data" / "heldout.txt"
-    return data.read_bytes().decode("utf-8")
-
-
 def run(
     folder: Path,
     *,

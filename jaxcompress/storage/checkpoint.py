@@ -17,10 +17,9 @@ import jax
 import numpy as np
 
 from jaxcompress import __version__
-from jaxcompress.entropy.parallel import in_groups, of_arrays
-from jaxcompress.storage import manifest, shards
-from jaxcompress.storage.manifest import ODD, FileDamaged, Slot
-from jaxcompress.storage.tensors import (
+from jaxcompress.coding.threads import in_groups, of_arrays
+from jaxcompress.storage import shards, tree_json
+from jaxcompress.storage.checksummed_file import (
     ADVICE,
     FORMAT,
     VERSION,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.tree.layouts import leaf_layout, trailing, with_layout
-from jaxcompress.tree.leaves import Leaf, data_fields, is_box
+from jaxcompress.tree.leaf import Leaf, data_fields, is_box
 
 KERNEL, EMBEDDING = "kernel", "embedding"
 
