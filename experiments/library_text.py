@@ -13,12 +13,13 @@ def training_tokens(tokenizer: Any, size: int) -> np.ndarray:
     """Tokens of library files, about `size` bytes of them; near copies left out too."""
     held = long_lines(heldout_text())
     found: list[int] = []
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     texts = library_files(Config())
     order = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
     for name in order[::-1]:  # the held-out files are the first of this order
         own = long_lines(texts[name])
         if len(own & held) <= 0.1 * len(own):
-            found += [tokenizer.bos_id, *tokenizer.encode(texts[name])]
+            found += [*begin, *tokenizer.encode(texts[name])]
             size -= len(texts[name])
         if size <= 0:
             break

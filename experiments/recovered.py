@@ -64,10 +64,11 @@ def training_tokens(tokenizer: Any, config: Config) -> np.ndarray:
     order = sorted(train, key=lambda name: hashlib.sha256(name.encode()).digest())
     wanted = config.steps * config.batch * config.tokens
     found: list[int] = []
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for name in order:
         own = train_reference.long_lines(train[name])
         if len(own & held) <= 0.1 * len(own):
-            found += [tokenizer.bos_id, *tokenizer.encode(train[name])]
+            found += [*begin, *tokenizer.encode(train[name])]
         if len(found) >= wanted:
             break
     return np.asarray(found[:wanted], np.int32)

@@ -67,8 +67,10 @@ def tokenizer_from(metadata: Mapping[str, Any]) -> Tokenizer | None:
     """The tokenizer a GGUF file's metadata describes; None where it has none.
 
     As in llama.cpp, text is not normalized (Qwen's own tokenizer composes characters
-    first), so that decoding gives back what was encoded. Raises ValueError on a kind or
-    a pre-tokenizer that is not known.
+    first), so that decoding gives back what was encoded. Texts begin and end with marks
+    as `add_bos_token` and `add_eos_token` say; where they do not, only SentencePiece
+    and Llama 3 vocabularies have a begin mark, as in llama.cpp. Raises ValueError on a
+    kind or a pre-tokenizer that is not known.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind in (None, "none", "no_vocab"):
@@ -86,23 +88,21 @@ def tokenizer_from(metadata: Mapping[str, Any]) -> Tokenizer | None:
         "added_tokens": _added_tokens(metadata),
         "post_processor": None,
     }
-    marks = {}
+    marks: dict[str, Any] = {}
+    defaults = {"bos": kind == "llama" or _pre_tokenizer(metadata) is _LLAMA3}
     for mark in ("bos", "eos"):
         i = metadata.get(f"tokenizer.ggml.{mark}_token_id")
         marks[mark] = None if i is None else _tokens(metadata)[i]
+        added = metadata.get(f"tokenizer.ggml.add_{mark}_token")
+        marks[f"add_{mark}"] = bool(
+            defaults.get(mark, False) if added is None else added
+        )
     text = json.dumps(described, ensure_ascii=False)
     return tokenization.from_huggingface_json(text, **marks)
 
 
 def _byte_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in PRE_TOKENIZERS:
-        raise ValueError(
-            f"pre-tokenizer {name!r} is not known; known are "
-            f"{', '.join(PRE_TOKENIZERS)}. Load the model from its Hugging Face "
-            "directory"
-        )
-    steps = PRE_TOKENIZERS[name]
+    steps = _pre_tokenizer(metadata)
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
@@ -113,6 +113,17 @@ def _byte_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
             ignore_merges=steps is _LLAMA3,
         ),
     }
+
+
+def _pre_tokenizer(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"pre-tokenizer {name!r} is not known; known are "
+            f"{', '.join(PRE_TOKENIZERS)}. Load the model from its Hugging Face "
+            "directory"
+        )
+    return PRE_TOKENIZERS[name]
 
 
 def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:

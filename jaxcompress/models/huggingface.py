@@ -25,6 +25,8 @@ from jaxcompress.models.assembly import (
 )
 from jaxcompress.models.transformer import Transformer, unstack_layers
 from jaxcompress.tokenization import Tokenizer
+from jaxcompress.tokenization.huggingface import added_marks
+from jaxcompress.tokenization.piece_models import without_begin_mark
 from jaxcompress.tree.leaf import dense
 from jaxcompress.types import Params
 
@@ -218,20 +220,33 @@ def _tensor_places(directory: Path) -> dict[str, Path]:
 
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:
-    """The directory's tokenizer, with its begin and end marks, or None."""
+    """The directory's tokenizer, with its begin and end marks, or None.
+
+    Texts have the marks that `add_bos_token` and `add_eos_token` in
+    tokenizer_config.json say; where they do not, those that the post-processor of
+    tokenizer.json adds.
+    """
     described, pieces = directory / "tokenizer.json", directory / "tokenizer.model"
+    settings, known = directory / "tokenizer_config.json", {}
+    if settings.exists():
+        known = json.loads(settings.read_text(encoding="utf-8"))
     if described.exists():
-        marks: dict[str, str | None] = {}
-        settings = directory / "tokenizer_config.json"
-        if settings.exists():
-            known = json.loads(settings.read_text(encoding="utf-8"))
-            for mark in ("bos", "eos"):
-                token = known.get(f"{mark}_token")
-                marks[mark] = token["content"] if isinstance(token, dict) else token
         text = tokenization.read_text(described)
+        added = added_marks(text)
+        marks: dict[str, Any] = {}
+        for mark, place in (("bos", 0), ("eos", -1)):
+            token = known.get(f"{mark}_token")
+            token = token["content"] if isinstance(token, dict) else token
+            add = known.get(f"add_{mark}_token")
+            if add is None:
+                add = bool(added) and added[place] == token
+            marks |= {mark: token, f"add_{mark}": add}
         return tokenization.from_huggingface_json(text, **marks)
     if pieces.exists():
-        return tokenization.from_bytes(pieces.read_bytes())
+        model = pieces.read_bytes()
+        if known.get("add_bos_token") is False:
+            model = without_begin_mark(model)
+        return tokenization.from_bytes(model)
     return None
 
 
@@ -282,10 +297,11 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
         (directory / "tokenizer.model").write_bytes(stored)
         return
     contents = json.loads(stored)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for mark in ("bos", "eos"):
         if contents[mark] is not None:
             settings[f"{mark}_token"] = contents[mark]
+            settings[f"add_{mark}_token"] = contents.get(f"add_{mark}", mark == "bos")
     (directory / "tokenizer.json").write_bytes(contents["tokenizer"].encode())
     text = json.dumps(settings, indent=2) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -43,6 +43,7 @@ class DictionaryTokenizer:
     lossless = True
     bos_id: int | None = 1
     eos_id: int | None = 2
+    add_eos = False
 
     def __init__(
         self,

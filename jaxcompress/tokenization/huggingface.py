@@ -25,7 +25,15 @@ class HuggingFaceTokenizer:
     spells a special token is encoded as that token. The package `tokenizers` is needed.
     """
 
-    def __init__(self, text: str, *, bos: str | None = None, eos: str | None = None):
+    def __init__(
+        self,
+        text: str,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        add_bos: bool = True,
+        add_eos: bool = False,
+    ):
         import tokenizers  # only for models from elsewhere
 
         if "model" not in _object(text):
@@ -34,9 +42,15 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._contents = {"tokenizer": text, "bos": bos, "eos": eos}
+        if not add_bos:
+            self._contents["add_bos"] = False
+        if add_eos:
+            self._contents["add_eos"] = True
         self.vocab_size = max(self._tokenizer.get_vocab(True).values(), default=-1) + 1
-        self.bos_id = self._special("bos", bos)
+        begin = self._special("bos", bos)
+        self.bos_id = begin if add_bos else None
         self.eos_id = self._special("eos", eos)
+        self.add_eos = add_eos and eos is not None
         self.digest = hashlib.sha256(self.to_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -100,15 +114,45 @@ class HuggingFaceTokenizer:
 
 
 def from_huggingface_json(
-    text: str, *, bos: str | None = None, eos: str | None = None
+    text: str,
+    *,
+    bos: str | None = None,
+    eos: str | None = None,
+    add_bos: bool = True,
+    add_eos: bool = False,
 ) -> HuggingFaceTokenizer:
-    """Tokenizer from the text of a tokenizer.json.
+    """Read a tokenizer from the text of a tokenizer.json.
 
-    The file does not say which tokens begin and end a text: name them, as they stand in
-    tokenizer_config.json, `bos` only where the model wants its texts to begin with it.
-    Raises ValueError where the text is no tokenizer or a mark is not in the vocabulary.
+    The file does not name the tokens that begin and end a text: pass them as
+    tokenizer_config.json has them.
+
+    ```python
+    settings = json.loads(read_text("tokenizer_config.json"))
+    tokenizer = from_huggingface_json(
+        read_text("tokenizer.json"), bos="<s>", add_bos=settings["add_bos_token"]
+    )
+    ```
+
+    Args:
+      text: contents of the file.
+      bos, eos: spelling of the begin and the end mark; None where there is none.
+      add_bos: whether the model's texts begin with `bos`; `bos_id` is None otherwise.
+      add_eos: whether the model's texts end with `eos`, for `write_tokens`. Generation
+        stops at `eos` in any case.
+
+    Raises:
+      ValueError: the text is no tokenizer, or a mark is not in the vocabulary.
     """
-    return HuggingFaceTokenizer(text, bos=bos, eos=eos)
+    return HuggingFaceTokenizer(
+        text, bos=bos, eos=eos, add_bos=add_bos, add_eos=add_eos
+    )
+
+
+def added_marks(text: str) -> list[str]:
+    """Spellings of the tokens that a tokenizer.json's post-processor adds to a text."""
+    import tokenizers  # only for models from elsewhere
+
+    return tokenizers.Tokenizer.from_str(text).encode("").tokens
 
 
 def _object(text: str) -> dict:

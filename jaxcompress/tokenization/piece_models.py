@@ -45,7 +45,7 @@ def read(model: bytes) -> PieceModel:
             score = struct.unpack("<f", part.get(2, bytes(4)))[0]
             pieces.append(Piece(part.get(1, b"").decode(), score, part.get(3, NORMAL)))
         elif number == 2:
-            trained = dict(_values(value))
+            trained |= dict(_values(value))
         elif number == 3:
             prepared = dict(_values(value))
     exact = (
@@ -66,6 +66,18 @@ def keep_pieces(model: bytes, ids: Collection[int]) -> bytes:
                 continue
         parts.append(raw)
     return b"".join(parts)
+
+
+def without_begin_mark(model: bytes) -> bytes:
+    """The model with no begin mark named; the piece stays, as a control symbol.
+
+    A later message of field 2 overrides settings of the first. Field 46 in it is the
+    begin mark's text, and the default replaces an empty one: the text is a piece that
+    no model has.
+    """
+    name = b"\x00none"
+    setting = bytes([0xF2, 0x02, len(name)]) + name  # field 46, a string
+    return model + bytes([0x12, len(setting)]) + setting
 
 
 def _values(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -49,6 +49,8 @@ class SentencePieceTokenizer:
     SentencePiece itself does, and unknown characters become id 0.
     """
 
+    add_eos = False
+
     def __init__(self, model: bytes):
         processor = sentencepiece.SentencePieceProcessor()
         try:

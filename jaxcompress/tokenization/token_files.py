@@ -27,15 +27,17 @@ def write_tokens(
     """Write the ids of texts, one behind the other, and return how many they are.
 
     They pass through as they come (from `encode_many`, say). With `mark`, each text
-    begins with the tokenizer's `bos_id`, or ends with its `eos_id` where it has no
-    other. The file is written beside its place and moved there when it is whole, so
-    that no half of it is ever seen. Raises ValueError on an id outside the vocabulary.
+    begins with the tokenizer's `bos_id`, and ends with its `eos_id` where the tokenizer
+    says `add_eos`, or has no `bos_id`: texts are told apart. The
+    file is written beside its place and moved there when it is whole, so that no half
+    of it is ever seen. Raises ValueError on an id outside the vocabulary.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     begin = tokenizer.bos_id if mark else None
-    end = tokenizer.eos_id if mark and begin is None else None
+    ends = tokenizer.add_eos or begin is None
+    end = tokenizer.eos_id if mark and ends else None
     digest, count = hashlib.blake2b(digest_size=16), 0
     try:
         with open(partial, "wb") as file:

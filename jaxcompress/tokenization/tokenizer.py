@@ -18,16 +18,18 @@ class Tokenizer(Protocol):
     """Text to ids and back.
 
     `digest` is the SHA-256 of `to_bytes()` in hexadecimal. The model expects `bos_id`
-    before a text and `eos_id` behind it, None where there is no such mark; `encode`
-    adds neither. `pieces` are the UTF-8 bytes each id stands for, none for marks and
-    control symbols; `symbols` the ids of user and control symbols by their spelling;
-    `byte_ids` those of the 256 bytes that stand for what has no piece, None where there
-    are none or where all pieces are made of bytes.
+    before a text, None where its texts have no such mark, and stops at `eos_id`; texts
+    to train on end with `eos_id` where `add_eos` says so. `encode` adds neither.
+    `pieces` are the UTF-8 bytes each id stands for, none for marks and control symbols;
+    `symbols` the ids of user and control symbols by their spelling; `byte_ids` those of
+    the 256 bytes that stand for what has no piece, None where there are none or where
+    all pieces are made of bytes.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    add_eos: bool
     digest: str
     pieces: Sequence[bytes]
     symbols: Mapping[str, int]
@@ -56,8 +58,10 @@ def from_bytes(stored: bytes) -> Tokenizer:
     if contents.get("kind") == "dictionary":
         return dictionaries.from_contents(contents)
     if isinstance(contents.get("tokenizer"), str):
-        marks = {"bos": contents.get("bos"), "eos": contents.get("eos")}
-        return HuggingFaceTokenizer(contents["tokenizer"], **marks)
+        text = contents.pop("tokenizer")
+        names = ("bos", "eos", "add_bos", "add_eos")
+        marks = {name: contents[name] for name in names if name in contents}
+        return HuggingFaceTokenizer(text, **marks)
     return HuggingFaceTokenizer(stored.decode())
 
 

