@@ -31,7 +31,7 @@ from jaxcompress.models.transformer import stack_layers
 from jaxcompress.running.decode_once import decoded
 from jaxcompress.tokenization import read_text
 from jaxcompress.tree.compress import chain, compress
-from jaxcompress.tree.leaf import materialize, nbytes
+from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.methods import parse
 from jaxcompress.tree.paths import roots
 
@@ -272,7 +272,7 @@ def generate(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.model} came without a tokenizer; text needs one")
     text = generation.generate(
         model,
-        jax.jit(materialize)(params),  # once, not again for every token
+        params,
         tokenizer,
         options.prompt,
         max_tokens=options.tokens,

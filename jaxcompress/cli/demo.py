@@ -4,8 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxcompress import reporting, storage
 from jaxcompress.evaluation import Apply, Report, compare, windows
 from jaxcompress.models.bundled_text import heldout_text
@@ -16,7 +14,6 @@ from jaxcompress.models.transformer import stack_layers
 from jaxcompress.running.decode_once import decoded
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.equality import same_bits
-from jaxcompress.tree.leaf import materialize
 from jaxcompress.types import Params
 
 RECIPES = (
@@ -111,6 +108,5 @@ def row(recipe: str, path: Path, params: Params, report: Report) -> dict[str, An
 
 
 def sample(model: Any, params: Params, tokenizer: Any) -> str:
-    """What the model writes after the prompt; materialized once, not for each token."""
-    dense = jax.jit(materialize)(params)
-    return generate(model, dense, tokenizer, PROMPT, max_tokens=24)
+    """What the model writes after the prompt."""
+    return generate(model, params, tokenizer, PROMPT, max_tokens=24)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxcompress.running.low_memory import mode
 from jaxcompress.types import Batch, Params
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -101,10 +102,10 @@ def per_example(
         batch = {key: _pad(value, slots) for key, value in batch.items()}
         valid = np.arange(slots) < count
         if mesh is None:
-            step = _replicated_step(metrics_fn, devices)
+            step = _replicated_step(metrics_fn, devices, mode())
             split = lambda x: x.reshape(shards, -1, *x.shape[1:])  # noqa: E731
         else:
-            step = _sharded_step(metrics_fn, mesh)
+            step = _sharded_step(metrics_fn, mesh, mode())
             rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
             split = functools.partial(jax.make_array_from_process_local_data, rows)
         metrics = jax.device_get(step(params, *jax.tree.map(split, (batch, valid))))
@@ -119,13 +120,17 @@ def per_example(
 
 
 @functools.lru_cache(maxsize=16)
-def _replicated_step(metrics_fn: MetricsFn, devices: tuple[jax.Device, ...]) -> Any:
+def _replicated_step(
+    metrics_fn: MetricsFn, devices: tuple[jax.Device, ...], how: str | None
+) -> Any:
+    del how  # a key: the mode in which it is traced
     step = functools.partial(_masked, metrics_fn)
     return jax.pmap(step, in_axes=(None, 0, 0), devices=devices)
 
 
 @functools.lru_cache(maxsize=16)
-def _sharded_step(metrics_fn: MetricsFn, mesh: Mesh) -> Any:
+def _sharded_step(metrics_fn: MetricsFn, mesh: Mesh, how: str | None) -> Any:
+    del how
     step = functools.partial(_masked, metrics_fn)
     return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcompress.evaluation.batches import Metrics, per_example
+from jaxcompress.running.compressed_matmul.context import fast, surrounding
 from jaxcompress.types import Batch, Params
 
 ApplyFn = Callable[[Params, jax.Array], jax.Array]  # tokens [B, T] -> logits [B, T, V]
@@ -81,13 +82,15 @@ def windows(
 class Apply:
     """The apply function of a Linen model; of equal models, compiled once.
 
-    Parameters may be compressed: they only go through `model.apply`.
+    Parameters may be compressed: layers multiply by the stored parts, as in `fast`,
+    with the activations of a `fast` around the call, "float" where there is none.
     """
 
     model: Any
 
     def __call__(self, params: Params, tokens: jax.Array) -> jax.Array:
-        return self.model.apply({"params": params}, tokens)
+        with fast(activations=surrounding()):
+            return self.model.apply({"params": params}, tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.models.transformer import Transformer
+from jaxcompress.running.compressed_matmul.context import fast, surrounding
+from jaxcompress.running.decode_once import decoded
 from jaxcompress.tokenization import Tokenizer
+from jaxcompress.tree.leaf import is_leaf, materialize
 from jaxcompress.types import Params
 
 _ROOM = 64  # lengths are rounded up to this, so that similar calls share a compilation
@@ -27,9 +30,16 @@ def generate(
     """The text that the model writes after the prompt, without the prompt.
 
     Ends after `max_tokens` tokens or at the tokenizer's end mark. Temperature 0 takes
-    the likeliest token each time, any other needs a `key`. Parameters may be
-    compressed: they only go through `model.apply`. Raises ValueError on options out of
-    range, and on an empty prompt where the tokenizer has no begin mark.
+    the likeliest token each time, any other needs a `key`.
+
+    Parameters may be compressed. Losslessly coded arrays are decoded once, before the
+    first token, and so is an embedding that is also the head, which every step reads
+    whole; layers multiply by the other stored parts, as in `fast`, with the activations
+    of a `fast` around the call.
+
+    Raises:
+      ValueError: options out of range, or an empty prompt where the tokenizer has no
+        begin mark.
     """
     _check(max_tokens, temperature, top_k, top_p, key)
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -45,14 +55,16 @@ def generate(
         jnp.float32(1.0 if top_p is None else top_p),
     )
     keys = jax.random.split(jax.random.key(0) if key is None else key, max_tokens)
+    params = _to_run(model, params)
+    step = partial(_step, model, surrounding(), params)
     tokens = jnp.array([ids + [0] * (padded - count)], jnp.int32)
-    token, cache = _step(model, params, tokens, count, cache, keys[0], *settings)
+    token, cache = step(tokens, count, cache, keys[0], *settings)
     ids.append(int(token))
     for key in keys[1:]:
         if ids[-1] == tokenizer.eos_id:
             break
         tokens = token.reshape(1, 1)
-        token, cache = _step(model, params, tokens, 1, cache, key, *settings)
+        token, cache = step(tokens, 1, cache, key, *settings)
         ids.append(int(token))
     if ids[-1] == tokenizer.eos_id:
         ids.pop()
@@ -72,26 +84,50 @@ def sample(
     smallest set of likeliest tokens that holds at least `top_p` of the probability
     (Holtzman et al., 2019, arXiv 1904.09751); tokens equal to the last kept one stay.
     """
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+    return jax.lax.cond(
+        temperature > 0,
+        lambda: _drawn(logits, key, temperature, top_k, top_p),
+        lambda: jnp.argmax(logits),
+    )
+
+
+def _drawn(
+    logits: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+) -> jax.Array:
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)  # 0 under vmap
     ranked = jnp.sort(scaled, descending=True)
     ranked = jnp.where(jnp.arange(ranked.size) < top_k, ranked, -jnp.inf)
     chances = jax.nn.softmax(ranked)
     before = jnp.cumsum(chances) - chances
     kept = (before < top_p) & (ranked > -jnp.inf)
     least = jnp.min(ranked, where=kept, initial=jnp.inf)
-    drawn = jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf))
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
+    return jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _step(model, params, tokens, count, cache, key, temperature, top_k, top_p):
+def _to_run(model: Transformer, params: Params) -> Params:
+    """Decodes what every step would decode again."""
+    params = decoded(params)
+    if model.tied and any(
+        map(is_leaf, jax.tree.leaves(params["embed"], is_leaf=is_leaf))
+    ):
+        params = {**params, "embed": jax.jit(materialize)(params["embed"])}
+    return params
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _step(model, how, params, tokens, count, cache, key, temperature, top_k, top_p):
     """Read `count` of tokens [1, T] into the cache and draw the next one.
 
     What stands behind them is padding: its cache slots lie past the index, where
     nothing looks until they are written again.
     """
     start = cache["index"]
-    logits, cache = model.apply({"params": params}, tokens, cache=cache)
+    with fast(activations=how):
+        logits, cache = model.apply({"params": params}, tokens, cache=cache)
     token = sample(logits[0, count - 1], key, temperature, top_k, top_p)
     return token, cache | {"index": start + jnp.int32(count)}
 

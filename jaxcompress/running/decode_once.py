@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from jaxcompress.tree.decoding import decoding
 from jaxcompress.tree.leaf import Leaf, dense
 from jaxcompress.tree.paths import is_float
 from jaxcompress.types import Params
@@ -17,7 +18,8 @@ def decoded(params: Params) -> Params:
     decoding at each step. Bit for bit the same outputs.
     """
 
-    return jax.tree.map(dense, params, is_leaf=_lossless)
+    with decoding(params):
+        return jax.tree.map(dense, params, is_leaf=_lossless)
 
 
 def recoded(params: Params, like: Params) -> Params:

@@ -16,6 +16,26 @@ from jaxcompress.tree.leaf import Leaf, before_use
 # `(module, method, args, kwargs)` to the result of that method, or to None where Flax's
 # own code is to run; `running.fast` sets it, per thread.
 instead: ContextVar[Callable[..., Any] | None] = ContextVar("instead", default=None)
+_mode: ContextVar[str | None] = ContextVar("mode", default=None)
+
+
+def mode() -> str | None:
+    """Return how layers run here: the activations of `fast`, "streaming", or None.
+
+    It decides what a traced function computes, so a cache of compiled functions has it
+    in its key.
+    """
+    return _mode.get()
+
+
+@contextlib.contextmanager
+def running(how: str) -> Iterator[None]:
+    """Sets `mode()`."""
+    token = _mode.set(how)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
 
 
 @contextlib.contextmanager
@@ -35,7 +55,7 @@ def streaming() -> Iterator[None]:
             return model.apply({"params": small}, tokens)
     ```
     """
-    with nn.intercept_methods(_stream):
+    with running(mode() or "streaming"), nn.intercept_methods(_stream):
         yield
 
 

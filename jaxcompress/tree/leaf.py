@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from jaxcompress.tree.decoding import decoding
+
 _REGISTRY: dict[str, type["Leaf"]] = {}
 Convolution = Callable[..., jax.Array]
 
@@ -237,7 +239,8 @@ def dense_cost(weight: Any) -> int:
 
 def materialize(params: Any) -> Any:
     """The same tree with every leaf replaced by its dense array; traceable."""
-    return jax.tree.map(dense, params, is_leaf=is_leaf)
+    with decoding(params):
+        return jax.tree.map(dense, params, is_leaf=is_leaf)
 
 
 def nbytes(params: Any) -> int:

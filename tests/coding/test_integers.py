@@ -14,7 +14,8 @@ import jaxcompress as jc
 from jaxcompress.coding import Coded, Packed, entropy_code, rans, tables
 from jaxcompress.coding.integers import leaf as coded_integers
 from jaxcompress.coding.integers.leaf import stored_bytes
-from jaxcompress.tree.leaf import dense, static_fields
+from jaxcompress.running.decode_once import decoded
+from jaxcompress.tree.leaf import dense, materialize, static_fields
 
 RANDOM = np.random.default_rng(7)
 
@@ -425,3 +426,29 @@ def test_slices_are_coded_side_by_side(monkeypatch):
     for x, y in zip(*map(jax.tree.leaves, made), strict=True):
         np.testing.assert_array_equal(x, y)
     check(made[1], codes)
+
+
+def test_the_compiled_decoder_serves_a_tree_of_many_small_leaves(monkeypatch):
+    """What decides is the work of all leaves that share a program, not of one."""
+    random = np.random.default_rng(0)
+    arrays = [random.integers(-7, 8, (40, 24), np.int8) for _ in range(6)]
+    arrays += [random.integers(-7, 8, (5000,), np.int8)]
+    tree = {f"layer_{i}": entropy_code(x) for i, x in enumerate(arrays)}
+    assert all(isinstance(x, Coded) for x in tree.values())
+    by_numpy = []
+    on_host = Coded.on_host
+    monkeypatch.setattr(
+        Coded, "on_host", lambda self: by_numpy.append(self.shape) or on_host(self)
+    )
+    assert len({x.decoding_work()[0] for x in tree.values()}) == 2
+    each = tree["layer_0"].decoding_work()[1]
+    monkeypatch.setattr(coded_integers, "FEW", 6 * each)
+    for function in (materialize, decoded):
+        by_numpy.clear()
+        found = function(tree)
+        assert by_numpy == [(5000,)]
+        for x, want in zip(found.values(), arrays, strict=True):
+            np.testing.assert_array_equal(x, want)
+    by_numpy.clear()
+    np.testing.assert_array_equal(tree["layer_0"].materialize(), arrays[0])
+    assert by_numpy == [(40, 24)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from jaxcompress.coding.packing import (
     unpack_bits,
 )
 from jaxcompress.coding.threads import in_order
+from jaxcompress.tree.decoding import announced
 from jaxcompress.tree.leaf import Leaf, leaf, static
 from jaxcompress.tree.methods import method
 
@@ -31,7 +33,8 @@ __all__ = ["Coded", "Packed", "entropy_code", "pack"]
 
 ALLOWANCE = 128  # bytes: what a coded array's longer entry in a file's header takes
 LANES_TOGETHER = 64  # of several slices, decoded in one loop
-FEW = 1 << 21  # symbols; NumPy decodes these sooner than XLA compiles, outside jit
+STEP = 80  # symbols that NumPy decodes in the time that a step takes at least (15 us)
+FEW = 1 << 21  # symbols of one program; NumPy decodes these sooner than XLA compiles
 PART = 1 << 22  # symbols that a thread codes at a time, to bound memory
 
 
@@ -89,9 +92,18 @@ class Coded(Leaf):
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
             return _slices(self)
         host = isinstance(self.words, np.ndarray) or len(self.words.devices()) == 1
-        if self.size < FEW and host:
+        if host and announced(*self.decoding_work()) < FEW:
             return jnp.asarray(self.on_host())
         return _decoded(_roomy(self))
+
+    def decoding_work(self) -> tuple[Hashable, int]:
+        """Shapes that `_roomy` leaves apart, and symbols for NumPy to decode."""
+        whole = (self.offsets, self.symbols, self.low, self.contexts)
+        shapes = [x.shape for x in whole if x is not None]
+        words = max(64, self.words.shape[-1] - 1).bit_length()
+        program = (jax.tree.structure(self), words, self.frequencies.shape[:-1])
+        lanes = max(1, self.states.size)
+        return (*program, *shapes), -(-self.size // lanes) * max(lanes, STEP)
 
     def on_host(self) -> np.ndarray:
         """The array, decoded by NumPy; ValueError where the stream is damaged."""

@@ -14,7 +14,7 @@ from jaxcompress.running.compressed_matmul.products import (
     dense_general,
     einsum,
 )
-from jaxcompress.running.low_memory import instead, streaming
+from jaxcompress.running.low_memory import instead, mode, running, streaming
 
 Activations = Literal["float", "int8", "auto"]
 
@@ -70,10 +70,16 @@ def fast(*, activations: Activations = "float") -> Iterator[None]:
         )
     token = instead.set(functools.partial(_product, activations))
     try:
-        with streaming():
+        with running(activations), streaming():
             yield
     finally:
         instead.reset(token)
+
+
+def surrounding() -> Activations:
+    """Return the `activations` of the innermost `fast` around the call, or "float"."""
+    how = mode()
+    return how if how in get_args(Activations) else "float"
 
 
 def _product(
