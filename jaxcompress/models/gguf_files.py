@@ -4,7 +4,10 @@ Source: the GGUF specification and llama.cpp's converter, github.com/ggml-org: n
 metadata and tensors, and the order of rows that each architecture's rotation expects.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.models.assembly import Assembled, assemble
+from jaxcompress.models.gguf_settings import ARCHITECTURES, check_metadata
 from jaxcompress.models.gguf_tokenizers import tokenizer_from
-from jaxcompress.models.transformer import Transformer, rope_frequencies
+from jaxcompress.models.rope import rope_frequencies
+from jaxcompress.models.settings import agree
+from jaxcompress.models.transformer import Transformer
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.types import Params
 
@@ -30,9 +36,6 @@ MODULES = {
     **{f"mlp/{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
 }
 ROPE_FACTORS = "rope_freqs.weight"
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-INTERLEAVED = ("llama", "mistral")  # rotate pairs (2i, 2i + 1), not (i, i + D/2)
-
 # Llama 3's scaling arrives as a tensor of factors; these are the constants behind it.
 LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -41,57 +44,86 @@ LLAMA3 = {
 }
 
 
-def read_gguf(
-    path: str | Path, *, scan: bool = False, dtype: Any = None
-) -> tuple[Transformer, Params, Tokenizer | None]:
-    """Model, parameters and tokenizer of a `.gguf` file.
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """Metadata and tensors of a GGUF model, of all files that it is split into."""
 
-    Every weight is dequantized, to float32 unless `dtype` says otherwise. Mistral and
-    SmolLM2 files call themselves "llama". Raises ModuleNotFoundError without the
-    `gguf` package, ValueError on an architecture, metadata or a tensor that is not
-    understood, naming it.
+    source: str
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+
+
+def read_gguf(
+    path: str | Path,
+    *,
+    scan: bool = False,
+    dtype: Any = None,
+    ignore: Collection[str] = (),
+) -> tuple[Transformer, Params, Tokenizer | None]:
+    """Read model, parameters and tokenizer of a `.gguf` file.
+
+    Every weight is dequantized, to float32 unless `dtype` says otherwise. Of a split
+    model (`name-00001-of-00003.gguf`) any file may be named; all must be in one folder.
+    Mistral and SmolLM2 files call themselves "llama". `ignore` are keys of the metadata
+    to pass over. Raises ModuleNotFoundError without the `gguf` package, ValueError on
+    an architecture, metadata or a tensor that is not understood, naming it.
     """
-    model, params, tokenizer = open_gguf(path, scan=scan, dtype=dtype)
+    model, params, tokenizer = open_gguf(path, scan=scan, dtype=dtype, ignore=ignore)
     return model, params.read_all(), tokenizer
 
 
 def open_gguf(
-    path: str | Path, *, scan: bool = False, dtype: Any = None
+    path: str | Path,
+    *,
+    scan: bool = False,
+    dtype: Any = None,
+    ignore: Collection[str] = (),
 ) -> tuple[Transformer, Assembled, Tokenizer | None]:
     """As `read_gguf`, but each weight is read when it is asked for."""
-    reader = _open(path)
-    metadata = _metadata(reader)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    model = transformer_from(metadata, tensors).clone(scan=scan)
-    interleaved = metadata["general.architecture"] in INTERLEAVED
+    contents = _contents(path)
+    model = model_of(contents, ignore=ignore).clone(scan=scan)
+    kind = ARCHITECTURES[contents.metadata["general.architecture"]]
 
     def fetch(name: str, ours: str) -> np.ndarray:
-        array = dequantize(tensors[name])
+        array = dequantize(contents.tensors[name])
         rotated = "/q_proj/" in ours or "/k_proj/" in ours
-        return _halves(array, model.head_size) if rotated and interleaved else array
+        if rotated and kind.interleaved:
+            return _halves(array, model.head_size)
+        return array
 
     params = assemble(
         model,
-        tensors,
+        contents.tensors,
         fetch,
         MODULES,
         ignorable=ROPE_FACTORS,
         dtype=jnp.float32 if dtype is None else dtype,
         source=str(path),
     )
-    return model, params, tokenizer_from(metadata)
+    return model, params, tokenizer_from(contents.metadata)
 
 
-def read_model(path: str | Path) -> Transformer:
-    """The Transformer of a `.gguf` file, from its header; no weight is read."""
-    reader = _open(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    return transformer_from(_metadata(reader), tensors)
+def read_model(path: str | Path, *, ignore: Collection[str] = ()) -> Transformer:
+    """Build the Transformer of a `.gguf` file from its header; no weight is read."""
+    return model_of(_contents(path), ignore=ignore)
+
+
+def model_of(contents: Contents, *, ignore: Collection[str] = ()) -> Transformer:
+    """Build the Transformer that a file's metadata, all of it known, describes."""
+    name = contents.metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"GGUF architecture {name!r} is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    check_metadata(contents.metadata, source=contents.source, ignore=ignore)
+    passed = {k: x for k, x in contents.metadata.items() if k not in ignore}
+    return transformer_from(passed, contents.tensors)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """A `.gguf` file's metadata, the chat template included, but not its tokens."""
-    metadata = _metadata(_open(path))
+    metadata = _contents(path).metadata
     return {key: x for key, x in metadata.items() if not isinstance(x, list)}
 
 
@@ -112,12 +144,7 @@ def transformer_from(
     metadata: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> Transformer:
     """The Transformer that a file's metadata, and which tensors it has, describe."""
-    kind = metadata.get("general.architecture")
-    if kind not in ARCHITECTURES:
-        raise ValueError(
-            f"GGUF architecture {kind!r} is not supported; supported are "
-            f"{', '.join(ARCHITECTURES)}"
-        )
+    kind = metadata["general.architecture"]
 
     def get(key: str, *default: Any) -> Any:
         name = f"{kind}.{key}"
@@ -126,11 +153,6 @@ def transformer_from(
         value = metadata.get(name, *default)
         return tuple(value) if isinstance(value, list) else value
 
-    if get("expert_count", 0):
-        raise ValueError(
-            f"{get('expert_count')} experts in every layer: mixtures of experts are "
-            "not supported"
-        )
     width, heads = get("embedding_length"), get("attention.head_count")
     head_size = get("attention.key_length", None)
     if head_size is None:
@@ -167,18 +189,32 @@ def transformer_from(
 def _rope_scaling(get, tensors, head_size, theta):
     if ROPE_FACTORS in tensors:
         return _llama3_scaling(dequantize(tensors[ROPE_FACTORS]), head_size, theta)
-    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", 0.0)
-    if kind == "none" or not factor:
-        factor = get("rope.scale_linear", 1.0)  # what old files call it
-        kind = "none" if factor == 1.0 else "linear"
-    if kind == "none":
+    kind = get("rope.scaling.type", None)
+    factors = {
+        f"rope.{key}": float(get(f"rope.{key}", 0.0)) or None
+        for key in ("scaling.factor", "scale_linear")  # the latter in old files
+    }
+    factor = agree(factors.items(), source="the GGUF file")
+    if kind == "none" or factor is None:
         return None
+    kind = kind or "linear"  # as llama.cpp assumes
     options = {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
-        length = get("rope.scaling.original_context_length", get("context_length"))
-        options["original_max_position_embeddings"] = length
-        if scale := get("rope.scaling.attn_factor", 0.0):
-            options["attention_factor"] = scale
+    if kind == "linear":
+        return None if factor == 1.0 else tuple(sorted(options.items()))
+    if kind != "yarn":
+        raise ValueError(
+            f"rope.scaling.type {kind!r} is not supported; known are none, linear, yarn"
+        )
+    length = get("rope.scaling.original_context_length", get("context_length"))
+    options["original_max_position_embeddings"] = length
+    for side in ("fast", "slow"):
+        if turns := _shortest(get(f"rope.scaling.yarn_beta_{side}", 0.0)):
+            options[f"beta_{side}"] = turns
+    # The factor multiplies YaRN's own magnitude (ggml, rope_yarn).
+    names = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
+    given = [float(get(name, 0.0)) or 1.0 for name in names]
+    if (scale := math.prod(given)) != 1.0:
+        options["attention_factor"] = scale * (1 + 0.1 * math.log(factor))
     return tuple(sorted(options.items()))
 
 
@@ -206,6 +242,46 @@ def _halves(array: np.ndarray, head_size: int) -> np.ndarray:
 def _shortest(x: Any) -> float:
     """The shortest decimal that float32 rounds to x: 1e-05, not 9.999999747e-06."""
     return float(str(np.float32(x)))
+
+
+def _contents(path: str | Path) -> Contents:
+    """Open a file, and with it the others that the model is split into."""
+    reader = _open(path)
+    metadata = _metadata(reader)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    count = metadata.get("split.count", 1)
+    if count > 1:
+        for number, other in enumerate(_split_paths(Path(path), count)):
+            part = _open(other)
+            if number == 0:
+                metadata = _metadata(part)
+            tensors |= {tensor.name: tensor for tensor in part.tensors}
+        wanted = metadata.get("split.tensors.count", len(tensors))
+        if len(tensors) != wanted:
+            raise ValueError(
+                f"{path}: its {count} files hold {len(tensors)} tensors and should "
+                f"hold {wanted}; they are not of one model"
+            )
+    return Contents(str(path), metadata, tensors)
+
+
+def _split_paths(path: Path, count: int) -> list[Path]:
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", path.name, re.IGNORECASE)
+    if not match or int(match[3]) != count:
+        raise ValueError(
+            f"{path} is one of {count} files of a split model, whose names must end "
+            f"in -00001-of-{count:05d}.gguf and so on; give it its name back"
+        )
+    paths = [
+        path.with_name(f"{match[1]}-{i:05d}-of-{count:05d}{match[4]}")
+        for i in range(1, count + 1)
+    ]
+    if missing := [other.name for other in paths if not other.is_file()]:
+        raise FileNotFoundError(
+            f"{path} is one of {count} files of a split model; missing beside it: "
+            f"{', '.join(missing)}"
+        )
+    return paths
 
 
 def _open(path: str | Path) -> Any:

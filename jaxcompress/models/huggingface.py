@@ -5,7 +5,9 @@ the tokenizer as `tokenizer.json` (or SentencePiece's `tokenizer.model`).
 """
 
 import json
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from jaxcompress import tokenization
-from jaxcompress.models import bert
 from jaxcompress.models.assembly import (
     Assembled,
     assemble,
     foreign_name,
     parameter_shapes,
 )
+from jaxcompress.models.configurations import (
+    architecture_of,
+    config_from,
+    model_from,
+)
+from jaxcompress.models.families import FAMILIES
 from jaxcompress.models.transformer import Transformer, unstack_layers
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.tokenization.huggingface import added_marks
@@ -30,162 +37,116 @@ from jaxcompress.tokenization.piece_models import without_begin_mark
 from jaxcompress.tree.leaf import dense
 from jaxcompress.types import Params
 
-MODULES = {
-    "embed": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-    "layer": "model.layers.{}",
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    **{f"attention/{x}": f"self_attn.{x}" for x in ("q_norm", "k_norm")},
-    **{f"attention/{x}_proj": f"self_attn.{x}_proj" for x in "qkvo"},
-    **{f"mlp/{x}_proj": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-}
-IGNORABLE = r".*rotary_emb\.inv_freq|.*\.masked_bias"
-
-# What each architecture assumes where its config.json is silent.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_window_layers": 28},
-    "Qwen3ForCausalLM": {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "max_window_layers": 28,
-    },
-}
-
 
 def read_huggingface(
-    directory: str | Path, *, scan: bool = False, dtype: Any = None
+    directory: str | Path,
+    *,
+    scan: bool = False,
+    dtype: Any = None,
+    ignore: Collection[str] = (),
 ) -> tuple[Transformer, Params, Tokenizer | None]:
-    """Model, parameters and tokenizer of a Hugging Face directory.
+    """Read model, parameters and tokenizer of a Hugging Face directory.
 
     The tokenizer is None where the directory has none. `dtype=None` keeps the type of
     every weight; the computation is float32 all the same (`model.clone(dtype=...)`).
-    Raises ValueError on an architecture, an option or a tensor that is not understood,
-    naming it, and FileNotFoundError on a missing file.
+    `ignore` are keys of the configuration to pass over. Raises ValueError on an
+    architecture, an option or a tensor that is not understood, naming it, and
+    FileNotFoundError on a missing file. Warns where the configuration ties a head that
+    the file holds apart, and keeps both.
     """
-    model, params, tokenizer = open_huggingface(directory, scan=scan, dtype=dtype)
+    model, params, tokenizer = open_huggingface(
+        directory, scan=scan, dtype=dtype, ignore=ignore
+    )
     return model, params.read_all(), tokenizer
 
 
 def open_huggingface(
-    directory: str | Path, *, scan: bool = False, dtype: Any = None
+    directory: str | Path,
+    *,
+    scan: bool = False,
+    dtype: Any = None,
+    ignore: Collection[str] = (),
 ) -> tuple[Transformer, Assembled, Tokenizer | None]:
     """As `read_huggingface`, but each weight is read when it is asked for."""
+    model, params = open_model(directory, scan=scan, dtype=dtype, ignore=ignore)
+    return model, params, read_tokenizer(Path(directory))
+
+
+def open_model(
+    directory: str | Path,
+    *,
+    scan: bool = False,
+    dtype: Any = None,
+    ignore: Collection[str] = (),
+) -> tuple[Transformer, Assembled]:
+    """As `open_huggingface`, without the tokenizer."""
     directory = Path(directory)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    source = directory / "config.json"
+    config = json.loads(source.read_text(encoding="utf-8"))
+    family = FAMILIES[architecture_of(config)]
+    model = model_from(config, ignore=ignore, source=str(source)).clone(scan=scan)
     places = _tensor_places(directory)
-    model = model_from(config).clone(scan=scan)
-    encoder = isinstance(model, bert.Bert)
-    if not encoder and model.tied:  # some files repeat the embedding as the head
-        places.pop("lm_head.weight", None)
+    dtypes = _dtypes(places)
+    _refuse_codes(dtypes, family.ignorable, str(directory))
 
     def fetch(name: str, _: str) -> np.ndarray:
         with safe_open(places[name], framework="np") as file:
             return file.get_tensor(name)
 
-    def kind(name: str) -> str:
-        with safe_open(places[name], framework="np") as file:
-            stored = file.get_slice(name).get_dtype()
-        return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
+    embedding, head = (f"{family.modules.get(x)}.weight" for x in ("embed", "head"))
+    if getattr(model, "tied", False) and head in places and embedding in places:
+        if np.array_equal(fetch(embedding, ""), fetch(head, "")):
+            places.pop(head)  # some files repeat the embedding
+        else:
+            warnings.warn(
+                f"{directory}: the configuration ties the head to the embedding, but "
+                f"{head} is another matrix than {embedding}; both are kept. Delete "
+                "one of them from the file if that is not what it means",
+                stacklevel=3,
+            )
+            model = model.clone(tied=False)
 
     params = assemble(
         model,
         places,
         fetch,
-        bert.MODULES if encoder else MODULES,
-        kind=kind,
-        ignorable=bert.IGNORABLE if encoder else IGNORABLE,
+        family.modules,
+        kind=lambda name: _FLOATS[dtypes[name]],
+        ignorable=family.ignorable,
         dtype=dtype,
         source=str(directory),
     )
-    return model, params, read_tokenizer(directory)
+    return model, params
 
 
-def model_from(config: Mapping[str, Any]) -> Transformer | bert.Bert:
-    """The Transformer, or the encoder, that a `config.json` describes."""
-    if config.get("architectures") == ["BertModel"]:
-        return bert.bert_from(config)
-    return transformer_from(config)
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 
 
-def transformer_from(config: Mapping[str, Any]) -> Transformer:
-    """The Transformer that a Hugging Face `config.json` describes."""
-    names = config.get("architectures") or ["none named"]
-    if names[0] not in ARCHITECTURES:
+def _dtypes(places: Mapping[str, Path]) -> dict[str, str]:
+    """The type of each tensor, as safetensors spells it; headers only."""
+    dtypes = {}
+    for path in sorted(set(places.values())):
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                dtypes[name] = file.get_slice(name).get_dtype()
+    return dtypes
+
+
+def _refuse_codes(dtypes: Mapping[str, str], ignorable: str, source: str) -> None:
+    """Raise ValueError where a tensor holds codes of a quantizer, not weights."""
+    for name, dtype in dtypes.items():
+        if dtype in _FLOATS or re.fullmatch(ignorable, name):
+            continue
+        scales = [x for x in (f"{name}_scale", f"{name}_scale_inv") if x in dtypes]
+        if dtype.startswith("F8"):
+            what = "8-bit floats, which mean nothing without their scales"
+        else:
+            what = "codes of a quantizer, not weights"
+        beside = f"their scales are {scales[0]}" if scales else "the file has no scales"
         raise ValueError(
-            f"architecture {names[0]!r} is not supported; supported are "
-            f"{', '.join(ARCHITECTURES)} and BertModel"
+            f"{source}: tensor {name} is stored as {dtype}: {what} ({beside}). Load "
+            "the original model, or write dense weights with the tool that quantized it"
         )
-    name = names[0]
-    config = ARCHITECTURES[name] | dict(config)
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"hidden_act {config['hidden_act']!r}: only silu is supported")
-    heads = config["num_attention_heads"]
-    theta, scaling = _rope(config)
-    every_bias = bool(config.get("attention_bias")) and name != "MistralForCausalLM"
-    return Transformer(
-        vocab_size=config["vocab_size"],
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or config["hidden_size"] // heads,
-        mlp_width=config["intermediate_size"],
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
-        qkv_bias=every_bias or name == "Qwen2ForCausalLM",
-        out_bias=every_bias and name != "Qwen2ForCausalLM",
-        mlp_bias=bool(config.get("mlp_bias")) and name == "LlamaForCausalLM",
-        qk_norm=name == "Qwen3ForCausalLM",
-        sliding_window=_windows(name, config),
-    )
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, tuple | None]:
-    """Base and scaling; recent files keep both in `rope_parameters`."""
-    options = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = options.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    for source in (options, config):
-        if source.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(
-                f"partial_rotary_factor {source['partial_rotary_factor']}: only "
-                "rotation of whole heads is supported"
-            )
-    options.pop("partial_rotary_factor", None)
-    kind = options.get("rope_type", options.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind == "yarn":
-        length = config.get("max_position_embeddings")
-        options.setdefault("original_max_position_embeddings", length)
-    pairs = sorted(options.items())
-    return float(theta), tuple(
-        (key, tuple(value) if isinstance(value, list) else value)
-        for key, value in pairs
-    )
-
-
-def _windows(name: str, config: Mapping[str, Any]) -> Any:
-    """The sliding window: None, one number, or a tuple with one entry per layer."""
-    window = config.get("sliding_window")
-    if name == "LlamaForCausalLM" or not window:
-        return None
-    if name == "MistralForCausalLM":
-        return window
-    if not config.get("use_sliding_window", False):
-        return None
-    layers = range(config["num_hidden_layers"])
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if i >= config["max_window_layers"] else "full_attention"
-        for i in layers
-    ]
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return windows[0] if len(set(windows)) == 1 else windows
 
 
 def _tensor_places(directory: Path) -> dict[str, Path]:
@@ -276,10 +237,11 @@ def export_huggingface(
         raise ValueError(
             f"params do not belong to this model: {strange[0]} is in one of them only"
         )
+    modules = FAMILIES[config["architectures"][0]].modules
     tensors = {}
     for name, leaf in flat.items():
         array = dense(leaf)
-        tensors[foreign_name(name, MODULES)] = (
+        tensors[foreign_name(name, modules)] = (
             array.T if name.endswith("/kernel") else jnp.asarray(array)
         )
     config["dtype"] = str(tensors["model.embed_tokens.weight"].dtype)
@@ -305,70 +267,3 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
     (directory / "tokenizer.json").write_bytes(contents["tokenizer"].encode())
     text = json.dumps(settings, indent=2) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
-
-def config_from(model: Transformer) -> dict[str, Any]:
-    """What `config.json` says of a model; the inverse of `transformer_from`."""
-    for field in ("heads", "kv_heads", "mlp_width"):
-        if not isinstance(getattr(model, field), int):
-            raise ValueError(
-                f"{field} is {getattr(model, field)}, one number per layer, which "
-                "Hugging Face's configurations cannot say; keep the model in a file "
-                "of models.save_model"
-            )
-    name = _architecture(model)
-    config = {
-        "architectures": [name],
-        "model_type": name.removesuffix("ForCausalLM").lower(),
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.width,
-        "intermediate_size": model.mlp_width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tied,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": dict(model.rope_scaling) if model.rope_scaling else None,
-        "attention_bias": model.qkv_bias and model.out_bias,
-        "mlp_bias": model.mlp_bias,
-        "sliding_window": None,
-        "use_sliding_window": False,
-    }
-    windows = model.sliding_window
-    if not isinstance(windows, tuple):
-        windows = (windows,) * model.layers
-    if any(windows):
-        config["sliding_window"] = max(filter(None, windows))
-        config["use_sliding_window"] = True
-        if name != "MistralForCausalLM":  # which has one window for all layers
-            config["layer_types"] = [
-                "sliding_attention" if window else "full_attention"
-                for window in windows
-            ]
-    again = transformer_from(config)
-    fields = ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tied", "head_size")
-    differing = [x for x in fields if getattr(again, x) != getattr(model, x)]
-    if _per_layer(again) != windows:
-        differing.append("sliding_window")
-    if differing:
-        raise ValueError(
-            f"{name} is the nearest Hugging Face architecture, but it cannot have "
-            + ", ".join(f"{x}={getattr(model, x)}" for x in differing)
-        )
-    return config
-
-
-def _architecture(model: Transformer) -> str:
-    if model.qk_norm:
-        return "Qwen3ForCausalLM"
-    if model.qkv_bias and not model.out_bias:
-        return "Qwen2ForCausalLM"
-    return "MistralForCausalLM" if model.sliding_window else "LlamaForCausalLM"
-
-
-def _per_layer(model: Transformer) -> tuple:
-    window = model.sliding_window
-    return window if isinstance(window, tuple) else (window,) * model.layers

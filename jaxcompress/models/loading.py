@@ -1,7 +1,7 @@
 """One way in: a model, its parameters and its tokenizer, from wherever they are."""
 
-import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxcompress.models.assembly import parameter_shapes
 from jaxcompress.models.gguf_files import open_gguf, read_gguf, read_model
 from jaxcompress.models.huggingface import (
-    model_from,
     open_huggingface,
+    open_model,
     read_huggingface,
 )
 from jaxcompress.models.saved import (
@@ -27,14 +27,18 @@ from jaxcompress.tokenization import Tokenizer
 from jaxcompress.types import Params
 
 REFERENCE = "reference"
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
 _NOT_NEEDED = ["consolidated*", "*/*"]  # the same weights again, in other formats
 
 
 def load(
-    name_or_path: str | Path, *, scan: bool | None = None, dtype: Any = None
+    name_or_path: str | Path,
+    *,
+    scan: bool | None = None,
+    dtype: Any = None,
+    ignore: Collection[str] = (),
 ) -> tuple[Transformer, Params, Tokenizer | None]:
-    """Model, parameters and tokenizer of a language model; weights stay as stored.
+    """Read model, parameters and tokenizer; weights stay as stored.
 
     A directory may also hold a BertModel: the model is then an encoder, a `Bert`.
     `name_or_path` is "reference" (the small model shipped with the package), a file of
@@ -42,23 +46,25 @@ def load(
     ("owner/name"). `scan=True` stacks the layers for one compiled loop, None keeps them
     as a file of ours has them and does not stack others. `dtype` casts dense weights;
     None keeps the stored type, except that GGUF and the reference model give float32.
-    The tokenizer is None where there is none. Raises FileNotFoundError or ValueError
-    that say what was found.
+    The tokenizer is None where there is none. `ignore` are keys of a foreign
+    configuration to pass over: one that is not known is refused, since it may change
+    what the model computes. Raises FileNotFoundError or ValueError that say what was
+    found.
     """
     if str(name_or_path) == REFERENCE:
         return load_reference(scan=scan, dtype=dtype)
     path = Path(name_or_path)
-    if path.suffix == ".gguf":
-        return read_gguf(path, scan=bool(scan), dtype=dtype)
+    if _is_gguf(path):
+        return read_gguf(path, scan=bool(scan), dtype=dtype, ignore=ignore)
     if not path.is_dir():
-        if path.is_file() or path.suffix == ".safetensors":  # its shards, perhaps
+        if path.is_file() or _is_ours(path):  # its shards, perhaps
             return load_saved(path, scan=scan, dtype=dtype)
         path = _download(str(name_or_path))
-    return read_huggingface(path, scan=bool(scan), dtype=dtype)
+    return read_huggingface(path, scan=bool(scan), dtype=dtype, ignore=ignore)
 
 
 def open_weights(
-    name_or_path: str | Path, *, dtype: Any = None
+    name_or_path: str | Path, *, dtype: Any = None, ignore: Collection[str] = ()
 ) -> tuple[Transformer, Any, Tokenizer | None]:
     """As `load`, but each weight is read when it is asked for.
 
@@ -68,9 +74,9 @@ def open_weights(
     `dtype` casts the weights of foreign files; a file of ours keeps its own.
     """
     path = Path(name_or_path)
-    if path.suffix == ".gguf":
-        return open_gguf(path, dtype=dtype)
-    if path.is_file() or path.suffix == ".safetensors":
+    if _is_gguf(path):
+        return open_gguf(path, dtype=dtype, ignore=ignore)
+    if path.is_file() or _is_ours(path):
         return open_saved(path)
     if str(name_or_path) == REFERENCE:
         raise ValueError(
@@ -78,10 +84,12 @@ def open_weights(
             f"load({REFERENCE!r})"
         )
     path = path if path.is_dir() else _download(str(name_or_path))
-    return open_huggingface(path, dtype=dtype)
+    return open_huggingface(path, dtype=dtype, ignore=ignore)
 
 
-def shapes(name_or_path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes(
+    name_or_path: str | Path, *, ignore: Collection[str] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Dense shapes and dtypes, by name, of what `load` would give; reads no weight.
 
     Headers only, except that a model on the hub must be downloaded first. Raises as
@@ -95,20 +103,32 @@ def shapes(name_or_path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
             for name, x in stored.items()
         }
     path = Path(name_or_path)
-    if path.suffix == ".gguf":
-        model, dtype = read_model(path), "float32"
-    elif (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-        model = model_from(config)
-    elif path.is_file() or path.suffix == ".safetensors":
+    if _is_gguf(path):
+        return {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32)
+            for name, shape in parameter_shapes(read_model(path, ignore=ignore)).items()
+        }
+    if path.is_file() or _is_ours(path):
         return saved_shapes(path)
-    else:
-        return shapes(_download(str(name_or_path)))
+    path = path if path.is_dir() else _download(str(name_or_path))
+    _, params = open_model(path, ignore=ignore)
     return {
-        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-        for name, shape in parameter_shapes(model).items()
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(params.kind(name)))
+        for name, shape in params.shapes.items()
     }
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a path names a GGUF file, by its first bytes or else by its suffix."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                return True
+    return path.suffix.lower() == ".gguf"
+
+
+def _is_ours(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
 
 
 def _download(name: str) -> Path:

@@ -1,6 +1,7 @@
-"""A decoder-only language model of the Llama family, in plain Flax Linen.
+"""A decoder-only language model in plain Flax Linen.
 
-SmolLM2, Llama 2 and 3, Mistral, Qwen2 and Qwen3 are settings of this one module.
+SmolLM2, Llama 2 and 3, Mistral, Qwen2, Qwen3, Qwen3-MoE, Gemma 3 and GPT-2 are settings
+of this one module.
 Axes: B batch, T query tokens, S key slots, H heads, K key/value heads, D head size.
 """
 
@@ -12,115 +13,54 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.models.rope import Scaling, rope_frequencies, rotate
+from jaxcompress.models.attention import Attention
+from jaxcompress.models.feed_forward import ACTIVATIONS, MLP, Experts
+from jaxcompress.models.rope import Scaling, rope_frequencies
 
 PerLayer = int | tuple[int, ...]
 Cache = dict[str, Any]
 
 
-class Attention(nn.Module):
-    """Causal attention with rotary positions and grouped key/value heads."""
-
-    heads: int
-    kv_heads: int
-    head_size: int
-    rope_scale: float
-    norm_eps: float
-    qkv_bias: bool
-    out_bias: bool
-    qk_norm: bool
-    sow_maps: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, angles, allowed, cache, index):
-        def project(name, heads):
-            dense = nn.Dense(
-                heads * self.head_size,
-                use_bias=self.qkv_bias,
-                dtype=self.dtype,
-                name=name,
-            )
-            return dense(x).reshape(*x.shape[:2], heads, self.head_size)
-
-        q = project("q_proj", self.heads)
-        k = project("k_proj", self.kv_heads)
-        v = project("v_proj", self.kv_heads)
-        if self.qk_norm:
-            q = nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="q_norm")(q)
-            k = nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="k_norm")(k)
-        q = rotate(q, angles, self.rope_scale)
-        k = rotate(k, angles, self.rope_scale)
-        if cache is not None:
-            start = (0, index, 0, 0)
-            k = jax.lax.dynamic_update_slice(
-                cache["key"], k.astype(cache["key"].dtype), start
-            )
-            v = jax.lax.dynamic_update_slice(
-                cache["value"], v.astype(cache["value"].dtype), start
-            )
-            cache = {"key": k, "value": v}
-        group = self.heads // self.kv_heads
-        # Heads that share keys stand in one matrix, [B, K, G * T, D].
-        q = q.reshape(*q.shape[:2], self.kv_heads, group, self.head_size)
-        b, t, s = *q.shape[:2], k.shape[1]
-        q = q.transpose(0, 2, 3, 1, 4).reshape(b, self.kv_heads, -1, self.head_size)
-        k = k.astype(q.dtype).transpose(0, 2, 3, 1)
-        v = v.astype(q.dtype).transpose(0, 2, 1, 3)
-        scores = (q @ k).astype(jnp.float32) / math.sqrt(self.head_size)
-        scores = scores.reshape(b, self.heads, t, s)
-        # The lowest number, not -inf: a row of padding only must not become NaN.
-        scores = jnp.where(allowed[:, None], scores, jnp.finfo(jnp.float32).min)
-        maps = jax.nn.softmax(scores, axis=-1)
-        if self.sow_maps:
-            self.sow("intermediates", "attention", maps)
-        out = maps.astype(q.dtype).reshape(b, self.kv_heads, -1, s) @ v
-        out = out.reshape(b, self.heads, t, self.head_size).transpose(0, 2, 1, 3)
-        out = nn.Dense(
-            x.shape[-1], use_bias=self.out_bias, dtype=self.dtype, name="o_proj"
-        )(out.reshape(b, t, -1))
-        return out, cache
-
-
-class MLP(nn.Module):
-    """The gated feed-forward part: down(silu(gate(x)) * up(x))."""
-
-    width: int
-    use_bias: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        def dense(name, features):
-            return nn.Dense(
-                features, use_bias=self.use_bias, dtype=self.dtype, name=name
-            )
-
-        gate = nn.silu(dense("gate_proj", self.width)(x))
-        return dense("down_proj", x.shape[-1])(gate * dense("up_proj", self.width)(x))
+NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normalized before and added."""
+    """One layer: attention and feed-forward, each normalized before and added.
+
+    With `post_norms`, what is added is normalized too (Gemma).
+    """
 
     attention: Mapping[str, Any]
     mlp: Mapping[str, Any]
     norm_eps: float
     sow_hidden: bool
     dtype: Any
+    norm: str = "rms"
+    post_norms: bool = False
 
     @nn.compact
-    def __call__(self, x, angles, allowed, cache, index):
-        def norm(name):
-            return nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)
+    def __call__(self, x, angles, allowed, cache, index, variant=None):
+        """Return x after the layer, and its part of the cache.
 
+        `variant`, where given, indexes the leading axis of `angles` and `allowed`:
+        scanned layers may differ in them.
+        """
+
+        def norm(name):
+            return NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype, name=name)
+
+        if variant is not None:
+            allowed = allowed[variant]
+            angles = None if angles is None else angles[variant]
         attention = Attention(**self.attention, dtype=self.dtype, name="attention")
-        mlp = MLP(**self.mlp, dtype=self.dtype, name="mlp")
+        feed_forward = Experts if "experts" in self.mlp else MLP
+        mlp = feed_forward(**self.mlp, dtype=self.dtype, name="mlp")
         change, cache = attention(
             norm("attention_norm")(x), angles, allowed, cache, index
         )
-        x = x + change
-        x = x + mlp(norm("mlp_norm")(x))
+        x = x + (norm("attention_post_norm")(change) if self.post_norms else change)
+        change = mlp(norm("mlp_norm")(x))
+        x = x + (norm("mlp_post_norm")(change) if self.post_norms else change)
         if self.sow_hidden:
             self.sow("intermediates", "hidden", x)
         return x, cache
@@ -130,12 +70,33 @@ class Transformer(nn.Module):
     """A decoder-only language model: tokens [B, T] to next-token logits [B, T, V].
 
     `heads`, `kv_heads`, `mlp_width` and `sliding_window` may be tuples, one number a
-    layer (a looped model only, unless all are equal). `rope_scaling` is a tuple of the
-    (key, value) pairs of Hugging Face's dict. `scan` stacks the layers' parameters
-    along axis 0 under `layers` instead of `layer_0`, `layer_1`, ...: see
-    `stack_layers`. `sow_intermediates` leaves attention maps [B, H, T, S] and hidden
-    states [B, T, width] in the "intermediates" collection. `dtype` is the type of the
-    computation; parameters are created in float32 and may be stored in any type.
+    layer; a scanned model needs equal numbers, except for `sliding_window`. `scan`
+    stacks the layers' parameters along axis 0 under `layers` instead of `layer_0`,
+    `layer_1`, ...: see `stack_layers`. `sow_intermediates` leaves attention maps
+    [B, H, T, S] and hidden states [B, T, width] in the "intermediates" collection.
+    `dtype` is the type of the computation; parameters are created in float32 and may be
+    stored in any type.
+
+    Attributes:
+      rope_theta: base of the rotary positions; None for none.
+      rope_scaling: the (key, value) pairs of Hugging Face's dict, as a tuple.
+      sliding_rope_theta: base in layers with a sliding window, which then have no
+        `rope_scaling`; None where they rotate like the others.
+      positions: number of learned positions, added to the embedding; None for none.
+      tied: the head is the embedding.
+      qk_norm: queries and keys are normalized before they rotate.
+      attention_scale: factor of the scores; None for `1 / sqrt(head_size)`.
+      activation: of the feed-forward layers: "silu", "gelu", "gelu_tanh" or "relu".
+      gated: the feed-forward layers multiply by a gate.
+      norm: "rms", or "layer" with means and biases.
+      post_norms: attention and feed-forward are normalized after, too.
+      scaled_embedding: embeddings are multiplied by `sqrt(width)`.
+      experts: number of experts in a feed-forward layer; None where all are dense.
+      chosen_experts: experts that each token passes.
+      expert_width: hidden neurons of an expert.
+      normalized_experts: the weights of the chosen experts add up to 1.
+      dense_layers: indices of layers without experts.
+      logits: False returns the normalized hidden states [B, T, width] instead.
     """
 
     vocab_size: int
@@ -145,7 +106,7 @@ class Transformer(nn.Module):
     kv_heads: PerLayer
     head_size: int
     mlp_width: PerLayer
-    rope_theta: float = 10000.0
+    rope_theta: float | None = 10000.0
     rope_scaling: Scaling | None = None
     norm_eps: float = 1e-5
     tied: bool = True
@@ -154,6 +115,20 @@ class Transformer(nn.Module):
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | tuple[int | None, ...] | None = None
+    sliding_rope_theta: float | None = None
+    positions: int | None = None
+    attention_scale: float | None = None
+    activation: str = "silu"
+    gated: bool = True
+    norm: str = "rms"
+    post_norms: bool = False
+    scaled_embedding: bool = False
+    experts: int | None = None
+    chosen_experts: int = 1
+    expert_width: int | None = None
+    normalized_experts: bool = True
+    dense_layers: tuple[int, ...] = ()
+    logits: bool = True
     scan: bool = False
     remat: bool = False
     sow_intermediates: bool = False
@@ -179,15 +154,23 @@ class Transformer(nn.Module):
                 f"mask has shape {mask.shape}; it needs one entry per key: "
                 f"{(tokens.shape[0], length)}"
             )
-        speeds, rope_scale = rope_frequencies(
-            self.head_size, self.rope_theta, self.rope_scaling
-        )
-        angles = positions[..., None] * jnp.asarray(speeds, jnp.float32)[None, None]
+        self._check()
         embed = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, name="embed")
         x = embed(tokens)
+        if self.scaled_embedding:
+            x = x * jnp.asarray(math.sqrt(self.width), x.dtype)
+        if self.positions is not None:
+            if tokens.shape[1] > self.positions:
+                raise ValueError(
+                    f"texts of {tokens.shape[1]} tokens; the model has "
+                    f"{self.positions} positions: cut them"
+                )
+            learned = nn.Embed(
+                self.positions, self.width, dtype=self.dtype, name="positions_embed"
+            )
+            x = x + learned(positions)
         if self.sow_intermediates:
             self.sow("intermediates", "hidden", x)
-        settings = self._layer_settings(rope_scale)
 
         def attend_to(window):
             keys = jnp.arange(length, dtype=jnp.int32)[None, :]
@@ -197,36 +180,64 @@ class Transformer(nn.Module):
             allowed = allowed[None]
             return allowed if mask is None else allowed & mask[:, None, :].astype(bool)
 
+        windows = self._per_layer("sliding_window")
+        variants = list(dict.fromkeys(windows))
+        rotations = {window: self._rotation(window, positions) for window in variants}
+        angles = {window: rotations[window][0] for window in variants}
+        allowed = {window: attend_to(window) for window in variants}
+        settings = self._layer_settings(
+            [rotations[window][1] for window in windows],
+        )
         block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         written = {}
         if self.scan:
             if any(setting != settings[0] for setting in settings[1:]):
                 raise ValueError(
-                    "scan needs equal layers, and heads, kv_heads, mlp_width or "
-                    "sliding_window differ between them; use scan=False"
+                    "scan needs equal layers, and heads, kv_heads, mlp_width, "
+                    "experts or the scale of the rotation differ between them; use "
+                    "scan=False"
                 )
-            window, options = settings[0]
+            one = len(variants) == 1
             stacked = nn.scan(
                 block,
                 variable_axes={True: 0},  # every collection, sown ones included
                 split_rngs={True: True},
-                in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+                in_axes=(
+                    nn.broadcast,
+                    nn.broadcast,
+                    0,
+                    nn.broadcast,
+                    nn.broadcast if one else 0,
+                ),
                 length=self.layers,
-            )(**options, name="layers")
+            )(**settings[0], name="layers")
             layer_cache = None if cache is None else cache["layers"]
-            x, written["layers"] = stacked(
-                x, angles, attend_to(window), layer_cache, index
-            )
+            if one:
+                window = variants[0]
+                inputs = (angles[window], allowed[window], layer_cache, index, None)
+            else:
+                turned = None
+                if self.rope_theta is not None:
+                    turned = jnp.stack([angles[window] for window in variants])
+                seen = jnp.stack([allowed[window] for window in variants])
+                order = jnp.array([variants.index(window) for window in windows])
+                inputs = (turned, seen, layer_cache, index, order)
+            x, written["layers"] = stacked(x, *inputs)
         else:
-            allowed = {window: attend_to(window) for window, _ in settings}
-            for i, (window, options) in enumerate(settings):
+            for i, (window, options) in enumerate(zip(windows, settings, strict=True)):
                 name = f"layer_{i}"
                 layer_cache = None if cache is None else cache[name]
                 x, written[name] = block(**options, name=name)(
-                    x, angles, allowed[window], layer_cache, index
+                    x, angles[window], allowed[window], layer_cache, index
                 )
-        norm = nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="final_norm")
+        norm = NORMS[self.norm](
+            epsilon=self.norm_eps, dtype=self.dtype, name="final_norm"
+        )
         x = norm(x)
+        if cache is not None:
+            cache = {"index": index + tokens.shape[1], **written}
+        if not self.logits:
+            return x if cache is None else (x, cache)
         if self.tied:
             logits = embed.attend(x)
         else:
@@ -235,9 +246,7 @@ class Transformer(nn.Module):
             )
             logits = head(x)
         logits = logits.astype(jnp.float32)
-        if cache is None:
-            return logits
-        return logits, {"index": index + tokens.shape[1], **written}
+        return logits if cache is None else (logits, cache)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens of `batch` texts, in the compute type.
@@ -268,12 +277,35 @@ class Transformer(nn.Module):
             )
         return tuple(values)
 
-    def _layer_settings(self, rope_scale):
-        """For each layer its sliding window and the fields of its Block."""
-        fields = ("heads", "kv_heads", "mlp_width", "sliding_window")
+    def _rotation(self, window, positions):
+        """Angles [B, T, D/2] of a layer with this window, and their scale."""
+        theta, scaling = self.rope_theta, self.rope_scaling
+        if theta is None:
+            return None, 1.0
+        if window is not None and self.sliding_rope_theta is not None:
+            theta, scaling = self.sliding_rope_theta, None
+        speeds, scale = rope_frequencies(self.head_size, theta, scaling)
+        speeds = jnp.asarray(speeds, jnp.float32)[None, None]
+        return positions[..., None] * speeds, scale
+
+    def _check(self):
+        if self.norm not in NORMS or self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"norm is {self.norm!r} and activation {self.activation!r}; known are "
+                f"{', '.join(NORMS)} and {', '.join(ACTIVATIONS)}"
+            )
+        if self.experts and not 0 < self.chosen_experts <= self.experts:
+            raise ValueError(
+                f"each token passes {self.chosen_experts} of {self.experts} experts; "
+                "choose between 1 and all"
+            )
+
+    def _layer_settings(self, rope_scales):
+        """The fields of each layer's Block."""
+        fields = ("heads", "kv_heads", "mlp_width")
         settings = []
         for i, values in enumerate(zip(*map(self._per_layer, fields), strict=True)):
-            heads, kv_heads, mlp_width, window = values
+            heads, kv_heads, mlp_width = values
             if kv_heads < 1 or heads % kv_heads:
                 raise ValueError(
                     f"layer_{i}: {heads} heads cannot share {kv_heads} key/value "
@@ -283,21 +315,37 @@ class Transformer(nn.Module):
                 "heads": heads,
                 "kv_heads": kv_heads,
                 "head_size": self.head_size,
-                "rope_scale": rope_scale,
+                "rope_scale": rope_scales[i],
                 "norm_eps": self.norm_eps,
                 "qkv_bias": self.qkv_bias,
                 "out_bias": self.out_bias,
                 "qk_norm": self.qk_norm,
                 "sow_maps": self.sow_intermediates,
+                "scale": self.attention_scale,
             }
+            if self.experts and i not in self.dense_layers:
+                mlp = {
+                    "width": self.expert_width,
+                    "experts": self.experts,
+                    "chosen": self.chosen_experts,
+                    "normalized": self.normalized_experts,
+                }
+            else:
+                mlp = {
+                    "width": mlp_width,
+                    "use_bias": self.mlp_bias,
+                    "gated": self.gated,
+                }
             options = {
                 "attention": attention,
-                "mlp": {"width": mlp_width, "use_bias": self.mlp_bias},
+                "mlp": mlp | {"activation": self.activation},
                 "norm_eps": self.norm_eps,
                 "sow_hidden": self.sow_intermediates,
                 "dtype": self.dtype,
+                "norm": self.norm,
+                "post_norms": self.post_norms,
             }
-            settings.append((window, options))
+            settings.append(options)
         return settings
 
 

@@ -14,14 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxcompress import tokenization
 from jaxcompress.models.assembly import foreign_name, parameter_shapes
+from jaxcompress.models.configurations import config_from, transformer_from
 from jaxcompress.models.gguf_files import MODULES, read_metadata
 from jaxcompress.models.gguf_tokenizers import tokenizer_from
-from jaxcompress.models.huggingface import (
-    config_from,
-    export_huggingface,
-    read_tokenizer,
-    transformer_from,
-)
+from jaxcompress.models.huggingface import export_huggingface, read_tokenizer
 from jaxcompress.models.loading import load, shapes
 from jaxcompress.models.saved import describe, rebuild, save_model
 from jaxcompress.models.transformer import Transformer, stack_layers
@@ -76,7 +72,7 @@ def test_logits_agree_with_transformers(name):
     np.testing.assert_allclose(logits_of(model, params, tokens), logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama_biases", "qwen3"])
+@pytest.mark.parametrize("name", ["llama_biases", "qwen2", "qwen3"])
 def test_scanned_logits_agree_with_transformers(name):
     model, params, _ = load(GOLDEN / name, scan=True, dtype=jnp.float32)
     tokens, logits = golden(name)
@@ -86,8 +82,9 @@ def test_scanned_logits_agree_with_transformers(name):
 
 
 def test_layers_that_differ_are_not_scanned():
-    with pytest.raises(ValueError, match="sliding_window differ"):
-        load(GOLDEN / "qwen2", scan=True)
+    model = load(GOLDEN / "qwen2")[0].clone(mlp_width=(40, 24), scan=True)
+    with pytest.raises(ValueError, match="mlp_width"):
+        parameter_shapes(model)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,8 +145,8 @@ def test_unused_sliding_window_is_not_used():
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM"),
         ({"architectures": None}, "none named"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"hidden_act": "quick_gelu"}, "quick_gelu.*silu"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: whole heads"),
     ],
 )
 def test_what_is_not_supported_is_named(change, message):

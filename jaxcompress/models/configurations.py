@@ -1,0 +1,258 @@
+"""The Transformer that a Hugging Face `config.json` describes, and the inverse."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxcompress.models import bert
+from jaxcompress.models.families import FAMILIES, ROPE_TABLES
+from jaxcompress.models.settings import agree, check
+from jaxcompress.models.transformer import Transformer
+
+SOURCE = "config.json"
+# Fields of how a model is run or built, and the window, which is compared by layer.
+_RUNNING = (
+    *("parent", "name", "scan", "remat", "sow_intermediates", "dtype", "logits"),
+    "sliding_window",
+)
+ENCODER = "BertModel"
+# transformers' names of activations; ours may have several.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Name the family of a configuration; raises ValueError on an unknown one."""
+    name = (config.get("architectures") or ["none named"])[0]
+    if name not in FAMILIES:
+        raise ValueError(
+            f"architecture {name!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}"
+        )
+    return name
+
+
+def model_from(
+    config: Mapping[str, Any], *, ignore: Collection[str] = (), source: str = SOURCE
+) -> Transformer | bert.Bert:
+    """Build the Transformer, or the encoder, that a `config.json` describes."""
+    if architecture_of(config) != ENCODER:
+        return transformer_from(config, ignore=ignore, source=source)
+    check(config, FAMILIES[ENCODER].table, of=ENCODER, source=source, ignore=ignore)
+    return bert.bert_from(config)
+
+
+def transformer_from(
+    config: Mapping[str, Any], *, ignore: Collection[str] = (), source: str = SOURCE
+) -> Transformer:
+    """Build the Transformer that a Hugging Face `config.json` describes.
+
+    Args:
+      config: the file's contents.
+      ignore: keys to pass over that would be refused because no table has them.
+      source: the file, for messages.
+
+    Raises:
+      ValueError: an unknown architecture or key, a value that is not supported, two
+        spellings of one setting that differ; each is named.
+    """
+    name = architecture_of(config)
+    family = FAMILIES[name]
+    config = {k: x for k, x in config.items() if x is not None and k not in ignore}
+    check(config, family.table, of=name, source=source)
+    config = {**family.defaults, **config}
+    heads = config["num_attention_heads"]
+    theta, scaling = _rope(config, ignore, source)
+    bias = bool(config.get("attention_bias")) and name != "MistralForCausalLM"
+    qwen2 = name == "Qwen2ForCausalLM"
+    return Transformer(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_size=config.get("head_dim") or config["hidden_size"] // heads,
+        mlp_width=config["intermediate_size"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tied=config.get("tie_word_embeddings", False),
+        qkv_bias=qwen2 or bias,
+        out_bias=bias and not qwen2,
+        mlp_bias=bool(config.get("mlp_bias")) and name == "LlamaForCausalLM",
+        qk_norm=name == "Qwen3ForCausalLM",
+        sliding_window=_windows(name, config),
+        activation=_activation(config.get("hidden_act", "silu"), source),
+    )
+
+
+def _activation(name: str, source: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"{source}: activation {name!r} is not supported; supported are "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+def _rope(
+    config: Mapping[str, Any], ignore: Collection[str], source: str
+) -> tuple[float, tuple | None]:
+    """Base and scaling; recent files keep both in `rope_parameters`."""
+    dicts = {
+        name: _rope_dict(config.get(name), f"{source}, {name}", ignore)
+        for name in ("rope_parameters", "rope_scaling")
+    }
+    bases = [
+        (f"{name}.rope_theta", x.pop("rope_theta", None)) for name, x in dicts.items()
+    ]
+    theta = agree([*bases, ("rope_theta", config.get("rope_theta"))], source=source)
+    options = agree([(name, x or None) for name, x in dicts.items()], source=source)
+    theta = float(theta or 10000.0)
+    return theta, _scaling(dict(options or {}), config, source)
+
+
+def _rope_dict(
+    given: Mapping[str, Any] | None, source: str, ignore: Collection[str]
+) -> dict[str, Any]:
+    """Check a dict that describes the rotation; `rope_type` is in it, `type` is not."""
+    options = {k: x for k, x in (given or {}).items() if x is not None}
+    if not options:
+        return {}
+    spellings = [(key, options.pop(key, None)) for key in ("rope_type", "type")]
+    options["rope_type"] = kind = agree(spellings, source=source) or "default"
+    if kind not in ROPE_TABLES:
+        raise ValueError(
+            f"{source}: rotation of type {kind!r} is not supported; supported are "
+            f"{', '.join(ROPE_TABLES)}"
+        )
+    options = {k: x for k, x in options.items() if k not in ignore}
+    check(options, ROPE_TABLES[kind], of=f"rotation of type {kind!r}", source=source)
+    options.pop("finetuned", None)
+    options.pop("partial_rotary_factor", None)
+    return options
+
+
+def _scaling(
+    options: dict[str, Any], config: Mapping[str, Any], source: str
+) -> tuple[tuple[str, Any], ...] | None:
+    """The pairs of `rope_scaling`, with the original length where it is needed."""
+    kind = options.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind in ("llama3", "yarn"):
+        key, longest = "original_max_position_embeddings", "max_position_embeddings"
+        length = agree([(key, options.get(key)), (key, config.get(key))], source=source)
+        options[key] = length or config.get(longest)
+        if kind == "yarn" and options.get("factor") is None and length:
+            options["factor"] = config[longest] / length
+    return tuple(sorted(options.items()))
+
+
+def _windows(name: str, config: Mapping[str, Any]) -> Any:
+    """The sliding window: None, one number, or a tuple with one entry per layer."""
+    window = config.get("sliding_window")
+    if name == "LlamaForCausalLM" or not window:
+        return None
+    if name == "MistralForCausalLM":
+        return window
+    if not config.get("use_sliding_window", False):
+        return None
+    layers = range(config["num_hidden_layers"])
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if i >= config["max_window_layers"] else "full_attention"
+        for i in layers
+    ]
+    return _by_kind(kinds, window, config["num_hidden_layers"])
+
+
+def _by_kind(kinds: list[str], window: int, layers: int) -> Any:
+    known = {"sliding_attention": window, "full_attention": None}
+    if len(kinds) != layers or set(kinds) - set(known):
+        raise ValueError(
+            f"layer_types has {len(kinds)} entries for {layers} layers, of types "
+            f"{sorted(set(kinds))}; supported are {', '.join(known)}"
+        )
+    windows = tuple(known[kind] for kind in kinds)
+    return windows[0] if len(set(windows)) == 1 else windows
+
+
+def config_from(model: Transformer) -> dict[str, Any]:
+    """What `config.json` says of a model; the inverse of `transformer_from`."""
+    for field in ("heads", "kv_heads", "mlp_width"):
+        if not isinstance(getattr(model, field), int):
+            raise ValueError(
+                f"{field} is {getattr(model, field)}, one number per layer, which "
+                "Hugging Face's configurations cannot say; keep the model in a file "
+                "of models.save_model"
+            )
+    name = _architecture(model)
+    config = {
+        "architectures": [name],
+        "model_type": name.removesuffix("ForCausalLM").lower(),
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": model.mlp_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "hidden_act": _hidden_act(model.activation),
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tied,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": dict(model.rope_scaling) if model.rope_scaling else None,
+        "attention_bias": model.qkv_bias and model.out_bias,
+        "mlp_bias": model.mlp_bias,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+    windows = model.sliding_window
+    if not isinstance(windows, tuple):
+        windows = (windows,) * model.layers
+    if any(windows):
+        config["sliding_window"] = max(filter(None, windows))
+        config["use_sliding_window"] = True
+        if name != "MistralForCausalLM":  # which has one window for all layers
+            config["layer_types"] = [
+                "sliding_attention" if window else "full_attention"
+                for window in windows
+            ]
+    again = transformer_from(config)
+    differing = [
+        field.name
+        for field in dataclasses.fields(model)
+        if field.name not in _RUNNING
+        and getattr(again, field.name) != getattr(model, field.name)
+    ]
+    if _per_layer(again) != windows:
+        differing.append("sliding_window")
+    if differing:
+        raise ValueError(
+            f"{name} is the nearest Hugging Face architecture, but it cannot have "
+            + ", ".join(f"{x}={getattr(model, x)}" for x in differing)
+        )
+    return config
+
+
+def _hidden_act(activation: str) -> str:
+    return next(name for name, x in ACTIVATIONS.items() if x == activation)
+
+
+def _architecture(model: Transformer) -> str:
+    if model.qk_norm:
+        return "Qwen3ForCausalLM"
+    if model.qkv_bias and not model.out_bias:
+        return "Qwen2ForCausalLM"
+    return "MistralForCausalLM" if model.sliding_window else "LlamaForCausalLM"
+
+
+def _per_layer(model: Transformer) -> tuple:
+    window = model.sliding_window
+    return window if isinstance(window, tuple) else (window,) * model.layers

@@ -1,0 +1,167 @@
+"""Tables of the metadata of GGUF files, one for each architecture.
+
+A setting that `affects` names the case in Hugging Face's table (`like`) whose recorded
+logits a file with the alternative must give. llama.cpp reads keys of the architecture
+and of the tokenizer; what other tools write under other names is harmless.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxcompress.models.settings import HARMLESS, Setting, Table, check, harmless, only
+
+
+def like(case: str, **alternative: Any) -> Setting:
+    """Mark a key that the loader reads; dots in keys are written as two underscores."""
+    changes = {key.replace("__", "."): x for key, x in alternative.items()}
+    return Setting("affects", alternative=changes, like=case)
+
+
+_YARN = {
+    "rope__scaling__type": "yarn",
+    "rope__scaling__factor": 4.0,
+    "rope__scaling__yarn_beta_fast": 4.0,
+    "rope__scaling__original_context_length": 16,
+}
+_HEADS = {
+    "attention__key_length": 12,
+    "attention__value_length": 12,
+    "rope__dimension_count": 12,
+}
+_LINEAR = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
+_NO_LENGTH = {k: x for k, x in _YARN.items() if "original" not in k}
+
+_DECODER: Table = {
+    **harmless("vocab_size tensor_data_layout rope.scaling.finetuned"),
+    "context_length": like("max_position_embeddings", **_NO_LENGTH, context_length=16),
+    "embedding_length": like("hidden_size", embedding_length=24),
+    "block_count": like("num_hidden_layers", block_count=1),
+    "feed_forward_length": like("intermediate_size", feed_forward_length=24),
+    "attention.head_count": like("num_attention_heads", attention__head_count=8),
+    "attention.head_count_kv": like("num_key_value_heads", attention__head_count_kv=1),
+    "attention.key_length": like("head_dim", **_HEADS),
+    "attention.value_length": like("head_dim", **_HEADS),
+    "rope.dimension_count": like("head_dim", **_HEADS),
+    "attention.layer_norm_rms_epsilon": like(
+        "rms_norm_eps", attention__layer_norm_rms_epsilon=0.3
+    ),
+    "attention.causal": only(True, reason="only causal attention is supported"),
+    "rope.freq_base": like("rope_theta", rope__freq_base=100.0),
+    "rope.scale_linear": like("rope_scaling", rope__scale_linear=4.0),
+    "rope.scaling.type": like("rope_scaling", **_LINEAR),
+    "rope.scaling.factor": like("rope_scaling", **_LINEAR),
+    "rope.scaling.original_context_length": like(
+        "original_max_position_embeddings", **_YARN
+    ),
+    "rope.scaling.attn_factor": like(
+        "yarn.attention_factor",
+        **_YARN,
+        rope__scaling__attn_factor=2 / (1 + 0.1 * math.log(4)),
+    ),
+    "rope.scaling.yarn_attn_factor": like(
+        "yarn.attention_factor",
+        **_YARN,
+        rope__scaling__yarn_attn_factor=2 / (1 + 0.1 * math.log(4)),
+    ),
+    "rope.scaling.yarn_beta_fast": like(
+        "yarn.beta_fast", **_YARN | {"rope__scaling__yarn_beta_fast": 2.0}
+    ),
+    "rope.scaling.yarn_beta_slow": like(
+        "yarn.beta_slow", **_YARN, rope__scaling__yarn_beta_slow=0.01
+    ),
+    "rope.scaling.yarn_ext_factor": only(
+        -1.0, 1.0, reason="only full extrapolation is supported"
+    ),
+    "rope.scaling.yarn_log_multiplier": only(
+        0.0, reason="another magnitude of rotations is not supported"
+    ),
+    "expert_count": only(0, reason="mixtures of experts are not supported here"),
+    "expert_used_count": only(0, reason="mixtures of experts are not supported here"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One architecture of GGUF files.
+
+    Attributes:
+      table: every key that may follow the architecture's name in the metadata.
+      family: the Hugging Face family whose recorded logits the tests compare.
+      interleaved: heads rotate pairs (2i, 2i + 1), not (i, i + D/2).
+    """
+
+    table: Table
+    family: str
+    interleaved: bool = False
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(_DECODER, "LlamaForCausalLM", interleaved=True),
+    "mistral": Architecture(
+        {
+            **_DECODER,
+            "attention.sliding_window": like(
+                "sliding_window", attention__sliding_window=3
+            ),
+        },
+        "MistralForCausalLM",
+        interleaved=True,
+    ),
+    "qwen2": Architecture(_DECODER, "Qwen2ForCausalLM"),
+    "qwen3": Architecture(_DECODER, "Qwen3ForCausalLM"),
+}
+
+_IDS = (
+    "bos eos unknown padding separator seperator mask cls eot eom prefix suffix middle "
+    "fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep"
+)
+TOKENIZER: Table = {
+    **{f"tokenizer.ggml.{name}_token_id": HARMLESS for name in _IDS.split()},
+    **{
+        f"tokenizer.ggml.{name}_token_id": Setting("affects")
+        for name in ("bos", "eos", "eot", "eom")
+    },
+    **{
+        f"tokenizer.ggml.{name}": Setting("affects")
+        for name in (
+            "model",
+            "pre",
+            "tokens",
+            "scores",
+            "token_type",
+            "merges",
+            "add_bos_token",
+            "add_eos_token",
+            "add_space_prefix",
+        )
+    },
+    "tokenizer.ggml.add_sep_token": only(False, reason="texts have no separators here"),
+    "tokenizer.ggml.remove_extra_whitespaces": only(
+        False, reason="text would be changed before it is segmented"
+    ),
+    **harmless("tokenizer.ggml.token_type_count tokenizer.huggingface.json"),
+}
+_TEMPLATES = r"tokenizer\.chat_templates?(\..*)?"
+
+
+def check_metadata(
+    metadata: Mapping[str, Any], *, source: str, ignore: Collection[str] = ()
+) -> None:
+    """Raise ValueError on metadata that a loader of this architecture must not skip."""
+    name = metadata["general.architecture"]
+    if (what := metadata.get("general.type", "model")) != "model":
+        raise ValueError(f"{source} holds no model, but what it calls {what!r}")
+    prefix = f"{name}."
+    settings = {k: x for k, x in metadata.items() if k.startswith(prefix)}
+    table = {prefix + key: x for key, x in ARCHITECTURES[name].table.items()}
+    options = {"source": source, "ignore": ignore}
+    check(settings, table, of=f"GGUF architecture {name!r}", **options)
+    words = {
+        key: x
+        for key, x in metadata.items()
+        if key.startswith("tokenizer.") and not re.fullmatch(_TEMPLATES, key)
+    }
+    check(words, TOKENIZER, of="tokenizers of GGUF files", **options)
