@@ -84,10 +84,12 @@ def logits(family: str, settings: Mapping[str, Any]) -> np.ndarray:
     import torch
     import transformers
 
+    from jaxcompress.models.families import FAMILIES
+
     config = transformers.AutoConfig.for_model(KINDS[family], **copy.deepcopy(settings))
     config._attn_implementation = "eager"
     model = getattr(transformers, family)(config).eval()
-    center = 0.0 if "Gemma" in family else 1.0
+    center = 1 - FAMILIES[family].norm_offset
     with torch.no_grad():
         for name, array in model.state_dict().items():
             if name == "lm_head.weight" and config.tie_word_embeddings:

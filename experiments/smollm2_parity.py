@@ -39,7 +39,10 @@ class Config:
 
 
 def text_windows(tokenizer: Any, config: Config) -> np.ndarray:
-    """Tokens [windows, tokens] of the last part of the text, one after another."""
+    """Tokens [windows, tokens] of the last part of the text, one after another.
+
+    Each window begins with the tokenizer's begin mark, where its model expects one.
+    """
     text = tokenization.read_text(config.text)
     last = text[int(len(text) * (1 - config.fraction)) :]
     wanted = config.windows * config.tokens
@@ -47,7 +50,10 @@ def text_windows(tokenizer: Any, config: Config) -> np.ndarray:
     if len(ids) < config.tokens:
         raise ValueError(f"{config.text}: {len(ids)} tokens, a window is more")
     ids = ids[: min(wanted, len(ids) // config.tokens * config.tokens)]
-    return ids.reshape(-1, config.tokens)
+    windows = ids.reshape(-1, config.tokens)
+    if tokenizer.bos_id is not None:
+        windows = np.insert(windows, 0, tokenizer.bos_id, axis=1)[:, : config.tokens]
+    return windows
 
 
 @functools.partial(jax.jit, static_argnums=0)

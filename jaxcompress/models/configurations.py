@@ -16,6 +16,7 @@ _RUNNING = (
     "sliding_window",
 )
 ENCODER = "BertModel"
+_LAYER_TYPES = ("sliding_attention", "full_attention")
 # transformers' names of activations; ours may have several.
 ACTIVATIONS = {
     "silu": "silu",
@@ -67,6 +68,8 @@ def transformer_from(
     config = {k: x for k, x in config.items() if x is not None and k not in ignore}
     check(config, family.table, of=name, source=source)
     config = {**family.defaults, **config}
+    if name == "Gemma3ForCausalLM":
+        return _gemma(config, ignore, source)
     heads = config["num_attention_heads"]
     theta, scaling = _rope(config, ignore, source)
     bias = bool(config.get("attention_bias")) and name != "MistralForCausalLM"
@@ -92,6 +95,65 @@ def transformer_from(
     )
 
 
+def _gemma(
+    config: Mapping[str, Any], ignore: Collection[str], source: str
+) -> Transformer:
+    """Gemma 3: global layers and local ones, each with a rotation of its own."""
+    parts = config.get("rope_parameters") or {}
+    if strange := sorted(set(parts) - set(_LAYER_TYPES)):
+        raise ValueError(
+            f"{source}: rope_parameters of Gemma 3 holds one rotation for each of "
+            f"{', '.join(_LAYER_TYPES)}; it has {strange}"
+        )
+    common = {k: x for k, x in config.items() if not k.startswith("rope_")}
+    whole = {
+        "rope_parameters": parts.get("full_attention"),
+        "rope_scaling": config.get("rope_scaling"),
+        "rope_theta": config.get("rope_theta"),
+    }
+    local = {
+        "rope_parameters": parts.get("sliding_attention"),
+        "rope_theta": config.get("rope_local_base_freq"),
+    }
+    theta, scaling = _rope(common | whole, ignore, source, 1e6)
+    local_theta, local_scaling = _rope(common | local, ignore, source)
+    if local_scaling or (scaling and dict(scaling)["rope_type"] != "linear"):
+        raise ValueError(
+            f"{source}: rotations {dict(scaling or ())} of global layers and "
+            f"{dict(local_scaling or ())} of local ones; only linear scaling of the "
+            "global ones is supported"
+        )
+    layers, size = config["num_hidden_layers"], config["head_dim"]
+    kinds = config.get("layer_types") or [
+        _LAYER_TYPES[(i + 1) % config["sliding_window_pattern"] == 0]
+        for i in range(layers)
+    ]
+    scalar = config["query_pre_attn_scalar"]
+    bias = bool(config.get("attention_bias"))
+    return Transformer(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        layers=layers,
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_size=size,
+        mlp_width=config["intermediate_size"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        sliding_rope_theta=local_theta,
+        sliding_window=_by_kind(kinds, config["sliding_window"], layers),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tied=config["tie_word_embeddings"],
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        attention_scale=None if scalar == size else scalar**-0.5,
+        activation=_activation(config["hidden_activation"], source),
+        post_norms=True,
+        scaled_embedding=True,
+    )
+
+
 def _activation(name: str, source: str) -> str:
     if name not in ACTIVATIONS:
         raise ValueError(
@@ -102,7 +164,10 @@ def _activation(name: str, source: str) -> str:
 
 
 def _rope(
-    config: Mapping[str, Any], ignore: Collection[str], source: str
+    config: Mapping[str, Any],
+    ignore: Collection[str],
+    source: str,
+    default: float = 10000.0,
 ) -> tuple[float, tuple | None]:
     """Base and scaling; recent files keep both in `rope_parameters`."""
     dicts = {
@@ -114,7 +179,7 @@ def _rope(
     ]
     theta = agree([*bases, ("rope_theta", config.get("rope_theta"))], source=source)
     options = agree([(name, x or None) for name, x in dicts.items()], source=source)
-    theta = float(theta or 10000.0)
+    theta = float(theta or default)
     return theta, _scaling(dict(options or {}), config, source)
 
 
@@ -173,7 +238,7 @@ def _windows(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def _by_kind(kinds: list[str], window: int, layers: int) -> Any:
-    known = {"sliding_attention": window, "full_attention": None}
+    known = dict(zip(_LAYER_TYPES, (window, None), strict=True))
     if len(kinds) != layers or set(kinds) - set(known):
         raise ValueError(
             f"layer_types has {len(kinds)} entries for {layers} layers, of types "
@@ -193,6 +258,8 @@ def config_from(model: Transformer) -> dict[str, Any]:
                 "of models.save_model"
             )
     name = _architecture(model)
+    if name == "Gemma3ForCausalLM":
+        return _verified(model, name, _gemma_config(model))
     config = {
         "architectures": [name],
         "model_type": name.removesuffix("ForCausalLM").lower(),
@@ -213,17 +280,45 @@ def config_from(model: Transformer) -> dict[str, Any]:
         "sliding_window": None,
         "use_sliding_window": False,
     }
-    windows = model.sliding_window
-    if not isinstance(windows, tuple):
-        windows = (windows,) * model.layers
+    windows = _per_layer(model)
     if any(windows):
         config["sliding_window"] = max(filter(None, windows))
         config["use_sliding_window"] = True
         if name != "MistralForCausalLM":  # which has one window for all layers
-            config["layer_types"] = [
-                "sliding_attention" if window else "full_attention"
-                for window in windows
-            ]
+            config["layer_types"] = [_LAYER_TYPES[not window] for window in windows]
+    return _verified(model, name, config)
+
+
+def _gemma_config(model: Transformer) -> dict[str, Any]:
+    windows = _per_layer(model)
+    scale = model.attention_scale
+    scalar = model.head_size if scale is None else scale**-2
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": model.mlp_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "hidden_activation": _hidden_act(model.activation),
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tied,
+        "rope_theta": model.rope_theta,
+        "rope_local_base_freq": model.sliding_rope_theta,
+        "rope_scaling": dict(model.rope_scaling) if model.rope_scaling else None,
+        "attention_bias": model.qkv_bias and model.out_bias,
+        "query_pre_attn_scalar": round(scalar),
+        "sliding_window": max(filter(None, windows), default=4096),
+        "layer_types": [_LAYER_TYPES[not window] for window in windows],
+    }
+
+
+def _verified(model: Transformer, name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration where it gives the model back; raise elsewhere."""
+    windows = _per_layer(model)
     again = transformer_from(config)
     differing = [
         field.name
@@ -246,6 +341,8 @@ def _hidden_act(activation: str) -> str:
 
 
 def _architecture(model: Transformer) -> str:
+    if model.post_norms:
+        return "Gemma3ForCausalLM"
     if model.qk_norm:
         return "Qwen3ForCausalLM"
     if model.qkv_bias and not model.out_bias:

@@ -133,6 +133,8 @@ _QWEN_WINDOWS = {
     ),
 }
 
+_NOT_GEMMA = ("hidden_act", "original_max_position_embeddings")
+
 # Keys of the dict that describes the rotation, by its kind.
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -189,6 +191,7 @@ class Family:
       defaults: what transformers assumes where the configuration is silent.
       modules: the file's names of our modules.
       ignorable: pattern of tensors that are not needed.
+      norm_offset: what is added to the stored scales of norms.
       base: the configuration from which the recorded alternatives differ.
     """
 
@@ -196,6 +199,7 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: MODULES)
     ignorable: str = IGNORABLE
+    norm_offset: float = 0.0
     base: Mapping[str, Any] = dataclasses.field(default_factory=lambda: BASE)
 
 
@@ -244,6 +248,66 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4096,
         },
         base={**BASE, "head_dim": 8},
+    ),
+    "Gemma3ForCausalLM": Family(
+        {
+            **{k: x for k, x in _DECODER.items() if k not in _NOT_GEMMA},
+            **_ignored("cache_implementation", "_sliding_window_pattern"),
+            "max_position_embeddings": HARMLESS,
+            "num_hidden_layers": affects(
+                num_hidden_layers=1, layer_types=["sliding_attention"]
+            ),
+            "head_dim": affects(head_dim=12, query_pre_attn_scalar=12),
+            "rope_scaling": affects(
+                rope_scaling={"rope_type": "linear", "factor": 4.0}
+            ),
+            "rope_theta": affects(rope_theta=50.0),
+            "rope_local_base_freq": affects(rope_local_base_freq=50.0),
+            "rope_parameters": affects(
+                rope_parameters={
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+                    "full_attention": {"rope_type": "linear", "factor": 4.0},
+                }
+            ),
+            "hidden_activation": affects(hidden_activation="silu"),
+            "tie_word_embeddings": affects(tie_word_embeddings=False),
+            "attention_bias": affects(attention_bias=True),
+            "query_pre_attn_scalar": affects(query_pre_attn_scalar=32),
+            "sliding_window": affects(sliding_window=3),
+            "layer_types": affects(layer_types=["full_attention", "sliding_attention"]),
+            "sliding_window_pattern": affects(
+                layer_types=None, sliding_window_pattern=1
+            ),
+            "use_bidirectional_attention": only(
+                False, reason="only causal attention is supported"
+            ),
+            "attn_logit_softcapping": only(reason="soft caps are not supported"),
+            "final_logit_softcapping": only(reason="soft caps are not supported"),
+        },
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "tie_word_embeddings": True,
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+        modules={
+            **MODULES,
+            "attention_post_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_post_norm": "post_feedforward_layernorm",
+        },
+        norm_offset=1.0,
+        base={
+            **{k: x for k, x in BASE.items() if not k.startswith("tie")},
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
     ),
     "BertModel": Family(
         {

@@ -7,7 +7,7 @@ metadata and tensors, and the order of rows that each architecture's rotation ex
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,6 @@ from jaxcompress.models.transformer import Transformer
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.types import Params
 
-MODULES = {
-    "embed": "token_embd",
-    "final_norm": "output_norm",
-    "head": "output",
-    "layer": "blk.{}",
-    "attention_norm": "attn_norm",
-    "mlp_norm": "ffn_norm",
-    **{f"attention/{x}_norm": f"attn_{x}_norm" for x in "qk"},
-    **{f"attention/{x}_proj": f"attn_{x}" for x in "qkv"},
-    "attention/o_proj": "attn_output",
-    **{f"mlp/{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
-}
 ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3's scaling arrives as a tensor of factors; these are the constants behind it.
 LLAMA3 = {
@@ -95,7 +83,7 @@ def open_gguf(
         model,
         contents.tensors,
         fetch,
-        MODULES,
+        kind.modules,
         ignorable=ROPE_FACTORS,
         dtype=jnp.float32 if dtype is None else dtype,
         source=str(path),
@@ -148,9 +136,10 @@ def transformer_from(
 
     def get(key: str, *default: Any) -> Any:
         name = f"{kind}.{key}"
-        if name not in metadata and not default:
+        known = name in metadata or key in ARCHITECTURES[kind].defaults
+        if not known and not default:
             raise ValueError(f"the GGUF file lacks {name}; it is incomplete")
-        value = metadata.get(name, *default)
+        value = metadata.get(name, ARCHITECTURES[kind].defaults.get(key, *default))
         return tuple(value) if isinstance(value, list) else value
 
     width, heads = get("embedding_length"), get("attention.head_count")
@@ -164,7 +153,7 @@ def transformer_from(
                 "only equal sizes are supported"
             )
     theta = float(get("rope.freq_base", 10000.0))
-    return Transformer(
+    model = Transformer(
         vocab_size=int(tensors["token_embd.weight"].shape[-1])
         if "token_embd.weight" in tensors
         else len(metadata.get("tokenizer.ggml.tokens", ())),
@@ -183,6 +172,27 @@ def transformer_from(
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
         sliding_window=get("attention.sliding_window", None) or None,
+    )
+    return _gemma(model, get) if kind == "gemma3" else model
+
+
+def _gemma(model: Transformer, get: Callable[..., Any]) -> Transformer:
+    """Gemma 3, as llama.cpp builds it."""
+    pattern = get("attention.sliding_window_pattern")
+    if isinstance(pattern, int):
+        pattern = [bool((i + 1) % pattern) for i in range(model.layers)]
+    window = model.sliding_window
+    windows = tuple(window if local else None for local in pattern)
+    scale = None
+    if model.layers == 62:  # the 27B model, of which the file does not say it
+        scale = (model.width / model.heads) ** -0.5
+    return model.clone(
+        sliding_window=windows[0] if len(set(windows)) == 1 else windows,
+        sliding_rope_theta=float(get("rope.freq_base_swa")),
+        attention_scale=scale,
+        activation="gelu_tanh",
+        post_norms=True,
+        scaled_embedding=True,
     )
 
 

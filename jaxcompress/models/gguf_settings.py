@@ -83,6 +83,20 @@ _DECODER: Table = {
 }
 
 
+MODULES = {
+    "embed": "token_embd",
+    "final_norm": "output_norm",
+    "head": "output",
+    "layer": "blk.{}",
+    "attention_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    **{f"attention/{x}_norm": f"attn_{x}_norm" for x in "qk"},
+    **{f"attention/{x}_proj": f"attn_{x}" for x in "qkv"},
+    "attention/o_proj": "attn_output",
+    **{f"mlp/{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """One architecture of GGUF files.
@@ -91,11 +105,15 @@ class Architecture:
       table: every key that may follow the architecture's name in the metadata.
       family: the Hugging Face family whose recorded logits the tests compare.
       interleaved: heads rotate pairs (2i, 2i + 1), not (i, i + D/2).
+      modules: the file's names of our modules.
+      defaults: what llama.cpp assumes where the metadata are silent.
     """
 
     table: Table
     family: str
     interleaved: bool = False
+    modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: MODULES)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -112,6 +130,36 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen2": Architecture(_DECODER, "Qwen2ForCausalLM"),
     "qwen3": Architecture(_DECODER, "Qwen3ForCausalLM"),
+    "gemma3": Architecture(
+        {
+            **{k: x for k, x in _DECODER.items() if "yarn" not in k},
+            "context_length": HARMLESS,
+            "rope.scaling.original_context_length": HARMLESS,
+            "rope.freq_base": like("rope_theta", rope__freq_base=50.0),
+            "rope.freq_base_swa": like(
+                "rope_local_base_freq", rope__freq_base_swa=50.0
+            ),
+            "attention.sliding_window": like(
+                "sliding_window", attention__sliding_window=3
+            ),
+            "attention.sliding_window_pattern": like(
+                "sliding_window_pattern", attention__sliding_window_pattern=1
+            ),
+            "final_logit_softcapping": only(0.0, reason="soft caps are not supported"),
+            "attn_logit_softcapping": only(0.0, reason="soft caps are not supported"),
+        },
+        "Gemma3ForCausalLM",
+        modules={
+            **MODULES,
+            "attention_post_norm": "post_attention_norm",
+            "mlp_post_norm": "post_ffw_norm",
+        },
+        defaults={
+            "rope.freq_base": 1e6,
+            "rope.freq_base_swa": 1e4,
+            "attention.sliding_window_pattern": 6,
+        },
+    ),
 }
 
 _IDS = (

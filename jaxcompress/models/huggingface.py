@@ -89,9 +89,12 @@ def open_model(
     dtypes = _dtypes(places)
     _refuse_codes(dtypes, family.ignorable, str(directory))
 
-    def fetch(name: str, _: str) -> np.ndarray:
+    def fetch(name: str, ours: str) -> np.ndarray:
         with safe_open(places[name], framework="np") as file:
-            return file.get_tensor(name)
+            array = file.get_tensor(name)
+        if family.norm_offset and ours.endswith("norm/scale"):
+            array = array.astype(np.float32) + np.float32(family.norm_offset)
+        return array
 
     embedding, head = (f"{family.modules.get(x)}.weight" for x in ("embed", "head"))
     if getattr(model, "tied", False) and head in places and embedding in places:
@@ -106,12 +109,16 @@ def open_model(
             )
             model = model.clone(tied=False)
 
+    def kind(name: str) -> str:
+        offset = family.norm_offset and re.search(r"norm\.weight$", name)
+        return "float32" if offset else _FLOATS[dtypes[name]]
+
     params = assemble(
         model,
         places,
         fetch,
         family.modules,
-        kind=lambda name: _FLOATS[dtypes[name]],
+        kind=kind,
         ignorable=family.ignorable,
         dtype=dtype,
         source=str(directory),
@@ -237,10 +244,14 @@ def export_huggingface(
         raise ValueError(
             f"params do not belong to this model: {strange[0]} is in one of them only"
         )
-    modules = FAMILIES[config["architectures"][0]].modules
+    family = FAMILIES[config["architectures"][0]]
+    modules = family.modules
     tensors = {}
     for name, leaf in flat.items():
         array = dense(leaf)
+        if family.norm_offset and name.endswith("norm/scale"):
+            array = jnp.asarray(array, jnp.float32) - family.norm_offset
+            array = array.astype(dense(params["embed"]["embedding"]).dtype)
         tensors[foreign_name(name, modules)] = (
             array.T if name.endswith("/kernel") else jnp.asarray(array)
         )

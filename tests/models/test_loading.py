@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from jaxcompress import tokenization
 from jaxcompress.models.assembly import foreign_name, parameter_shapes
 from jaxcompress.models.configurations import config_from, transformer_from
-from jaxcompress.models.gguf_files import MODULES, read_metadata
+from jaxcompress.models.gguf_files import read_metadata
+from jaxcompress.models.gguf_settings import MODULES
 from jaxcompress.models.gguf_tokenizers import tokenizer_from
 from jaxcompress.models.huggingface import export_huggingface, read_tokenizer
 from jaxcompress.models.loading import load, shapes
@@ -492,7 +493,9 @@ def test_gguf_names_what_it_does_not_know(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"'mamba'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        ValueError, match=r"'mamba'.*llama, mistral, qwen2, qwen3, gemma3"
+    ):
         load(tmp_path / "a.gguf")
     with pytest.raises(ValueError, match=r"pre-tokenizer 'poro'.*smollm"):
         tokenizer_from(BYTE_METADATA | {"tokenizer.ggml.pre": "poro"})

@@ -4,64 +4,22 @@ The logits were recorded with transformers by `experiments/record_settings.py`, 
 weights that depend on names and shapes alone.
 """
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorded_settings import RECORDED, config_of, record, states, weights
 from safetensors.numpy import save_file
 
-from jaxcompress.models.assembly import assemble, foreign_name, parameter_shapes
+from jaxcompress.models.assembly import foreign_name, parameter_shapes
 from jaxcompress.models.configurations import model_from, transformer_from
 from jaxcompress.models.families import FAMILIES
-from jaxcompress.models.gguf_files import MODULES
 from jaxcompress.models.gguf_settings import ARCHITECTURES
 from jaxcompress.models.loading import load, shapes
 from jaxcompress.models.rope import rope_frequencies
-
-TESTS = Path(__file__).parent.parent
-RECORDED = TESTS / "data" / "settings"
-
-
-def _record_settings():
-    path = TESTS.parent / "experiments" / "record_settings.py"
-    spec = importlib.util.spec_from_file_location("record_settings", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
-
-
-record = _record_settings()
-
-
-def config_of(family, change=()):
-    return {**FAMILIES[family].base, **dict(change), "architectures": [family]}
-
-
-def weights(family, model):
-    """The recorded tensors of the model by the file's names, and our parameters."""
-    modules, center = FAMILIES[family].modules, 0.0 if "Gemma" in family else 1.0
-    tensors = {}
-    for ours, shape in parameter_shapes(model).items():
-        theirs = foreign_name(ours, modules)
-        shape = shape[::-1] if ours.endswith("/kernel") else shape
-        tensors[theirs] = record.weight(theirs, shape, center)
-    read = assemble(
-        model, tensors, lambda name, _: tensors[name], modules, source=family
-    )
-    return tensors, read.read_all()
-
-
-def states(model, params):
-    out = model.apply({"params": params}, jnp.asarray(record.TOKENS))
-    return np.asarray(out)[0, list(record.POSITIONS)]
-
 
 ALL = [(family, case) for family in FAMILIES for case in record.cases(family)]
 
@@ -220,13 +178,14 @@ def gguf_tensors(kind, case):
     family = ARCHITECTURES[kind].family
     model = model_from(config_of(family, record.cases(family)[case]))
     tensors, _ = weights(family, model)
-    renamed = {}
+    renamed, offset = {}, FAMILIES[family].norm_offset
     for ours in parameter_shapes(model):
         array = tensors[foreign_name(ours, FAMILIES[family].modules)]
         if ARCHITECTURES[kind].interleaved and re.search("/[qk]_proj/", ours):
             pairs = array.reshape(-1, 2, model.head_size // 2, array.shape[-1])
             array = pairs.swapaxes(1, 2).reshape(array.shape)
-        renamed[foreign_name(ours, MODULES)] = array
+        array = array + offset * ours.endswith("norm/scale")
+        renamed[foreign_name(ours, ARCHITECTURES[kind].modules)] = array
     return renamed
 
 
@@ -246,6 +205,12 @@ def test_metadata_acts_as_its_hugging_face_spelling(kind, key, setting, tmp_path
         metadata = BASE | dict.fromkeys(
             ["attention.key_length", "attention.value_length"], size
         )
+    if kind == "gemma3":
+        metadata = metadata | {
+            "rope.freq_base": 1e6,
+            "attention.sliding_window": 6,
+            "attention.sliding_window_pattern": 2,
+        }
     metadata = metadata | setting.alternative
     model, params, _ = load(write_gguf(tmp_path / "a.gguf", kind, metadata, tensors))
     expected = np.load(RECORDED / f"{family}.npz")[setting.like]

@@ -1,0 +1,55 @@
+"""Configurations whose logits were recorded with transformers, and their weights.
+
+`experiments/record_settings.py` recorded them, on weights that depend on names and
+shapes alone.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.models.assembly import assemble, foreign_name, parameter_shapes
+from jaxcompress.models.families import FAMILIES
+
+TESTS = Path(__file__).parent
+RECORDED = TESTS / "data" / "settings"
+
+
+def _record_settings():
+    path = TESTS.parent / "experiments" / "record_settings.py"
+    spec = importlib.util.spec_from_file_location("record_settings", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+record = _record_settings()
+
+
+def config_of(family, change=()):
+    return {**FAMILIES[family].base, **dict(change), "architectures": [family]}
+
+
+def weights(family, model):
+    """The recorded tensors of the model by the file's names, and our parameters."""
+    modules, offset = FAMILIES[family].modules, np.float32(FAMILIES[family].norm_offset)
+    tensors = {}
+    for ours, shape in parameter_shapes(model).items():
+        theirs = foreign_name(ours, modules)
+        shape = shape[::-1] if ours.endswith("/kernel") else shape
+        tensors[theirs] = record.weight(theirs, shape, 1 - offset)
+
+    def fetch(theirs, ours):
+        return tensors[theirs] + offset * ours.endswith("norm/scale")
+
+    read = assemble(model, tensors, fetch, modules, source=family)
+    return tensors, read.read_all()
+
+
+def states(model, params):
+    out = model.apply({"params": params}, jnp.asarray(record.TOKENS))
+    return np.asarray(out)[0, list(record.POSITIONS)]
