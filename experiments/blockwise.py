@@ -48,13 +48,14 @@ def run(config: Config) -> dict[str, Any]:
     batches = list(ids.reshape(-1, min(4, config.calibration), config.tokens))
     before = reporting.peak_memory()
     wall, processor = time.perf_counter(), time.process_time()
-    small, report = jc.compress_blockwise(
+    report = []
+    small = jc.compress_blockwise(
         model,
         weights,
         [(".*kernel", config.recipe)],
         batches,
         store=config.store or None,
-        report=True,
+        record=report,
         progress=True,
     )
     errors = [row.output_error for row in report if row.output_error is not None]

@@ -41,7 +41,7 @@ METHODS = {
     "gptq, blockwise": "gptq(bits={b}, block=128, grid='asymmetric', search=False)",
     "awq": "awq(bits={b}, block=128)",
     "learned": "learned(bits={b}, block=128, grid='asymmetric')",
-    "mixed": "mixed_channels(bits={b}, keep=0.02, kept_bits=8, block=128, "
+    "mixed": "mixed_channels(bits={b}, fraction=0.02, fine_bits=8, block=128, "
     "grid='asymmetric')",
 }
 FORMATS = {  # of about four bits
@@ -213,7 +213,7 @@ def one_shot(
         name = f"{Path(config.model).stem}-{config.tokens}-{number:03}.safetensors"
         path = Path(config.cache) / name if config.cache and not config.fast else None
         if path is not None and path.exists():
-            with jc.open(path) as file:
+            with jc.open_checkpoint(path) as file:
                 tree = jax.tree.map(file.read, file.tree)["moments"]
             found = {key: moments_from_arrays(x) for key, x in tree.items()}
         else:
@@ -228,7 +228,7 @@ def one_shot(
 
 def stored(path: Path, params: Any) -> dict[str, float]:
     """Bytes of the file, and bits per weight of what is compressed in it."""
-    with jc.open(path) as file:
+    with jc.open_checkpoint(path) as file:
         described = {name: file.describe(name) for name in file.names}
         leaves = [name for name, (kind, *_) in described.items() if kind != "array"]
         weights = sum(int(np.prod(described[name][1])) for name in leaves)

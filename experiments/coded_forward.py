@@ -26,7 +26,7 @@ from jaxcompress.reporting import append_lines
 RECIPES = {
     "as they are": None,
     "code_floats()": "code_floats()",
-    "code_floats(fast=True)": "code_floats(fast=True)",
+    "code_floats(speed='decode')": "code_floats(speed='decode')",
 }
 
 
@@ -52,7 +52,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     for name, recipe in RECIPES.items():
         held = params if recipe is None else jc.compress(params, recipe)
         for streamed in (False, True) if recipe else (False,):
-            context = jc.streaming if streamed else contextlib.nullcontext
+            context = jc.low_memory if streamed else contextlib.nullcontext
 
             def forward(held: Any, tokens: jax.Array, context: Any = context) -> Any:
                 with context():

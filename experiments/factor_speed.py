@@ -69,7 +69,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
     @jax.jit
     def by_factors(params: Any, x: jax.Array) -> jax.Array:
-        with jc.fast():
+        with jc.compressed_matmul():
             return model.apply({"params": params}, x)
 
     rows = []

@@ -142,16 +142,18 @@ def run(config: Config) -> list[dict[str, Any]]:
     function = lambda variables, images: model.apply(variables, images)  # noqa: E731
     batches = list(jnp.asarray(data[0][: 18 * BATCH]).reshape(-1, BATCH, 8, 8, 1))
     select = r"params/(conv_[1-9]|head)/kernel"
-    moments = jc.collect_moments(function, variables, batches, select=select)
-    layout = jc.layout(function, variables, batches[0])
+    moments = jc.collect_moments(function, variables, batches, where=select)
+    layout = jc.find_layouts(function, variables, batches[0])
     groups = filter_groups(model)
-    scores = jc.score_units(
-        moments, groups, params=variables, layout=layout, by="activation"
+    scores = jc.structured.score_units(
+        moments, groups, params=variables, layouts=layout, by="activation"
     )
     for fraction in (0.5,) if config.fast else (0.25, 0.5, 0.75):
-        keep = jc.choose_units(scores, fraction)
+        keep = jc.structured.choose_units(scores, fraction)
         for made_up in (None, moments):
-            small = jc.remove_units(variables, groups, keep, made_up, layout=layout)
+            small = jc.structured.remove_units(
+                variables, groups, keep, made_up, layouts=layout
+            )
             less = resized(model, small)
             name = "filters by activation"
             row(name, less, small, removed=fraction, made_up=made_up is not None)
@@ -179,7 +181,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             tucker.append((name, f"tucker(ranks={ranks}, sizes={sizes})"))
             cp.append((name, f"cp(rank={rank}, sizes={sizes}, sweeps=50)"))
         for name, rules in (("tucker-2", tucker), ("cp", cp)):
-            small = jc.compress(variables, rules, layout=layout)
+            small = jc.compress(variables, rules, layouts=layout)
             row(name, model, small, share_of_channels=share, recipe=rules)
             again = measured_norms(model, small, data[0])
             row(f"{name}, norms again", model, again, share_of_channels=share)

@@ -75,7 +75,7 @@ def beside_the_bound(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
         jc.save(path, {"kernel": small})
-        with jc.open(path) as file:
+        with jc.open_checkpoint(path) as file:
             bits = 8 * file.nbytes("kernel") / x.size
         loaded = jc.load(path)["kernel"]
     error = np.asarray(loaded.materialize(), np.float64) - x

@@ -84,7 +84,7 @@ def programs(
         return (result if cache is None else result[0])[:, -1]
 
     def fast(params: Any, tokens: jax.Array, cache: Any = None) -> jax.Array:
-        with jc.fast(activations=activations):
+        with jc.compressed_matmul(activations=activations):
             return run(params, tokens, cache)
 
     chosen = jax.jit(run if activations is None else fast)
@@ -114,8 +114,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         params = weights(model, dtype)
         if recipe is not None:
             batch = {"tokens": jnp.zeros((1, 2), jnp.int32)}
-            layout = jc.layout(model, params, batch)
-            params = jc.compress(params, recipe, layout=layout)
+            layout = jc.find_layouts(model, params, batch)
+            params = jc.compress(params, recipe, layouts=layout)
         ways[name] = (model, params, programs(model, activations))
     rows = []
     for batch in config.batches:

@@ -84,12 +84,12 @@ def run(config: Config) -> list[dict[str, Any]]:
     batches = windows(
         tokenizer.encode(whole[cut:]), config.tokens, 1, limit=config.windows
     )
-    moments = jc.collect_moments(model, params, list(seen), select=KERNELS)
+    moments = jc.collect_moments(model, params, list(seen), where=KERNELS)
     layout = {name: jc.Layout((0,), (1,), (2,)) for name in moments}
     rows: list[dict[str, Any]] = []
     for method in methods(config):
         clock = time.process_time()
-        small = jc.compress(params, [(KERNELS, method)], moments, layout=layout)
+        small = jc.compress(params, [(KERNELS, method)], moments, layouts=layout)
         jax.block_until_ready(small)
         seconds = time.process_time() - clock
         nodes = jax.tree.leaves(small, is_leaf=lambda x: isinstance(x, jc.Quantized))

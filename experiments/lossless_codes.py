@@ -23,7 +23,7 @@ from command import about, parse
 from safetensors.numpy import load_file
 
 import jaxcompress as jc
-from jaxcompress.coding import code_floats, entropy_code, pack
+from jaxcompress.coding import code_floats, entropy_code, pack_bits
 from jaxcompress.reporting import append_lines, track
 from jaxcompress.tree.paths import roots
 
@@ -83,7 +83,7 @@ def file_bytes(tree: Any, *, coded: bool) -> int:
 def packed(part: dict[str, np.ndarray], bits: int) -> dict[str, Any]:
     """Codes in as many bits as they have, as a quantized leaf holds them."""
     codes = (part["codes"].astype(np.int16) + (1 << bits - 1)).astype(np.uint8)
-    return {"codes": pack(codes, bits), "scale": part["scale"]}
+    return {"codes": pack_bits(codes, bits), "scale": part["scale"]}
 
 
 def entropies(parts: dict[str, dict[str, np.ndarray]], window: int) -> float:
@@ -171,7 +171,7 @@ def levels_row(
         levels = np.asarray(leaf.levels.materialize()).astype(np.int32)
         levels -= levels.min()
         bits = int(levels.max()).bit_length()
-        plain[name] = {"codes": pack(levels, bits), "steps": leaf.steps}
+        plain[name] = {"codes": pack_bits(levels, bits), "steps": leaf.steps}
         noise += float(((np.asarray(leaf.materialize()).T - given[name]) ** 2).sum())
     count = sum(x.size for x in given.values())
     power = sum(float((x**2).sum()) for x in given.values())

@@ -70,7 +70,7 @@ def load(folder: Path) -> Any:
 
 def load_rows(folder: Path) -> Any:
     """A part of each array: digests of chunks, not of arrays, find what was altered."""
-    with storage.open(folder / NAME) as stored:
+    with storage.open_checkpoint(folder / NAME) as stored:
         return {name: stored.rows(name, *ROWS) for name in stored.names}
 
 
@@ -110,7 +110,7 @@ def sources(folder: Path) -> dict[str, Source]:
     methods = {
         "leaves": ("symmetric(bits=4, block=16)", "code_floats()"),
         "levels": ("rate_distortion(rate=2.05)",),
-        "masks": ("magnitude(sparsity=0.9)", "magnitude(pattern='2:4')"),
+        "masks": ("magnitude(sparsity=0.9)", "magnitude(nm='2:4')"),
     }
     trees = {"plain": plain}
     for kind, stages in methods.items():

@@ -51,7 +51,7 @@ CORRECTIONS = (
 THIN, PRUNED = r"layer_\d+/attention/.*kernel", r"layer_\d+/mlp/.*kernel"
 CHAIN = (
     [(PRUNED, "wanda(sparsity=0.3)")],
-    [(THIN, "svd(keep=0.9)")],
+    [(THIN, "svd(fraction=0.9)")],
     [
         (".*embedding", "symmetric(bits=8)"),
         (".*(left|right)", "symmetric(bits=8, block=64)"),
@@ -153,12 +153,14 @@ class Rows:
         moments = self.curved() if way == "curved" else self.moments
         kind = "weighted" if way == "planned" else way
         if kind not in self.full:
-            recipe = [(KERNELS, f"svd(keep=1.0, weighted={way != 'plain'})")]
+            recipe = [(KERNELS, f"svd(fraction=1.0, weighted={way != 'plain'})")]
             self.full[kind] = jc.compress(self.params, recipe, moments)
         ranks: dict[str, Any] = keep(self.params, float(fraction))
         if way in ("planned", "curved"):
-            kinds = {"pattern": KERNELS, "moments": moments}
-            plan = jc.plan_ranks(self.params, budget=float(fraction), **kinds)
+            kinds = {"where": KERNELS, "moments": moments}
+            plan = jc.planning.plan_ranks(
+                self.params, fraction=float(fraction), **kinds
+            )
             ranks = planned(plan)
         return truncated(self.full[kind], ranks, self.params)
 
@@ -179,7 +181,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     learned_from, measured_on = texts(config)
     inputs = calibration(tokenizer, learned_from, config)
     batches = cut(tokenizer, measured_on, config, config.windows)
-    moments = jc.collect_moments(model, params, inputs, select=KERNELS)
+    moments = jc.collect_moments(model, params, inputs, where=KERNELS)
     scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
 
     @functools.cache
@@ -226,7 +228,7 @@ def stored(model: Any, params: Any, small: Any, tokenizer: Any) -> dict[str, Any
     """Sizes of the file of a compressed model, once it came back bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
-        jc.models.save_model(path, model, small, tokenizer)
+        jc.models.save(path, model, small, tokenizer)
         loaded = jc.models.load(path)[1]
         if not same_bits(small, loaded):
             raise ValueError("the file did not come back bit for bit")

@@ -23,7 +23,7 @@ from command import commit, parse
 import jaxcompress as jc
 from jaxcompress import reporting
 from jaxcompress.evaluation import Apply, windows
-from jaxcompress.running.decode_once import decoded
+from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tree.equality import same_bits
 
 EMBEDDING = (".*embedding", "symmetric(bits=8)")  # tied to the head: it matters most
@@ -103,12 +103,12 @@ def run(config: Config) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - clock
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
-            jc.models.save_model(path, model, coded, tokenizer, {"recipe": recipe})
+            jc.models.save(path, model, coded, tokenizer, {"recipe": recipe})
             loaded = jc.models.load(path)[1]
             if not same_bits(coded, loaded):
                 raise ValueError(f"{recipe}: the file did not come back bit for bit")
             size = reporting.measure(loaded, path)
-        ready = jax.jit(jc.materialize)(jc.models.stack_layers(decoded(loaded)))
+        ready = jax.jit(jc.materialize)(jc.models.stack_layers(decode_once(loaded)))
         for name in texts:
             report = jc.compare(
                 Apply(scanned), dense, ready, reporting.track(batches[name], name)

@@ -25,7 +25,7 @@ from train_reference import make_model
 from jaxcompress import tokenization
 from jaxcompress.coding import code_floats
 from jaxcompress.models.assembly import parameter_shapes
-from jaxcompress.models.saved import load_saved, save_model
+from jaxcompress.models.saved import load_saved, save
 from jaxcompress.tree.compress import compress
 from jaxcompress.tree.leaf import materialize, nbytes
 
@@ -61,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     target.mkdir(parents=True, exist_ok=True)
     path = target / "reference.safetensors"
-    save_model(path, model, coded, tokenizer, metadata)
+    save(path, model, coded, tokenizer, metadata)
     shutil.copyfile(source / "heldout.txt", target / "heldout.txt")
     _, read, _ = load_saved(path)
     jax.tree.map(np.testing.assert_array_equal, materialize(read), rounded)

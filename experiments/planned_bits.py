@@ -74,7 +74,7 @@ def measured(
         params,
         sizes=(config.noise,),
         moments=moments,
-        pattern=KERNELS,
+        where=KERNELS,
         key=jax.random.key(0),
         progress=lambda names: reporting.track(names, "measuring", unit="leaves"),
     )
@@ -110,7 +110,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.method == "gptq" or config.curvatures:
         size = 64 if config.fast else 512
         seen = ids[: config.calibration * size].reshape(-1, 2, size)
-        moments = jc.collect_moments(model, params, list(seen), select=KERNELS)
+        moments = jc.collect_moments(model, params, list(seen), where=KERNELS)
     clock = time.process_time()
     if config.curvatures:
         sensitivities = None
@@ -130,13 +130,13 @@ def run(config: Config) -> list[dict[str, Any]]:
         budget = jc.nbytes(list(kernels.values()))
         weights = sum(x.size for x in kernels.values())
         clock = time.process_time()
-        planned = jc.plan_bits(
+        planned = jc.planning.plan_bits(
             params,
-            budget=budget,
+            nbytes=budget,
             sensitivities=sensitivities,
             candidates=candidates,
             moments=moments,
-            pattern=KERNELS,
+            where=KERNELS,
             progress=lambda names: reporting.track(names, "planning", unit="leaves"),
         )
         planning = time.process_time() - clock

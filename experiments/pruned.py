@@ -78,7 +78,7 @@ def curved(model: Any, params: Any, ids: Any, moments: Any, pattern: str) -> Any
         params,
         [{"tokens": short}],
         moments,
-        pattern=pattern,
+        where=pattern,
         key=jax.random.key(0),
     )
 
@@ -190,9 +190,9 @@ def _measure(
     learned_from, measured_on = texts(config)
     inputs = calibration(tokenizer, learned_from, config)
     batches = cut(tokenizer, measured_on, config, config.windows)
-    moments = jc.collect_moments(model, params, inputs, select=config.kernels)
+    moments = jc.collect_moments(model, params, inputs, where=config.kernels)
     heldout = jc.collect_moments(
-        model, params, [batch["tokens"] for batch in batches], select=config.kernels
+        model, params, [batch["tokens"] for batch in batches], where=config.kernels
     )
     scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
     rows = []

@@ -54,8 +54,10 @@ def train(
 ) -> tuple[Any, float]:
     """The tree after training towards the dense model; processor seconds."""
     side = not any(
-        isinstance(x, jc.Latent)
-        for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jc.Latent))
+        isinstance(x, jc.FakeQuantized)
+        for x in jax.tree.leaves(
+            tree, is_leaf=lambda x: isinstance(x, jc.FakeQuantized)
+        )
     )
     trainable, frozen = jc.partition(tree, SIDE if side else LAYERS)
     stored = jax.tree.map(lambda x: x.dtype, trainable)
@@ -98,7 +100,7 @@ def train(
     jax.block_until_ready(trainable)
     seconds = time.process_time() - clock
     trainable = jax.tree.map(lambda x, dtype: x.astype(dtype), trainable, stored)
-    return jc.settle(jc.combine(trainable, frozen)), seconds
+    return jc.qat.convert(jc.combine(trainable, frozen)), seconds
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -115,8 +117,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         ids, 256, 4, token_bytes=tokenizer.token_bytes(ids), limit=config.windows
     )
     seen = tokens[: config.calibration * 256].reshape(-1, 4, 256)
-    moments = jc.collect_moments(model, params, list(seen), select=KERNELS)
-    layout = jc.layout(model, params, heldout[0]["tokens"])
+    moments = jc.collect_moments(model, params, list(seen), where=KERNELS)
+    layout = jc.find_layouts(model, params, heldout[0]["tokens"])
     rows: list[dict[str, Any]] = []
 
     def add(name: str, small: Any, seconds: float) -> Any:
@@ -153,12 +155,12 @@ def run(config: Config) -> list[dict[str, Any]]:
         f"learned({options}, grid='asymmetric', steps=40)",
     ):
         clock = time.process_time()
-        best = jc.compress(params, [(KERNELS, name)], moments, layout=layout)
+        best = jc.compress(params, [(KERNELS, name)], moments, layouts=layout)
         jax.block_until_ready(best)
         add(name, best, time.process_time() - clock)
     side, seconds = train(apply_fn, params, best, tokens, config)
     add("learned, then scales and norms trained", side, seconds)
-    latent = jc.straight_through(lambda _: best)(params)
+    latent = jc.qat.prepare(lambda _: best)(params)
     whole, seconds = train(apply_fn, params, latent, tokens, config)
     add("learned, then weights and steps trained through rounding", whole, seconds)
     return [row | about() for row in rows]

@@ -27,7 +27,7 @@ from command import about, parse, rows_of
 import jaxcompress as jc
 from jaxcompress import distillation, reporting
 from jaxcompress.evaluation import Apply
-from jaxcompress.running.decode_once import decoded, recoded
+from jaxcompress.running.decode_once import code_again, decode_once
 from jaxcompress.tree.equality import same_bits
 
 KERNELS = r".*layer.*kernel"
@@ -90,7 +90,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     moments = calibrated.one_shot(shared, model, params, calibration)
     plain = stack(moments)
     measuring = {"moments_seconds": time.perf_counter() - clock}
-    layout = jc.layout(scanned, dense, calibration[0][:1])
+    layout = jc.find_layouts(scanned, dense, calibration[0][:1])
     pattern = KERNELS if config.embedding >= 0 else None
     measured, clock = plain, time.perf_counter()
     if "planned" in config.variants or "by leaf" in config.variants:
@@ -134,12 +134,12 @@ def run(config: Config) -> list[dict[str, Any]]:
             if latest is None or latest[0] != (base, rate):
                 latest = None
                 if planned:
-                    recipe = jc.plan_rates(
+                    recipe = jc.planning.plan_rates(
                         tree,
                         known_of,
-                        rate=rate,
-                        layout=None if looped else layout,
-                        pattern=pattern,
+                        bits_per_weight=rate,
+                        layouts=None if looped else layout,
+                        where=pattern,
                         states=config.states,
                     )
                 if config.embedding > 0:
@@ -161,7 +161,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                         tree,
                         recipe,
                         known_of,
-                        layout=None if looped else layout,
+                        layouts=None if looped else layout,
                         progress=lambda names: reporting.track(names, "compressing"),
                     )
                 took = time.perf_counter() - clock, time.process_time() - processor
@@ -179,9 +179,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             }
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "small.safetensors"
-                jc.models.save_model(
-                    path, model if looped else scanned, small, tokenizer, {}
-                )
+                jc.models.save(path, model if looped else scanned, small, tokenizer, {})
                 clock = time.perf_counter()
                 loaded = jc.models.load(path)[1]
                 took["load_seconds"] = time.perf_counter() - clock
@@ -281,7 +279,7 @@ def with_curvatures(
         dense,
         [{"tokens": ids}],
         moments,
-        layout=layout,
+        layouts=layout,
         joint=joint,
         key=jax.random.key(0),
         progress=lambda rows: reporting.track(rows, "curvatures"),
@@ -329,7 +327,7 @@ def tuned(
     optimizer = jc.optimizers.by_name([(SIDE, optimizer), (".*", None)])
     windows = np.concatenate(calibration)
     mask = np.arange(windows.shape[1])[None] > 0
-    start = decoded(small)
+    start = decode_once(small)
     state = distillation.train(
         jc.make_train_step(
             distillation.soft_labels(Apply(model), Apply(model), dense), optimizer
@@ -341,7 +339,7 @@ def tuned(
         steps=config.tuning,
         report=lambda number, metrics: print(number, metrics["loss"], flush=True),
     )
-    return recoded(distillation.cast_like(state.params, start), small)
+    return code_again(distillation.cast_like(state.params, start), small)
 
 
 def keep(config: Config, rows: list[dict[str, Any]]) -> None:

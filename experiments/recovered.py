@@ -117,7 +117,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     learned_from, measured_on = pruned.texts(config)
     inputs = pruned.calibration(tokenizer, learned_from, config)
     batches = pruned.cut(tokenizer, measured_on, config, config.windows)
-    layout = jc.layout(model, dense, inputs[0])
+    layout = jc.find_layouts(model, dense, inputs[0])
     windows = training_tokens(tokenizer, config)
     windows = windows.reshape(-1, config.batch, config.tokens)
     rows = []
@@ -138,19 +138,19 @@ def run(config: Config) -> list[dict[str, Any]]:
         params, before = dense, None
         if method == "gradual":
             schedule = cubic_sparsity(sparsities[-1], stop=config.steps * 7 // 10)
-            scores = functools.partial(jc.magnitude_scores, names=KERNELS)
-            last = gradual_pruning(scores, schedule, every=5, layout=layout)
+            scores = functools.partial(jc.masks.magnitude_scores, where=KERNELS)
+            last = gradual_pruning(scores, schedule, every=5, layouts=layout)
             params = train(model, params, dense, adam(len(windows), last), windows)
         else:
             moments = None
             if method == "alps":
-                moments = jc.collect_moments(model, dense, inputs, select=KERNELS)
+                moments = jc.collect_moments(model, dense, inputs, where=KERNELS)
             for sparsity, part in zip(
                 sparsities, np.array_split(windows, len(sparsities)), strict=True
             ):
                 rules = [(KERNELS, f"{method}(sparsity={sparsity})")]
-                small = jc.compress(params, rules, moments, layout=layout)
-                masks = jc.masks_of(small)
+                small = jc.compress(params, rules, moments, layouts=layout)
+                masks = jc.masks.of(small)
                 params = jax.jit(jc.materialize)(small)
                 before = before or compare(params)
                 last = keep_masked_zero(masks)

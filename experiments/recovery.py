@@ -36,7 +36,7 @@ from nearest import docstrings
 import jaxcompress as jc
 from jaxcompress import distillation, models, reporting
 from jaxcompress.evaluation import Apply
-from jaxcompress.running.decode_once import decoded, recoded
+from jaxcompress.running.decode_once import code_again, decode_once
 
 KERNELS = pruned.KERNELS
 READERS = r"layer_\d+/mlp/down_proj/kernel"
@@ -77,18 +77,20 @@ def start_of(
     """The model, its compressed parameters, and the recipe, of least divergence."""
     if kind == "four fifths of the neurons":
         groups = models.neuron_groups(model)
-        scores = jc.score_units(moments, groups, params=params)
-        keep = jc.choose_units(scores, 0.2, scope="group")
-        small = jc.remove_units(params, groups, keep, moments)
+        scores = jc.structured.score_units(moments, groups, params=params)
+        keep = jc.structured.choose_units(scores, 0.2, scope="group")
+        small = jc.structured.remove_units(params, groups, keep, moments)
         return models.resized(model, small), small, "remove_units, by loss"
     if kind in ("rank", "2 bits coded"):
         curved = pruned.curved(model, params, seen, moments, KERNELS)
     if kind == "2 bits coded":
-        plan = jc.plan_rates(params, curved, rate=2.25, pattern=KERNELS)
+        plan = jc.planning.plan_rates(
+            params, curved, bits_per_weight=2.25, where=KERNELS
+        )
         return model, jc.compress(params, plan, curved), "plan_rates(rate=2.25)"
     if kind == "rank":
-        options = {"moments": curved, "pattern": KERNELS}
-        plan = jc.plan_ranks(params, budget=0.8, **options)
+        options = {"moments": curved, "where": KERNELS}
+        plan = jc.planning.plan_ranks(params, fraction=0.8, **options)
         return model, jc.compress(params, plan, curved), "plan_ranks, curvatures"
     found = []
     for method in STARTS[kind]:
@@ -159,17 +161,17 @@ def run(config: Config) -> list[dict[str, Any]]:
         kind, way = row.rsplit(", ", 1)
         if kind not in made:
             select = READERS if "neurons" in kind else KERNELS
-            moments = jc.collect_moments(model, params, seen, select=select)
+            moments = jc.collect_moments(model, params, seen, where=select)
             less, small, recipe = start_of(kind, model, params, moments, seen, measure)
             reports = measure(less, small), measure(less, small, other)
             made = {kind: (less, small, recipe, *reports)}
         less, start, recipe, before, before_other = made[kind]
         tree = start
         if way == "all" and kind == "2 bits":
-            tree = jc.straight_through(lambda _, small=start: small)(stacked)
+            tree = jc.qat.prepare(lambda _, small=start: small)(stacked)
         coded = kind == "2 bits coded"
         if coded:
-            tree = decoded(start)
+            tree = decode_once(start)
         optimizer = optimizer_of(f"coded {way}" if coded else way, config)
         loss = distillation.soft_labels(Apply(less), teach, stacked)
         clock = time.process_time()
@@ -194,8 +196,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             ),
         )
         seconds = time.process_time() - clock
-        small = jc.settle(distillation.cast_like(state.params, tree))
-        small = recoded(small, start) if coded else small
+        small = jc.qat.convert(distillation.cast_like(state.params, tree))
+        small = code_again(small, start) if coded else small
         after, after_other = measure(less, small), measure(less, small, other)
         back = (before.kl - after.kl) / before.kl
         rows.append(

@@ -25,7 +25,7 @@ from command import about, parse, rows_of
 import jaxcompress as jc
 from jaxcompress import models, reporting
 from jaxcompress.evaluation import Apply
-from jaxcompress.running.decode_once import decoded
+from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tree.equality import same_bits
 
 KERNELS = pruned.KERNELS
@@ -40,13 +40,13 @@ DISK = (
     [[(KERNELS, "alps(sparsity=0.5)")]],
     [[(KERNELS, "alps(sparsity=0.5)")], [(VALUES, "symmetric(bits=8, block=64)")]],
     [[(KERNELS, "alps(sparsity=0.5)")], [(VALUES, "symmetric(bits=4, block=64)")]],
-    [[(KERNELS, "alps(pattern='2:4')")], [(VALUES, "symmetric(bits=4, block=64)")]],
+    [[(KERNELS, "alps(nm='2:4')")], [(VALUES, "symmetric(bits=4, block=64)")]],
     [[(KERNELS, "alps(sparsity=0.7)")], [(VALUES, "symmetric(bits=4, block=64)")]],
 )
 PATTERNS = {
     "unstructured": "magnitude(sparsity=0.5)",
-    "2:4": "magnitude(pattern='2:4')",
-    "blocks of 16x16": "magnitude(sparsity=0.5, pattern='16x16')",
+    "2:4": "magnitude(nm='2:4')",
+    "blocks of 16x16": "magnitude(sparsity=0.5, nm='16x16')",
 }
 
 
@@ -82,19 +82,19 @@ def run(config: Config) -> list[dict[str, Any]]:
         if recipe in held:
             continue
         if moments is None:
-            moments = jc.collect_moments(model, params, inputs, select=KERNELS)
+            moments = jc.collect_moments(model, params, inputs, where=KERNELS)
         first, *others = stages
         small = jc.compress(
             params, jc.chain([EMBEDDING, *first], *others, *CODED), moments
         )
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "small.safetensors"
-            models.save_model(file, model, small, tokenizer)
+            models.save(file, model, small, tokenizer)
             loaded = models.load(file)[1]
             if not same_bits(small, loaded):
                 raise ValueError(f"{recipe}: the file did not come back bit for bit")
             size = reporting.measure(loaded, file)
-        ready = jax.jit(jc.materialize)(models.stack_layers(decoded(loaded)))
+        ready = jax.jit(jc.materialize)(models.stack_layers(decode_once(loaded)))
         report = jc.compare(Apply(scanned), dense, ready, batches)
         add(
             {
@@ -117,7 +117,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         groups = models.neuron_groups(model) | models.head_groups(model)
         sizes = {"mlp": model.mlp_width // 2, "attention": model.kv_heads // 2}
         keep = {label: range(sizes[label.split("/")[1]]) for label in groups}
-        less = jc.remove_units(params, groups, keep)
+        less = jc.structured.remove_units(params, groups, keep)
         names.append("structured")
         runs.append((models.resized(model, less), less))
         tokens = batches[0]["tokens"]

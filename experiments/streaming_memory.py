@@ -81,17 +81,17 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
         key = jax.random.key(config.seed)
         params = jax.eval_shape(model.init, key, tokens)["params"]
-        layout = jc.layout(model, params, {"tokens": tokens})
+        layout = jc.find_layouts(model, params, {"tokens": tokens})
 
         def shrink(params: Any, layout: Any = layout) -> Any:
-            return jc.compress(params, config.recipe, layout=layout)
+            return jc.compress(params, config.recipe, layouts=layout)
 
         small = jax.eval_shape(shrink, params)
         largest = max(x.size for x in jax.tree.leaves(params["embed"]))
         for way, held, context in (
             ("float32", params, contextlib.nullcontext),
             ("compressed", small, contextlib.nullcontext),
-            ("streaming", small, jc.streaming),
+            ("streaming", small, jc.low_memory),
         ):
             rows.append(
                 {

@@ -112,12 +112,12 @@ def run(config: Config) -> list[dict[str, Any]]:
         if not todo:
             continue
         if moments is None:
-            moments = jc.collect_moments(model, params, inputs, select=READERS)
-        scores = jc.score_units(moments, groups, params=params, by=config.by)
+            moments = jc.collect_moments(model, params, inputs, where=READERS)
+        scores = jc.structured.score_units(moments, groups, params=params, by=config.by)
         for fraction, made_up in todo:
-            keep = jc.choose_units(scores, fraction, scope=scope)
+            keep = jc.structured.choose_units(scores, fraction, scope=scope)
             known = moments if made_up else None
-            small = jc.remove_units(params, groups, keep, known)
+            small = jc.structured.remove_units(params, groups, keep, known)
             less = models.resized(model, small)
             measure(kind, fraction, small, less, by=config.by, made_up=made_up)
     scanned, stacked = model.clone(scan=True), models.stack_layers(params)
@@ -127,8 +127,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             continue
         scores = models.layer_influence(scanned, stacked, inputs)
         groups = models.layer_groups(scanned)
-        keep = {"layers": jc.choose_units(scores, fraction)}
-        small = models.unstack_layers(jc.remove_units(stacked, groups, keep))
+        keep = {"layers": jc.structured.choose_units(scores, fraction)}
+        small = models.unstack_layers(jc.structured.remove_units(stacked, groups, keep))
         less = models.resized(model, small)
         measure("layers", fraction, small, less, by="influence", made_up=False)
     return rows

@@ -150,7 +150,7 @@ def measure(
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        jc.models.save_model(path, model, half, tokenizer)
+        jc.models.save(path, model, half, tokenizer)
         file_bytes = path.stat().st_size
     found: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,

@@ -135,7 +135,7 @@ def train_one(
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
-        jc.models.save_model(path, model, small, tokenizer)
+        jc.models.save(path, model, small, tokenizer)
         file_bytes = path.stat().st_size
     seen = steps * config.tokens_per_step
     per_token = len("".join(train).encode()) / len(tokens)

@@ -1,95 +1,88 @@
 """Pure functions that make Flax language models small, and exact again."""
 
-__version__ = "0.1.0"
+import importlib
+from typing import Any
 
-from jaxcompress import distillation
-from jaxcompress import models
-from jaxcompress.training import optimizers
-from jaxcompress import tokenization
-from jaxcompress.calibration.blockwise import compress_blockwise
-from jaxcompress.calibration.collect import collect_moments
-from jaxcompress.calibration.moments import Moments
-from jaxcompress.calibration.moments import moments_from_covariance
-from jaxcompress.training.steps import make_train_step
-from jaxcompress.coding.floats.code_floats import CodedFloats
-from jaxcompress.coding.floats.code_floats import code_floats
-from jaxcompress.coding.integers.leaf import Coded
-from jaxcompress.coding.integers.leaf import entropy_code
-from jaxcompress.coding.packing import Packed
-from jaxcompress.coding.packing import pack
-from jaxcompress.evaluation import compare
-from jaxcompress.evaluation import evaluate
-from jaxcompress.factorization.corrections import corrected
-from jaxcompress.factorization.cp import CP
-from jaxcompress.factorization.cp import cp
-from jaxcompress.factorization.low_rank import LowRank
-from jaxcompress.planning.ranks import plan_ranks
-from jaxcompress.factorization.svd import svd
-from jaxcompress.factorization.tucker import Tucker
-from jaxcompress.factorization.tucker import tucker
-from jaxcompress.planning.bits import measure_sensitivities
-from jaxcompress.planning.bits import plan_bits
-from jaxcompress.pruning.groups import Group
-from jaxcompress.pruning.groups import choose_units
-from jaxcompress.pruning.masks import apply_masks
-from jaxcompress.pruning.masks import make_masks
-from jaxcompress.pruning.masks import masks_of
-from jaxcompress.pruning.outliers import outliers
-from jaxcompress.pruning.reconstruction import alps
-from jaxcompress.pruning.reconstruction import sparsegpt
-from jaxcompress.pruning.scores import magnitude
-from jaxcompress.pruning.scores import magnitude_scores
-from jaxcompress.pruning.scores import taylor_scores
-from jaxcompress.pruning.scores import wanda
-from jaxcompress.pruning.scores import wanda_scores
-from jaxcompress.pruning.sparse import Sparse
-from jaxcompress.pruning.structured import remove_units
-from jaxcompress.pruning.unit_scores import score_units
-from jaxcompress.quantization.awq import Scaled
-from jaxcompress.quantization.awq import awq
-from jaxcompress.quantization.number_formats import fp8
-from jaxcompress.quantization.number_formats import mxfp4
-from jaxcompress.quantization.number_formats import nf4
-from jaxcompress.quantization.number_formats import nvfp4
-from jaxcompress.quantization.grids import Quantized
-from jaxcompress.quantization.hqq import hqq
-from jaxcompress.training.qat_leaf import Latent
-from jaxcompress.quantization.learned import learned
-from jaxcompress.quantization.mixed import mixed_channels
-from jaxcompress.quantization.nearest import asymmetric
-from jaxcompress.quantization.nearest import sign_split
-from jaxcompress.quantization.nearest import symmetric
-from jaxcompress.coding.levels.leaf import CodedLevels
-from jaxcompress.coding.levels.leaf import RateCoded
-from jaxcompress.quantization.rate_distortion import rate_distortion
-from jaxcompress.quantization.gptq import gptq
-from jaxcompress.planning.rates import measure_curvatures
-from jaxcompress.planning.rates import plan_rates
-from jaxcompress.running.compressed_matmul import fast
-from jaxcompress.running.low_memory import streaming
-from jaxcompress.storage.checkpoint import load
-from jaxcompress.storage.checkpoint import open
-from jaxcompress.storage.checkpoint import save
-from jaxcompress.storage.checkpoint import verify
-from jaxcompress.storage.tree_json import FileDamaged
-from jaxcompress.storage.orbax import restore_orbax
-from jaxcompress.storage.orbax import save_orbax
-from jaxcompress.training.qat import settle
-from jaxcompress.training.qat import straight_through
-from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaf import Leaf
-from jaxcompress.tree.leaf import Mixed
-from jaxcompress.tree.leaf import Reshaped
-from jaxcompress.tree.leaf import Sum
-from jaxcompress.tree.leaf import leaf
-from jaxcompress.tree.leaf import materialize
-from jaxcompress.tree.leaf import nbytes
-from jaxcompress.tree.leaf import static
-from jaxcompress.tree.methods import method
-from jaxcompress.tree.paths import combine
-from jaxcompress.tree.paths import leaf_names
-from jaxcompress.tree.paths import partition
-from jaxcompress.tree.compress import LeafReport
-from jaxcompress.tree.compress import chain
-from jaxcompress.tree.compress import compress
-from jaxcompress.tracing.layouts import layout
+__version__ = "0.2.0"
+
+# Public names by the module that defines them. They are imported when first used, so
+# that importing the package stays light.
+_NAMES = {
+    "calibration.blockwise": "compress_blockwise",
+    "calibration.collect": "collect_moments",
+    "calibration.curvatures": "measure_curvatures",
+    "calibration.moments": "Moments moments_from_covariance",
+    "calibration.sensitivities": "measure_sensitivities",
+    "coding.floats.code_floats": "CodedFloats code_floats",
+    "coding.floats.leaf": "CodedWords",
+    "coding.integers.leaf": "Coded entropy_code",
+    "coding.levels.leaf": "CodedLevels RateCoded",
+    "coding.packing": "Packed pack_bits",
+    "evaluation": "compare evaluate",
+    "factorization.corrections": "corrected",
+    "factorization.cp": "CP cp",
+    "factorization.low_rank": "LowRank",
+    "factorization.svd": "svd",
+    "factorization.tucker": "Tucker tucker",
+    "pruning.outliers": "outliers",
+    "pruning.reconstruction": "alps sparsegpt",
+    "pruning.scores": "magnitude wanda",
+    "pruning.sparse": "Sparse",
+    "quantization.awq": "Scaled awq",
+    "quantization.gptq": "gptq",
+    "quantization.grids": "Quantized",
+    "quantization.hqq": "hqq",
+    "quantization.learned": "learned",
+    "quantization.mixed": "mixed_channels",
+    "quantization.nearest": "asymmetric sign_split symmetric",
+    "quantization.number_formats": "fp8 mxfp4 nf4 nvfp4",
+    "quantization.rate_distortion": "rate_distortion",
+    "reporting.leaves": "explain report",
+    "reporting.versions": "show_versions",
+    "running.compressed_matmul": "compressed_matmul",
+    "running.low_memory": "low_memory",
+    "storage.checkpoint": "load open_checkpoint save verify",
+    "storage.orbax": "restore_orbax save_orbax",
+    "storage.tree_json": "FileDamaged",
+    "tracing.layouts": "find_layouts",
+    "training.qat_leaf": "FakeQuantized",
+    "training.steps": "make_train_step",
+    "tree.compress": "chain compress",
+    "tree.layouts": "Layout",
+    "tree.leaf": "Leaf Mixed Reshaped Sum leaf materialize nbytes static",
+    "tree.methods": "method",
+    "tree.paths": "combine leaf_names partition",
+    "tree.record": "LeafReport",
+}
+_MODULES = {
+    "distillation": "distillation",
+    "evaluation": "evaluation",
+    "masks": "pruning.masks",
+    "models": "models",
+    "optimizers": "training.optimizers",
+    "planning": "planning",
+    "qat": "training.qat",
+    "storage": "storage",
+    "structured": "pruning.structured",
+    "tokenization": "tokenization",
+    "training": "training",
+    "tree": "tree",
+}
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+
+__all__ = sorted([*_HOMES, *_MODULES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        found = importlib.import_module(f"jaxcompress.{_MODULES[name]}")
+    elif name in _HOMES:
+        found = getattr(importlib.import_module(f"jaxcompress.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'jaxcompress' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -27,15 +27,15 @@ METHODS = [
     "fp8(kind='e5m2')",
     "mxfp4(search=True)",
     "nvfp4()",
-    "mixed_channels(bits=3, keep=4, kept_bits=8, block=16)",
+    "mixed_channels(bits=3, channels=4, fine_bits=8, block=16)",
     "sign_split(bits=(3, 3)) > entropy_code()",
     "rate_distortion(rate=3, states=8)",
     "rate_distortion(rate=3, states=0, order='natural')",
-    "outliers(keep=0.02)",
+    "outliers(fraction=0.02)",
     "svd(rank=40)",
     "corrected(base='symmetric(bits=3, block=16)', rank=8)",
     "tucker(ranks=(48, 8, 10), sizes=(64, 8, 12), sweeps=2)",
-    "magnitude(pattern='2:4')",
+    "magnitude(nm='2:4')",
     "magnitude(threshold=0.02)",
     "magnitude(sparsity=0.25) > symmetric(bits=4, block=16) > entropy_code()",
     "code_floats()",
@@ -94,7 +94,7 @@ def parameters(scanned=False, dtype="float32"):
 
 def apply(method, params, scanned=False):
     recipe = jc.chain(*(stage.strip() for stage in method.split(">")))
-    return jc.compress(params, recipe, layout=SCANNED if scanned else None)
+    return jc.compress(params, recipe, layouts=SCANNED if scanned else None)
 
 
 @functools.cache

@@ -22,14 +22,14 @@ SECOND = {  # methods that read moments, with a kernel of 64 inputs
     "gptq(bits=4, block=16)",
     "sparsegpt(sparsity=0.5)",
     "alps(sparsity=0.5)",
-    "wanda(pattern='2:4')",
+    "wanda(nm='2:4')",
     "svd(rank=8)",
     "svd(rank=8, randomized=True)",
     "tucker(ranks=(8, 8, 4), sizes=(64, 8, 12), sweeps=1)",
     "cp(rank=4, sizes=(64, 8, 12), sweeps=2)",
     "corrected(base='gptq(bits=3, block=16)', rank=4)",
     "learned(bits=3, block=16, steps=2)",
-    "mixed_channels(bits=3, keep=4, score='second_order')",
+    "mixed_channels(bits=3, channels=4, score='second_order')",
 }
 
 
@@ -80,11 +80,11 @@ def test_fast_and_streaming_runs(kind):
     for recipe, activations, integers in recipes:
         rules = [(".*(kernel|embedding)", recipe)]
         abstract = jax.eval_shape(
-            lambda p, rules=rules: jc.compress(p, rules, layout=layouts(p)), params
+            lambda p, rules=rules: jc.compress(p, rules, layouts=layouts(p)), params
         )
 
         def run(params, tokens, activations=activations):
-            with jc.fast(activations=activations):
+            with jc.compressed_matmul(activations=activations):
                 return model.apply({"params": params}, tokens)
 
         text = lowered(run, abstract, TOKENS)
@@ -93,7 +93,7 @@ def test_fast_and_streaming_runs(kind):
         assert found == integers, recipe
 
         def stream(params, tokens):
-            with jc.streaming():
+            with jc.low_memory():
                 return model.apply({"params": params}, tokens)
 
         assert "optimization_barrier" in lowered(stream, abstract, TOKENS)
@@ -117,11 +117,11 @@ def test_fast_convolutions():
     ):
         rules = [(".*kernel", method)]
         small = jax.eval_shape(
-            lambda p, rules=rules: jc.compress(p, rules, layout=kinds), params
+            lambda p, rules=rules: jc.compress(p, rules, layouts=kinds), params
         )
 
         def run(params, x):
-            with jc.fast():
+            with jc.compressed_matmul():
                 return model.apply({"params": params}, x)
 
         lowered(run, small, x)
@@ -130,13 +130,13 @@ def test_fast_convolutions():
 def test_a_step_of_training_and_of_evaluation():
     model, params = language("scan")
     rules = [(".*(kernel|embedding)", "symmetric(bits=4)")]
-    small = jc.compress(params, rules, layout=layouts(params))
+    small = jc.compress(params, rules, layouts=layouts(params))
     trainable, frozen = jc.partition(small)
     optimizer = optax.adamw(1e-3)
 
     def step(trainable, state, frozen, tokens):
         def loss(trainable):
-            with jc.fast(activations="int8"):
+            with jc.compressed_matmul(activations="int8"):
                 small = jc.combine(trainable, frozen)
                 logits = model.apply({"params": small}, tokens)
             targets = jnp.roll(tokens, -1)
@@ -166,12 +166,12 @@ def test_decoding_steps_of_the_packaged_architecture():
     )
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    kinds = jc.layout(model, params, {"tokens": tokens})
+    kinds = jc.find_layouts(model, params, {"tokens": tokens})
     rules = [(".*(kernel|embedding)", "symmetric(bits=8)")]
-    small = jax.eval_shape(lambda p: jc.compress(p, rules, layout=kinds), params)
+    small = jax.eval_shape(lambda p: jc.compress(p, rules, layouts=kinds), params)
 
     def step(params, tokens, cache):
-        with jc.fast(activations="int8"):
+        with jc.compressed_matmul(activations="int8"):
             return model.apply({"params": params}, tokens, cache=cache)
 
     lowered(step, small, tokens, jax.eval_shape(lambda: model.init_cache(1, 8)))

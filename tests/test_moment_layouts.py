@@ -16,7 +16,7 @@ from jaxcompress.calibration.moments import (
     moments_from_arrays,
     moments_to_arrays,
 )
-from jaxcompress.pruning import wanda_scores
+from jaxcompress.pruning.masks import wanda_scores
 from jaxcompress.tree.layouts import DENSE, ROWS, Layout, leading, trailing
 
 SIZE = 64
@@ -71,7 +71,7 @@ def output_error(params):
 def test_a_square_kernel_is_compressed_along_the_axes_of_its_moments(moments, recipe):
     assert moments["kernel"].layout == BACKWARDS
     wrong = {"kernel": dataclasses.replace(moments["kernel"], layout=None)}
-    told = jc.compress(PARAMS, recipe, wrong, layout={"kernel": TRANSPOSED})
+    told = jc.compress(PARAMS, recipe, wrong, layouts={"kernel": TRANSPOSED})
     seen = jc.compress(PARAMS, recipe, moments)
     np.testing.assert_array_equal(
         jc.materialize(told)["kernel"], jc.materialize(seen)["kernel"]
@@ -82,8 +82,8 @@ def test_a_square_kernel_is_compressed_along_the_axes_of_its_moments(moments, re
 
 def test_a_layout_that_contradicts_the_moments_is_refused(moments):
     with pytest.raises(ValueError, match=r"kernel: the layout given is .*\(0,\).*\(1,"):
-        jc.compress(PARAMS, "wanda(sparsity=0.5)", moments, layout={"kernel": DENSE})
-    jc.compress(PARAMS, "wanda(sparsity=0.5)", moments, layout={"kernel": TRANSPOSED})
+        jc.compress(PARAMS, "wanda(sparsity=0.5)", moments, layouts={"kernel": DENSE})
+    jc.compress(PARAMS, "wanda(sparsity=0.5)", moments, layouts={"kernel": TRANSPOSED})
 
 
 def test_a_leaf_compressed_along_other_axes_is_refused(moments):
@@ -105,8 +105,8 @@ def test_scores_and_plans_go_by_the_moments(moments):
     )
     plain = {"kernel": dataclasses.replace(moments["kernel"], layout=None)}
     for plan in (
-        lambda m, **o: jc.plan_ranks(PARAMS, budget=0.5, moments=m, **o),
-        lambda m, **o: jc.plan_rates(PARAMS, m, rate=3.0, **o),
+        lambda m, **o: jc.planning.plan_ranks(PARAMS, fraction=0.5, moments=m, **o),
+        lambda m, **o: jc.planning.plan_rates(PARAMS, m, bits_per_weight=3.0, **o),
     ):
         assert plan(moments) == plan(plain, layout={"kernel": TRANSPOSED})
         with pytest.raises(ValueError, match="kernel: the layout given"):
@@ -153,9 +153,9 @@ def test_a_stack_needs_no_layout_and_its_slices_keep_it():
     (name,) = known
     assert known[name].layout == BACKWARDS and known[name].count.shape == (2,)
     small = jc.compress(params, "wanda(sparsity=0.5)", known)
-    layout = jc.layout(model, params, X)
+    layout = jc.find_layouts(model, params, X)
     assert leading(known[name].layout, 3) == layout[name]
-    again = jc.compress(params, "wanda(sparsity=0.5)", known, layout=layout)
+    again = jc.compress(params, "wanda(sparsity=0.5)", known, layouts=layout)
     for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
     one = {"kernel": jax.tree.map(lambda x: x[1], known[name])}

@@ -2,14 +2,14 @@
 
 import dataclasses
 import os
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import Progress, TimeElapsedColumn
 
 from jaxcompress.calibration.activations import Streams, Values, streams
 from jaxcompress.calibration.checkpoints import (
@@ -21,7 +21,6 @@ from jaxcompress.calibration.checkpoints import (
     reports_of,
 )
 from jaxcompress.calibration.collect import check_finite, warn_few
-from jaxcompress.calibration.error_feedback import output_error
 from jaxcompress.calibration.lazy_params import Source, source_of
 from jaxcompress.calibration.moments import (
     Moments,
@@ -29,11 +28,13 @@ from jaxcompress.calibration.moments import (
     by_input,
     partly_drifted,
 )
+from jaxcompress.progress import clock, each_item
 from jaxcompress.tracing.blocks import Segment
 from jaxcompress.tree.compress import chain, choose, compress
 from jaxcompress.tree.layouts import Layout, choose_layout
 from jaxcompress.tree.leaf import materialize
 from jaxcompress.tree.paths import entries
+from jaxcompress.tree.record import LeafReport, output_error
 
 CURVATURES = "curvatures", "joint_curvatures"
 BLOCKS = r"(.*/)?(layers?|blocks?|h)([_/]?\d+)?"
@@ -49,8 +50,8 @@ def compress_blockwise(
     blocks: str = BLOCKS,
     drift: float = 0.0,
     store: str | os.PathLike | None = None,
-    report: bool = False,
-    progress: bool = False,
+    record: list[LeafReport] | None = None,
+    progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
 ) -> Any:
     """`compress` with the moments that each block meets behind the compressed ones.
 
@@ -89,8 +90,9 @@ def compress_blockwise(
         Weights used in a loop inside a block need 0.
       store: a directory where each finished block is kept. A run that was killed goes
         on from there, to the same bytes; the run must be the same.
-      report: return `(params, [LeafReport, ...])` instead, with output errors.
-      progress: show a bar with the time that remains, and each block's errors.
+      record: a list that takes a `LeafReport` per leaf, with output errors.
+      progress: True prints each block's errors and the time left; or what wraps the
+        iterable of blocks, such as `tqdm.tqdm`.
 
     Warns as `collect_moments` where tokens are few.
 
@@ -146,29 +148,29 @@ def compress_blockwise(
                 store, digest(recipe, options, source.shapes, [*batches, curvatures])
             ),
         )
-        parts = list(_shown(job.run(), job.count, progress))
+        parts = _shown(job.run(), job.count, progress is True)
+        if callable(progress):
+            parts = each_item(parts, progress, label="compressing", total=job.count)
+        parts = list(parts)
         small = source.rebuild(joined(parts, source.fetch))
-    reports = [row for part in parts for row in reports_of(part)]
-    return (small, reports) if report else small
+    if record is not None:
+        record += [row for part in parts for row in reports_of(part)]
+    return small
 
 
 def _shown(parts: Iterator[Part], count: int, show: bool) -> Iterator[Part]:
     """Passes parts on; shows how far they are, their errors and the time left."""
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     start = time.monotonic()
-    with Progress(*columns, disable=not show) as bar:
-        task = bar.add_task("compressing", total=count)
-        for number, part in enumerate(parts, start=1):
-            errors = {r.name: r.output_error for r in part.reports if r.output_error}
-            left = (time.monotonic() - start) / number * (count - number)
-            line = f"{part.label} ({number} of {count}, {left:.0f} s left)"
-            if errors:
-                each = (f"{n.split('/', 1)[-1]} {e:.3f}" for n, e in errors.items())
-                line += ": output errors " + ", ".join(each)
-            if show:
-                bar.console.print(line, markup=False, highlight=False)
-            bar.update(task, advance=1, description=part.label)
-            yield part
+    for number, part in enumerate(parts, start=1):
+        errors = {r.name: r.output_error for r in part.reports if r.output_error}
+        left = (time.monotonic() - start) / number * (count - number)
+        line = f"{part.label} ({number} of {count}, {clock(left)} left)"
+        if errors:
+            each = (f"{n.split('/', 1)[-1]} {e:.3f}" for n, e in errors.items())
+            line += ": output errors " + ", ".join(each)
+        if show:
+            print(line, file=sys.stderr, flush=True)
+        yield part
 
 
 def _wanted(source: Source, recipe: Any) -> set[str]:
@@ -363,8 +365,9 @@ class _Job:
                 name, leaves[name].shape, layouts.get(name), self.seen.get(name)
             )
             moments[name] = dataclasses.replace(known, **fields)
-        small, rows = compress(
-            leaves, self.recipe, moments, layout=layouts, report=True, part=True
+        rows: list[LeafReport] = []
+        small = compress(
+            leaves, self.recipe, moments, layouts=layouts, record=rows, part=True
         )
         for i, row in enumerate(rows):
             old, new, known = leaves[row.name], small[row.name], moments.get(row.name)

@@ -49,7 +49,7 @@ class Store:
         """
         if self.directory is None or not (path := self._path(number)).exists():
             return None
-        with checkpoint.open(path) as file:
+        with checkpoint.open_checkpoint(path) as file:
             about = file.metadata
             if about.get("run") != self.digest:
                 raise ValueError(

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.progress import Progress, TimeElapsedColumn
 
 from jaxcompress.calibration.moments import Moments
+from jaxcompress.progress import each_item
 from jaxcompress.tracing.interpreter import Sums, trace_uses
 from jaxcompress.tracing.layouts import flat_weights, model_function
 from jaxcompress.tracing.uses import Use
@@ -30,8 +30,8 @@ def collect_moments(
     params: Params,
     batches: Iterable[Any],
     *,
-    select: Select = None,
-    progress: bool = False,
+    where: Select = None,
+    progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
 ) -> dict[str, Moments]:
     """The `Moments` of the inputs of each selected kernel, by the kernel's name.
 
@@ -52,10 +52,10 @@ def collect_moments(
         are masked by position, likewise where both axes are merged into one; inputs of
         whole examples (pooled, or one step of a recurrent layer) count where any
         position of the example is real.
-      select: pattern that fully matches names, or a function of a name; by default
+      where: pattern that fully matches names, or a function of a name; by default
         floating-point kernels and embeddings of 4 096 weights or more. Only arrays of
         two axes or more have inputs.
-      progress: show a bar with the time that remains.
+      progress: as in `compress`, of the batches.
 
     Warns with the number of tokens needed where they are fewer than a kernel's inputs.
 
@@ -67,7 +67,7 @@ def collect_moments(
     if isinstance(batches, Mapping):
         raise TypeError("batches is one dict; pass an iterable of them: [batch]")
     function = model_function(model)
-    names = selected(params, select)
+    names = selected(params, where)
     shapes, rebuild = flat_weights(params)
 
     layouts: dict[str, Layout] = {}  # in the order in which the model uses them
@@ -94,20 +94,15 @@ def collect_moments(
         return {n: m + more[n] if n in more else m for n, m in total.items()}
 
     total = None
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, disable=not progress) as bar:
-        size = len(batches) if hasattr(batches, "__len__") else None
-        task = bar.add_task("compiling the calibration", total=size)
-        for batch in batches:
-            if total is None:
-                found = jax.eval_shape(sums, params, batch)
-                check_seen(names, found)
-                empty = jax.eval_shape(lambda x: averages(x, layouts), found)
-                total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
-            total = add(total, params, batch)
-            if progress:
-                jax.block_until_ready(total)
-            bar.update(task, advance=1, description="calibrating")
+    for batch in each_item(batches, progress, label="calibrating", unit="batches"):
+        if total is None:
+            found = jax.eval_shape(sums, params, batch)
+            check_seen(names, found)
+            empty = jax.eval_shape(lambda x: averages(x, layouts), found)
+            total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
+        total = add(total, params, batch)
+        if progress:
+            jax.block_until_ready(total)
     if total is None:
         raise ValueError("there are no batches; pass at least one")
     for name in layouts:
@@ -116,28 +111,28 @@ def collect_moments(
     return {name: total[name] for name in layouts}
 
 
-def selected(params: Params, select: Select = None) -> list[str]:
+def selected(params: Params, where: Select = None) -> list[str]:
     """Names of the weights whose moments are wanted, as `collect_moments` says.
 
     Raises ValueError where there are none.
     """
     arrays = {name: x for name, x in roots(params) if x.ndim > 1 and is_float(x)}
-    if select is None:
+    if where is None:
         kinds = {KERNEL, EMBEDDING}
         names = [
             name
             for name, x in arrays.items()
             if kinds & set(name.split("/")) and x.size >= SMALLEST
         ]
-    elif callable(select):
-        names = [name for name in arrays if select(name)]
+    elif callable(where):
+        names = [name for name in arrays if where(name)]
     else:
-        names = [name for name in arrays if re.fullmatch(select, name)]
+        names = [name for name in arrays if re.fullmatch(where, name)]
     if not names:
-        wanted = select if isinstance(select, str) else "kernel"
+        wanted = where if isinstance(where, str) else "kernel"
         near = difflib.get_close_matches(wanted, arrays, n=3, cutoff=0.0)
         raise ValueError(
-            f"no weight is selected by {select!r} (None: kernels and embeddings of "
+            f"no weight is selected by {where!r} (None: kernels and embeddings of "
             f"{SMALLEST} weights or more); the nearest of the {len(arrays)} arrays of "
             f"two axes or more are {', '.join(near)}"
         )

@@ -8,15 +8,11 @@ least. The optimal moves are read from the Cholesky factor of S^-1: Frantar et a
 Babai's nearest-plane algorithm run from the last row (arXiv 2507.18553).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from jaxcompress.tree.layouts import Layout, matricize
-from jaxcompress.tree.leaf import dense
 
 BLOCK = 32  # rows fed back within, in the cache, before those behind are updated
 
@@ -205,18 +201,3 @@ def each_slice(function: Callable[..., Any], *arrays: Any, trailing: int = 2) ->
     flat = jax.tree.map(lambda a: a.reshape((-1, *a.shape[len(stack) :])), arrays)
     out = jax.lax.map(lambda slices: function(*slices), flat)
     return jax.tree.map(lambda a: a.reshape((*stack, *a.shape[1:])), out)
-
-
-def output_error(old: Any, new: Any, second: jax.Array, layout: Layout) -> float:
-    """Root mean square change of the layer's outputs over that of the outputs."""
-    return float(_relative_output(dense(old), dense(new), second, layout))
-
-
-@functools.partial(jax.jit, static_argnames="layout")
-def _relative_output(
-    old: jax.Array, new: jax.Array, second: jax.Array, layout: Layout
-) -> jax.Array:
-    old, new = matricize(old, layout), matricize(new, layout)
-    change = jnp.sum(layer_loss(old, new, second))
-    whole = jnp.sum(layer_loss(old, jnp.zeros_like(old), second))
-    return jnp.sqrt(jnp.maximum(change, 0) / jnp.where(whole > 0, whole, 1))

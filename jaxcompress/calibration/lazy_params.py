@@ -35,7 +35,7 @@ def source_of(params: Any) -> Iterator[Source]:
     Where a stored tree is `{"params": ..., ...}` the parameters are meant.
     """
     if isinstance(params, str | os.PathLike):
-        with checkpoint.open(params) as file:
+        with checkpoint.open_checkpoint(params) as file:
             yield _stored(file)
     elif hasattr(params, "describe") and hasattr(params, "tree"):
         yield _stored(params)

@@ -26,14 +26,15 @@ from jaxcompress.evaluation import (
 )
 from jaxcompress.models import generation
 from jaxcompress.models.loading import load, shapes
-from jaxcompress.models.saved import save_model
+from jaxcompress.models.saved import save
 from jaxcompress.models.transformer import stack_layers
-from jaxcompress.running.decode_once import decoded
+from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tokenization import read_text
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.methods import parse
 from jaxcompress.tree.paths import roots
+from jaxcompress.tree.record import LeafReport
 
 CODING = ("entropy_code()", "code_floats()")
 RULE = re.compile(r"(?P<pattern>.+?)=(?P<method>None|[A-Za-z_]\w*(\(.*\))?)")
@@ -58,8 +59,9 @@ def compress_(options: argparse.Namespace) -> None:
     model, params, tokenizer = load(options.model, scan=False)
     seconds["load"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    small, reports = compress(
-        params, chain(*stages), report=True, progress=_progress("compressing")
+    reports: list[LeafReport] = []
+    small = compress(
+        params, chain(*stages), record=reports, progress=_progress("compressing")
     )
     coded = small
     if not options.no_coding:
@@ -77,9 +79,9 @@ def compress_(options: argparse.Namespace) -> None:
     clock = time.perf_counter()
     recipe = options.recipe or ["symmetric(bits=8)"]
     metadata = {"source": str(options.model), "recipe": recipe}
-    save_model(options.out, model, coded, tokenizer, metadata)
+    save(options.out, model, coded, tokenizer, metadata)
     seconds["save"] = time.perf_counter() - clock
-    with storage.open(options.out) as stored:
+    with storage.open_checkpoint(options.out) as stored:
         inside = {name: stored.nbytes(name) for name in stored.names}
         files = [file.path for file in stored.files()]
     inside = {name.removeprefix("params/"): size for name, size in inside.items()}
@@ -190,7 +192,7 @@ def _load_to_run(name: str) -> tuple[Any, Any, Any]:
 
 
 def _to_run(model: Any, params: Any) -> tuple[Any, Any]:
-    params = decoded(params)
+    params = decode_once(params)
     layers = [getattr(model, field) for field in PER_LAYER]
     alike = not any(isinstance(x, tuple) and len(set(x)) > 1 for x in layers)
     if alike and not model.scan:
@@ -285,7 +287,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    with storage.open(options.file) as stored:
+    with storage.open_checkpoint(options.file) as stored:
         rows = []
         for name in stored.names:
             kind, shape, dtype = stored.describe(name)

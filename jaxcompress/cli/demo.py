@@ -9,9 +9,9 @@ from jaxcompress.evaluation import Apply, Report, compare, windows
 from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.models.generation import generate
 from jaxcompress.models.loading import load
-from jaxcompress.models.saved import save_model
+from jaxcompress.models.saved import save
 from jaxcompress.models.transformer import stack_layers
-from jaxcompress.running.decode_once import decoded
+from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.equality import same_bits
 from jaxcompress.types import Params
@@ -56,17 +56,17 @@ def run(
         ids, LENGTH, BATCH, token_bytes=tokenizer.token_bytes(ids), limit=limit
     )
     dense_path = folder / "reference-float32.safetensors"
-    save_model(dense_path, model, params, tokenizer, coded=False)
+    save(dense_path, model, params, tokenizer, coded=False)
     rows, texts, report = [], [], None
     for i, recipe in enumerate(recipes):
         small = compress(params, chain(recipe, "entropy_code()", "code_floats()"))
         path = folder / f"reference-{recipe.split('bits=')[1][0]}bit.safetensors"
-        save_model(path, model, small, tokenizer, {"recipe": recipe})
+        save(path, model, small, tokenizer, {"recipe": recipe})
         storage.verify(path)
         loaded = load(path)[1]
         if not same_bits(small, loaded):
             raise ValueError(f"{path} did not come back bit for bit; please report it")
-        ready = stack_layers(decoded(loaded))
+        ready = stack_layers(decode_once(loaded))
         report = compare(Apply(scanned), dense, ready, reporting.track(batches, recipe))
         rows.append(row(recipe, path, loaded, report))
         if i == min(SHOWN, len(recipes) - 1):

@@ -3,7 +3,7 @@
 from jaxcompress.coding.floats.code_floats import CodedFloats, code_floats
 from jaxcompress.coding.floats.leaf import CodedWords
 from jaxcompress.coding.integers.leaf import Coded, entropy_code
-from jaxcompress.coding.packing import Packed, pack
+from jaxcompress.coding.packing import Packed, pack_bits
 
 __all__ = [
     "Coded",
@@ -12,5 +12,5 @@ __all__ = [
     "Packed",
     "code_floats",
     "entropy_code",
-    "pack",
+    "pack_bits",
 ]

@@ -50,7 +50,7 @@ class Packed(Leaf):
         return _unpacked(self)
 
 
-def pack(codes: jax.Array, bits: int) -> Packed:
+def pack_bits(codes: jax.Array, bits: int) -> Packed:
     """Packs codes `[..., inputs, outputs]` (or `[inputs]`) of `bits` bits into bytes.
 
     Traceable. Codes are unsigned: values in `[0, 2^bits - 1]`, whatever the dtype.
@@ -78,7 +78,7 @@ def pack(codes: jax.Array, bits: int) -> Packed:
                 f"{bits} bits; subtract the lowest code or raise bits"
             )
     axis = packing_axis(codes.shape, bits)
-    packed = jnp.asarray(pack_bits(codes, bits, axis=axis))
+    packed = jnp.asarray(pack_fields(codes, bits, axis=axis))
     return Packed(packed, bits, codes.shape[axis], axis, kind.name)
 
 
@@ -114,11 +114,11 @@ def packing_axis(shape: tuple[int, ...], bits: int) -> int:
     return -1 if inputs < 8 and fewer else -2
 
 
-def pack_bits(codes: jax.Array, bits: int, *, axis: int = -2) -> jax.Array:
+def pack_fields(codes: jax.Array, bits: int, *, axis: int = -2) -> jax.Array:
     """The bytes of `pack`; a NumPy array is packed by NumPy, on the host."""
     xp: ModuleType = np if isinstance(codes, np.ndarray) else jnp
     if axis == -1:
-        return pack_bits(codes[..., None], bits)[..., 0]
+        return pack_fields(codes[..., None], bits)[..., 0]
     *lead, length, outputs = codes.shape
     codes = codes.astype(xp.uint32 if bits > 8 else xp.uint8)
     rows, start = [], 0
@@ -138,13 +138,13 @@ def pack_bits(codes: jax.Array, bits: int, *, axis: int = -2) -> jax.Array:
     return rows[0] if len(rows) == 1 else xp.concatenate(rows, axis=-2)
 
 
-def unpack_bits(
+def unpack_fields(
     packed: jax.Array, bits: int, length: int, *, axis: int = -2, dtype: Any = "uint8"
 ) -> jax.Array:
     """The codes in `packed`; shifts of unsigned bytes only."""
     xp: ModuleType = np if isinstance(packed, np.ndarray) else jnp
     if axis == -1:
-        return unpack_bits(packed[..., None], bits, length, dtype=dtype)[..., 0]
+        return unpack_fields(packed[..., None], bits, length, dtype=dtype)[..., 0]
     *lead, _, outputs = packed.shape
     wide = xp.uint32 if bits > 8 else xp.uint8
     codes, row, start = None, 0, 0
@@ -170,4 +170,4 @@ def bits_needed(largest: int) -> int:
 
 @jax.jit
 def _unpacked(x: Packed) -> jax.Array:
-    return unpack_bits(x.packed, x.bits, x.length, axis=x.axis, dtype=x.kind)
+    return unpack_fields(x.packed, x.bits, x.length, axis=x.axis, dtype=x.kind)

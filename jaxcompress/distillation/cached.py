@@ -223,7 +223,7 @@ def read_cache(
         raise FileNotFoundError(
             f"{path}: the teacher was not run on batch {number}; write_cache does it"
         )
-    with checkpoint.open(path) as file:
+    with checkpoint.open_checkpoint(path) as file:
         about = file.metadata
         if about["batch"] != _digest(batch):
             raise ValueError(

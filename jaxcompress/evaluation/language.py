@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcompress.evaluation.batches import Metrics, per_example
-from jaxcompress.running.compressed_matmul.context import fast, surrounding
+from jaxcompress.running.compressed_matmul.context import compressed_matmul, surrounding
 from jaxcompress.types import Batch, Params
 
 ApplyFn = Callable[[Params, jax.Array], jax.Array]  # tokens [B, T] -> logits [B, T, V]
@@ -89,7 +89,7 @@ class Apply:
     model: Any
 
     def __call__(self, params: Params, tokens: jax.Array) -> jax.Array:
-        with fast(activations=surrounding()):
+        with compressed_matmul(activations=surrounding()):
             return self.model.apply({"params": params}, tokens)
 
 

@@ -45,7 +45,7 @@ def svd(
     moments: Moments | None = None,
     *,
     rank: int | None = None,
-    keep: float | None = None,
+    fraction: float | None = None,
     energy: float | None = None,
     weighted: Weighted = "auto",
     damping: float = 1e-3,
@@ -70,9 +70,9 @@ def svd(
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
       moments: of the inputs, where weighted.
-      rank: 1 to `min(inputs, outputs)`; give exactly one of rank, keep and energy.
-      keep: fraction of the number of weights that the factors may have, above 0 and at
-        most 1; rounded down, to a rank of one at least.
+      rank: 1 to `min(inputs, outputs)`; give exactly one of rank, fraction and energy.
+      fraction: of the number of weights that the factors may have, above 0 and at most
+        1; rounded down, to a rank of one at least.
       energy: the least rank that keeps this fraction of the sum of squared singular
         values (in every matrix of a stack), above 0 and at most 1. It depends on
         values, so it can't be traced; see also `plan_ranks`.
@@ -100,16 +100,16 @@ def svd(
     check_damping("svd", damping)
     known = statistics("svd", x, moments, weighted)
     inputs, outputs = x.shape[-2:]
-    if sum(option is not None for option in (rank, keep, energy)) != 1:
+    if sum(option is not None for option in (rank, fraction, energy)) != 1:
         raise ValueError(
             "svd takes exactly one of rank, keep and energy, not "
-            f"rank={rank!r}, keep={keep!r}, energy={energy!r}"
+            f"rank={rank!r}, fraction={fraction!r}, energy={energy!r}"
         )
     if energy is not None:
         rank = _rank_of_energy(x, known, energy=energy, damping=damping)
-    elif keep is not None:
-        check_fraction("svd", "keep", keep)
-        share = keep * inputs * outputs / (inputs + outputs)
+    elif fraction is not None:
+        check_fraction("svd", "fraction", fraction)
+        share = fraction * inputs * outputs / (inputs + outputs)
         rank = max(1, int(share + 1e-9))  # 0.3 times ten is not three
     check_count("svd", "rank", rank, min(inputs, outputs))
     sketch = None

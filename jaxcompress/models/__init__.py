@@ -5,7 +5,7 @@ from jaxcompress.models.convolutional import ConvNet
 from jaxcompress.models.generation import generate
 from jaxcompress.models.huggingface import export_huggingface
 from jaxcompress.models.loading import load, open_weights
-from jaxcompress.models.saved import save_model
+from jaxcompress.models.saved import save
 from jaxcompress.models.structure import (
     filter_groups,
     head_groups,
@@ -41,7 +41,7 @@ __all__ = [
     "neuron_groups",
     "open_weights",
     "resized",
-    "save_model",
+    "save",
     "sentence_embeddings",
     "stack_layers",
     "trim_vocabulary",

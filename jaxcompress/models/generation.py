@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.models.transformer import Transformer
-from jaxcompress.running.compressed_matmul.context import fast, surrounding
-from jaxcompress.running.decode_once import decoded
+from jaxcompress.running.compressed_matmul.context import compressed_matmul, surrounding
+from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.tree.leaf import is_leaf, materialize
 from jaxcompress.types import Params
@@ -110,7 +110,7 @@ def _drawn(
 
 def _to_run(model: Transformer, params: Params) -> Params:
     """Decodes what every step would decode again."""
-    params = decoded(params)
+    params = decode_once(params)
     if model.tied and any(
         map(is_leaf, jax.tree.leaves(params["embed"], is_leaf=is_leaf))
     ):
@@ -126,7 +126,7 @@ def _step(model, how, params, tokens, count, cache, key, temperature, top_k, top
     nothing looks until they are written again.
     """
     start = cache["index"]
-    with fast(activations=how):
+    with compressed_matmul(activations=how):
         logits, cache = model.apply({"params": params}, tokens, cache=cache)
     token = sample(logits[0, count - 1], key, temperature, top_k, top_p)
     return token, cache | {"index": start + jnp.int32(count)}

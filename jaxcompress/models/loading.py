@@ -42,7 +42,7 @@ def load(
 
     A directory may also hold a BertModel: the model is then an encoder, a `Bert`.
     `name_or_path` is "reference" (the small model shipped with the package), a file of
-    `save_model`, a `.gguf` file, a Hugging Face directory, or a name on its hub
+    `models.save`, a `.gguf` file, a Hugging Face directory, or a name on its hub
     ("owner/name"). `scan=True` stacks the layers for one compiled loop, None keeps them
     as a file of ours has them and does not stack others. `dtype` casts dense weights;
     None keeps the stored type, except that GGUF and the reference model give float32.
@@ -69,7 +69,7 @@ def open_weights(
     """As `load`, but each weight is read when it is asked for.
 
     What stands in the place of the parameters is what `compress_blockwise` takes:
-    `[name]` reads a leaf, `tree` has a name for each. A file of `save_model`, a `.gguf`
+    `[name]` reads a leaf, `tree` has a name for each. A file of `models.save`, a `.gguf`
     file, a Hugging Face directory or a hub name; not "reference", which is small.
     `dtype` casts the weights of foreign files; a file of ours keeps its own.
     """

@@ -22,7 +22,7 @@ ARCHITECTURE = "architecture"  # the key in a file's metadata
 _FLAX_FIELDS = ("parent", "name")
 
 
-def save_model(
+def save(
     path: str | Path,
     model: Transformer,
     params: Params,
@@ -53,7 +53,7 @@ def save_model(
 def load_saved(
     path: str | Path, *, scan: bool | None = None, dtype: Any = None
 ) -> tuple[Transformer, Params, Tokenizer | None]:
-    """Model, parameters and tokenizer (or None) from a file of `save_model`.
+    """Model, parameters and tokenizer (or None) from a file of `models.save`.
 
     `scan=None` keeps the layers as they were saved. `dtype` casts dense floating-point
     arrays; compressed leaves keep theirs. Raises ValueError where the file holds
@@ -71,17 +71,17 @@ def load_saved(
 def open_saved(
     path: str | Path,
 ) -> tuple[Transformer, checkpoint.StoredParams, Tokenizer | None]:
-    """Model, open file and tokenizer (or None) from a file of `save_model`.
+    """Model, open file and tokenizer (or None) from a file of `models.save`.
 
     Leaves are read when they are asked for; close the file, or use it in a `with`
     statement. Raises as `load_saved`.
     """
-    file = checkpoint.open(path)
+    file = checkpoint.open_checkpoint(path)
     try:
         if ARCHITECTURE not in file.metadata:
             raise ValueError(
                 f"{path} holds parameters without a model; read them with "
-                "jaxcompress.load, or write the file with models.save_model"
+                "jaxcompress.load, or write the file with models.save"
             )
         model = rebuild(file.metadata[ARCHITECTURE])
         tokenizer = None
@@ -125,7 +125,7 @@ def reference_file() -> Iterator[Path]:
 
 def saved_shapes(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Dense shapes and dtypes of a saved model's parameters; no weight is read."""
-    with checkpoint.open(path) as file:
+    with checkpoint.open_checkpoint(path) as file:
         described = {name: file.describe(name)[1:] for name in file.names}
     return {
         name.removeprefix("params/"): jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))

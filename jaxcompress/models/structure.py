@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcompress.models.convolutional import ConvNet
 from jaxcompress.models.transformer import Transformer
-from jaxcompress.pruning.groups import Group
+from jaxcompress.pruning.structured.groups import Group
 from jaxcompress.types import Params
 
 

@@ -12,9 +12,9 @@ from jaxcompress.calibration.moments import Moments
 from jaxcompress.models.bert import Bert
 from jaxcompress.models.structure import neuron_groups, resized
 from jaxcompress.models.transformer import Transformer
-from jaxcompress.pruning.groups import Group, choose_units
 from jaxcompress.pruning.structured import remove_units
-from jaxcompress.pruning.unit_scores import score_units
+from jaxcompress.pruning.structured.groups import Group, choose_units
+from jaxcompress.pruning.structured.unit_scores import score_units
 from jaxcompress.types import Params
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from jaxcompress.calibration.moments import check_curvatures
 from jaxcompress.factorization.svd import check_damping, energies, svd
 from jaxcompress.planning.allocation import Curve, allocate, total_loss
-from jaxcompress.tree import layouts
+from jaxcompress.planning.budget import byte_limit
 from jaxcompress.tree.compress import choose
-from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.layouts import Layout, choose_layout, matricize
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import Entry, entries
 from jaxcompress.types import Params, Rule
@@ -36,11 +36,13 @@ class _Spectrum(Curve):
 
 def plan_ranks(
     params: Params,
-    *,
-    budget: float | int,
     moments: Mapping[str, Any] | None = None,
-    layout: Mapping[str, Layout] | None = None,
-    pattern: str | None = None,
+    *,
+    bits_per_weight: float | None = None,
+    nbytes: int | str | None = None,
+    fraction: float | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    where: str | None = None,
     relative: bool | None = None,
     damping: float = 1e-3,
 ) -> list[Rule]:
@@ -53,15 +55,14 @@ def plan_ranks(
 
     Args:
       params: pytree of arrays and leaves; concrete.
-      budget: what the planned leaves may take together: a fraction of their bytes now
-        (a float, above 0 and at most 1), or bytes (an int). In one dtype a fraction of
-        bytes is one of weights. A leaf takes a rank of one at least.
+      bits_per_weight, nbytes, fraction: exactly one, as in `plan_bits`. In one dtype a
+        fraction of bytes is one of weights. A leaf takes a rank of one at least.
       moments: by kernel name. With them the loss is the layers' expected squared
         output, else the squared weights; the ranks are for `svd` weighted likewise.
         With curvatures, of `measure_curvatures`, it is what the model's predictions
         lose, which compares layers by far the best.
-      layout: by kernel name, as for `compress`.
-      pattern: plan the leaves whose names it fully matches; None: those that a method
+      layouts: by kernel name, as for `compress`.
+      where: plan the leaves whose names it fully matches; None: those that a method
         takes by default.
       relative: count each leaf's loss as a fraction of what its all-zero weights would
         lose. None: where there are no moments, since weights of different layers
@@ -84,18 +85,26 @@ def plan_ranks(
             "plan_ranks reads values on the host, so it can't run under jit, vmap or "
             "scan; plan outside and use the recipe inside"
         )
-    stage = svd(rank=1) if pattern is None else [(pattern, svd(rank=1))]
+    stage = svd(rank=1) if where is None else [(where, svd(rank=1))]
     chosen, _ = choose(params, stage)
     found = [entry for entry in entries(params, moments) if entry.name in chosen]
     weighted = moments is not None
     relative = not weighted if relative is None else relative
     check_curvatures({entry.name: entry.moments for entry in found})
     leaves = [
-        _spectrum(entry, layout or {}, weighted, relative, damping) for entry in found
+        _spectrum(entry, layouts or {}, weighted, relative, damping) for entry in found
     ]
     total = sum(int(leaf.costs[-1]) for leaf in leaves)
     least = sum(int(leaf.costs[0]) for leaf in leaves)
-    limit = _limit(budget, total)
+    limit = byte_limit(
+        "plan_ranks",
+        bits_per_weight=bits_per_weight,
+        nbytes=nbytes,
+        fraction=fraction,
+        weights=sum(entry.value.size for entry in found),
+        total=total,
+    )
+    limit = min(limit, total)
     if limit < least:
         raise ValueError(
             f"the budget of {limit} bytes is below the {least} that the smallest ranks "
@@ -114,18 +123,6 @@ def plan_ranks(
         )
         for leaf, pick in zip(leaves, picks, strict=True)
     ]
-
-
-def _limit(budget: float | int, total: int) -> int:
-    number = isinstance(budget, int | float) and not isinstance(budget, bool)
-    if isinstance(budget, int) and number and budget > 0:
-        return min(budget, total)
-    if number and 0 < budget <= 1:
-        return int(budget * total)
-    raise ValueError(
-        "plan_ranks takes a budget as a fraction of bytes kept (a float above 0 and at "
-        f"most 1) or as bytes (an int above 0), not {budget!r}"
-    )
 
 
 def _spectrum(
@@ -174,14 +171,14 @@ def _matrix(entry: Entry, layout: Mapping[str, Layout]) -> jax.Array:
         )
     if entry.depth:
         return x
-    kind = layouts.choose_layout(
+    kind = choose_layout(
         entry.name,
         x.shape,
         layout.get(entry.name),
         entry.moments,
         embedding=entry.embedding,
     )
-    return layouts.matricize(x, kind)
+    return matricize(x, kind)
 
 
 def _uniform(leaves: list[_Spectrum], limit: int) -> list[int]:

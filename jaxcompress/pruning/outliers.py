@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.pruning.masks import Choice, select
+from jaxcompress.pruning.choices import Choice, select
 from jaxcompress.pruning.scores import check_weights, input_norms, kept_weights
 from jaxcompress.tree.leaf import Sum
 from jaxcompress.tree.methods import method
@@ -18,7 +18,7 @@ def outliers(
     x: Any,
     moments: Moments | None = None,
     *,
-    keep: float,
+    fraction: float,
     score: Literal["weight", "activation"] | None = None,
     scope: Literal["leaf", "row"] = "leaf",
 ) -> Sum:
@@ -27,16 +27,16 @@ def outliers(
     The rest, `terms/0`, has zeros where the outliers stood, so that a later stage
     rounds it with finer steps; its moments are those of the whole layer:
 
-        chain([(".*kernel", "outliers(keep=0.005)")],
+        chain([(".*kernel", "outliers(fraction=0.005)")],
               [(".*kernel/terms/0", "gptq(bits=3, block=64)")])
 
     The places are a bitmap, one bit per weight in memory; entropy coding makes that
-    0.05 bits at `keep=0.005`.
+    0.05 bits at `fraction=0.005`.
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
       moments: of the inputs; not needed where `score="weight"`.
-      keep: fraction of the weights that are outliers, above 0 and below 1.
+      fraction: fraction of the weights that are outliers, above 0 and below 1.
       score: "weight": magnitude; "activation": times the root mean square of the
         input. None: "activation" with moments, else "weight".
       scope: they are the first of the "leaf" (each slice of a stack) or of each "row"
@@ -50,11 +50,11 @@ def outliers(
     2023, arXiv 2306.07629, section 4.2).
     """
     check_weights(x, "outliers")
-    number = isinstance(keep, int | float) and not isinstance(keep, bool)
-    if not number or not 0 < keep < 1:
+    number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    if not number or not 0 < fraction < 1:
         raise ValueError(
             f"outliers takes the fraction of weights to keep apart, above 0 and below "
-            f"1, not {keep!r}"
+            f"1, not {fraction!r}"
         )
     score = score or ("weight" if moments is None else "activation")
     if score not in SCORES:
@@ -65,10 +65,11 @@ def outliers(
     if scope not in ("leaf", "row"):
         raise ValueError(f"outliers takes scope='leaf' or 'row', not {scope!r}")
     of = x.shape[-2] * (1 if scope == "row" else x.shape[-1])
-    chosen = Choice(scope, (1, 1), of, round(keep * of))
+    chosen = Choice(scope, (1, 1), of, round(fraction * of))
     if not 0 < chosen.kept < of:
         raise ValueError(
-            f"outliers would keep {chosen.kept} of {of} weights apart (keep={keep!r}); "
+            f"outliers would keep {chosen.kept} of {of} weights apart "
+            f"(fraction={fraction!r}); "
             "keep at least one and fewer than all"
         )
     mask = select(worth, chosen)

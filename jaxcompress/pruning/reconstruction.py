@@ -15,7 +15,7 @@ from jaxcompress.calibration.error_feedback import (
     inverse_factor,
 )
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.pruning.masks import Choice, choice, keep_largest, select
+from jaxcompress.pruning.choices import Choice, choice, keep_largest, select
 from jaxcompress.pruning.scores import check_weights, kept_weights, second_of
 from jaxcompress.pruning.sparse import Sparse
 from jaxcompress.tree.methods import method
@@ -30,7 +30,7 @@ def sparsegpt(
     moments: Moments | None = None,
     *,
     sparsity: float | None = None,
-    pattern: str | None = None,
+    nm: str | None = None,
     damping: float = 0.01,
     block: int = 128,
 ) -> Sparse:
@@ -45,7 +45,7 @@ def sparsegpt(
       x: floating-point weights `[..., inputs, outputs]`.
       moments: of the inputs; `second`, or `drifted`.
       sparsity: fraction of the weights to drop, at least 0 and below 1.
-      pattern: N:M, as in `magnitude`, instead of a sparsity; not blocks.
+      nm: N:M, as in `magnitude`, instead of a sparsity; not blocks.
       damping: added to the diagonal of the second moment, as a fraction of its mean.
       block: input rows decided on together; a pattern has its own.
 
@@ -58,10 +58,10 @@ def sparsegpt(
     check_weights(x, "sparsegpt")
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f"sparsegpt takes a block of one or more rows, not {block!r}")
-    chosen, second = _problem(x, moments, "sparsegpt", sparsity, pattern, damping)
+    chosen, second = _problem(x, moments, "sparsegpt", sparsity, nm, damping)
     if chosen.among == "block":
         raise ValueError(
-            f"sparsegpt takes a sparsity or an N:M pattern, not blocks ({pattern}); "
+            f"sparsegpt takes a sparsity or an N:M pattern, not blocks ({nm}); "
             "alps and magnitude take blocks"
         )
     one = functools.partial(
@@ -80,7 +80,7 @@ def alps(
     moments: Moments | None = None,
     *,
     sparsity: float | None = None,
-    pattern: str | None = None,
+    nm: str | None = None,
     damping: float = 0.01,
 ) -> Sparse:
     """Finds the support by ADMM, then the best weights on it by conjugate gradients.
@@ -93,7 +93,7 @@ def alps(
       x: floating-point weights `[..., inputs, outputs]`.
       moments: of the inputs; `second`, or `drifted`.
       sparsity: fraction of the weights to drop, at least 0 and below 1.
-      pattern: N:M or blocks, as in `magnitude`.
+      nm: N:M or blocks, as in `magnitude`.
       damping: added to the diagonal of the second moment, as a fraction of its mean.
 
     Raises:
@@ -103,7 +103,7 @@ def alps(
     schedule); here each output takes conjugate gradient steps of its own length.
     """
     check_weights(x, "alps")
-    chosen, second = _problem(x, moments, "alps", sparsity, pattern, damping)
+    chosen, second = _problem(x, moments, "alps", sparsity, nm, damping)
     one = functools.partial(_alternate, chosen=chosen, damping=damping)
     value, mask = each_slice(one, x.astype(jnp.float32), second)
     return kept_weights(value.astype(x.dtype), mask, chosen)
@@ -114,12 +114,12 @@ def _problem(
     moments: Any,
     name: str,
     sparsity: float | None,
-    pattern: str | None,
+    nm: str | None,
     damping: float,
 ) -> tuple[Choice, jax.Array]:
     if not 0 < damping < 1:
         raise ValueError(f"{name} takes a damping between 0 and 1, not {damping!r}")
-    chosen = choice(x.shape, name, sparsity=sparsity, pattern=pattern)
+    chosen = choice(x.shape, name, sparsity=sparsity, nm=nm)
     return chosen, second_of(x, moments, name)
 
 

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.pruning.masks import Choice, choice, select
+from jaxcompress.pruning.choices import Choice, choice, select
 from jaxcompress.pruning.sparse import Sparse, sparse
-from jaxcompress.tree import layouts
 from jaxcompress.tree.compress import SMALLEST
-from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.layouts import Layout, choose_layout, matricize, restore
 from jaxcompress.tree.leaf import dense, is_leaf
 from jaxcompress.tree.methods import method
 from jaxcompress.tree.paths import Entry, entries, is_float, map_entries
@@ -32,7 +31,7 @@ def magnitude(
     *,
     sparsity: float | None = None,
     threshold: float | None = None,
-    pattern: str | None = None,
+    nm: str | None = None,
     scope: Literal["leaf", "row"] = "leaf",
 ) -> Sparse:
     """Keeps the weights of largest magnitude; of equal ones the first.
@@ -44,7 +43,7 @@ def magnitude(
         kept is rounded, and exact.
       threshold: drop those of this magnitude or less instead; 0 drops what is zero
         already. How many stay depends on values, so not under `jit`.
-      pattern: "2:4" or any N:M, N of M consecutive inputs of each output stay (no
+      nm: "2:4" or any N:M, N of M consecutive inputs of each output stay (no
         sparsity is given); or blocks of inputs and outputs, "16x16", by their norm.
       scope: weights compete within their "leaf" (each slice of a stack) or "row" (one
         output; a row of the weight matrix as papers write it).
@@ -59,11 +58,9 @@ def magnitude(
         return _kept(
             x,
             score,
-            choice(
-                x.shape, "magnitude", sparsity=sparsity, pattern=pattern, scope=scope
-            ),
+            choice(x.shape, "magnitude", sparsity=sparsity, nm=nm, scope=scope),
         )
-    if sparsity is not None or pattern is not None:
+    if sparsity is not None or nm is not None:
         raise ValueError(
             "magnitude takes a threshold, or a sparsity or pattern, not both"
         )
@@ -84,7 +81,7 @@ def wanda(
     moments: Moments | None = None,
     *,
     sparsity: float | None = None,
-    pattern: str | None = None,
+    nm: str | None = None,
     scope: Literal["leaf", "row"] = "row",
 ) -> Sparse:
     """Keeps the weights of largest magnitude times root mean square of their input.
@@ -96,7 +93,7 @@ def wanda(
       x: floating-point weights `[..., inputs, outputs]`.
       moments: of the inputs; the diagonal of `second`, or of `drifted`.
       sparsity: fraction of the weights to drop; not with an N:M pattern.
-      pattern: as in `magnitude`; blocks need `scope="leaf"`.
+      nm: as in `magnitude`; blocks need `scope="leaf"`.
       scope: "row" (one output) or "leaf", as in `magnitude`.
 
     Raises:
@@ -106,7 +103,7 @@ def wanda(
     models" (arXiv 2306.11695, section 3).
     """
     score = _magnitudes(x, "wanda") * input_norms(x, moments, "wanda")
-    chosen = choice(x.shape, "wanda", sparsity=sparsity, pattern=pattern, scope=scope)
+    chosen = choice(x.shape, "wanda", sparsity=sparsity, nm=nm, scope=scope)
     return _kept(x, score, chosen)
 
 
@@ -165,14 +162,14 @@ def _norms(second: jax.Array) -> jax.Array:
 
 
 def magnitude_scores(
-    params: Params, gradients: Any = None, *, names: str | None = None
+    params: Params, gradients: Any = None, *, where: str | None = None
 ) -> Any:
     """The magnitude of each weight, float32; traceable.
 
     Args:
       params: the tree; what is compressed already is not scored.
       gradients: not used.
-      names: pattern that must fully match the names of the leaves to be scored; None:
+      where: pattern that must fully match the names of the leaves to be scored; None:
         kernels and embeddings of 4 096 weights or more.
 
     Returns:
@@ -182,18 +179,18 @@ def magnitude_scores(
       ValueError: the pattern matches no floating-point array.
     """
     del gradients
-    return _scored(params, names, lambda entry: jnp.abs(_wide(entry.value)))
+    return _scored(params, where, lambda entry: jnp.abs(_wide(entry.value)))
 
 
 def taylor_scores(
-    params: Params, gradients: Any = None, *, names: str | None = None
+    params: Params, gradients: Any = None, *, where: str | None = None
 ) -> Any:
     """How much the loss moves, to first order, if a weight goes: |weight * gradient|.
 
     Args:
       params: the tree.
       gradients: of the loss, same tree; averaged over batches by the caller.
-      names: as in `magnitude_scores`.
+      where: as in `magnitude_scores`.
 
     Raises:
       ValueError: no gradients, or none of the shape of a scored leaf.
@@ -216,47 +213,47 @@ def taylor_scores(
             )
         return jnp.abs(_wide(entry.value) * _wide(slope))
 
-    return _scored(params, names, score)
+    return _scored(params, where, score)
 
 
 def wanda_scores(
     params: Params,
     moments: Mapping[str, Moments],
     *,
-    layout: Mapping[str, Layout] | None = None,
-    names: str | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    where: str | None = None,
 ) -> Any:
     """Magnitude times root mean square of the input; None where no inputs are known.
 
     Args:
       params: the tree.
       moments: by kernel name, from `collect_moments`.
-      layout: `Layout` by name; by default the moments'.
-      names: as in `magnitude_scores`.
+      layouts: `Layout` by name; by default the moments'.
+      where: as in `magnitude_scores`.
 
     Raises:
       ValueError: no leaf has moments, moments do not fit, or a layout is missing.
     """
-    layout = layout or {}
+    layouts = layouts or {}
 
     def score(entry: Entry) -> jax.Array | None:
         known = moments.get(entry.name)
         if known is None or (known.second is None and known.drifted is None):
             return None
         x = entry.value
-        kind = layouts.choose_layout(
+        kind = choose_layout(
             entry.name,
             x.shape,
-            layout.get(entry.name),
+            layouts.get(entry.name),
             known,
             embedding=entry.embedding,
         )
-        matrix = layouts.matricize(x, kind)
+        matrix = matricize(x, kind)
         second = second_of(matrix, known, entry.name)
         product = jnp.abs(_wide(matrix)) * _norms(second)
-        return dense(layouts.restore(product, x.shape, kind))
+        return dense(restore(product, x.shape, kind))
 
-    scores = _scored(params, names, score)
+    scores = _scored(params, where, score)
     if not jax.tree.leaves(scores):
         raise ValueError(
             "no leaf to be scored has moments of its inputs; collect them with the "

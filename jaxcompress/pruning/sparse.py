@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.coding.packing import pack
+from jaxcompress.coding.packing import pack_bits
 from jaxcompress.tree.leaf import Leaf, dense, leaf, static
 
 
@@ -102,7 +102,7 @@ def sparse(
         values = _closed_up(_by_output(x), _by_output(mask), kept)
     bits = mask[..., :: block[0], :: block[1]].astype(jnp.uint8)
     # Unsigned and not boolean: integer codes are what entropy coding looks for.
-    return Sparse(values, pack(bits, 1), block)
+    return Sparse(values, pack_bits(bits, 1), block)
 
 
 def _by_output(x: jax.Array) -> jax.Array:

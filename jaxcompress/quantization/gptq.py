@@ -15,7 +15,7 @@ from jaxcompress.calibration.error_feedback import (
     inverse_factor,
 )
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.coding.packing import pack
+from jaxcompress.coding.packing import pack_bits
 from jaxcompress.quantization.grids import (
     GRIDS,
     Block,
@@ -96,7 +96,7 @@ def gptq(
     target = x.astype(jnp.float32)
     codes = each_slice(one, target, second, cross, wide)
     width = GRIDS[start.grid].width(start.bits)
-    return dataclasses.replace(start, codes=pack(codes, width))
+    return dataclasses.replace(start, codes=pack_bits(codes, width))
 
 
 def _start(x: jax.Array, grid: str, bits: Any, **options: Any) -> Quantized:

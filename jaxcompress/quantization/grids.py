@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.coding.integers.leaf import Packed, pack
+from jaxcompress.coding.packing import Packed, pack_bits
 from jaxcompress.quantization.codebooks import LEVELS
 from jaxcompress.quantization.integer_matmul import (
     has_integers,
@@ -290,10 +290,10 @@ def quantized(
         zero = zero.astype(scale_dtype)
     elif zero is not None:
         zero = zero.astype(jnp.uint8)
-        smaller = pack(zero, width)
+        smaller = pack_bits(zero, width)
         zero = smaller if smaller.packed.size < zero.size else zero
     return Quantized(
-        codes=pack(codes, width),
+        codes=pack_bits(codes, width),
         scale=steps.scale.astype(scale_dtype),
         zero_point=zero,
         negative_scale=None if negative is None else negative.astype(scale_dtype),

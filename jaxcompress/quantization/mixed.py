@@ -22,15 +22,16 @@ def mixed_channels(
     moments: Moments | None = None,
     *,
     bits: int,
-    keep: float | int,
-    kept_bits: int | None = None,
+    fraction: float | None = None,
+    channels: int | None = None,
+    fine_bits: int | None = None,
     score: Literal["weight", "activation", "second_order"] | None = None,
     axis: Literal["inputs", "outputs"] = "inputs",
     block: Block = None,
     grid: Literal["symmetric", "asymmetric"] = "symmetric",
     scale_dtype: str = "bfloat16",
 ) -> Mixed:
-    """Quantizes a kernel to `bits`, but the channels that matter most to `kept_bits`.
+    """Quantizes a kernel to `bits`, but the channels that matter most to `fine_bits`.
 
     A channel's score is the squared error that `bits` would make there. Outlier inputs
     (large activations) are why some matter much more than others.
@@ -39,8 +40,9 @@ def mixed_channels(
       x: floating-point weights `[..., inputs, outputs]`.
       moments: of the inputs; not needed where `score="weight"`.
       bits: of most channels.
-      keep: how many channels stay finer; a fraction below 1, or a number of them.
-      kept_bits: of those; None keeps them in the dtype of `x`.
+      fraction, channels: exactly one: how many channels stay finer, as a fraction above
+        0 and below 1, or as a number of them.
+      fine_bits: of those; None keeps them in the dtype of `x`.
       score: "weight": squared error of the weights; "activation": times the mean square
         of their inputs; "second_order": the change of the layer's output once the
         other inputs make up for it (`axis="inputs"`), or with the whole second moment
@@ -67,10 +69,10 @@ def mixed_channels(
     score = score or ("weight" if moments is None else "activation")
     if score not in SCORES:
         raise ValueError(f"mixed_channels takes score in {SCORES}, not {score!r}")
-    if kept_bits is not None:
-        check_bits("mixed_channels", kept_bits, 8)
+    if fine_bits is not None:
+        check_bits("mixed_channels", fine_bits, 8)
     where = -2 if axis == "inputs" else -1
-    count = _count(keep, x.shape[where])
+    count = _count(fraction, channels, x.shape[where])
     options = {"block": block, "search": True, "scale_dtype": scale_dtype}
     coarse = NEAREST[grid](x, bits=bits, **options).materialize()
     error = _errors(x, coarse, moments, score, where)
@@ -82,8 +84,8 @@ def mixed_channels(
     wide = order[..., :, None] if axis == "inputs" else order[..., None, :]
     sorted_ = jnp.take_along_axis(x, wide, axis=where)
     first, rest = jnp.split(sorted_, [count], axis=where)
-    if kept_bits is not None:
-        first = NEAREST[grid](first, bits=kept_bits, **options)
+    if fine_bits is not None:
+        first = NEAREST[grid](first, bits=fine_bits, **options)
     return Mixed(
         kept=first,
         rest=NEAREST[grid](rest, bits=bits, **options),
@@ -92,14 +94,23 @@ def mixed_channels(
     )
 
 
-def _count(keep: float | int, channels: int) -> int:
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise ValueError(f"mixed_channels takes a number to keep, not {keep!r}")
-    count = keep if isinstance(keep, int) else round(keep * channels)
-    if keep <= 0 or not 1 <= count < channels:
+def _count(fraction: float | None, channels: int | None, total: int) -> int:
+    if (fraction is None) == (channels is None):
         raise ValueError(
-            f"mixed_channels would keep {count} of {channels} channels "
-            f"(keep={keep!r}); keep at least one and fewer than all"
+            "mixed_channels takes exactly one of fraction= and channels=, not "
+            f"fraction={fraction!r} and channels={channels!r}"
+        )
+    count = channels
+    if fraction is not None:
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+            raise ValueError(f"mixed_channels takes a fraction, not {fraction!r}")
+        count = round(fraction * total)
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise ValueError(f"mixed_channels takes a number of channels, not {count!r}")
+    if not 1 <= count < total:
+        raise ValueError(
+            f"mixed_channels would keep {count} of {total} channels finer; keep at "
+            "least one and fewer than all"
         )
     return count
 

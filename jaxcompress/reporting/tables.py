@@ -1,4 +1,4 @@
-"""Tables and progress: measured numbers as text, and as JSON lines.
+"""Tables: measured numbers as text, and as JSON lines.
 
 A size here is the length of a file or the bytes of arrays really held; nothing is an
 estimate.
@@ -9,21 +9,17 @@ import json
 import math
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from jaxcompress.tree.compress import LeafReport
 from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.paths import roots
 from jaxcompress.types import Params
-
-QUIET = 10.0  # seconds between lines of progress where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,72 +216,3 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-# Progress.
-
-
-def track(
-    items: Iterable[Any],
-    label: str,
-    *,
-    total: int | None = None,
-    unit: str = "batches",
-    amount: Callable[[Any], int] = lambda item: 1,
-    stream: TextIO | None = None,
-) -> Iterator[Any]:
-    """Passes items on and shows how far their user is, at what rate, for how long yet.
-
-    The first item, whose use usually compiles, is shown as compiling and is no part
-    of the rate. On a terminal it is a bar; elsewhere a line every 10 seconds.
-
-    Args:
-      items: what to iterate over, usually batches.
-      label: what is being done.
-      total: how many items; by default their length, unknown without one.
-      unit: what the rate counts, `amount(item)` of it for each item.
-      stream: where to write, by default the standard error.
-    """
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
-    console = Console(file=stream or sys.stderr)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.fields[state]}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    start = said = time.monotonic()
-    first, counted, done = start, 0, 0
-    with progress:
-        task = progress.add_task(label, total=total, state="compiling")
-        for item in items:
-            yield item
-            done, now = done + 1, time.monotonic()
-            if done == 1:
-                first = now
-            else:
-                counted += amount(item)
-            state = _state(done, total, counted / max(now - first, 1e-9), unit)
-            if total is not None and done > 1:
-                left = (now - first) / (done - 1) * (total - done)
-                state += f", {clock(left)} left"
-            state += f", {clock(now - start)} so far"
-            progress.update(task, completed=done, state=state)
-            if not console.is_terminal and now - said >= QUIET:
-                said = now
-                print(f"{label}: {state}", file=stream or sys.stderr, flush=True)
-
-
-def _state(done: int, total: int | None, rate: float, unit: str) -> str:
-    state = f"{done}/{'?' if total is None else total}"
-    return state if done < 2 else f"{state}, {brief(rate)} {unit}/s"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as `m:ss` or `h:mm:ss`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

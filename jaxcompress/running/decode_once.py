@@ -10,7 +10,7 @@ from jaxcompress.tree.paths import is_float
 from jaxcompress.types import Params
 
 
-def decoded(params: Params) -> Params:
+def decode_once(params: Params) -> Params:
     """The same tree with every lossless leaf replaced by the array it stands for.
 
     Codes are then one integer each, and weights still materialize where a layer asks
@@ -22,7 +22,7 @@ def decoded(params: Params) -> Params:
         return jax.tree.map(dense, params, is_leaf=_lossless)
 
 
-def recoded(params: Params, like: Params) -> Params:
+def code_again(params: Params, like: Params) -> Params:
     """`decoded` undone after training: codes, which do not train, are coded again.
 
     Floating-point arrays that were coded stay as they are in `params`, since they may

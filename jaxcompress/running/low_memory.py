@@ -14,7 +14,7 @@ from flax.linen.module import InterceptorContext
 from jaxcompress.tree.leaf import Leaf, before_use
 
 # `(module, method, args, kwargs)` to the result of that method, or to None where Flax's
-# own code is to run; `running.fast` sets it, per thread.
+# own code is to run; `compressed_matmul` sets it, per thread.
 instead: ContextVar[Callable[..., Any] | None] = ContextVar("instead", default=None)
 _mode: ContextVar[str | None] = ContextVar("mode", default=None)
 
@@ -39,7 +39,7 @@ def running(how: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def streaming() -> Iterator[None]:
+def low_memory() -> Iterator[None]:
     """Keeps the peak memory of `model.apply` on compressed parameters low.
 
     Inside it, every module call makes the stored weights it uses wait for its
@@ -51,7 +51,7 @@ def streaming() -> Iterator[None]:
     ```python
     @jax.jit
     def forward(small, tokens):
-        with jc.streaming():
+        with jc.low_memory():
             return model.apply({"params": small}, tokens)
     ```
     """

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.coding import delta_codec
+from jaxcompress.progress import each_item
 from jaxcompress.storage import checkpoint, delta_base
 from jaxcompress.storage.checksummed_file import CODES, damaged
 from jaxcompress.storage.file_writer import beside, write
@@ -43,7 +44,7 @@ def pack(
     *,
     base: str | os.PathLike | None = None,
     coded: bool | str = True,
-    progress: Progress | None = None,
+    progress: bool | Progress = False,
 ) -> dict[str, int]:
     """Packs a directory, such as a Hugging Face checkpoint, into one file.
 
@@ -126,7 +127,7 @@ def unpack(
     folder: str | os.PathLike,
     *,
     base: str | os.PathLike | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress = False,
 ) -> dict[str, int]:
     """Writes the files of an archive into a new directory; every byte is checked.
 
@@ -151,14 +152,16 @@ def unpack(
     target = Path(folder).absolute()
     if target.exists():
         raise FileExistsError(f"{target} exists; name a directory that does not")
-    with checkpoint.open(path) as stored:
+    with checkpoint.open_checkpoint(path) as stored:
         files = _listed(stored)
         other = _base_of(stored, base)
         scratch = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
         work = list(enumerate(files))
         new = [parent for parent in target.parents if not parent.exists()]
         try:
-            for number, about in work if progress is None else progress(work):
+            for number, about in each_item(
+                work, progress, label="unpacking", unit="files"
+            ):
                 with _naming(target / about["path"]):
                     _write_file(stored, other, number, about, scratch / about["path"])
             os.rename(scratch, target)

@@ -118,11 +118,11 @@ def load(path: str | os.PathLike, *, numpy: bool = False) -> Params:
       FileDamaged: the file is not what was written; says what and where.
       ValueError: not a file of `save`, or of a newer format; an unknown leaf type.
     """
-    with open(path) as file:
+    with open_checkpoint(path) as file:
         return file.read_tree(numpy=numpy)
 
 
-def open(path: str | os.PathLike) -> "StoredParams":
+def open_checkpoint(path: str | os.PathLike) -> "StoredParams":
     """A file of `save`, to read leaf by leaf: `open(path)["layer_0/mlp/kernel"]`.
 
     Reads and checks what describes the tree; an array is read, and checked, when it is
@@ -141,7 +141,7 @@ def verify(path: str | os.PathLike) -> dict[str, int]:
 
     Raises: as `load`.
     """
-    with open(path) as stored:
+    with open_checkpoint(path) as stored:
         files = stored.files()
         for file in files:
             for name in file.spans:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxcompress.coding import array_codecs
 from jaxcompress.coding.threads import in_groups, of_arrays
+from jaxcompress.progress import each_item
 from jaxcompress.storage.checksummed_file import (
     CODES,
     DIGEST,
@@ -35,7 +36,7 @@ def write(
     metadata: dict[str, str],
     *,
     coded: bool | str = True,
-    progress: Callable[[list[str]], Iterable[str]] | None = None,
+    progress: bool | Callable[[list[str]], Iterable[str]] = False,
 ) -> bytes:
     """Writes arrays; returns the digest that seals the file.
 
@@ -49,7 +50,7 @@ def write(
     Args:
       file: empty, and open for seeking.
       coded: code what gains from it; "fast" as `save` says.
-      progress: wraps the list of arrays that is worked through.
+      progress: as in `compress`, of the list of arrays.
     """
     order = sorted(slots, key=lambda name: (-_width(slots[name]), name))
     for name in order:
@@ -74,7 +75,7 @@ def write(
         rows.append(row)
 
     work = functools.partial(_write_aside, coded=coded)
-    names = order if progress is None else progress(order)
+    names = each_item(order, progress, label="writing", unit="arrays")
     for small, group in in_groups(names, raw):
         fetched = ((name, _array_of(name, slots[name])) for name in group)
         if small:

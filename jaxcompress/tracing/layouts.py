@@ -14,7 +14,7 @@ from jaxcompress.types import Params
 NOT_INPUTS = ("mask", "labels", "targets")  # keys of a batch no Linen module is given
 
 
-def layout(model: Any, params: Params, batch: Any) -> dict[str, Layout]:
+def find_layouts(model: Any, params: Params, batch: Any) -> dict[str, Layout]:
     """The `Layout` of every kernel and embedding that the model multiplies or reads.
 
     Traces the model abstractly: nothing is computed, and `params` and `batch` may hold

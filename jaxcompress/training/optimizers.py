@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.pruning.masks import Scope, check_mask, make_masks
+from jaxcompress.pruning.masks import Scope, check_mask
+from jaxcompress.pruning.masks import make as make_masks
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.paths import EMBEDDING, array_names
 from jaxcompress.types import Masks, Params
@@ -45,7 +46,7 @@ def keep_masked_zero(masks: Masks) -> optax.GradientTransformation:
     """Sets weights to zero where a mask is false, and keeps them there; put it last.
 
     Args:
-      masks: booleans like the parameters, None where dense (`make_masks`, `masks_of`).
+      masks: booleans like the parameters, None where dense (`masks.make`, `masks.of`).
 
     Raises:
       ValueError: in `init`, masks that do not fit the parameters; in `update`, no
@@ -71,8 +72,8 @@ def gradual_pruning(
     *,
     every: int = 1,
     scope: Scope = "leaf",
-    pattern: str | None = None,
-    layout: Mapping[str, Layout] | None = None,
+    nm: str | None = None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes more and more weights while the others train; put it last.
 
@@ -86,13 +87,13 @@ def gradual_pruning(
       schedule: step, from 0, to the fraction of scored weights to drop, at least 0
         and below 1: `cubic_sparsity`, or any Optax schedule.
       every: steps between two choices of the masks; the first step makes one.
-      scope: as in `make_masks`.
-      pattern: N:M: groups of M lose their weights as the schedule says, until N are
+      scope: as in `masks.make`.
+      nm: N:M: groups of M lose their weights as the schedule says, until N are
         left. Blocks: whole blocks go.
-      layout: as in `make_masks`.
+      layouts: as in `masks.make`.
 
     Raises:
-      ValueError: `every` below 1, no parameters, what `score` or `make_masks` raise.
+      ValueError: `every` below 1, no parameters, what `score` or `masks.make` raise.
 
     Source: Zhu and Gupta 2017, "To prune, or not to prune" (arXiv 1710.01878).
     """
@@ -123,8 +124,8 @@ def gradual_pruning(
                 score(after, gradients),
                 sparsity,
                 scope=scope,
-                pattern=pattern,
-                layout=layout,
+                nm=nm,
+                layouts=layouts,
             )
 
         due = state.step % every == 0
@@ -313,7 +314,7 @@ def project(
     """Puts the parameters back where `transform` puts them; last in a chain.
 
     Onto a grid: `lambda p: materialize(compress(p, "symmetric(bits=4, block=64)"))`;
-    onto fixed zeros: `lambda p: apply_masks(p, masks)`. What arrives is right to the
+    onto fixed zeros: `lambda p: jc.masks.apply(p, masks)`. What arrives is right to the
     rounding of one addition, `params + (target - params)`; zeros are exact with
     `keep_masked_zero`.
 

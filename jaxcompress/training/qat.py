@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jaxcompress.quantization.awq import Scaled
 from jaxcompress.quantization.grids import Quantized
-from jaxcompress.training.qat_leaf import Latent, latent, settled
+from jaxcompress.training.qat_leaf import FakeQuantized, fake_quantize, quantize
 from jaxcompress.tree.compress import Chain, compress
+from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import (
     Leaf,
     Mixed,
@@ -26,18 +27,20 @@ from jaxcompress.types import Params
 Transform = Callable[[Params], Params]
 
 
-def straight_through(transform: Transform | Any) -> Transform:
-    """The transform, with weights in its result that train: `Latent` for `Quantized`.
+def prepare(
+    recipe: Transform | Any, layouts: Mapping[str, Layout] | None = None
+) -> Transform:
+    """Prepares parameters for quantization-aware training.
 
-    A latent weight is a float that is read as its quantized value, so the tree it
-    returns computes what `transform(params)` computes, to the bit, in an unmodified
-    model. Gradients pass the rounding straight through, and the steps have those of
-    LSQ. Train it in an ordinary loop, then `settle` it:
+    Each weight that the recipe quantizes becomes a `FakeQuantized` leaf: a float that
+    is read as its quantized value. The tree computes what the compressed one computes,
+    to the bit, in an unmodified model. Gradients pass the rounding straight through,
+    and the scales have those of LSQ. Train it in an ordinary loop, then `convert` it:
 
-        tree = straight_through("symmetric(bits=2, block=64)")(params)
-        trainable, frozen = partition(tree)
+        tree = jc.qat.prepare("symmetric(bits=2, block=64)")(params)
+        trainable, frozen = jc.partition(tree)
         ...  # any Optax optimizer on the loss of combine(trainable, frozen)
-        small = settle(combine(trainable, frozen))
+        small = jc.qat.convert(jc.combine(trainable, frozen))
 
     Adam is blind to the scale of a gradient, so steps move by its learning rate: give
     them one well below their size (1e-4), or `optax.multi_transform`.
@@ -47,8 +50,8 @@ def straight_through(transform: Transform | Any) -> Transform:
     reach those weights that stand in the tree themselves or as quantized ones.
 
     Args:
-      transform: parameters to compressed parameters, as `partial(compress,
-        recipe=..., layout=...)`; or a recipe, for `compress`.
+      recipe: for `compress`; or a function of parameters that returns compressed ones.
+      layouts: as for `compress`; not for a function.
 
     Returns:
       A function of parameters.
@@ -59,16 +62,17 @@ def straight_through(transform: Transform | Any) -> Transform:
     Source: Bengio et al. 2013 (arXiv 1308.3432); learned steps, Esser et al. 2019
     (arXiv 1902.08153).
     """
-    if _is_recipe(transform):
-        transform = functools.partial(compress, recipe=transform)
+    transform = recipe
+    if _is_recipe(recipe):
+        transform = functools.partial(compress, recipe=recipe, layouts=layouts)
 
     def apply(params: Params) -> Params:
         small = transform(jax.tree.map(jax.lax.stop_gradient, params))
         tree = jax.tree.map(_trained, params, small, is_leaf=is_leaf)
-        nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Latent))
-        if not any(isinstance(x, Latent) for x in nodes):
+        nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, FakeQuantized))
+        if not any(isinstance(x, FakeQuantized) for x in nodes):
             raise ValueError(
-                "straight_through found no quantized weight in what the transform "
+                "qat.prepare found no quantized weight in what the transform "
                 "returns; quantize some, or train partition(compress(...)) as it is"
             )
         return tree
@@ -76,11 +80,11 @@ def straight_through(transform: Transform | Any) -> Transform:
     return apply
 
 
-def settle(params: Params) -> Params:
-    """The tree with every `Latent` weight as the `Quantized` leaf it is read as."""
-    is_latent = lambda x: isinstance(x, Latent)  # noqa: E731
+def convert(params: Params) -> Params:
+    """Converts every `FakeQuantized` weight to the `Quantized` leaf it is read as."""
+    is_latent = lambda x: isinstance(x, FakeQuantized)  # noqa: E731
     return jax.tree.map(
-        lambda x: settled(x) if is_latent(x) else x, params, is_leaf=is_latent
+        lambda x: quantize(x) if is_latent(x) else x, params, is_leaf=is_latent
     )
 
 
@@ -98,7 +102,7 @@ def _trained(original: Any, small: Any) -> Any:
         return small if original is None else original
     original = None if original is None else dense(original)
     if isinstance(small, Quantized):
-        return latent(small, original)
+        return fake_quantize(small, original)
     known = {} if original is None else _originals(original, small)
     changed = {}
     for field in data_fields(small):

@@ -1,4 +1,4 @@
-"""`Latent`: a weight in training that is read as it would be quantized."""
+"""`FakeQuantized`: a weight in training that is read as it would be quantized."""
 
 import dataclasses
 import functools
@@ -28,10 +28,10 @@ from jaxcompress.tree.paths import is_float
 
 
 @leaf
-class Latent(Leaf):
+class FakeQuantized(Leaf):
     """A floating-point weight read as `Quantized`, with gradients for it and its steps.
 
-    Invariant: `settle` gives the `Quantized` leaf that has the same values. The weight
+    Invariant: `qat.convert` gives the `Quantized` leaf that has the same values. The weight
     and the steps are float32 whatever the dtypes they stand for, so that small updates
     are not lost; the steps are read as `scale_dtype` holds them.
 
@@ -87,7 +87,7 @@ class Latent(Leaf):
         return round_to(values, self.kind).astype(self.kind)
 
 
-def latent(small: Quantized, original: jax.Array | None = None) -> Latent:
+def fake_quantize(small: Quantized, original: jax.Array | None = None) -> FakeQuantized:
     """The leaf to train in the place of `small`; it reads the same to begin with.
 
     A weight starts at its original where that has the code it has in `small`, and
@@ -105,7 +105,7 @@ def latent(small: Quantized, original: jax.Array | None = None) -> Latent:
         exact = original.astype(jnp.float32)
         same = encode(exact, wide, grid=small.grid, bits=small.bits) == codes
         weight = jnp.where(same, exact, weight)
-    return Latent(
+    return FakeQuantized(
         weight=weight,
         scale=small.scale if _is_nested(small.scale) else steps.scale,
         zero_point=steps.zero_point,
@@ -118,7 +118,7 @@ def latent(small: Quantized, original: jax.Array | None = None) -> Latent:
     )
 
 
-def settled(x: Latent) -> Quantized:
+def quantize(x: FakeQuantized) -> Quantized:
     """The quantized leaf of the same values: codes of the weight as it is now."""
     steps = x.steps
     wide = spread(steps, x.block, x.shape[-2])

@@ -33,7 +33,7 @@ def train(
     steps: int,
     folder: str | os.PathLike | None = None,
     every: int = 100,
-    keep: int = 2,
+    max_to_keep: int = 2,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainState:
     """Runs until `steps` updates are done; with a folder, resumes from its checkpoint.
@@ -49,7 +49,7 @@ def train(
       steps: updates in all, those before a resumption included.
       folder: for checkpoints `step_00000100` and so on; the last one too.
       every: steps between two checkpoints.
-      keep: checkpoints that stay.
+      max_to_keep: checkpoints that stay.
       report: called after each step with its number, from 1, and its metrics.
 
     Raises:
@@ -58,9 +58,9 @@ def train(
       ValueError: an empty batch, naming the step; an option out of range; a checkpoint
         of another run.
     """
-    if steps < 0 or every < 1 or keep < 1:
+    if steps < 0 or every < 1 or max_to_keep < 1:
         raise ValueError(
-            f"steps is {steps}, every {every}, keep {keep}; steps must not be "
+            f"steps is {steps}, every {every}, keep {max_to_keep}; steps must not be "
             "negative, the others at least 1"
         )
     latest = None if folder is None else latest_checkpoint(folder)
@@ -91,7 +91,7 @@ def train(
         if folder is not None and (done % every == 0 or done == steps):
             latest = Path(folder) / f"step_{done:08d}"
             save_state(latest, state)
-            _remove_old(folder, keep)
+            _remove_old(folder, max_to_keep)
     return state
 
 

@@ -4,17 +4,24 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.tree import layouts
-from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaf import Leaf, dense, is_leaf, nbytes
+from jaxcompress.progress import each_item
+from jaxcompress.tree.layouts import (
+    Layout,
+    choose_layout,
+    matricize,
+    restore,
+    with_layout,
+)
+from jaxcompress.tree.leaf import Leaf, dense, is_leaf
 from jaxcompress.tree.methods import describe, parse, traits, with_default
 from jaxcompress.tree.paths import Entry, entries, is_float, map_entries, roots
+from jaxcompress.tree.record import LeafReport, leaf_reports
 from jaxcompress.types import Method, Params
 
 SMALLEST = 4096  # elements; below it a kernel is not worth a method by default
@@ -25,27 +32,6 @@ class Chain:
     """Recipes applied one after the other; names are recomputed after each."""
 
     stages: tuple[Any, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafReport:
-    """What `compress` did to one leaf. Bytes are of arrays really held in memory.
-
-    `bits_per_weight` counts scales and tables too. `relative_error` is the Frobenius
-    norm of the change over that of the original; None where nothing changed. `reason`
-    says why a leaf was left alone, and is empty where it was not. `output_error` is the
-    same of the layer's outputs over calibration tokens, where these are known.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    method: str
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float
-    relative_error: float | None
-    reason: str
-    output_error: float | None = None
 
 
 def chain(*stages: Any) -> Chain:
@@ -65,11 +51,11 @@ def compress(
     recipe: Any,
     moments: Mapping[str, Any] | None = None,
     *,
-    layout: Mapping[str, Layout] | None = None,
-    report: bool = False,
-    progress: Callable[[list[str]], Iterable[str]] = iter,
+    layouts: Mapping[str, Layout] | None = None,
+    record: list[LeafReport] | None = None,
+    progress: bool | Callable[[list[str]], Iterable[str]] = False,
     part: bool = False,
-) -> Any:
+) -> Params:
     """Replaces the leaves that a recipe selects by what its methods return.
 
     Pure, and traceable where its methods are. Leaves that no rule selects are the
@@ -82,14 +68,22 @@ def compress(
         pattern that fully matches a leaf's name (`leaf_names`) decides, None keeps it;
         or a `chain` of recipes.
       moments: `Moments` by kernel name, for methods that need them.
-      layout: `Layout` by kernel name, from `layout(model, params, batch)`. By default
-        that under which the moments were collected, and of a matrix the one that its
-        name suggests; needed for kernels of more than two axes without moments.
-      report: return `(params, [LeafReport, ...])` instead.
-      progress: wraps the list of names that a stage works on, one by one as it comes
-        to them; `tqdm.tqdm`, say.
+      layouts: `Layout` by kernel name, from `find_layouts(model, params, batch)`. By
+        default that under which the moments were collected, and of a matrix the one
+        that its name suggests. Kernels of more than two axes need one of the two.
+      record: a list that takes a `LeafReport` per leaf, reasons included. Not under a
+        trace: errors are numbers.
+      progress: True for a bar, or what wraps the list of names that a stage works on,
+        such as `tqdm.tqdm`.
       part: `params` are a part of a larger tree: what the recipe says of leaves that
         are not there is left out.
+
+    Returns:
+      The tree, with a leaf type where each selected array stood:
+
+        small = jc.compress(params, "symmetric(bits=4, block=64)")
+        rules = [(".*embedding", None), (".*kernel", "gptq(bits=4, block=64)")]
+        small = jc.compress(params, rules, moments)
 
     Raises:
       ValueError: a pattern that matches nothing, an unknown method or option, a kernel
@@ -105,11 +99,11 @@ def compress(
     for stage in stages:
         choices, why = choose(small, stage, part=part)
         small = _run(
-            small, choices, why, moments, layout or {}, progress, done, reasons
+            small, choices, why, moments, layouts or {}, progress, done, reasons
         )
-    if not report:
-        return small
-    return small, leaf_reports(params, small, done, reasons)
+    if record is not None:
+        record += leaf_reports(params, small, done, reasons, moments, layouts)
+    return small
 
 
 def _check_moments(params: Params, moments: Mapping[str, Any] | None) -> None:
@@ -125,54 +119,13 @@ def _check_moments(params: Params, moments: Mapping[str, Any] | None) -> None:
         )
 
 
-def leaf_reports(
-    before: Params,
-    after: Params,
-    methods: Mapping[str, Sequence[str]] | None = None,
-    reasons: Mapping[str, str] | None = None,
-) -> list[LeafReport]:
-    """One `LeafReport` per outermost leaf of `before`, beside the same of `after`."""
-    methods, reasons = methods or {}, reasons or {}
-    later = dict(roots(after))
-    reports = []
-    for name, old in roots(before):
-        new, count = later[name], max(1, old.size)
-        same = new is old
-        reports.append(
-            LeafReport(
-                name=name,
-                shape=tuple(old.shape),
-                method=" > ".join(methods.get(name, ())),
-                bytes_before=nbytes(old),
-                bytes_after=nbytes(new),
-                bits_per_weight=8 * nbytes(new) / count,
-                relative_error=None if same else relative_error(old, new),
-                reason="" if name in methods else reasons.get(name, "unchanged"),
-            )
-        )
-    return reports
-
-
-def relative_error(old: Any, new: Any) -> float:
-    """Frobenius norm of the change over that of the original; 0 where both vanish."""
-    return float(_relative_error(dense(old), dense(new)))
-
-
-@jax.jit
-def _relative_error(old: jax.Array, new: jax.Array) -> jax.Array:
-    a, b = old.astype(jnp.float32), new.astype(jnp.float32)
-    norm = jnp.linalg.norm(a.ravel())
-    error = jnp.linalg.norm((a - b).ravel())
-    return jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), error)
-
-
 def _run(
     params: Params,
     choices: Mapping[str, Method],
     why: Mapping[str, str],
     moments: Mapping[str, Any] | None,
     layout: Mapping[str, Layout],
-    progress: Callable[[list[str]], Iterable[str]],
+    progress: bool | Callable[[list[str]], Iterable[str]],
     done: dict[str, list[str]],
     reasons: dict[str, str],
 ) -> Params:
@@ -182,7 +135,7 @@ def _run(
             "make it from the same parameters"
         )
 
-    turns = iter(progress(list(choices)))
+    turns = iter(each_item(list(choices), progress, label="compressing"))
 
     def replace(entry: Entry) -> Any:
         f = choices.get(entry.name)
@@ -312,12 +265,12 @@ def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
                 f"{entry.root} was compressed along other axes than those of the "
                 f"moments, which were collected with {seen} (axes counted from the "
                 "last); compress the dense weights with these moments, or with "
-                "layout=layout(model, params, batch)"
+                "layouts=find_layouts(model, params, batch)"
             )
         return _call(f, x, entry.moments)
     if x.ndim < 2:
         raise ValueError(_needs_matrix(f, x))
-    kind = layouts.choose_layout(
+    kind = choose_layout(
         entry.name,
         x.shape,
         layout.get(entry.name),
@@ -325,9 +278,9 @@ def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
         embedding=entry.embedding,
     )
     # Without the layout, so that equal shapes share a compilation.
-    moments = layouts.with_layout(entry.moments, None)
-    small = _call(f, layouts.matricize(x, kind), moments)
-    return layouts.restore(small, x.shape, kind)
+    moments = with_layout(entry.moments, None)
+    small = _call(f, matricize(x, kind), moments)
+    return restore(small, x.shape, kind)
 
 
 def _needs_matrix(f: Method, x: jax.Array) -> str:

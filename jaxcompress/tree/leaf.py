@@ -7,6 +7,7 @@ of the data without making them lie.
 """
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ from jaxcompress.tree.decoding import decoding
 _REGISTRY: dict[str, type["Leaf"]] = {}
 Convolution = Callable[..., jax.Array]
 
-# What a leaf passes through where a layer asks for its array; `running.streaming` sets
+# What a leaf passes through where a layer asks for its array; `running.low_memory` sets
 # it for the length of one module call, per thread.
 before_use: ContextVar[Callable[["Leaf"], "Leaf"] | None] = ContextVar(
     "before_use", default=None
@@ -83,7 +84,7 @@ class Leaf(meta.AxisMetadata):
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
         """`x @ materialize()` of a leaf without stack axes, in float32 or wider.
 
-        `[..., inputs]` to `[..., outputs]`; `running.fast` calls it in place of a
+        `[..., inputs]` to `[..., outputs]`; `running.compressed_matmul` calls it in place of a
         layer's product. A type whose parts can be multiplied one after the other
         overrides it, and the costs below.
         """
@@ -171,6 +172,8 @@ def leaf(cls: type) -> type:
 
 def leaf_type(name: str) -> type[Leaf]:
     """The leaf type of this name, for files; KeyError names the known ones."""
+    if name not in _REGISTRY:  # public names are imported when first used
+        getattr(importlib.import_module("jaxcompress"), name, None)
     if name not in _REGISTRY:
         raise KeyError(
             f"unknown leaf type {name!r}; known: {', '.join(sorted(_REGISTRY))}. "

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -143,6 +144,9 @@ def parse(text: str) -> Method:
     if not isinstance(target, ast.Name) or not named or (call and call.args):
         raise ValueError(f"{wrong}; options are given by name")
     if target.id not in _METHODS:
+        _import_public(target.id)
+    if target.id not in _METHODS:
+        _import_public()
         raise ValueError(f"unknown method {target.id!r}; {_known(target.id, _METHODS)}")
     options: dict[str, Any] = {}
     for keyword in keywords:
@@ -153,6 +157,13 @@ def parse(text: str) -> Method:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{wrong}; {keyword.arg} is not a literal") from error
     return functools.partial(_METHODS[target.id](), **_checked(target.id, options))
+
+
+def _import_public(name: str | None = None) -> None:
+    """Imports the public name that a string uses, or all, so that methods register."""
+    package = importlib.import_module("jaxcompress")
+    for each in [name] if name else package.__all__:
+        getattr(package, each, None)
 
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def partition(params: Any, pattern: str | None = None) -> tuple[Any, Any]:
+def partition(params: Any, where: str | None = None) -> tuple[Any, Any]:
     """Splits a tree into `(trainable, frozen)`, each with None in the other's places.
 
     Floating-point arrays train (dense weights, scales, factors); integer and boolean
@@ -208,13 +208,13 @@ def partition(params: Any, pattern: str | None = None) -> tuple[Any, Any]:
 
     Args:
       params: pytree of arrays and leaves.
-      pattern: only arrays whose names (`leaf_names`) it fully matches train, as
+      where: only arrays whose names (`leaf_names`) it fully matches train, as
         `".*scale"` for the scales of quantized weights and of norms. None: all.
 
     Raises:
       ValueError: the pattern matches no floating-point array.
     """
-    wanted = None if pattern is None else re.compile(pattern)
+    wanted = None if where is None else re.compile(where)
 
     def trains(entry: Entry) -> bool:
         named = wanted is None or wanted.fullmatch(entry.name) is not None
@@ -222,9 +222,9 @@ def partition(params: Any, pattern: str | None = None) -> tuple[Any, Any]:
 
     if wanted is not None and not any(map(trains, entries(params))):
         names = [entry.name for entry in entries(params)]
-        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+        near = difflib.get_close_matches(where, names, n=3, cutoff=0.0)
         raise ValueError(
-            f"the pattern {pattern!r} matches no floating-point array; the nearest "
+            f"the pattern {where!r} matches no floating-point array; the nearest "
             f"names are {', '.join(near)}"
         )
 

@@ -227,8 +227,9 @@ def test_scanned_and_remat_equal_looped(stream, kind):
     model = Plain() if "scan" in kind else Stream()
     looped = jc.compress_blockwise(model, stream, rules, TOKENS, drift=0.5)
     params = stacked(stream) if "scan" in kind else stream
-    small, report = jc.compress_blockwise(
-        Stream(kind), params, rules, TOKENS, drift=0.5, report=True
+    report = []
+    small = jc.compress_blockwise(
+        Stream(kind), params, rules, TOKENS, drift=0.5, record=report
     )
     wanted = stacked(looped) if "scan" in kind else looped
     assert jax.tree.structure(small) == jax.tree.structure(wanted)
@@ -264,7 +265,7 @@ def test_a_tied_embedding_comes_first_with_all_its_uses():
     params, record = make_params(Language(layers=2), tokens), []
     rules = [("embed/embedding", seen(record)), (r"block_0/up/kernel", seen(record))]
     jc.compress_blockwise(model, params, rules, [tokens], drift=1)
-    whole = jc.collect_moments(model, params, [tokens], select="embed/embedding")
+    whole = jc.collect_moments(model, params, [tokens], where="embed/embedding")
     assert_same(record[0][1], whole["embed/embedding"])
     assert record[0][0] == (16, 32)  # features are the inputs of an embedding
     assert record[1][1].cross is not None
@@ -277,7 +278,7 @@ def test_attention_einsum_and_padding():
     batch = {"tokens": tokens, "mask": mask}
     rules = [(r"block_1/.*kernel", seen(record))]
     jc.compress_blockwise(model, params, rules, [batch], drift=1)
-    whole = jc.collect_moments(model, params, [batch], select=r"block_1/.*kernel")
+    whole = jc.collect_moments(model, params, [batch], where=r"block_1/.*kernel")
     assert len(record) == 7
     shapes = sorted(m.second.shape for _, m in record)
     assert shapes == sorted(m.second.shape for m in whole.values())
@@ -361,7 +362,7 @@ def test_models_are_compressed_from_disk(kind, tmp_path):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     path = tmp_path / "model.safetensors"
     if kind == "ours":
-        jc.models.save_model(path, model, params, tokenizer)
+        jc.models.save(path, model, params, tokenizer)
     else:
         path = tmp_path
         jc.models.export_huggingface(path, model, params, tokenizer)
@@ -435,7 +436,8 @@ def test_progress_says_errors_and_the_time_left(stream, capsys):
 
 def test_reports_say_why_a_leaf_is_left_alone(stream):
     rules = [("head/kernel", None), (KERNELS, jc.symmetric(bits=8))]
-    _, report = jc.compress_blockwise(Stream(), stream, rules, TOKENS[:1], report=True)
+    report = []
+    jc.compress_blockwise(Stream(), stream, rules, TOKENS[:1], record=report)
     rows = {row.name: row for row in report}
     assert rows.keys() == set(jc.leaf_names(stream))
     assert rows["head/kernel"].reason == "kept by the rule 'head/kernel'"
@@ -520,7 +522,7 @@ def test_too_few_tokens_say_how_many_are_needed(stream):
     with pytest.warns(UserWarning, match=few):
         jc.compress_blockwise(Stream(), stream, rules, [TOKENS[0][:1, :4]])
     with pytest.warns(UserWarning, match=few):
-        jc.collect_moments(Stream(), stream, [TOKENS[0][:1, :4]], select=KERNELS)
+        jc.collect_moments(Stream(), stream, [TOKENS[0][:1, :4]], where=KERNELS)
 
 
 @pytest.mark.parametrize(

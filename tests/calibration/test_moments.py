@@ -17,7 +17,7 @@ from jaxcompress.calibration.moments import (
     moments_from_covariance,
     require,
 )
-from jaxcompress.tracing.layouts import layout
+from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tree.layouts import matricize
 
 KEY = jax.random.key(0)
@@ -195,8 +195,8 @@ def test_every_kind_of_layer():
     """Second moments through the kernel are those of the layer's outputs."""
     model, batches = Kinds(), [random(1, 4, 4, 3), random(1, 4, 4, 3, seed=1)]
     params = make_params(model, batches[0])
-    moments = collect_moments(model, params, batches, select=ALL)
-    layouts = layout(model, params, batches[0])
+    moments = collect_moments(model, params, batches, where=ALL)
+    layouts = find_layouts(model, params, batches[0])
     assert moments.keys() == layouts.keys() and list(moments) == list(layouts)
     outputs: dict[str, list] = {}
     for batch in batches:
@@ -225,7 +225,7 @@ def test_every_kind_of_layer():
 def test_dense_inputs_are_those_the_layers_get():
     model, tokens = Language(layers=1), np.arange(12).reshape(2, 6) % 7
     params = make_params(model, tokens)
-    moments = collect_moments(model, params, [tokens, tokens + 1], select=ALL)
+    moments = collect_moments(model, params, [tokens, tokens + 1], where=ALL)
     first = dense_inputs(model, params, tokens)
     second = dense_inputs(model, params, tokens + 1)
     assert len(first) == 6 + 2  # query, key, value, out, up, down; split, join
@@ -245,7 +245,7 @@ def test_windows_of_a_convolution():
             )(x)  # fmt: skip
 
     x = random(2, 5, 7, 4)
-    moments = collect_moments(Strange(), make_params(Strange(), x), [x], select=ALL)
+    moments = collect_moments(Strange(), make_params(Strange(), x), [x], where=ALL)
     rows = []
     for image in x:
         for top in range(0, 4, 2):
@@ -260,7 +260,7 @@ def test_windows_at_padding_do_not_count():
     conv = nn.Conv(8, (3,), feature_group_count=4, name="conv")  # as many as tokens
     x, mask = random(2, 4, 8), np.array([[1, 1, 1, 0], [1, 0, 0, 0]])
     batch = {"x": x, "mask": mask}
-    found = collect_moments(conv, make_params(conv, x), [batch], select=ALL)["kernel"]
+    found = collect_moments(conv, make_params(conv, x), [batch], where=ALL)["kernel"]
     wide = np.pad(x, ((0, 0), (1, 1), (0, 0)))
     rows = [
         wide[b, t : t + 3, 2 * group : 2 * group + 2].ravel()
@@ -279,7 +279,7 @@ def test_axes_are_put_in_the_order_of_the_kernel():
 
     x = random(5, 6)
     params = {"w": jnp.ones((2, 3, 4)), "v": jnp.ones((2, 3, 4))}
-    moments = collect_moments(model, params, [x], select=".*")
+    moments = collect_moments(model, params, [x], where=".*")
     rows = np.stack([row.reshape(3, 2).T.ravel() for row in x])
     check(moments["w"], rows)
     check(moments["v"], rows)
@@ -292,7 +292,7 @@ def test_a_weight_repeated_over_the_batch_has_one_set_of_moments():
 
     x = random(5, 2, 4)
     params = {"w": jnp.ones((4, 6))}
-    check(collect_moments(model, params, [x], select="w")["w"], x)
+    check(collect_moments(model, params, [x], where="w")["w"], x)
 
 
 def test_embeddings_count_rows():
@@ -302,13 +302,13 @@ def test_embeddings_count_rows():
     embed = nn.Embed(11, 4)
     params = make_params(embed, tokens)
     found = collect_moments(
-        embed, params, [{"tokens": tokens, "mask": mask}], select=ALL
+        embed, params, [{"tokens": tokens, "mask": mask}], where=ALL
     )["embedding"]
     np.testing.assert_array_equal(found.tokens, counts)
     assert float(found.count) == 4 and found.second is None
     params = make_params(Tied(), tokens)
     found = collect_moments(
-        Tied(), params, [{"tokens": tokens, "mask": mask}] * 2, select=ALL
+        Tied(), params, [{"tokens": tokens, "mask": mask}] * 2, where=ALL
     )["embed/embedding"]
     np.testing.assert_array_equal(found.tokens, 2 * np.array(counts))
     assert float(found.count) == 8 and found.second.shape == (4, 4)
@@ -323,7 +323,7 @@ def test_rows_outside_the_table():
 
     def counts(mode):
         model = lambda p, ids: jnp.take(p["w"], ids, axis=0, mode=mode)  # noqa: E731
-        return collect_moments(model, params, [ids], select="w")["w"].tokens
+        return collect_moments(model, params, [ids], where="w")["w"].tokens
 
     np.testing.assert_array_equal(counts("fill"), [1, 0, 2])  # -1 is the last
     np.testing.assert_array_equal(counts("clip"), [3, 0, 2])
@@ -334,7 +334,7 @@ def test_a_stack_of_embeddings_counts_rows():
         return jax.vmap(lambda table, ids: table[ids])(params["w"], batch)
 
     ids = np.array([[[0, 1], [1, 1]], [[2, 2], [2, 0]]])
-    found = collect_moments(model, {"w": jnp.ones((2, 3, 4))}, [ids], select="w")["w"]
+    found = collect_moments(model, {"w": jnp.ones((2, 3, 4))}, [ids], where="w")["w"]
     np.testing.assert_array_equal(found.tokens, [[1, 3, 0], [1, 0, 3]])
 
 
@@ -347,9 +347,9 @@ def stacked(tree):
 def test_scanned_and_remat_equal_looped():
     tokens = np.arange(12).reshape(2, 6) % 7
     params = make_params(Language("loop"), tokens)
-    looped = collect_moments(Language("loop"), params, [tokens], select=ALL)
+    looped = collect_moments(Language("loop"), params, [tokens], where=ALL)
     model = Language("scan_remat")
-    found = collect_moments(model, stacked(params), [tokens], select=ALL)
+    found = collect_moments(model, stacked(params), [tokens], where=ALL)
     assert len(found) == len(looped) - 7  # seven kernels a block
     for name, moments in looped.items():
         head, _, rest = name.partition("/")
@@ -369,14 +369,14 @@ def test_padding_does_not_count():
     mask = np.ones((3, 6), bool)
     mask[1, 4:] = mask[2] = False
     batch = {"tokens": tokens, "mask": mask}
-    found = collect_moments(model, params, [batch], select=select)
+    found = collect_moments(model, params, [batch], where=select)
     inputs = dense_inputs(model, params, tokens)
     name = "block_0/attention/query/kernel"
     check(found[name], inputs[name][mask])
     assert float(found["block_0/mix/kernel"].count) == mask.sum()
     # A batch of padding alone adds nothing.
     nothing = {"tokens": tokens, "mask": np.zeros_like(mask)}
-    again = collect_moments(model, params, [nothing, batch], select=select)
+    again = collect_moments(model, params, [nothing, batch], where=select)
     assert_same(again, found)
 
 
@@ -388,7 +388,7 @@ def test_where_the_mask_goes():
     def count(function):
         call = lambda params, batch: function(params["w"], batch["x"])  # noqa: E731
         batch = {"x": x, "mask": mask}
-        return collect_moments(call, {"w": jnp.ones((4, 5))}, [batch], select="w")["w"]
+        return collect_moments(call, {"w": jnp.ones((4, 5))}, [batch], where="w")["w"]
 
     check(count(lambda w, x: x @ w), x[mask == 1])
     check(count(lambda w, x: x.reshape(6, 4) @ w), x[mask == 1])
@@ -401,7 +401,7 @@ def test_where_the_mask_goes():
         count(lambda w, x: x[0, 0] @ w)
     examples = {"x": random(3, 4), "mask": np.array([1, 0, 1])}
     call = lambda params, batch: batch["x"] @ params["w"]  # noqa: E731
-    found = collect_moments(call, {"w": jnp.ones((4, 5))}, [examples], select="w")
+    found = collect_moments(call, {"w": jnp.ones((4, 5))}, [examples], where="w")
     check(found["w"], examples["x"][[0, 2]])
 
 
@@ -420,7 +420,7 @@ def test_loops_and_branches_count_what_runs():
         )
 
     positive = np.abs(x)
-    found = collect_moments(model, params, [positive, -positive], select=".*")
+    found = collect_moments(model, params, [positive, -positive], where=".*")
     counts = {name: float(moments.count) for name, moments in found.items()}
     assert counts == {"a": 2 * 9 + 3, "b": 2 * 6, "c": 2 * 12, "d": 3}
     check(found["d"], positive)
@@ -434,7 +434,7 @@ def test_an_nnx_model_through_a_function():
         lambda params, batch: nnx.merge(graph, params)(batch["x"]),
         params,
         [{"x": x, "mask": np.array([1, 1, 1, 0, 0])}],
-        select=r"kernel.*",
+        where=r"kernel.*",
     )
     (moments,) = found.values()
     check(moments, x[:3])
@@ -444,7 +444,7 @@ def test_compressed_weights_keep_the_kernels_names():
     model, x = nn.Dense(6), random(5, 4)
     params = make_params(model, x)
     small = {**params, "kernel": rounded(params["kernel"])}
-    found = collect_moments(model, small, [x], select="kernel")
+    found = collect_moments(model, small, [x], where="kernel")
     check(found["kernel"], x)
 
 
@@ -453,14 +453,14 @@ def test_a_batch_sharded_over_devices():
     tokens = np.arange(24).reshape(4, 6) % 7
     params = make_params(Tied(), tokens)
     spread = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
-    one = collect_moments(Tied(), params, [tokens], select=ALL)
-    assert_same(collect_moments(Tied(), params, [spread], select=ALL), one)
+    one = collect_moments(Tied(), params, [tokens], where=ALL)
+    assert_same(collect_moments(Tied(), params, [spread], where=ALL), one)
 
 
 def test_sums_are_float32_for_bfloat16_inputs():
     x = jnp.full((5000, 1), 1.0078125, jnp.bfloat16)  # whose sum is no bfloat16
     model = nn.Dense(2, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    found = collect_moments(model, make_params(model, x), [x], select=ALL)["kernel"]
+    found = collect_moments(model, make_params(model, x), [x], where=ALL)["kernel"]
     assert found.second.dtype == found.mean.dtype == jnp.float32
     np.testing.assert_allclose(found.mean, [1.0078125], rtol=1e-6)
     np.testing.assert_allclose(found.second, [[1.0078125**2]], rtol=2e-4)
@@ -474,7 +474,7 @@ def test_one_compilation_for_batches_of_one_shape():
         return batch @ params["w"]
 
     batches = [random(3, 4, seed=i) for i in range(4)] + [random(2, 4)]
-    found = collect_moments(model, {"w": jnp.ones((4, 4))}, batches, select="w")
+    found = collect_moments(model, {"w": jnp.ones((4, 4))}, batches, where="w")
     check(found["w"], np.concatenate(batches))
     assert len(traces) == 3  # once for the shapes, once a shape
 
@@ -491,12 +491,12 @@ def test_default_selection_and_its_errors():
         return y @ (2 * params["small"]["kernel"])
 
     assert list(collect_moments(model, params, [x])) == ["big/kernel"]
-    chosen = collect_moments(model, params, [x], select=lambda name: "big" in name)
+    chosen = collect_moments(model, params, [x], where=lambda name: "big" in name)
     assert list(chosen) == ["big/kernel", "big/bias"]
     with pytest.raises(ValueError, match="inputs of small/kernel were never seen"):
-        collect_moments(model, params, [x], select=".*kernel")
+        collect_moments(model, params, [x], where=".*kernel")
     with pytest.raises(ValueError, match=r"no weight .*'big/kernl'.*big/kernel"):
-        collect_moments(model, params, [x], select="big/kernl")
+        collect_moments(model, params, [x], where="big/kernl")
     with pytest.raises(ValueError, match="no batches"):
         collect_moments(model, params, [])
     with pytest.raises(TypeError, match=r"one dict.*\[batch\]"):
@@ -507,7 +507,7 @@ def test_nan_names_the_first_kernel_of_the_model():
     params = {"b": jnp.full((4, 4), np.nan), "c": jnp.eye(4), "a": jnp.eye(4)}
     model = lambda p, x: ((x @ p["b"]) @ p["c"]) @ p["a"]  # noqa: E731
     with pytest.raises(ValueError, match=r"^c: its inputs are NaN"):
-        collect_moments(model, params, [np.ones((2, 4))], select=".*")
+        collect_moments(model, params, [np.ones((2, 4))], where=".*")
 
 
 def test_a_stack_axis_other_than_0_is_refused():
@@ -516,15 +516,13 @@ def test_a_stack_axis_other_than_0_is_refused():
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)
 
     with pytest.raises(ValueError, match=r"w: stack axes \(1,\).*along axis 0"):
-        collect_moments(
-            model, {"w": jnp.ones((4, 2, 4))}, [np.ones((3, 4))], select="w"
-        )
+        collect_moments(model, {"w": jnp.ones((4, 2, 4))}, [np.ones((3, 4))], where="w")
 
 
 def test_progress_is_shown_when_asked_for(capsys):
     model = lambda p, x: x @ p["w"]  # noqa: E731
     params = {"w": jnp.ones((4, 4))}
-    collect_moments(model, params, [np.ones((2, 4))], select="w")
+    collect_moments(model, params, [np.ones((2, 4))], where="w")
     assert capsys.readouterr().out == ""
-    collect_moments(model, params, [np.ones((2, 4))], select="w", progress=True)
+    collect_moments(model, params, [np.ones((2, 4))], where="w", progress=True)
     assert "calibrating" in capsys.readouterr().out

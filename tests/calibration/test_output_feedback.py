@@ -139,7 +139,7 @@ def test_it_does_less_harm_at_the_same_size(states, tmp_path):
     for name, moments in (("apart", apart), ("together", known)):
         leaf = method(jnp.asarray(x, jnp.float32), moments)
         jc.save(tmp_path / f"{name}.safetensors", {"kernel": leaf})
-        with jc.open(tmp_path / f"{name}.safetensors") as file:
+        with jc.open_checkpoint(tmp_path / f"{name}.safetensors") as file:
             assert 8 * file.nbytes("kernel") / x.size == pytest.approx(3, rel=0.01)
         back = jc.load(tmp_path / f"{name}.safetensors")["kernel"]
         assert same_bits(back, leaf)
@@ -216,7 +216,7 @@ def test_joint_curvatures_are_measured_where_they_are_of_use(monkeypatch):
     def apply(params, tokens):
         return Model().apply({"params": params}, tokens)
 
-    options = {"key": jax.random.key(2), "pattern": ".*kernel"}
+    options = {"key": jax.random.key(2), "where": ".*kernel"}
     moments = jc.collect_moments(Model(), params, [tokens])
     batches = [{"tokens": tokens}]
     plain = jc.measure_curvatures(apply, params, batches, moments, **options)
@@ -250,7 +250,9 @@ def test_joint_curvatures_are_measured_where_they_are_of_use(monkeypatch):
         np.testing.assert_allclose(found_half[0], half, rtol=1e-3, atol=1e-5 * scale)
     wanted = module.shrunk(sum(each) / (2 * 72 * 96), 0.2)
     np.testing.assert_allclose(joint, wanted, rtol=1e-3, atol=1e-9)
-    plan = jc.plan_rates(params, found, rate=4.0, pattern=".*kernel", states=0)
+    plan = jc.planning.plan_rates(
+        params, found, bits_per_weight=4.0, where=".*kernel", states=0
+    )
     small = jc.compress(params, plan, found)
     assert small["square"]["kernel"].levels.groups == 2
     assert small["wide"]["kernel"].levels.groups == 1
@@ -268,7 +270,9 @@ def test_a_plan_counts_what_feedback_saves():
     apart = dataclasses.replace(known, joint_curvatures=None)
     params = {"a": {"kernel": x}, "b": {"kernel": x}}
     moments = {"a/kernel": apart, "b/kernel": known}
-    (_, first), (_, second) = jc.plan_rates(params, moments, rate=3.0, states=0)
+    (_, first), (_, second) = jc.planning.plan_rates(
+        params, moments, bits_per_weight=3.0, states=0
+    )
     rate = [float(rule.split("rate=")[1].split(",")[0]) for rule in (first, second)]
 
     def cost(counts):  # of an error that is white where outputs are scaled
@@ -280,7 +284,9 @@ def test_a_plan_counts_what_feedback_saves():
     assert rate[0] - rate[1] == pytest.approx(gain / 2, rel=0.08)
     # Outputs that have nothing to do with each other cost what they do alone.
     moments["b/kernel"] = known_of(covariance(48), np.diag(np.diag(joint)))
-    (_, first), (_, second) = jc.plan_rates(params, moments, rate=3.0, states=0)
+    (_, first), (_, second) = jc.planning.plan_rates(
+        params, moments, bits_per_weight=3.0, states=0
+    )
     rate = [float(rule.split("rate=")[1].split(",")[0]) for rule in (first, second)]
     assert rate[0] == pytest.approx(rate[1], abs=0.01)
 
@@ -311,7 +317,7 @@ def test_parts_of_a_layer_leave_joint_curvatures_behind():
     right = low.inner_moments("right", known)
     assert left.joint_curvatures is None
     assert right.joint_curvatures is known.joint_curvatures
-    mixed = jc.mixed_channels(x, known, bits=4, keep=8, axis="outputs")
+    mixed = jc.mixed_channels(x, known, bits=4, channels=8, axis="outputs")
     for field in ("kept", "rest"):
         assert mixed.inner_moments(field, known).joint_curvatures is None
 

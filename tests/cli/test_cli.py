@@ -11,9 +11,9 @@ from jaxcompress.cli import main
 from jaxcompress.cli.commands import stages_of
 from jaxcompress.cli.parser import parser
 from jaxcompress.models.loading import load
-from jaxcompress.models.saved import save_model
+from jaxcompress.models.saved import save
 from jaxcompress.models.transformer import Transformer
-from jaxcompress.running.decode_once import decoded
+from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tokenization import train
 from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.methods import describe
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     params = jax.tree.map(
         lambda x: random.normal(0, 0.1, x.shape).astype(np.float32), shapes["params"]
     )
-    save_model(folder / "dense.safetensors", model, params, tokenizer)
+    save(folder / "dense.safetensors", model, params, tokenizer)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "latin1.txt").write_bytes("café".encode("latin-1"))
     return folder
@@ -149,7 +149,7 @@ def test_coding_makes_the_file_smaller_and_changes_no_bit(run, folder):
     assert sizes[0] < sizes[1]
     coded, plain = (load(folder / f"{x}.safetensors")[1] for x in ("coded", "plain"))
     assert jax.tree.structure(coded) != jax.tree.structure(plain)
-    coded, plain = decoded(coded), decoded(plain)
+    coded, plain = decode_once(coded), decode_once(plain)
     assert jax.tree.structure(coded) == jax.tree.structure(plain)
     jax.tree.map(np.testing.assert_array_equal, coded, plain)
 
@@ -220,7 +220,7 @@ def test_a_damaged_file_is_refused(run, folder):
 def test_models_of_different_tokenizers_are_not_compared(run, folder):
     model, params, _ = load(folder / "dense.safetensors")
     other = train([TEXT.upper()], kind="bpe", vocab_size=320)
-    save_model(folder / "other.safetensors", model, params, other)
+    save(folder / "other.safetensors", model, params, other)
     against = ("--against", "dense.safetensors", "--text", "text.txt")
     assert "tokenizers" in run("evaluate", "other.safetensors", *against, code=2)
 
@@ -248,5 +248,5 @@ def test_the_file_written_names_its_recipe(run, folder):
         "--recipe",
         "symmetric(bits=2)",
     )
-    with storage.open(folder / "named.safetensors") as stored:
+    with storage.open_checkpoint(folder / "named.safetensors") as stored:
         assert stored.metadata["recipe"] == ["symmetric(bits=2)"]

@@ -177,7 +177,7 @@ def test_lies_about_the_base_are_refused(tmp_path):
     """Digests that are right, and a list of differences that is not."""
     base, later = checkpoints(tmp_path)
     storage.pack(later, tmp_path / "x", base=base)
-    with storage.open(tmp_path / "x") as stored:
+    with storage.open_checkpoint(tmp_path / "x") as stored:
         metadata = stored.metadata
     tree = storage.load(tmp_path / "x", numpy=True)
     first = next(i for i, about in enumerate(metadata["archive"]) if "from" in about)

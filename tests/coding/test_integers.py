@@ -14,7 +14,7 @@ import jaxcompress as jc
 from jaxcompress.coding import Coded, Packed, entropy_code, rans, tables
 from jaxcompress.coding.integers import leaf as coded_integers
 from jaxcompress.coding.integers.leaf import stored_bytes
-from jaxcompress.running.decode_once import decoded
+from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tree.leaf import dense, materialize, static_fields
 
 RANDOM = np.random.default_rng(7)
@@ -365,7 +365,7 @@ def test_a_pattern_costs_its_number_of_choices(kept, group):
     Only bytes that hold a group each give that; the plan finds them by itself.
     """
     w = jnp.asarray(RANDOM.normal(0, 1, (1024, 200)), jnp.float32)
-    mask = jc.magnitude(pattern=f"{kept}:{group}")(w).mask
+    mask = jc.magnitude(nm=f"{kept}:{group}")(w).mask
     codes = np.asarray(dense(mask))
     coded = entropy_code(codes)
     check(coded, codes)
@@ -443,7 +443,7 @@ def test_the_compiled_decoder_serves_a_tree_of_many_small_leaves(monkeypatch):
     assert len({x.decoding_work()[0] for x in tree.values()}) == 2
     each = tree["layer_0"].decoding_work()[1]
     monkeypatch.setattr(coded_integers, "FEW", 6 * each)
-    for function in (materialize, decoded):
+    for function in (materialize, decode_once):
         by_numpy.clear()
         found = function(tree)
         assert by_numpy == [(5000,)]

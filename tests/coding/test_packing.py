@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lossless_checks import check
 
-from jaxcompress.coding import pack, tables
+from jaxcompress.coding import pack_bits, tables
 from jaxcompress.coding.packing import packed_rows
 from jaxcompress.tree.leaf import dense
 
@@ -44,46 +44,46 @@ def test_packed_bytes_are_those_of_the_definition(bits):
         codes = RANDOM.integers(0, 2**bits, (length, 3), dtype=np.uint64).astype(dtype)
         wanted = packed_by_definition(codes, bits)
         for one in (codes, jnp.asarray(codes)):
-            packed = pack(one, bits)
+            packed = pack_bits(one, bits)
             np.testing.assert_array_equal(packed.packed, wanted)
             check(packed, codes)
         ragged = length * bits % 8 + 7 * 3  # at most seven bits lost in each field
         assert wanted.size <= 3 * (length * bits + ragged) / 8
-    vector = pack(codes[:, 0], bits)
+    vector = pack_bits(codes[:, 0], bits)
     np.testing.assert_array_equal(vector.packed, wanted[:, 0])
     check(vector, codes[:, 0])
-    few = pack(codes.T, bits)  # three inputs, thirteen outputs
+    few = pack_bits(codes.T, bits)  # three inputs, thirteen outputs
     rows = packed_by_definition(codes.T, bits)
     np.testing.assert_array_equal(few.packed, wanted.T if few.axis == -1 else rows)
     assert few.packed.size == min(wanted.size, rows.size)
     check(few, codes.T)
-    assert pack(codes[:1, 0], bits).packed.size == packed_rows(bits, 1)
+    assert pack_bits(codes[:1, 0], bits).packed.size == packed_rows(bits, 1)
 
 
 def test_packed_is_cut_along_the_stack_by_scan_vmap_and_index():
     codes = RANDOM.integers(0, 8, (4, 9, 5)).astype(np.int8)
-    packed = jax.jit(lambda x: pack(x, 3))(codes)
+    packed = jax.jit(lambda x: pack_bits(x, 3))(codes)
     assert packed.packed.shape == (4, packed_rows(3, 9), 5)
     check(packed, codes)
     scan = jax.jit(lambda p: jax.lax.scan(lambda c, x: (c, dense(x)), 0, p)[1])
     np.testing.assert_array_equal(scan(packed), codes)
     np.testing.assert_array_equal(jax.vmap(dense)(packed), codes)
     np.testing.assert_array_equal(dense(jax.tree.map(lambda x: x[2], packed)), codes[2])
-    stacked = jax.vmap(lambda x: pack(x, 3))(codes)
+    stacked = jax.vmap(lambda x: pack_bits(x, 3))(codes)
     np.testing.assert_array_equal(stacked.packed, packed.packed)
 
 
 def test_pack_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"\[0, 9\].*\[0, 7\]"):
-        pack(np.arange(10), 3)
+        pack_bits(np.arange(10), 3)
     with pytest.raises(ValueError, match=r"\[-1, 6\]"):
-        pack(jnp.arange(8) - 1, 3)
+        pack_bits(jnp.arange(8) - 1, 3)
     with pytest.raises(ValueError, match="1 to 32"):
-        pack(np.arange(10), 0)
+        pack_bits(np.arange(10), 0)
     with pytest.raises(ValueError, match="scalar"):
-        pack(np.uint8(1), 3)
+        pack_bits(np.uint8(1), 3)
     with pytest.raises(TypeError, match="float32"):
-        pack(np.ones(4, np.float32), 3)
+        pack_bits(np.ones(4, np.float32), 3)
 
 
 # Tables

@@ -59,7 +59,7 @@ def test_costs_little_more_than_entropy_and_comes_back(name, tmp_path):
     array = CASES[name]
     path = tmp_path / "x.safetensors"
     storage.save(path, {"a": array})
-    with storage.open(path) as stored:
+    with storage.open_checkpoint(path) as stored:
         assert stored.nbytes("a") < entropy(array) + 0.1 / 8 * COUNT + 1024
         coding = "zstd" if name == "constant" else "palette"
         assert stored.files()[0].codings["a"] == coding
@@ -101,7 +101,7 @@ def test_chunks_that_the_sample_missed_are_kept_otherwise(tmp_path):
     array = RANDOM.choice(np.float32([0.1, 0.7]), 3 * float_chunks.CHUNK)
     array[1_500_000:1_500_300] = RANDOM.normal(0, 1, 300)
     storage.save(tmp_path / "x", {"a": array})
-    with storage.open(tmp_path / "x") as stored:
+    with storage.open_checkpoint(tmp_path / "x") as stored:
         assert stored.files()[0].codings == {"a": "palette"}
         assert stored.nbytes("a") < array.size / 8 * 1.9
         found = stored.rows("a", 1_490_000, 1_510_000)

@@ -155,7 +155,7 @@ def test_fewer_layers_keep_their_own_settings(teacher):
 
 def moments_of(params):
     select = r"layer_\d+/.*kernel"
-    return jc.collect_moments(MODEL, params, [BATCH["tokens"]], select=select)
+    return jc.collect_moments(MODEL, params, [BATCH["tokens"]], where=select)
 
 
 def test_fewer_neurons(teacher):

@@ -125,11 +125,11 @@ def test_curvatures_follow_into_the_factors():
         parts = harm(moved, known["left"].second, known["left"].curvatures)
         assert parts == pytest.approx(whole, rel=1e-3)
     tree = {"a": {"kernel": low}}
-    plan = jc.plan_bits(
-        tree, budget=0.2, moments={"a/kernel": moments}, pattern=".*(left|right)"
+    plan = jc.planning.plan_bits(
+        tree, fraction=0.2, moments={"a/kernel": moments}, where=".*(left|right)"
     )
     jc.compress(tree, plan, {"a/kernel": moments})
-    mixed = jc.mixed_channels(x, bits=4, keep=8, axis="outputs")
+    mixed = jc.mixed_channels(x, bits=4, channels=8, axis="outputs")
     order = np.asarray(mixed.order)
     for part, places in (("kept", order[:8]), ("rest", order[8:])):
         found = mixed.inner_moments(part, moments).curvatures
@@ -163,7 +163,7 @@ def test_moments_that_are_none_show():
     assert np.isnan(wide(svd(MATRIX, moments, rank=RANK))).all()
     with pytest.raises(ValueError, match=r"^kernel: .* not positive definite"):
         plan_ranks(
-            {"kernel": MATRIX}, budget=0.5, moments={"kernel": moments}, pattern=".*"
+            {"kernel": MATRIX}, fraction=0.5, moments={"kernel": moments}, where=".*"
         )
 
 
@@ -220,11 +220,11 @@ def test_energy_finds_the_smallest_rank():
 
 
 def test_keep_is_a_fraction_of_the_weights():
-    leaf = svd(random(INPUTS, OUTPUTS), keep=0.5)
+    leaf = svd(random(INPUTS, OUTPUTS), fraction=0.5)
     weights = leaf.left.size + leaf.right.size
     assert weights <= 0.5 * INPUTS * OUTPUTS < weights + INPUTS + OUTPUTS
-    assert svd(random(INPUTS, OUTPUTS), keep=1e-9).rank == 1
-    assert svd(random(INPUTS, OUTPUTS), keep=0.4).rank == RANK  # 0.4 * 15
+    assert svd(random(INPUTS, OUTPUTS), fraction=1e-9).rank == 1
+    assert svd(random(INPUTS, OUTPUTS), fraction=0.4).rank == RANK  # 0.4 * 15
 
 
 def test_the_randomized_decomposition_is_nearly_optimal():
@@ -349,7 +349,7 @@ def test_pruned_factorized_quantized_and_coded_by_one_chain(tmp_path):
     stages = jc.chain(
         # one kernel through every stage, the other pruned or factorized
         [("up/kernel", "magnitude(sparsity=0.5)"), ("down/kernel", None)],
-        [("up/kernel/values", "svd(keep=0.9)"), ("down/kernel", "svd(rank=40)")],
+        [("up/kernel/values", "svd(fraction=0.9)"), ("down/kernel", "svd(rank=40)")],
         [(".*/(left|right)", "symmetric(bits=8, block=32)")],
         "entropy_code()",
         "code_floats()",
@@ -374,7 +374,7 @@ def test_pruned_factorized_quantized_and_coded_by_one_chain(tmp_path):
 
     @jax.jit
     def quick(params, x):
-        with jc.fast():
+        with jc.compressed_matmul():
             return Model().apply({"params": params}, x)
 
     np.testing.assert_allclose(quick(loaded, x), want, atol=1e-5)
@@ -389,13 +389,13 @@ def test_pruned_factorized_quantized_and_coded_by_one_chain(tmp_path):
     "options, message",
     [
         ({}, "exactly one of rank, keep and energy"),
-        ({"rank": 3, "keep": 0.5}, "exactly one"),
+        ({"rank": 3, "fraction": 0.5}, "exactly one"),
         ({"rank": 0}, r"rank=1 to 24 here, not 0"),
         ({"rank": 25}, r"rank=1 to 24 here, not 25"),
         ({"rank": 2.0}, r"rank=1 to 24 here, not 2\.0"),
         ({"rank": True}, "rank=1 to 24"),
-        ({"keep": 0.0}, "keep above 0"),
-        ({"keep": 1.5}, "keep above 0 and at most 1"),
+        ({"fraction": 0.0}, "fraction above 0"),
+        ({"fraction": 1.5}, "fraction above 0 and at most 1"),
         ({"energy": -1}, "energy above 0"),
         ({"rank": 3, "damping": -1}, "damping from 0 to 1"),
         ({"rank": 3, "weighted": "yes"}, "weighted=True, False or 'auto'"),

@@ -193,7 +193,7 @@ def test_tensor_leaves_run_and_are_stored(tmp_path):
         ("query/kernel", "tucker(ranks=(60, None, 15), sizes=(64, 4, 16))"),
         ("out/kernel", "cp(rank=64, sizes=(4, 16, 64), sweeps=10)"),
     ]
-    small = jc.compress(params, recipe, layout=jc.layout(Attention(), params, x))
+    small = jc.compress(params, recipe, layouts=jc.find_layouts(Attention(), params, x))
     assert isinstance(small["query"]["kernel"].inner, Tucker)
     assert isinstance(small["out"]["kernel"].inner, CP)
     small = jc.compress(small, [(".*/factors/2", "symmetric(bits=8)")])

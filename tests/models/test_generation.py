@@ -13,7 +13,7 @@ from jaxcompress.evaluation import Apply, LanguageModelMetrics, evaluate, window
 from jaxcompress.models import Transformer
 from jaxcompress.models.generation import generate, sample
 from jaxcompress.quantization import grids, symmetric
-from jaxcompress.running.compressed_matmul import fast
+from jaxcompress.running.compressed_matmul import compressed_matmul
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.leaf import is_leaf, materialize
 
@@ -70,7 +70,7 @@ def test_steps_are_compiled_for_the_way_they_multiply(params, monkeypatch):
     batches = windows(np.arange(33) % 300, 33, 2)
     losses, reached = {}, set()
     for how in (None, "int8"):
-        with fast(activations=how) if how else contextlib.nullcontext():
+        with compressed_matmul(activations=how) if how else contextlib.nullcontext():
             called.clear()
             generate(MODEL, small, Letters(), "hello", max_tokens=1)
             assert not called or how == "int8"

@@ -20,7 +20,7 @@ from jaxcompress.models.gguf_settings import MODULES
 from jaxcompress.models.gguf_tokenizers import tokenizer_from
 from jaxcompress.models.huggingface import export_huggingface, read_tokenizer
 from jaxcompress.models.loading import load, shapes
-from jaxcompress.models.saved import describe, rebuild, save_model
+from jaxcompress.models.saved import describe, rebuild, save
 from jaxcompress.models.transformer import Transformer, stack_layers
 from jaxcompress.quantization import symmetric
 from jaxcompress.tree.compress import compress
@@ -255,7 +255,7 @@ def test_saved_model_comes_back(tmp_path, tokenizer):
     model, params, _ = load(GOLDEN / "qwen3", dtype=jnp.float32)
     small = compress(params, [(".*/up_proj/kernel", symmetric(bits=4, block=8))])
     path = tmp_path / "small.safetensors"
-    save_model(path, model, small, tokenizer, {"note": "tiny"})
+    save(path, model, small, tokenizer, {"note": "tiny"})
     again, read, words = load(path)
     assert again == model
     trees_equal(read, small)
@@ -268,7 +268,7 @@ def test_saved_model_comes_back(tmp_path, tokenizer):
     trees_equal(kernel, stack_layers(small)["layers"]["mlp"]["up_proj"]["kernel"])
     assert stacked["final_norm"]["scale"].dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="'architecture'"):
-        save_model(path, model, small, metadata={"architecture": 1})
+        save(path, model, small, metadata={"architecture": 1})
     assert shapes(path) == shapes_of(params)
 
 

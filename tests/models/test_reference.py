@@ -27,7 +27,7 @@ def reference():
     batches = list(
         windows(ids, LENGTH, BATCH, token_bytes=tokenizer.token_bytes(ids), limit=24)
     )
-    layout = jc.layout(model, params, batches[0]["tokens"])
+    layout = jc.find_layouts(model, params, batches[0]["tokens"])
     return model, params, tokenizer, layout, batches
 
 
@@ -51,7 +51,7 @@ def kl(reference):
     def measure(recipe, moments=None, where=KERNELS):
         if (recipe, where) not in seen:
             rules = [(where, recipe)]
-            small = jc.compress(params, rules, moments, layout=layout)
+            small = jc.compress(params, rules, moments, layouts=layout)
             dense = jax.jit(jc.materialize)(small)
             report = jc.compare(Apply(model), params, dense, batches)
             seen[recipe, where] = report.kl
@@ -103,7 +103,7 @@ def test_rates_beat_widths_at_equal_bytes(reference, kl, moments):
     """Coded levels against packed codes; the file's bytes, scales included."""
     _, params, _, layout, _ = reference
     packed = "gptq(bits=3, block=64)"
-    small = jc.compress(params, [(KERNELS, packed)], moments, layout=layout)
+    small = jc.compress(params, [(KERNELS, packed)], moments, layouts=layout)
     weights = sum(x.size for x in params["layers"]["mlp"].values() for x in x.values())
     weights += sum(
         x.size for x in params["layers"]["attention"].values() for x in x.values()
@@ -160,7 +160,7 @@ def test_planned_bits_beat_uniform_bits_at_equal_bytes(reference):
         lambda tree: loss(tree, target),
         params,
         sizes=(0.15,),
-        pattern=kernels,
+        where=kernels,
         key=jax.random.key(0),
     )
     method = "symmetric(bits={}, block=64, full_range=True)".format
@@ -170,12 +170,12 @@ def test_planned_bits_beat_uniform_bits_at_equal_bytes(reference):
     float_bytes = held(params) - sum(
         x.nbytes for n, x in flat(params) if n in sensitivities
     )
-    planned = jc.plan_bits(
+    planned = jc.planning.plan_bits(
         params,
-        budget=held(uniform) - float_bytes,
+        fraction=held(uniform) - float_bytes,
         sensitivities=sensitivities,
         candidates=[method(bits) for bits in (2, 3, 4, 5)],
-        pattern=kernels,
+        where=kernels,
     )
     small = jc.compress(params, planned)
     assert held(small) <= held(uniform)
@@ -219,14 +219,14 @@ def test_mixed_channels_beat_uniform_bits_where_there_are_outliers(reference):
     ids = np.array(tokenizer.encode(text[: len(text) // 2])[: 8 * LENGTH])
     pattern = r"layers/.*(q|k|v|gate|up)_proj/kernel"
     found = jc.collect_moments(
-        model, rescaled, ids.reshape(-1, 8, LENGTH), select=pattern
+        model, rescaled, ids.reshape(-1, 8, LENGTH), where=pattern
     )
     results = []
     for method in (
         "symmetric(bits=3, block=32)",
-        "mixed_channels(bits=3, block=64, keep=0.02, kept_bits=8)",
+        "mixed_channels(bits=3, block=64, fraction=0.02, fine_bits=8)",
     ):
-        small = jc.compress(rescaled, [(pattern, method)], found, layout=layout)
+        small = jc.compress(rescaled, [(pattern, method)], found, layouts=layout)
         dense = jax.jit(jc.materialize)(small)
         cost = jc.compare(Apply(model), params, dense, batches).kl
         results.append((jc.nbytes(small), cost))

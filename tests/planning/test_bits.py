@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.planning import bits
+from jaxcompress.calibration import damage as damage_of
 from jaxcompress.planning.allocation import Curve, allocate, hull, total_loss
 from jaxcompress.tree.paths import entries
 
@@ -93,7 +93,7 @@ CANDIDATES = [f"symmetric(bits={bits}, block=32)" for bits in (2, 3, 4, 6, 8)]
 
 
 def planned_bytes(params, recipe):
-    small = jc.compress(params, recipe, layout=LAYOUT)
+    small = jc.compress(params, recipe, layouts=LAYOUT)
     a, b, e = small["a"]["kernel"], small["b"]["kernel"], small["embed"]["embedding"]
     return jc.nbytes((a, b, e)), small
 
@@ -116,11 +116,11 @@ def damage(params, small, sensitivity=SENSITIVITY):
 
 
 def test_sensitive_leaves_get_more_bits_within_the_budget(params):
-    plan = {"sensitivities": SENSITIVITY, "candidates": CANDIDATES, "layout": LAYOUT}
+    plan = {"sensitivities": SENSITIVITY, "candidates": CANDIDATES, "layouts": LAYOUT}
     uniform, middle = planned_bytes(
         params, [("embed/embedding|.*kernel", CANDIDATES[2])]
     )
-    rules = jc.plan_bits(params, budget=uniform, **plan)
+    rules = jc.planning.plan_bits(params, nbytes=uniform, **plan)
     assert sorted(bits_of(rules)) == NAMES
     bits = bits_of(rules)
     assert bits["b/kernel"] < bits["a/kernel"] < bits["embed/embedding"]
@@ -137,13 +137,15 @@ def test_sensitive_leaves_get_more_bits_within_the_budget(params):
     assert damage(params, small) == pytest.approx(best, rel=1e-4)
     whole = sum(params[n.split("/")[0]][n.split("/")[1]].nbytes for n in NAMES)
     fraction = (uniform + 0.5) / whole
-    assert jc.plan_bits(params, budget=fraction, **plan) == rules
+    assert jc.planning.plan_bits(params, fraction=fraction, **plan) == rules
 
 
 def test_uniform_is_taken_where_nothing_is_better(params):
     twins = {name: {"kernel": params["a"]["kernel"]} for name in "abc"}
     small = jc.compress(twins, CANDIDATES[1])
-    rules = jc.plan_bits(twins, budget=jc.nbytes(small), candidates=CANDIDATES)
+    rules = jc.planning.plan_bits(
+        twins, fraction=jc.nbytes(small), candidates=CANDIDATES
+    )
     assert [f for _, f in rules] == [CANDIDATES[1]] * 3
 
 
@@ -152,18 +154,18 @@ def test_coded_plans_count_coded_bytes(params):
     options = {"candidates": CANDIDATES[:3], "coded": True}
     recipe = jc.chain([("a/kernel", CANDIDATES[1])], "entropy_code()", "code_floats()")
     exact = jc.nbytes(jc.compress(part, recipe)["a"]["kernel"])
-    found = jc.plan_bits(part, budget=exact, **options)
+    found = jc.planning.plan_bits(part, nbytes=exact, **options)
     assert jc.nbytes(jc.compress(part, found)["a"]["kernel"]) == exact
-    lower = jc.plan_bits(part, budget=exact - 1, **options)
+    lower = jc.planning.plan_bits(part, nbytes=exact - 1, **options)
     assert jc.nbytes(jc.compress(part, lower)["a"]["kernel"]) < exact
 
 
 def test_none_keeps_a_leaf_and_patterns_choose(params):
-    rules = jc.plan_bits(
+    rules = jc.planning.plan_bits(
         params,
-        budget=1.0,
+        fraction=1.0,
         candidates=[CANDIDATES[0], None],
-        pattern="a/kernel|embed.*",
+        where="a/kernel|embed.*",
         sensitivities=SENSITIVITY,
     )
     assert dict(rules) == {"a/kernel": None, "embed/embedding": None}
@@ -188,7 +190,7 @@ def test_sensitivities_are_the_curvature_of_the_loss(params):
         return total
 
     found = jc.measure_sensitivities(
-        jax.jit(loss), params, layout=LAYOUT, key=jax.random.key(0)
+        jax.jit(loss), params, layouts=LAYOUT, key=jax.random.key(0)
     )
     for name, value in found.items():
         assert value == pytest.approx(curvature[name.split("/")[0]], rel=1e-3)
@@ -205,7 +207,7 @@ def test_sensitivities_are_the_curvature_of_the_loss(params):
         jax.jit(by_output),
         params,
         moments=moments,
-        pattern="a/kernel",
+        where="a/kernel",
         key=jax.random.key(1),
     )
     assert found["a/kernel"] == pytest.approx(2 * np.sum(x * (second @ x)), rel=1e-3)
@@ -220,17 +222,22 @@ def test_moments_judge_by_outputs(params):
     both = ["symmetric(bits=3, block=32, search=True)", "gptq(bits=3, block=32)"]
     size = jc.nbytes(jc.compress(part, both[0]))
     for candidates in (both, both[::-1]):
-        rules = jc.plan_bits(part, budget=size, candidates=candidates, moments=moments)
+        rules = jc.planning.plan_bits(
+            part, nbytes=size, candidates=candidates, moments=moments
+        )
         assert rules == [("a/kernel", both[1])]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 0.001}, r"below the \d+ that the smallest .* 2\.\d+ bits per wei"),
-        ({"budget": 0}, "fraction of bytes kept"),
-        ({"budget": 1.5}, "at most 1"),
-        ({"budget": True}, "not True"),
+        (
+            {"fraction": 0.001},
+            r"below the \d+ that the smallest .* 2\.\d+ bits per wei",
+        ),
+        ({"fraction": 0}, "fraction of the bytes now"),
+        ({"fraction": 1.5}, "at most 1"),
+        ({"fraction": True}, "not True"),
         ({"candidates": []}, "list of candidates"),
         ({"candidates": "symmetric(bits=4)"}, "list of candidates"),
         ({"candidates": ["symmetric(bits=9)"]}, "^a/kernel: .*1 to 8 bits, not 9"),
@@ -240,14 +247,18 @@ def test_moments_judge_by_outputs(params):
             {"sensitivities": SENSITIVITY | {"b/kernel": float("nan")}},
             "^b/kernel: a sensitivity of nan",
         ),
-        ({"layout": {}}, "^b/kernel: shape .* 3 axes"),
-        ({"pattern": "nope"}, "matches no leaf"),
+        ({"layouts": {}}, "^b/kernel: shape .* 3 axes"),
+        ({"where": "nope"}, "matches no leaf"),
     ],
 )
 def test_bad_plans_say_what_to_do(params, options, message):
-    options = {"budget": 0.2, "layout": LAYOUT, "candidates": CANDIDATES[:1]} | options
+    options = {
+        "fraction": 0.2,
+        "layouts": LAYOUT,
+        "candidates": CANDIDATES[:1],
+    } | options
     with pytest.raises(ValueError, match=message):
-        jc.plan_bits(params, **options)
+        jc.planning.plan_bits(params, **options)
 
 
 def test_curvatures_take_the_place_of_sensitivities():
@@ -266,7 +277,9 @@ def test_curvatures_take_the_place_of_sensitivities():
     }
     candidates = [f"symmetric(bits={b}, block=64)" for b in (2, 4, 6)]
     budget = jc.nbytes(jc.compress(params, candidates[1]))
-    plan = jc.plan_bits(params, budget=budget, candidates=candidates, moments=curved)
+    plan = jc.planning.plan_bits(
+        params, nbytes=budget, candidates=candidates, moments=curved
+    )
     assert [method for _, method in plan] == [candidates[0], candidates[2]]
 
     def damage(name, method):
@@ -276,17 +289,17 @@ def test_curvatures_take_the_place_of_sensitivities():
 
     stacked = {"c": {"kernel": jnp.stack([params[n]["kernel"] for n in "ab"])}}
     both = jax.tree.map(lambda *a: jnp.stack(a), *curved.values())
-    options = {"layout": {"c/kernel": jc.Layout((0,), (1,), (2,))}}
+    options = {"layouts": {"c/kernel": jc.Layout((0,), (1,), (2,))}}
     (entry,) = entries(stacked, {"c/kernel": both})
     small = jc.compress(stacked, candidates[0], **options)["c"]["kernel"]
-    found = bits._divergence(entry, small, options["layout"])
+    found = damage_of.divergence(entry, small, options["layouts"])
     wanted = damage("a", candidates[0]) + damage("b", candidates[0])
     assert found == pytest.approx(wanted, rel=1e-4)
 
     given = {f"{n}/kernel": 1.0 for n in "ab"}
-    same = jc.plan_bits(
+    same = jc.planning.plan_bits(
         params,
-        budget=budget,
+        nbytes=budget,
         candidates=candidates,
         moments=curved,
         sensitivities=given,
@@ -295,33 +308,37 @@ def test_curvatures_take_the_place_of_sensitivities():
     for name in "ab":
         entry = next(e for e in entries(params, curved) if e.name == f"{name}/kernel")
         small = jc.compress(params[name], candidates[0])["kernel"]
-        found = bits._divergence(entry, small, {})
+        found = damage_of.divergence(entry, small, {})
         assert found == pytest.approx(damage(name, candidates[0]), rel=1e-4)
     zero = dataclasses.replace(moments, curvatures=jnp.zeros(96))
     with pytest.raises(ValueError, match="a/kernel: curvatures that are all zero"):
-        jc.plan_bits(params, budget=budget, moments=curved | {"a/kernel": zero})
+        jc.planning.plan_bits(
+            params, nbytes=budget, moments=curved | {"a/kernel": zero}
+        )
     few = dataclasses.replace(moments, curvatures=jnp.ones(3))
     with pytest.raises(ValueError, match=r"a/kernel: .*'curvatures' has shape \(3,\)"):
-        jc.plan_bits(params, budget=budget, moments=curved | {"a/kernel": few})
+        jc.planning.plan_bits(params, nbytes=budget, moments=curved | {"a/kernel": few})
     curved["a/kernel"] = moments
-    jc.plan_bits(params, budget=budget, moments=curved, sensitivities=given)
+    jc.planning.plan_bits(params, nbytes=budget, moments=curved, sensitivities=given)
     with pytest.raises(ValueError, match="a/kernel: no curvatures, and others"):
-        jc.plan_bits(params, budget=budget, candidates=candidates, moments=curved)
+        jc.planning.plan_bits(
+            params, nbytes=budget, candidates=candidates, moments=curved
+        )
 
 
 def test_bad_weights_losses_and_traces_are_refused(params):
     bad = {"a": {"kernel": params["a"]["kernel"].at[0, 0].set(jnp.nan)}}
     with pytest.raises(ValueError, match=r"^a/kernel: 1 of 8192 weights are NaN"):
-        jc.plan_bits(bad, budget=0.5, candidates=CANDIDATES[:1])
+        jc.planning.plan_bits(bad, fraction=0.5, candidates=CANDIDATES[:1])
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"^a/kernel: the loss is .* nan"):
         jc.measure_sensitivities(
             lambda tree: jnp.log(-(tree["a"]["kernel"][0, 0] ** 2)),
             params,
-            pattern="a/kernel",
+            where="a/kernel",
             key=key,
         )
     with pytest.raises(ValueError, match="sizes of noise above 0"):
         jc.measure_sensitivities(lambda tree: 0.0, params, sizes=(0,), key=key)
     with pytest.raises(TypeError, match="plan_bits reads values on the host"):
-        jax.jit(lambda p: jc.plan_bits(p, budget=0.5))(params)
+        jax.jit(lambda p: jc.planning.plan_bits(p, fraction=0.5))(params)

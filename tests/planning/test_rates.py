@@ -74,7 +74,7 @@ def test_what_matters_more_is_coded_finer(case):
     assert (rows == rows[0]).all(), "an embedding has one curvature"
     hard, soft = (found[f"{name}/kernel"].curvatures for name in ("hard", "soft"))
     assert hard.mean() > 10 * soft.mean()
-    rules = dict(jc.plan_rates(params, found, rate=3.0, states=8))
+    rules = dict(jc.planning.plan_rates(params, found, bits_per_weight=3.0, states=8))
     rates = {
         name: float(re.search(r"rate=([\d.]+)", rules[re.escape(name)])[1])
         for name in ("soft/kernel", "hard/kernel", "embed/embedding")
@@ -103,7 +103,7 @@ def test_uneven_outputs_are_planned_as_what_is_left_of_them():
         f"{name}/kernel": dataclasses.replace(one, curvatures=jnp.ones(shape[1]))
         for name in kernels
     }
-    plan = jc.plan_rates(params, moments, rate=3.0, states=0)
+    plan = jc.planning.plan_rates(params, moments, bits_per_weight=3.0, states=0)
     small = jc.compress(params, plan, moments)
     steps = {
         k: float(jnp.mean(x["kernel"].steps.astype(jnp.float32)))
@@ -120,14 +120,14 @@ def test_slices_of_a_stack_are_planned_one_by_one(case):
         "b": {"kernel": params["hard"]["kernel"]}
     }
     known = {"a/kernel": found[names[0]], "b/kernel": found[names[1]]}
-    plan = jc.plan_rates(apart, known, rate=3.0)
+    plan = jc.planning.plan_rates(apart, known, bits_per_weight=3.0)
     stacked = {"c": {"kernel": jnp.stack([x["kernel"] for x in apart.values()])}}
     both = jax.tree.map(lambda *x: jnp.stack(x), *known.values())
-    ((name, method),) = jc.plan_rates(
+    ((name, method),) = jc.planning.plan_rates(
         stacked,
         {"c/kernel": both},
-        rate=3.0,
-        layout={"c/kernel": jc.Layout((0,), (1,), (2,))},
+        bits_per_weight=3.0,
+        layouts={"c/kernel": jc.Layout((0,), (1,), (2,))},
     )
     rates = [float(re.search(r"rate=([\d.]+)", rule[1])[1]) for rule in plan]
     assert name == "c/kernel"
@@ -170,8 +170,8 @@ def test_curvatures_of_a_scanned_model_are_by_slice():
         params,
         batches,
         {"layers/dense/kernel": one(second)},
-        layout=jc.layout(Scanned(), params, tokens),
-        pattern=".*kernel",
+        layouts=jc.find_layouts(Scanned(), params, tokens),
+        where=".*kernel",
         key=key,
     )
     alone = jc.measure_curvatures(
@@ -179,7 +179,7 @@ def test_curvatures_of_a_scanned_model_are_by_slice():
         apart,
         batches,
         {f"layer_{i}/dense/kernel": one(second[i]) for i in range(2)},
-        pattern=".*kernel",
+        where=".*kernel",
         key=key,
     )
     for i in range(2):
@@ -214,7 +214,7 @@ def test_the_curvature_of_an_output_is_that_of_its_errors(case):
 
 def test_an_equal_slope_costs_less_than_an_equal_rate(case):
     params, tokens, moments, found = case
-    planned = jc.plan_rates(params, found, rate=2.5)
+    planned = jc.planning.plan_rates(params, found, bits_per_weight=2.5)
     kl = {}
     for name, recipe, known in (
         ("planned", planned, found),
@@ -241,12 +241,14 @@ def test_bad_input_is_told(case):
     params, tokens, moments, found = case
     zero = dataclasses.replace(found["soft/kernel"], curvatures=jnp.zeros(FEATURES))
     with pytest.raises(ValueError, match="soft/kernel: curvatures that are all zero"):
-        jc.plan_rates(params, found | {"soft/kernel": zero}, rate=3.0)
+        jc.planning.plan_rates(
+            params, found | {"soft/kernel": zero}, bits_per_weight=3.0
+        )
     with pytest.raises(ValueError, match=r"hard/kernel: .*measure them with the same"):
         less = found | {"hard/kernel": moments["hard/kernel"]}
-        jc.plan_rates(params, less, rate=3.0)
+        jc.planning.plan_rates(params, less, bits_per_weight=3.0)
     with pytest.raises(ValueError, match="rows and columns takes the first"):
-        jc.plan_rates(params, moments, rate=0.1)
+        jc.planning.plan_rates(params, moments, bits_per_weight=0.1)
     with pytest.raises(ValueError, match="there are no batches"):
         jc.measure_curvatures(apply, params, [], moments, key=jax.random.key(0))
     broken = jax.tree.map(lambda x: x, params)
@@ -256,4 +258,6 @@ def test_bad_input_is_told(case):
             apply, broken, [{"tokens": tokens}], moments, key=jax.random.key(0)
         )
     with pytest.raises(TypeError, match="plan_rates reads values"):
-        jax.jit(lambda p: jc.plan_rates(p, moments, rate=3.0))(params)
+        jax.jit(lambda p: jc.planning.plan_rates(p, moments, bits_per_weight=3.0))(
+            params
+        )

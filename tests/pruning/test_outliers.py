@@ -49,7 +49,7 @@ def importance(x, coarse, second, score, axis):
 def test_the_channels_of_largest_score_stay_exact(case, score, axis):
     x, moments = case
     mixed = jc.mixed_channels(
-        x, moments, bits=3, keep=5, score=score, axis=axis, block=16
+        x, moments, bits=3, channels=5, score=score, axis=axis, block=16
     )
     coarse = jc.symmetric(x, bits=3, block=16, search=True).materialize()
     where = ["inputs", "outputs"].index(axis)
@@ -69,11 +69,11 @@ def test_the_channels_of_largest_score_stay_exact(case, score, axis):
 
 def test_kept_channels_may_have_bits_of_their_own(case):
     x, moments = case
-    mixed = jc.mixed_channels(x, moments, bits=2, keep=0.125, kept_bits=6, block=16)
+    mixed = jc.mixed_channels(x, moments, bits=2, fraction=0.125, fine_bits=6, block=16)
     assert (mixed.kept.bits, mixed.rest.bits) == (6, 2)
     assert mixed.kept.shape == (6, OUTPUTS) and mixed.rest.shape == (42, OUTPUTS)
     assert mixed.order.dtype == jnp.uint16
-    exact = jc.mixed_channels(x.astype(jnp.bfloat16), bits=2, keep=6)
+    exact = jc.mixed_channels(x.astype(jnp.bfloat16), bits=2, channels=6)
     assert exact.kept.dtype == jnp.bfloat16
 
 
@@ -81,7 +81,7 @@ def test_kept_channels_may_have_bits_of_their_own(case):
 @pytest.mark.parametrize("score", ["weight", "activation"])
 def test_outliers_split_a_weight_exactly(case, score, scope):
     x, moments = case
-    split = jc.outliers(x, moments, keep=0.05, score=score, scope=scope)
+    split = jc.outliers(x, moments, fraction=0.05, score=score, scope=scope)
     rest, sparse = split.terms
     np.testing.assert_array_equal(split.materialize(), x)
     worth = np.abs(np.asarray(x, np.float64))
@@ -106,7 +106,9 @@ def test_the_rest_is_rounded_with_finer_steps_at_few_more_bytes():
     params = {"kernel": jnp.asarray(x)}
     coding = ("entropy_code()", "code_floats()")
     rounding = "symmetric(bits=3, block=64)"
-    apart = jc.chain("outliers(keep=0.004)", [("kernel/terms/0", rounding)], *coding)
+    apart = jc.chain(
+        "outliers(fraction=0.004)", [("kernel/terms/0", rounding)], *coding
+    )
     split = jc.compress(params, apart)
     finer = {
         bits: jc.compress(
@@ -126,7 +128,7 @@ def test_the_rest_is_fitted_to_the_layers_inputs(case):
     x, moments = case
     big = jnp.tile(x, (1, 3)).at[3, 7].set(20.0)
     recipe = lambda rounding: jc.chain(  # noqa: E731
-        [("kernel", "outliers(keep=0.002, score='weight')")],
+        [("kernel", "outliers(fraction=0.002, score='weight')")],
         [("kernel/terms/0", rounding)],
     )
     errors = {}
@@ -147,15 +149,18 @@ def test_the_rest_is_fitted_to_the_layers_inputs(case):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: jc.outliers(x, keep=0), "above 0 and below 1, not 0"),
-        (lambda x: jc.outliers(x, keep=True), "not True"),
-        (lambda x: jc.outliers(x, keep=1e-6), "would keep 0 of 1920"),
-        (lambda x: jc.outliers(x, keep=0.1, score="up"), "score in"),
-        (lambda x: jc.outliers(x, keep=0.1, score="activation"), "needs moments"),
-        (lambda x: jc.outliers(x, keep=0.1, scope="global"), "scope="),
-        (lambda x: jc.mixed_channels(x, bits=3, keep=3, score="up"), "score in"),
-        (lambda x: jc.mixed_channels(x, bits=3, keep=3, kept_bits=9), "1 to 8 bits"),
-        (lambda x: jc.mixed_channels(x, bits=3, keep=3, axis="rows"), "axis="),
+        (lambda x: jc.outliers(x, fraction=0), "above 0 and below 1, not 0"),
+        (lambda x: jc.outliers(x, fraction=True), "not True"),
+        (lambda x: jc.outliers(x, fraction=1e-6), "would keep 0 of 1920"),
+        (lambda x: jc.outliers(x, fraction=0.1, score="up"), "score in"),
+        (lambda x: jc.outliers(x, fraction=0.1, score="activation"), "needs moments"),
+        (lambda x: jc.outliers(x, fraction=0.1, scope="global"), "scope="),
+        (lambda x: jc.mixed_channels(x, bits=3, channels=3, score="up"), "score in"),
+        (
+            lambda x: jc.mixed_channels(x, bits=3, channels=3, fine_bits=9),
+            "1 to 8 bits",
+        ),
+        (lambda x: jc.mixed_channels(x, bits=3, channels=3, axis="rows"), "axis="),
     ],
 )
 def test_errors_say_what_is_allowed(case, call, message):
@@ -166,7 +171,7 @@ def test_errors_say_what_is_allowed(case, call, message):
 def test_a_stack_is_split_slice_by_slice(case):
     x, _ = case
     stack = jnp.stack([x, x**3])
-    split = jax.jit(jc.outliers(keep=0.03))(stack)
+    split = jax.jit(jc.outliers(fraction=0.03))(stack)
     np.testing.assert_array_equal(split.materialize(), stack)
     counts = np.asarray(split.terms[1].kept).sum((1, 2))
     assert set(counts.tolist()) == {round(0.03 * x.size)}

@@ -12,20 +12,21 @@ from oracles import first_largest, oracle_mask
 
 import jaxcompress as jc
 from jaxcompress.coding.integers.leaf import Coded, entropy_code, stored_bytes
-from jaxcompress.pruning import (
-    Sparse,
-    alps,
-    apply_masks,
-    keep_largest,
-    magnitude,
+from jaxcompress.pruning import Sparse, alps, magnitude, sparse, sparsegpt, wanda
+from jaxcompress.pruning.choices import keep_largest
+from jaxcompress.pruning.masks import (
+    apply as apply_masks,
+)
+from jaxcompress.pruning.masks import (
     magnitude_scores,
-    make_masks,
-    masks_of,
-    sparse,
-    sparsegpt,
     taylor_scores,
-    wanda,
     wanda_scores,
+)
+from jaxcompress.pruning.masks import (
+    make as make_masks,
+)
+from jaxcompress.pruning.masks import (
+    of as masks_of,
 )
 from jaxcompress.quantization import symmetric
 from jaxcompress.storage import load, save
@@ -39,9 +40,9 @@ CHOICES = [
     {"sparsity": 0.7},
     {"sparsity": 0.7, "scope": "row"},
     {"sparsity": 0.0},
-    {"pattern": "2:4"},
-    {"pattern": "1:3"},
-    {"pattern": "4x5", "sparsity": 0.5},
+    {"nm": "2:4"},
+    {"nm": "1:3"},
+    {"nm": "4x5", "sparsity": 0.5},
 ]
 RECONSTRUCTIONS = [sparsegpt, alps]
 
@@ -72,7 +73,7 @@ def test_magnitude_keeps_what_a_sort_keeps(options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"sparsity": 0.6}, {"pattern": "2:4"}, {"sparsity": 0.6, "scope": "leaf"}],
+    [{"sparsity": 0.6}, {"nm": "2:4"}, {"sparsity": 0.6, "scope": "leaf"}],
 )
 def test_wanda_weighs_by_the_norm_of_the_input(options):
     x, known = weights(INPUTS, OUTPUTS), moments()
@@ -90,7 +91,7 @@ def test_a_threshold_drops_what_is_not_above_it():
     np.testing.assert_array_equal(leaf.materialize(), jnp.where(abs(x) > 1.5, x, 0))
     none = magnitude(x, threshold=1e9)
     np.testing.assert_array_equal(none.materialize(), jnp.zeros_like(x))
-    even = magnitude(magnitude(x, pattern="2:4").materialize(), threshold=0)
+    even = magnitude(magnitude(x, nm="2:4").materialize(), threshold=0)
     assert even.values.shape == (2, INPUTS // 2, OUTPUTS)
     with pytest.raises(TypeError, match="host method"):
         jax.jit(lambda x: magnitude(x, threshold=0.5))(x)
@@ -104,7 +105,7 @@ def test_bytes_are_those_of_the_values_and_the_bitmap(options):
     x = weights(INPUTS, OUTPUTS, dtype=jnp.bfloat16)
     leaf = magnitude(x, **options)
     kept = int(oracle_mask(np.abs(np.asarray(x, np.float32)), **options).sum())
-    bits = (6 * 2 if "x" in options.get("pattern", "") else INPUTS * OUTPUTS) / 8
+    bits = (6 * 2 if "x" in options.get("nm", "") else INPUTS * OUTPUTS) / 8
     assert nbytes(leaf) == 2 * kept + -(-bits // 1)
     assert leaf.materialize().dtype == jnp.bfloat16
     back = sparse(leaf.materialize(), leaf.kept)
@@ -116,7 +117,7 @@ def test_bytes_are_those_of_the_values_and_the_bitmap(options):
     ("options", "bits"),
     [
         ({"sparsity": 0.8}, -(0.8 * np.log2(0.8) + 0.2 * np.log2(0.2))),
-        ({"pattern": "2:4"}, np.log2(6) / 4),
+        ({"nm": "2:4"}, np.log2(6) / 4),
     ],
 )
 def test_a_coded_mask_takes_the_entropy_of_the_mask(options, bits):
@@ -141,7 +142,7 @@ def test_pruned_quantized_coded_saved_and_run(tmp_path):
     params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     known = {"up/kernel": moments(64), "out/kernel": moments(72)}
     recipe = chain(
-        [("up/kernel", alps(sparsity=0.5)), ("out/kernel", sparsegpt(pattern="2:4"))],
+        [("up/kernel", alps(sparsity=0.5)), ("out/kernel", sparsegpt(nm="2:4"))],
         [(".*kernel/values", symmetric(bits=4, block=16))],
         [("up/kernel/mask", "entropy_code()")],
     )
@@ -173,7 +174,7 @@ STACK = {"stack/kernel": Layout((0,), (1,), (2,))}
 def test_masks_of_a_tree_are_those_of_its_leaves():
     scores = magnitude_scores(TREE)
     assert scores["mlp"]["bias"] is None
-    masks = make_masks(TREE, scores, 0.7, scope="row", layout=STACK)
+    masks = make_masks(TREE, scores, 0.7, scope="row", layouts=STACK)
     assert masks["mlp"]["bias"] is None
     by_row = functools.partial(oracle_mask, sparsity=0.7, scope="row")
     size = {key: np.abs(np.asarray(x)) for key, x in flat(TREE).items()}
@@ -189,7 +190,7 @@ def test_masks_of_a_tree_are_those_of_its_leaves():
         pruned["mlp"]["kernel"], np.where(got["mlp/kernel"], TREE["mlp"]["kernel"], 0)
     )
     recipe = magnitude(sparsity=0.7, scope="row")
-    small = compress(TREE, recipe, layout=STACK)
+    small = compress(TREE, recipe, layouts=STACK)
     for a, b in zip(*map(jax.tree.leaves, (masks_of(small), masks)), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -213,7 +214,7 @@ def test_all_leaves_compete_where_the_scope_is_global():
 
 def test_scores_weigh_by_gradients_and_inputs():
     slopes = jax.tree.map(lambda x: weights(*x.shape, seed=9), TREE)
-    scores = taylor_scores(TREE, slopes, names="mlp/.*")
+    scores = taylor_scores(TREE, slopes, where="mlp/.*")
     assert scores["embed"]["embedding"] is None
     for leaf in ("kernel", "bias"):
         expected = np.abs(np.asarray(TREE["mlp"][leaf]) * slopes["mlp"][leaf])
@@ -237,12 +238,12 @@ def test_scores_weigh_by_gradients_and_inputs():
         ({"sparsity": -0.1}, "not -0.1"),
         ({"sparsity": True}, "not True"),
         ({"sparsity": 0.999}, "keep none of 240"),
-        ({"pattern": "2:7"}, "multiple of 7 inputs, these weights have 24"),
-        ({"pattern": "5:4"}, "not '5:4'"),
-        ({"pattern": "half"}, "not 'half'"),
-        ({"pattern": "2:4", "sparsity": 0.7}, "a sparsity of 0.5, not 0.7"),
-        ({"pattern": "5x5", "sparsity": 0.5}, "5x5 do not divide 24 inputs"),
-        ({"pattern": "4x5"}, "not None"),
+        ({"nm": "2:7"}, "multiple of 7 inputs, these weights have 24"),
+        ({"nm": "5:4"}, "not '5:4'"),
+        ({"nm": "half"}, "not 'half'"),
+        ({"nm": "2:4", "sparsity": 0.7}, "a sparsity of 0.5, not 0.7"),
+        ({"nm": "5x5", "sparsity": 0.5}, "5x5 do not divide 24 inputs"),
+        ({"nm": "4x5"}, "not None"),
         ({"sparsity": 0.5, "threshold": 1.0}, "not both"),
         ({"threshold": -1.0}, "0 or more, not -1.0"),
         ({"sparsity": 0.5, "scope": "global"}, "not 'global'"),
@@ -266,7 +267,7 @@ def test_moments_that_are_missing_or_of_another_model(method):
 
 def test_what_masks_and_scores_refuse():
     with pytest.raises(ValueError, match=r"sparsegpt takes .* not blocks"):
-        sparsegpt(weights(INPUTS, OUTPUTS), moments(), sparsity=0.5, pattern="4x5")
+        sparsegpt(weights(INPUTS, OUTPUTS), moments(), sparsity=0.5, nm="4x5")
     with pytest.raises(ValueError, match="damping between 0 and 1, not 0"):
         alps(weights(INPUTS, OUTPUTS), moments(), sparsity=0.5, damping=0)
     with pytest.raises(ValueError, match="no Sparse leaf"):
@@ -276,11 +277,11 @@ def test_what_masks_and_scores_refuse():
     with pytest.raises(ValueError, match=r"a: scores of shape \(3,\), .* \(2, 2\)"):
         make_masks({"a": jnp.ones((2, 2))}, {"a": jnp.ones(3)}, 0.5)
     with pytest.raises(ValueError, match="'nothing' matches no"):
-        magnitude_scores(TREE, names="nothing")
+        magnitude_scores(TREE, where="nothing")
     with pytest.raises(ValueError, match="needs gradients"):
         taylor_scores(TREE)
     with pytest.raises(ValueError, match="not scope='global'"):
-        make_masks(TREE, magnitude_scores(TREE), 0.5, scope="global", pattern="2:4")
+        make_masks(TREE, magnitude_scores(TREE), 0.5, scope="global", nm="2:4")
     with pytest.raises(ValueError, match=r"mask of shape \(2, 2\)"):
         apply_masks({"a": jnp.ones(3)}, {"a": jnp.ones((2, 2), bool)})
     small = {"a": magnitude(weights(INPUTS, OUTPUTS), sparsity=0.5)}

@@ -49,7 +49,7 @@ def oracle_sparsegpt(x, second, counts=None, group=None, block=128, damping=0.01
     [
         ({"sparsity": 0.5, "block": 9}, {"counts": [45, 45, 30], "block": 9}),
         ({"sparsity": 0.7}, {"counts": [72]}),
-        ({"pattern": "2:4"}, {"group": 2, "block": 4}),
+        ({"nm": "2:4"}, {"group": 2, "block": 4}),
     ],
 )
 def test_sparsegpt_is_the_optimal_brain_surgeon(options, oracle):
@@ -60,7 +60,7 @@ def test_sparsegpt_is_the_optimal_brain_surgeon(options, oracle):
     np.testing.assert_allclose(leaf.materialize(), value, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("options", [{"sparsity": 0.6}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("options", [{"sparsity": 0.6}, {"nm": "2:4"}])
 def test_alps_weights_are_the_best_on_their_support(options):
     x, second = weights(INPUTS, OUTPUTS), covariance(INPUTS)
     leaf = alps(x, moments(), **options)

@@ -13,9 +13,9 @@ from jaxcompress.calibration.moments import Moments
 from jaxcompress.models import structure
 from jaxcompress.models.convolutional import ConvNet
 from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
-from jaxcompress.pruning.groups import Group, choose_units, find_places
 from jaxcompress.pruning.structured import remove_units
-from jaxcompress.pruning.unit_scores import score_units
+from jaxcompress.pruning.structured.groups import Group, choose_units, find_places
+from jaxcompress.pruning.structured.unit_scores import score_units
 
 INPUTS, OUTPUTS, SAMPLES = 12, 7, 400
 DAMPING = 1e-3
@@ -261,7 +261,7 @@ def test_a_smaller_transformer_is_the_masked_one(tmp_path):
     np.testing.assert_allclose(logits(less, small), expected, rtol=1e-4, atol=1e-5)
     assert small["embed"]["embedding"] is params["embed"]["embedding"]
     assert jc.nbytes(small) < jc.nbytes(params)
-    jc.models.save_model(tmp_path / "less.safetensors", less, small)
+    jc.models.save(tmp_path / "less.safetensors", less, small)
     again, loaded, _ = jc.models.load(tmp_path / "less.safetensors")
     assert again == less
     np.testing.assert_array_equal(logits(again, loaded), logits(less, small))
@@ -319,7 +319,7 @@ def test_layers_that_change_nothing_have_no_influence():
 
 def test_moments_make_up_for_neurons_and_heads_of_a_model():
     model, params = transformer()
-    known = jc.collect_moments(model, params, [TOKENS], select=".*(down|o)_proj/kernel")
+    known = jc.collect_moments(model, params, [TOKENS], where=".*(down|o)_proj/kernel")
     dense = logits(model, params)
     for groups, scope in (
         (structure.neuron_groups(model), "group"),
@@ -362,11 +362,11 @@ def test_filters_shrink_with_their_norms_and_readers():
     # With moments, what stays makes up for them; the statistics shrink too.
     run = lambda variables, images: model.apply(variables, images)  # noqa: E731
     select = "params/(conv_[12]|head)/kernel"
-    known = jc.collect_moments(run, variables, [images], select=select)
-    layout = jc.layout(run, variables, images)
-    scores = score_units(known, groups, params=variables, layout=layout, by="loss")
+    known = jc.collect_moments(run, variables, [images], where=select)
+    layout = jc.find_layouts(run, variables, images)
+    scores = score_units(known, groups, params=variables, layouts=layout, by="loss")
     assert [len(score) for score in scores.values()] == [6, 5, 4]
-    better = remove_units(variables, groups, keep, known, layout=layout)
+    better = remove_units(variables, groups, keep, known, layouts=layout)
     assert better["batch_stats"]["norm_0"]["mean"].shape == (3,)
     dense = model.apply(variables, images)
     errors = [
@@ -521,7 +521,7 @@ def test_moments_and_trees_that_do_not_fit():
     wide = jc.Layout((0,), (1,), (2,))
     with pytest.raises(ValueError, match="stacked layers keep different units"):
         name = "layers/mlp/down_proj/kernel"
-        remove_units(stack_layers(tree), group, [0], known, layout={name: wide})
+        remove_units(stack_layers(tree), group, [0], known, layouts={name: wide})
     variables = convolutional()[1]
     with pytest.raises(ValueError, match="4 axes, and which are inputs"):
         groups = structure.filter_groups(convolutional()[0])

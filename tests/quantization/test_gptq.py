@@ -196,11 +196,11 @@ def test_outlier_inputs_are_worth_keeping(case):
     scales[[3, 17]] = 30
     moments = jc.moments_from_covariance(jnp.diag(jnp.asarray(scales**2, jnp.float32)))
     plain = jc.symmetric(x, bits=4, search=True)
-    mixed = jc.mixed_channels(x, moments, bits=3, keep=2, kept_bits=8)
+    mixed = jc.mixed_channels(x, moments, bits=3, channels=2, fine_bits=8)
     assert jc.nbytes(mixed) < 1.02 * jc.nbytes(plain)
     assert loss(x, mixed, moments) < 0.2 * loss(x, plain, moments)
     assert set(np.asarray(mixed.order[:2]).tolist()) == {3, 17}
-    exact = jc.mixed_channels(x, moments, bits=3, keep=2, axis="outputs")
+    exact = jc.mixed_channels(x, moments, bits=3, channels=2, axis="outputs")
     columns = np.asarray(exact.order[:2])
     np.testing.assert_array_equal(exact.materialize()[:, columns], x[:, columns])
 
@@ -210,7 +210,7 @@ def test_stacked_moments_stay_with_their_layer(case):
     other = jc.moments_from_covariance(jnp.asarray(correlated(7), jnp.float32))
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), moments, other)
     stacked = jnp.stack([x, 2 * x])
-    for recipe in (jc.gptq(bits=3, block=BLOCK), jc.mixed_channels(bits=3, keep=4)):
+    for recipe in (jc.gptq(bits=3, block=BLOCK), jc.mixed_channels(bits=3, channels=4)):
         whole = recipe(stacked, both)
         parts = [recipe(stacked[0], moments), recipe(stacked[1], other)]
         for i, part in enumerate(parts):
@@ -230,10 +230,10 @@ def test_stacked_moments_stay_with_their_layer(case):
         (lambda x, m: jc.gptq(x, m, bits=4, damping=0), "damping"),
         (lambda x, m: jc.learned(x, m, bits=1), "2 or more"),
         (lambda x, m: jc.learned(x, m, bits=4, steps=0), "one or more steps"),
-        (lambda x, m: jc.mixed_channels(x, bits=3, keep=0), "at least one"),
-        (lambda x, m: jc.mixed_channels(x, bits=3, keep=48), "fewer than all"),
+        (lambda x, m: jc.mixed_channels(x, bits=3, channels=0), "at least one"),
+        (lambda x, m: jc.mixed_channels(x, bits=3, channels=48), "fewer than all"),
         (
-            lambda x, m: jc.mixed_channels(x, bits=3, keep=2, score="activation"),
+            lambda x, m: jc.mixed_channels(x, bits=3, channels=2, score="activation"),
             "needs moments",
         ),
         (

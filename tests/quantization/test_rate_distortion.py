@@ -27,7 +27,7 @@ from jaxcompress.coding.levels import (
 )
 from jaxcompress.planning import rates
 from jaxcompress.quantization.rate_distortion import pivots, prepare, sweep
-from jaxcompress.running.decode_once import decoded, recoded
+from jaxcompress.running.decode_once import code_again, decode_once
 from jaxcompress.tree.equality import same_bits
 
 search = jax.jit(lambda x, states: trellis.search(x, states)[0], static_argnums=1)
@@ -324,7 +324,7 @@ def test_the_file_meets_the_rate(rate, shape, tmp_path):
     moments = dataclasses.replace(moments, curvatures=jnp.asarray(spread, jnp.float32))
     leaf = jc.rate_distortion(jnp.asarray(x, jnp.float32), moments, rate=rate, states=8)
     jc.save(tmp_path / "x.safetensors", {"kernel": leaf})
-    with jc.open(tmp_path / "x.safetensors") as file:
+    with jc.open_checkpoint(tmp_path / "x.safetensors") as file:
         bits = 8 * file.nbytes("kernel") / x.size
     assert bits == pytest.approx(rate, rel=0.005)
     np.testing.assert_array_equal(
@@ -441,7 +441,7 @@ def test_outputs_that_do_more_are_coded_finer(tmp_path):
             known = dataclasses.replace(known, curvatures=found)
         leaf = jc.rate_distortion(jnp.asarray(x, jnp.float32), known, rate=3, states=8)
         jc.save(tmp_path / f"{name}.safetensors", {"kernel": leaf})
-        with jc.open(tmp_path / f"{name}.safetensors") as file:
+        with jc.open_checkpoint(tmp_path / f"{name}.safetensors") as file:
             assert 8 * file.nbytes("kernel") / x.size == pytest.approx(3, rel=0.01)
         back = jc.load(tmp_path / f"{name}.safetensors")["kernel"].materialize()
         np.testing.assert_array_equal(back, leaf.materialize())
@@ -623,7 +623,7 @@ def test_products_are_precise_in_the_threads_of_a_stack(monkeypatch):
     x = jnp.asarray(np.stack([gaussian(16, 32)] * 3), jnp.float32)
     jc.rate_distortion(x, rate=4, states=0)
     plan_of = {"c": {"kernel": x[0]}}
-    jc.plan_rates(plan_of, {}, rate=5, pattern=".*kernel", states=0)
+    jc.planning.plan_rates(plan_of, {}, bits_per_weight=5, where=".*kernel", states=0)
     assert seen == ["highest"] * 4
 
 
@@ -644,11 +644,11 @@ def test_trained_steps_go_back_to_coded_levels():
         "bias": jnp.zeros(100),
         "norm": jc.code_floats(jnp.ones(4096)),
     }
-    coarse = decoded(small)
+    coarse = decode_once(small)
     assert coarse["kernel"].levels.dtype == jnp.int8
     trainable, frozen = jc.partition(coarse)
     trainable = jax.tree.map(lambda x: (2 * x + 1).astype(x.dtype), trainable)
-    back = recoded(jc.combine(trainable, frozen), small)
+    back = code_again(jc.combine(trainable, frozen), small)
     steps = small["kernel"].steps
     steps = (2 * steps + 1).astype(steps.dtype)
     wanted = dataclasses.replace(small["kernel"], steps=steps)

@@ -122,7 +122,7 @@ def factorized(kind):
     if kind != "loop":
         params = factorized("loop")[1]
     else:
-        params = jc.compress(with_biases(params), FACTORS, layout=layouts(params))
+        params = jc.compress(with_biases(params), FACTORS, layouts=layouts(params))
     if "scan" in kind:
         params = dict(params)
         blocks = [params.pop(f"block_{i}") for i in range(2)]
@@ -137,7 +137,7 @@ materialize = jax.jit(jc.materialize)
 def test_a_model_multiplies_by_factors(kind):
     model, small = factorized(kind)
     dense = materialize(small)
-    quick = applied(model, jc.fast)
+    quick = applied(model, jc.compressed_matmul)
     plain = applied(model).lower(dense, TOKENS).compile()
     parts = quick.lower(small, TOKENS).compile()
     want = plain(dense, TOKENS)
@@ -158,10 +158,12 @@ def test_a_model_multiplies_by_factors(kind):
 def test_vmapped_modules_and_examples():
     model, x = Ensemble(), random(4, WIDTH)
     params = with_biases(model.init(jax.random.key(0), x)["params"])
-    small = jc.compress(params, [(".*kernel", thin(4))], layout=layouts(params))
+    small = jc.compress(params, [(".*kernel", thin(4))], layouts=layouts(params))
     want = applied(model)(materialize(small), x)
-    np.testing.assert_allclose(applied(model, jc.fast)(small, x), want, atol=1e-5)
-    each = jax.jit(jax.vmap(applied(model, jc.fast), in_axes=(None, 0)))
+    np.testing.assert_allclose(
+        applied(model, jc.compressed_matmul)(small, x), want, atol=1e-5
+    )
+    each = jax.jit(jax.vmap(applied(model, jc.compressed_matmul), in_axes=(None, 0)))
     np.testing.assert_allclose(each(small, x), want, atol=1e-5)
     assert (3, WIDTH, WIDTH) not in shapes_in(each, small, x)
 
@@ -185,7 +187,7 @@ def test_gradients_are_those_of_the_array():
         rule for rule in FACTORS if "query" not in rule[0] and "out" not in rule[0]
     ]
     recipe[-1] = (".*kernel", thin(4))
-    small = jc.compress(params, recipe, layout=layouts(params))
+    small = jc.compress(params, recipe, layouts=layouts(params))
 
     def loss(params, context):
         with context():
@@ -193,7 +195,7 @@ def test_gradients_are_those_of_the_array():
 
     plain, quick = (
         jax.jit(jax.grad(loss), static_argnums=1)(small, context)
-        for context in (contextlib.nullcontext, jc.fast)
+        for context in (contextlib.nullcontext, jc.compressed_matmul)
     )
     plain, quick = (jax.tree.leaves(tree) for tree in (plain, quick))
     largest = max(np.abs(a).max() for a in plain)
@@ -208,7 +210,7 @@ def test_factors_may_be_compressed_too():
     small = jc.compress(params, inside)
     assert "block_0/up/kernel/left/codes" in jc.leaf_names(small)
     want = applied(model)(materialize(small), TOKENS)
-    quick = applied(model, jc.fast)
+    quick = applied(model, jc.compressed_matmul)
     np.testing.assert_allclose(quick(small, TOKENS), want, atol=1e-5)
     assert (2, WIDTH // 2, WIDTH) not in shapes_in(quick, small, TOKENS)
 
@@ -217,7 +219,7 @@ def test_eager_and_uncompressed_models_run_as_ever():
     model, x = nn.Sequential([nn.Dense(32), nn.Dense(24)]), random(4, 24)
     params = model.init(jax.random.key(0), x)["params"]
     small = jc.compress(params, [(".*kernel", thin(4))])
-    with jc.fast():
+    with jc.compressed_matmul():
         got = model.apply({"params": params}, x)
         again = model.init(jax.random.key(0), x)["params"]
         quick = model.apply({"params": small}, x)
@@ -232,7 +234,7 @@ def test_it_ends_with_its_context():
     model, x = nn.Dense(32), random(4, 24)
     params = model.init(jax.random.key(0), x)["params"]
     small = jc.compress(params, [("kernel", thin(4))])
-    with jc.fast():
+    with jc.compressed_matmul():
         assert (24, 32) not in shapes_in(applied(model), small, x)
     assert (24, 32) in shapes_in(applied(model), small, x)
 
@@ -245,14 +247,14 @@ def check_layer(model, x, recipe, *, layout=None, whole=False, atol=1e-5):
     x = jnp.asarray(x)
     params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda x: jnp.asarray(random(*x.shape), x.dtype), params)
-    layout = layout or jc.layout(model, params, x)
-    small = jc.compress(params, [("kernel", recipe)], layout=layout)
+    layout = layout or jc.find_layouts(model, params, x)
+    small = jc.compress(params, [("kernel", recipe)], layouts=layout)
     dense = materialize(small)
-    want, got = applied(model)(dense, x), applied(model, jc.fast)(small, x)
+    want, got = applied(model)(dense, x), applied(model, jc.compressed_matmul)(small, x)
     assert want.shape == got.shape and want.dtype == got.dtype
     a, b = (np.asarray(y, np.float64) for y in (want, got))
     np.testing.assert_allclose(b, a, atol=atol * np.abs(a).max())
-    made = shapes_in(applied(model, jc.fast), small, x)
+    made = shapes_in(applied(model, jc.compressed_matmul), small, x)
     assert (dense["kernel"].shape in made) == whole
     return small
 
@@ -382,7 +384,7 @@ def test_the_precision_of_the_layer_is_that_of_every_product():
         model = nn.Dense(32, precision=precision)
         params = model.init(jax.random.key(0), x)["params"]
         small = jc.compress(params, [("kernel", thin(4))])
-        program = str(jax.make_jaxpr(applied(model, jc.fast))(small, x))
+        program = str(jax.make_jaxpr(applied(model, jc.compressed_matmul))(small, x))
         assert program.count("Precision.HIGHEST") // 2 == times
 
 
@@ -409,11 +411,11 @@ def test_wrong_shapes_get_flax_s_error():
         small = jc.compress(
             params,
             [("kernel", thin(4))],
-            layout={}
+            layouts={}
             if x.ndim == params["kernel"].ndim
             else {"kernel": jc.Layout((), (0, 1), (2,))},
         )
-        with jc.fast(), pytest.raises(Exception, match=r"[Ss]hape"):
+        with jc.compressed_matmul(), pytest.raises(Exception, match=r"[Ss]hape"):
             model.apply({"params": small}, jnp.ones((4, 12)))
 
 
@@ -430,9 +432,11 @@ def test_a_tied_embedding_is_attended_to_by_its_factors():
         return jax.jit(run)
 
     want = attend(contextlib.nullcontext)(materialize(small), query)
-    np.testing.assert_allclose(attend(jc.fast)(small, query), want, atol=1e-5)
+    np.testing.assert_allclose(
+        attend(jc.compressed_matmul)(small, query), want, atol=1e-5
+    )
     least = flops(attend(contextlib.nullcontext), materialize(small), query)
-    assert flops(attend(jc.fast), small, query) < 0.5 * least
+    assert flops(attend(jc.compressed_matmul), small, query) < 0.5 * least
 
 
 # What is cheaper
@@ -447,7 +451,7 @@ def test_the_quarter_of_a_rank_takes_half_the_operations():
     small = jax.eval_shape(lambda p: jc.compress(p, "svd(rank=512)"), params)
     dense, quick = (
         flops(applied(model), params, x),
-        flops(applied(model, jc.fast), small, x),
+        flops(applied(model, jc.compressed_matmul), small, x),
     )
     assert 0.45 < quick / dense < 0.55
 
@@ -458,13 +462,15 @@ def test_the_cheaper_of_factors_and_array_is_taken():
     for rank, rows, whole in ((4, 500, False), (20, 500, True), (20, 2, False)):
         small = jc.compress(params, [("kernel", thin(rank))])
         x = random(rows, 24)
-        made = shapes_in(applied(model, jc.fast), small, x)
+        made = shapes_in(applied(model, jc.compressed_matmul), small, x)
         assert ((24, 40) in made) == whole, (rank, rows)
         leaf = small["kernel"]
         apart, dense = rows * rank * (24 + 40), 24 * 40 * (rows + rank)
         assert leaf.product_cost(rows) == min(apart, dense)
         want = applied(model)(materialize(small), x)
-        np.testing.assert_allclose(applied(model, jc.fast)(small, x), want, atol=1e-5)
+        np.testing.assert_allclose(
+            applied(model, jc.compressed_matmul)(small, x), want, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("rows, apart", [(3, True), (200, False)])
@@ -535,14 +541,18 @@ def test_integer_products_are_what_the_definition_says(method):
     params = with_biases(model.init(jax.random.key(0), x)["params"])
     params["kernel"] = random(24, 12, seed=3) + 0.3
     small = jc.compress(params, [("kernel", method)])
-    got = applied(model, jc.fast, activations="int8")(small, x)
+    got = applied(model, jc.compressed_matmul, activations="int8")(small, x)
     bias = np.asarray(small["bias"], np.float64)
     np.testing.assert_allclose(
         got, oracle(x, small["kernel"]) + bias, rtol=2e-6, atol=1e-5
     )
-    exact = np.asarray(applied(model, jc.fast)(small, x))
+    exact = np.asarray(applied(model, jc.compressed_matmul)(small, x))
     assert 0 < np.abs(got - exact).max() < 0.02 * np.abs(exact).max()
-    program = str(jax.make_jaxpr(applied(model, jc.fast, activations="int8"))(small, x))
+    program = str(
+        jax.make_jaxpr(applied(model, jc.compressed_matmul, activations="int8"))(
+            small, x
+        )
+    )
     assert "i32[5,12] = dot_general" in program
     assert "i8[24,12]" in program and "f32[24,12]" not in program
 
@@ -573,14 +583,14 @@ def test_accelerators_multiply_the_same_integers_in_bfloat16():
         "sign_split(bits=(3, 3))",
         "nf4(block=None)",
         "fp8()",
-        "mixed_channels(bits=4, keep=2)",
+        "mixed_channels(bits=4, channels=2)",
     ],
 )
 def test_other_codes_are_dequantized(method):
     model, x = nn.Dense(12), random(5, 24)
     params = model.init(jax.random.key(0), x)["params"]
     small = jc.compress(params, [("kernel", method)])
-    got = applied(model, jc.fast, activations="int8")(small, x)
+    got = applied(model, jc.compressed_matmul, activations="int8")(small, x)
     want = applied(model)(materialize(small), x)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
@@ -596,7 +606,7 @@ def test_grids_that_integers_do_not_know_are_dequantized(monkeypatch):
         leaf.codes, leaf.scale, None, None, "squares", 4, None, "float32"
     )
     small = {"kernel": leaf, "bias": jnp.zeros(12)}
-    got = applied(model, jc.fast, activations="int8")(small, x)
+    got = applied(model, jc.compressed_matmul, activations="int8")(small, x)
     np.testing.assert_allclose(got, x @ leaf.materialize(), rtol=1e-5)
 
 
@@ -605,7 +615,7 @@ def test_inputs_that_are_not_finite_show():
     x[0, 3], x[1, 4] = np.nan, np.inf
     params = model.init(jax.random.key(0), x)["params"]
     small = jc.compress(params, [("kernel", "symmetric(bits=8)")])
-    got = np.asarray(applied(model, jc.fast, activations="int8")(small, x))
+    got = np.asarray(applied(model, jc.compressed_matmul, activations="int8")(small, x))
     assert np.isnan(got[:2]).all() and np.isfinite(got[2]).all()
 
 
@@ -631,9 +641,9 @@ def test_integer_products_have_the_gradients_of_float_ones():
 def test_models_run_in_integers():
     model, params = language("scan")
     recipe = [(".*(embedding|kernel)", "symmetric(bits=8)")]
-    small = jc.compress(with_biases(params), recipe, layout=layouts(params))
+    small = jc.compress(with_biases(params), recipe, layouts=layouts(params))
     exact = applied(model)(small, TOKENS)
-    quick = applied(model, jc.fast, activations="int8")
+    quick = applied(model, jc.compressed_matmul, activations="int8")
     got = quick(small, TOKENS)
     assert 1e-4 < np.abs(got - exact).max() < 0.05 * np.abs(exact).max()
     program = str(jax.make_jaxpr(quick)(small, TOKENS))
@@ -647,7 +657,7 @@ def test_auto_takes_integers_only_where_they_are_faster(monkeypatch):
     small = jc.compress(params, [("kernel", "symmetric(bits=8)")])
 
     def in_integers(rows, activations):
-        run = applied(model, jc.fast, activations=activations)
+        run = applied(model, jc.compressed_matmul, activations=activations)
         program = str(jax.make_jaxpr(run)(small, random(rows, 24)))
         return "preferred_element_type=int32" in program
 
@@ -671,8 +681,10 @@ def test_scaled_rows_scale_the_inputs_of_an_integer_product():
     moments = {"kernel": jc.moments_from_covariance(jnp.diag(jnp.arange(1.0, 25)))}
     small = jc.compress(params, [("kernel", "awq(bits=8, candidates=4)")], moments)
     want = applied(model)(materialize(small), x)
-    np.testing.assert_allclose(applied(model, jc.fast)(small, x), want, atol=1e-5)
-    run = applied(model, jc.fast, activations="int8")
+    np.testing.assert_allclose(
+        applied(model, jc.compressed_matmul)(small, x), want, atol=1e-5
+    )
+    run = applied(model, jc.compressed_matmul, activations="int8")
     error = np.abs(run(small, x) - want).max()
     assert 0 < error < 0.02 * np.abs(want).max()
     assert "preferred_element_type=int32" in str(jax.make_jaxpr(run)(small, x))
@@ -689,5 +701,8 @@ def test_sums_too_long_for_32_bits_are_dequantized():
 
 def test_other_activations_are_refused():
     message = "'float', 'int8', 'auto', not 'int4'"
-    with pytest.raises(ValueError, match=message), jc.fast(activations="int4"):
+    with (
+        pytest.raises(ValueError, match=message),
+        jc.compressed_matmul(activations="int4"),
+    ):
         pass

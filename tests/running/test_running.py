@@ -23,7 +23,7 @@ from models_for_tests import (
 import jaxcompress as jc
 from jaxcompress.quantization.nearest import symmetric
 from jaxcompress.running import nnx as running_nnx
-from jaxcompress.running.low_memory import streaming
+from jaxcompress.running.low_memory import low_memory
 from jaxcompress.tree.leaf import before_use, is_leaf
 
 WEIGHTS = r".*(kernel|embedding)"
@@ -32,14 +32,14 @@ KINDS = ("loop", "scan", "remat", "scan_remat")
 
 def shrink(params):
     """Every kernel and embedding compressed."""
-    return jc.compress(params, [(WEIGHTS, rounded())], layout=layouts(params))
+    return jc.compress(params, [(WEIGHTS, rounded())], layouts=layouts(params))
 
 
 def nest(params):
     """Every kernel and embedding a product of compressed factors."""
     inside = [(r".*(left|right)", rounded())]
     stages = jc.chain([(WEIGHTS, product())], inside)
-    return jc.compress(params, stages, layout=layouts(params))
+    return jc.compress(params, stages, layouts=layouts(params))
 
 
 def leaves(params):
@@ -65,7 +65,7 @@ def test_linen_model_runs_on_leaves(kind):
     want = applied(model)(jc.materialize(small), TOKENS)
     assert np.abs(want - applied(model)(params, TOKENS)).max() > 1e-4
     np.testing.assert_allclose(applied(model)(small, TOKENS), want, atol=2e-5)
-    streamed = applied(model, streaming)(small, TOKENS)
+    streamed = applied(model, low_memory)(small, TOKENS)
     np.testing.assert_allclose(streamed, want, atol=2e-5)
 
 
@@ -75,7 +75,7 @@ def test_nested_leaves_run_plain_and_streaming(kind):
     small = nest(params)
     want = applied(model)(jc.materialize(small), TOKENS)
     np.testing.assert_allclose(applied(model)(small, TOKENS), want, atol=2e-5)
-    streamed = applied(model, streaming)(small, TOKENS)
+    streamed = applied(model, low_memory)(small, TOKENS)
     np.testing.assert_allclose(streamed, want, atol=2e-5)
 
 
@@ -85,7 +85,7 @@ def test_vmapped_module_runs_on_leaves():
     small = shrink(params)
     assert small["many"]["kernel"].shape == (3, WIDTH, WIDTH)
     want = applied(model)(jc.materialize(small), x)
-    for context in (contextlib.nullcontext, streaming):
+    for context in (contextlib.nullcontext, low_memory):
         got = applied(model, context)(small, x)
         np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -95,7 +95,7 @@ def test_eager_apply_is_bit_identical_to_materialized():
     small = shrink(model.init(jax.random.key(0), TOKENS)["params"])
     want = model.apply({"params": jc.materialize(small)}, TOKENS)
     np.testing.assert_array_equal(model.apply({"params": small}, TOKENS), want)
-    with streaming():
+    with low_memory():
         np.testing.assert_array_equal(model.apply({"params": small}, TOKENS), want)
 
 
@@ -127,7 +127,7 @@ def test_scan_over_another_axis_is_refused(axis):
     params = model.init(jax.random.key(0), x)["params"]
     kind = {"layers/dense/kernel": jc.Layout((axis % 3,), (0,), (3 - axis % 3,))}
     with pytest.raises(ValueError, match=r"layers/dense/kernel.*axis 0"):
-        jc.compress(params, [(WEIGHTS, rounded())], layout=kind)
+        jc.compress(params, [(WEIGHTS, rounded())], layouts=kind)
     forced = rounded(jnp.ones((3, WIDTH, 3)))  # every data array could be sliced
     with pytest.raises(ValueError, match=r"axis 0 only.*variable_axes"):
         model.apply({"params": {"layers": {"dense": {"kernel": forced}}}}, x)
@@ -153,7 +153,7 @@ def test_partitioned_boxes_keep_their_names_and_run():
     assert box.names == ("rows", "width") and box.value.shape == (ROWS, WIDTH)
     assert box.value.inner.scale.shape == (1, ROWS)  # one per row: it is a table
     want = applied(model)(nn.unbox(jc.materialize(small)), TOKENS)
-    for context in (contextlib.nullcontext, streaming):
+    for context in (contextlib.nullcontext, low_memory):
         got = applied(model, context)(small, TOKENS)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -164,11 +164,11 @@ def test_embedding_keeps_flax_semantics():
     small = jc.compress(params, [("embedding", symmetric(bits=8, block="tensor"))])
     tokens = jnp.array([[0, 3, -1], [ROWS - 1, ROWS, 5]])
     want = applied(model)(jc.materialize(small), tokens)
-    got = applied(model, streaming)(small, tokens)
+    got = applied(model, low_memory)(small, tokens)
     assert got.dtype == jnp.bfloat16 and np.isnan(want[1, 1]).all()
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (got, want)))
     with pytest.raises(ValueError, match="integer"):
-        applied(model, streaming)(small, jnp.ones(3))
+        applied(model, low_memory)(small, jnp.ones(3))
 
 
 def temporary(model, context, params, x):
@@ -190,7 +190,7 @@ def test_streaming_embedding_takes_its_rows(monkeypatch):
     monkeypatch.setattr(jc.Reshaped, "take_rows", noting)
     want = applied(model)(small, TOKENS)
     assert not asked
-    np.testing.assert_allclose(applied(model, streaming)(small, TOKENS), want)
+    np.testing.assert_allclose(applied(model, low_memory)(small, TOKENS), want)
     assert asked == [TOKENS.shape]
 
 
@@ -206,13 +206,13 @@ def test_streaming_differentiates_and_vmaps():
 
     plain, streamed = (
         jax.jit(jax.grad(loss), static_argnums=1)(trainable, context)
-        for context in (contextlib.nullcontext, streaming)
+        for context in (contextlib.nullcontext, low_memory)
     )
     assert np.abs(jax.tree.leaves(plain)[0]).min() > 0
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), plain, streamed
     )
-    each = jax.vmap(applied(model, streaming), in_axes=(None, 0))
+    each = jax.vmap(applied(model, low_memory), in_axes=(None, 0))
     np.testing.assert_allclose(each(small, x), applied(model)(small, x), atol=1e-5)
 
 
@@ -224,12 +224,12 @@ def test_streaming_ends_with_its_context_and_its_thread():
     def program():
         return applied(model).lower(small, x).as_text()
 
-    with streaming():
+    with low_memory():
         thread = threading.Thread(target=lambda: other.append(program()))
         thread.start()
         thread.join()
         assert "optimization_barrier" in program()
-        with streaming():
+        with low_memory():
             pass
         assert "optimization_barrier" in program()
     assert before_use.get() is None
@@ -258,8 +258,8 @@ def test_streaming_holds_about_one_dense_layer(method, most):
     params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     small = jax.eval_shape(lambda p: jc.compress(p, method), params)
     assert temporary(model, contextlib.nullcontext, small, x) > 4 * layer
-    assert temporary(model, streaming, small, x) < most * layer
-    each = jax.vmap(applied(model, streaming), in_axes=(None, 0))
+    assert temporary(model, low_memory, small, x) < most * layer
+    each = jax.vmap(applied(model, low_memory), in_axes=(None, 0))
     vmapped = jax.jit(each).lower(small, jnp.ones((4, 8, 256))).compile()
     assert vmapped.memory_analysis().temp_size_in_bytes < most * layer
 
@@ -279,13 +279,13 @@ def test_streaming_decodes_where_a_layer_asks(kind):
     few, small = ({f"layer_{i}": one for i in range(n)} for n in (2, 4))
     kept, streamed = (
         temporary(Deep(4), context, small, x) - temporary(Deep(2), context, few, x)
-        for context in (contextlib.nullcontext, streaming)
+        for context in (contextlib.nullcontext, low_memory)
     )
     assert kept > 1.8 * layer and streamed < layer / 4  # for two layers more
     want = applied(Deep(2))(jc.materialize(few), x)
     np.testing.assert_array_equal(applied(Deep(2))(few, x), want)
-    np.testing.assert_array_equal(applied(Deep(2), streaming)(few, x), want)
-    each = jax.vmap(applied(Deep(2), streaming), in_axes=(None, 0))
+    np.testing.assert_array_equal(applied(Deep(2), low_memory)(few, x), want)
+    each = jax.vmap(applied(Deep(2), low_memory), in_axes=(None, 0))
     np.testing.assert_allclose(each(few, x[None])[0], want, rtol=1e-5, atol=1e-6)
 
 
@@ -322,7 +322,7 @@ def network():
     }
     kinds["attention/out/kernel"] = jc.Layout((), (0, 1), (2,))
     kinds["named/conv/kernel"] = jc.Layout((), (0, 1), (2,))
-    return model, params, jc.compress(params, [(WEIGHTS, rounded())], layout=kinds)
+    return model, params, jc.compress(params, [(WEIGHTS, rounded())], layouts=kinds)
 
 
 def test_nnx_model_runs_on_leaves(network):

@@ -64,10 +64,10 @@ def test_plain_arrays_are_coded_where_it_pays_and_come_back(path):
     same_bits(storage.load(path, numpy=True), TREE)
     storage.save(path, TREE, coded="fast")
     same_bits(storage.load(path, numpy=True), TREE)
-    with storage.open(path) as stored:
+    with storage.open_checkpoint(path) as stored:
         assert stored.files()[0].codings["float32"] == "bfloat16 pairs"
     storage.save(path, TREE)
-    with storage.open(path) as stored:
+    with storage.open_checkpoint(path) as stored:
         (file,) = stored.files()
         wanted = {"bfloat16": "bfloat16", "float16": "float16", "float32": "bfloat16"}
         wanted |= {"float8": "float8", "halves": "halves", "codes": "bytes"}
@@ -131,7 +131,7 @@ def test_a_sample_that_misleads_leaves_the_array_as_it_is(path, monkeypatch):
         storage.load(path, numpy=True),
         {"halves": halves, "wild": wild, "z": TREE["codes"]},
     )
-    with storage.open(path) as stored:
+    with storage.open_checkpoint(path) as stored:
         assert stored.nbytes("halves") == halves.nbytes
     storage.verify(path)
 
@@ -141,7 +141,7 @@ def test_rows_are_read_alone(path, monkeypatch):
     tree = {"w": TREE["float32"], "i": TREE["ids"], "raw": TREE["noise"]}
     tree["leaf"] = jc.symmetric(bits=4)(jnp.asarray(TREE["float32"]))
     storage.save(path, tree)
-    with storage.open(path) as stored:
+    with storage.open_checkpoint(path) as stored:
         for name, first, last in (("w", 0, 300), ("w", 77, 200), ("w", 5, 5)):
             found = stored.rows(name, first, last)
             np.testing.assert_array_equal(found, tree[name][first:last])
@@ -157,7 +157,7 @@ def test_rows_are_read_alone(path, monkeypatch):
     data = bytearray(path.read_bytes())
     data[span.start + 100] ^= 1  # in the first chunk of four
     path.write_bytes(data)
-    with storage.open(path) as stored:
+    with storage.open_checkpoint(path) as stored:
         np.testing.assert_array_equal(stored.rows("w", 200, 300), tree["w"][200:])
         with pytest.raises(storage.FileDamaged, match="chunk 0"):
             stored.rows("w", 0, 10)
@@ -302,7 +302,7 @@ def test_a_directory_is_packed_to_be_unpacked_sooner(tmp_path, capsys):
     assert cli.main(command) == 0
     capsys.readouterr()
     for name, coding in (("plain", "bfloat16"), ("fast", "bfloat16 pairs")):
-        with storage.open(tmp_path / name) as stored:
+        with storage.open_checkpoint(tmp_path / name) as stored:
             codings = stored.files()[0].codings
             kinds = {
                 stored.describe(part)[2]: codings.get(part) for part in stored.names

@@ -48,7 +48,7 @@ def path(tmp_path):
 def test_load_gives_the_same_tree(name, path):
     storage.save(path, TREES[name], {"recipe": [["a.*", "symmetric(bits=4)"]]})
     check_same(storage.load(path), TREES[name])
-    with storage.open(path) as file:
+    with storage.open_checkpoint(path) as file:
         assert file.metadata == {"recipe": [["a.*", "symmetric(bits=4)"]]}
         assert file.versions["jax"] == jax.__version__
     on_host = storage.load(path, numpy=True)
@@ -416,7 +416,7 @@ def test_shards(path):
     check_same(storage.load(path), tree)
     check_same(storage.load(f"{path}.index.json"), tree)
     assert storage.verify(path)["files"] == 3
-    with storage.open(path) as file:
+    with storage.open_checkpoint(path) as file:
         assert file.metadata == {"a": 1}
         check_same(file["layer_4"], tree["layer_4"])
     with pytest.raises(ValueError, match="is shard 2 of 3"):
@@ -514,7 +514,7 @@ def test_a_failed_write_of_shards_leaves_the_old_ones(path, monkeypatch):
 def test_open_reads_only_what_is_asked_for(path):
     tree = {"a": jnp.arange(100.0), "b": TREES["nesting"], "c": (jnp.ones(2), None)}
     storage.save(path, tree)
-    with storage.open(path) as file:
+    with storage.open_checkpoint(path) as file:
         assert file.tree["c"] == ("c/0", None)
         assert "b/padded" in file.names
         assert file.describe("b/padded") == ("Padded", (6,), "float32")
@@ -526,7 +526,7 @@ def test_open_reads_only_what_is_asked_for(path):
     raw = bytearray(path.read_bytes())
     raw[start + 17] ^= 4
     path.write_bytes(raw)
-    with storage.open(path) as file:
+    with storage.open_checkpoint(path) as file:
         check_same(file["b/padded"], tree["b"]["padded"])
         check_same(file["c/0"], tree["c"][0])
         with pytest.raises(storage.FileDamaged, match="the bytes of a are not"):

@@ -165,7 +165,7 @@ def test_a_model_without_unused_pieces(reference):
 
 def test_a_trimmed_model_is_saved_with_its_tokenizer(reference, tmp_path):
     trimmed = jc.models.trim_vocabulary(*reference, range(600))
-    jc.models.save_model(tmp_path / "small.safetensors", *trimmed)
+    jc.models.save(tmp_path / "small.safetensors", *trimmed)
     model, params, tokenizer = jc.models.load(tmp_path / "small.safetensors")
     assert model.vocab_size == tokenizer.vocab_size == trimmed[2].vocab_size
     text = jc.models.generate(model, params, tokenizer, "def f(x):", max_tokens=3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxcompress.tracing.layouts import layout
+from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tree.layouts import (
     DENSE,
     ROWS,
@@ -70,7 +70,7 @@ def abstract(model, *inputs):
 def test_kinds_without_any_array():
     image = jax.ShapeDtypeStruct((2, 6, 6, 3), jnp.float32)
     params = jax.eval_shape(Kinds().init, KEY, image)["params"]
-    found = layout(Kinds(), params, image)
+    found = find_layouts(Kinds(), params, image)
     assert found == EXPECTED
     assert list(found) == list(EXPECTED)  # in the order of use
     for name, value in roots(params):
@@ -96,10 +96,10 @@ class Tied(nn.Module):
 
 def test_embeddings_tied_or_not():
     tokens = jnp.zeros((2, 3), jnp.int32)
-    found = layout(Tied(), abstract(Tied(), tokens), tokens)
+    found = find_layouts(Tied(), abstract(Tied(), tokens), tokens)
     assert found == {"embed/embedding": ROWS, "dense/kernel": DENSE}
     embed = nn.Embed(11, 4)
-    assert layout(embed, abstract(embed, tokens), tokens) == {"embedding": ROWS}
+    assert find_layouts(embed, abstract(embed, tokens), tokens) == {"embedding": ROWS}
 
 
 class Step(nn.Module):
@@ -122,7 +122,7 @@ def scanned(axis, length=3):
 def test_a_scan_stacks_along_axis_0(length):
     x = jnp.zeros((2, 4))
     model = scanned(0, length)
-    found = layout(
+    found = find_layouts(
         lambda params, batch: model.apply({"params": params}, batch, None),
         abstract(model, x, None),
         x,
@@ -134,7 +134,7 @@ def test_another_scan_axis_is_reported_and_refused():
     x, model = jnp.zeros((2, 4)), scanned(1)
     params = abstract(model, x, None)
     call = lambda params, batch: model.apply({"params": params}, batch, None)  # noqa: E731
-    found = layout(call, params, x)
+    found = find_layouts(call, params, x)
     assert found["up/kernel"] == Layout((1,), (0,), (2,))
     with pytest.raises(ValueError, match=r"up/kernel.*along axis 0.*variable_axes"):
         check_layout("up/kernel", params["up"]["kernel"].shape, found["up/kernel"])
@@ -150,7 +150,7 @@ def test_nested_scans_and_experts_stack_in_order():
         return jax.lax.scan(step, x, params["w"])
 
     expected = {"w": Layout((0, 1), (2,), (3,))}
-    assert layout(experts, {"w": w}, jnp.zeros((3, 5, 4))) == expected
+    assert find_layouts(experts, {"w": w}, jnp.zeros((3, 5, 4))) == expected
 
     def nested(params, x):
         def outer(x, w):
@@ -158,7 +158,7 @@ def test_nested_scans_and_experts_stack_in_order():
 
         return jax.lax.scan(outer, x, params["w"])
 
-    assert layout(nested, {"w": w}, jnp.zeros((5, 4))) == expected
+    assert find_layouts(nested, {"w": w}, jnp.zeros((5, 4))) == expected
 
 
 @jax.custom_vjp
@@ -223,7 +223,7 @@ LOST = {
 def test_weights_followed(name):
     shape = jax.ShapeDtypeStruct((4, 6), jnp.float32)
     x = jax.ShapeDtypeStruct((5, 4), jnp.float32)
-    found = layout(lambda p, x: FOUND[name](p["w"], x), {"w": shape}, x)
+    found = find_layouts(lambda p, x: FOUND[name](p["w"], x), {"w": shape}, x)
     assert found == {"w": DENSE}
 
 
@@ -231,16 +231,16 @@ def test_weights_followed(name):
 def test_weights_changed_first_are_not_found(name):
     shape = jax.ShapeDtypeStruct((4, 6), jnp.float32)
     x = jax.ShapeDtypeStruct((5, 4), jnp.float32)
-    assert layout(lambda p, x: LOST[name](p["w"], x), {"w": shape}, x) == {}
+    assert find_layouts(lambda p, x: LOST[name](p["w"], x), {"w": shape}, x) == {}
 
 
 def test_uses_must_agree():
     shared = lambda p, x: x @ p["a/b"]["w"] @ p["a/b"]["w"]  # noqa: E731
     params = {"a/b": {"w": jnp.zeros((4, 4))}}
-    assert layout(shared, params, jnp.zeros((2, 4))) == {"a/b/w": DENSE}
+    assert find_layouts(shared, params, jnp.zeros((2, 4))) == {"a/b/w": DENSE}
     there_and_back = lambda p, x: x @ p["w"] @ p["w"].T  # noqa: E731
     with pytest.raises(ValueError, match=r"w: .*inputs=\(0,\).*inputs=\(1,\).*own"):
-        layout(there_and_back, {"w": jnp.zeros((4, 6))}, jnp.zeros((2, 4)))
+        find_layouts(there_and_back, {"w": jnp.zeros((4, 6))}, jnp.zeros((2, 4)))
 
 
 def test_an_nnx_model_through_a_function():
@@ -254,7 +254,7 @@ def test_an_nnx_model_through_a_function():
 
     graph, state, rest = nnx.split(Block(nnx.Rngs(0)), nnx.Param, ...)
     call = lambda params, x: nnx.merge(graph, params, rest)(x)  # noqa: E731
-    found = layout(call, state, jnp.zeros((2, 5, 4)))
+    found = find_layouts(call, state, jnp.zeros((2, 5, 4)))
     assert {name.removesuffix("/value"): kind for name, kind in found.items()} == {
         "attention/query/kernel": Layout((), (0,), (1, 2)),
         "attention/key/kernel": Layout((), (0,), (1, 2)),
@@ -268,7 +268,7 @@ def test_a_leaf_counts_as_its_array():
     tokens = jnp.zeros((2, 3), jnp.int32)
     params = abstract(Tied(), tokens)
     small = {**params, "embed": {"embedding": transposed(params["embed"]["embedding"])}}
-    assert layout(Tied(), small, tokens) == layout(Tied(), params, tokens)
+    assert find_layouts(Tied(), small, tokens) == find_layouts(Tied(), params, tokens)
 
 
 def transposed(x):
@@ -285,14 +285,14 @@ class TwoInputs(nn.Module):
 def test_what_a_linen_module_is_called_with():
     batch = {"tokens": jnp.zeros((2, 3), jnp.int32), "mask": 1, "labels": 1}
     params = abstract(Tied(), batch["tokens"])
-    assert len(layout(Tied(), params, batch)) == 2
+    assert len(find_layouts(Tied(), params, batch)) == 2
     scale = jnp.ones((2, 3, 1))
     params = abstract(TwoInputs(), batch["tokens"], scale)
-    found = layout(TwoInputs(), params, {**batch, "scale": scale})
+    found = find_layouts(TwoInputs(), params, {**batch, "scale": scale})
     assert found == {"embed/embedding": ROWS}
     with pytest.raises(TypeError, match=r"has only .*'labels'.*function of"):
-        layout(Tied(), params, {"labels": jnp.zeros(2)})
+        find_layouts(Tied(), params, {"labels": jnp.zeros(2)})
     with pytest.raises(TypeError, match=r"array or a dict.* not a list"):
-        layout(Tied(), params, [batch])
+        find_layouts(Tied(), params, [batch])
     with pytest.raises(TypeError, match="not a dict; wrap it"):
-        layout(params, params, batch)
+        find_layouts(params, params, batch)

@@ -54,7 +54,7 @@ def test_names_of_what_trains_are_those_of_the_tree():
     reshaped = jc.compress(
         {"conv": {"kernel": draw(3, 8, 8)}},
         [("conv/kernel", "symmetric(bits=4)")],
-        layout={"conv/kernel": jc.Layout((), (0, 1), (2,))},
+        layouts={"conv/kernel": jc.Layout((), (0, 1), (2,))},
     )
     trainable, _ = jc.partition(reshaped)
     assert jax.tree.leaves(array_names(trainable)) == ["conv/kernel/scale"]
@@ -133,14 +133,14 @@ def test_projection_onto_a_grid(every):
 
 def test_projection_onto_masks():
     scores = jax.tree.map(lambda x: jnp.abs(x) if x.ndim == 2 else None, DENSE)
-    masks = jc.make_masks(DENSE, scores, 0.5)
-    project = jc.optimizers.project(lambda params: jc.apply_masks(params, masks))
+    masks = jc.masks.make(DENSE, scores, 0.5)
+    project = jc.optimizers.project(lambda params: jc.masks.apply(params, masks))
     _, state = moved(optax.chain(optax.adamw(0.1), project), DENSE, 3)
-    kept = jc.apply_masks(state.params, masks)
+    kept = jc.masks.apply(state.params, masks)
     chex.assert_trees_all_close(state.params, kept, atol=1e-6)
     exact = optax.chain(optax.adamw(0.1), jc.optimizers.keep_masked_zero(masks))
     _, state = moved(exact, DENSE, 3)
-    chex.assert_trees_all_equal(state.params, jc.apply_masks(state.params, masks))
+    chex.assert_trees_all_equal(state.params, jc.masks.apply(state.params, masks))
 
 
 WRONG = {

@@ -111,8 +111,8 @@ RECIPES = {
     "one bit": "symmetric(bits=1, block='tensor')",
     "learned": "learned(bits=2, block=32, steps=5)",
     "other codes": noisy,
-    "mixed": "mixed_channels(bits=2, keep=4, kept_bits=4)",
-    "mixed outputs": "mixed_channels(bits=2, keep=4, axis='outputs')",
+    "mixed": "mixed_channels(bits=2, channels=4, fine_bits=4)",
+    "mixed outputs": "mixed_channels(bits=2, channels=4, axis='outputs')",
     "factors": jc.chain("svd(rank=32)", "symmetric(bits=4)"),
     "affine": "hqq(bits=2, block=32)",
     "scaled": jc.chain([("a/kernel", "awq(bits=3, block=16)")]),
@@ -125,19 +125,19 @@ RECIPES = {
 @functools.cache
 def both(name):
     compress = functools.partial(
-        jc.compress, recipe=RECIPES[name], moments=MOMENTS, layout=LAYOUT
+        jc.compress, recipe=RECIPES[name], moments=MOMENTS, layouts=LAYOUT
     )
 
     def make(params):
         small = compress(params)
-        return small, jc.straight_through(lambda _: small)(params)
+        return small, jc.qat.prepare(lambda _: small)(params)
 
     return make(PARAMS) if name == "coded" else jax.jit(make)(PARAMS)
 
 
 def latents(tree):
-    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jc.Latent))
-    return [x for x in nodes if isinstance(x, jc.Latent)]
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jc.FakeQuantized))
+    return [x for x in nodes if isinstance(x, jc.FakeQuantized)]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -145,7 +145,7 @@ def test_a_latent_weight_reads_as_its_quantized_one_bit_for_bit(name):
     small, tree = both(name)
     read = jax.jit(jc.materialize)
     chex.assert_trees_all_equal(read(tree), read(small))
-    settled = jc.settle(tree) if name == "coded" else jax.jit(jc.settle)(tree)
+    settled = jc.qat.convert(tree) if name == "coded" else jax.jit(jc.qat.convert)(tree)
     assert not latents(settled)
     chex.assert_trees_all_equal(read(settled), read(small))
     if name != "coded":  # whose codes come back packed
@@ -185,7 +185,7 @@ def test_a_term_of_a_sum_starts_at_what_it_stands_for():
         return {"kernel": jc.Sum((rest, OUTLIERS))}
 
     small = split({"kernel": KERNEL})
-    tree = jc.straight_through(split)({"kernel": KERNEL})
+    tree = jc.qat.prepare(split)({"kernel": KERNEL})
     chex.assert_trees_all_equal(jc.materialize(tree), jc.materialize(small))
     (weight,) = latents(tree)
     np.testing.assert_allclose(weight.weight, KERNEL - OUTLIERS, atol=0.02)
@@ -194,14 +194,14 @@ def test_a_term_of_a_sum_starts_at_what_it_stands_for():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtypes_come_back_and_gradients_pass(dtype):
     params = {"kernel": KERNEL.astype(dtype)}
-    tree = jax.jit(jc.straight_through("symmetric(bits=3, block=16)"))(params)
+    tree = jax.jit(jc.qat.prepare("symmetric(bits=3, block=16)"))(params)
     assert tree["kernel"].dtype == tree["kernel"].materialize().dtype == dtype
     trainable, frozen = jc.partition(tree)
     total = lambda t: jnp.sum(jc.combine(t, frozen)["kernel"].materialize())  # noqa: E731
     gradient = jax.jit(jax.grad(total))(trainable)["kernel"]
     assert gradient.weight.dtype == jnp.float32
     assert np.mean(np.asarray(gradient.weight) == 1) > 0.8
-    small = jax.jit(jc.settle)(tree)["kernel"]
+    small = jax.jit(jc.qat.convert)(tree)["kernel"]
     assert small.dtype == dtype and small.scale.dtype == jnp.bfloat16
 
 
@@ -217,7 +217,7 @@ def test_an_ordinary_optax_loop_beats_rounding():
     target = forward(params, x)
     recipe = [("a/kernel", "symmetric(bits=2, block=16, full_range=True)")]
     start = jc.compress(params, recipe)
-    tree = jc.straight_through(recipe)(params)
+    tree = jc.qat.prepare(recipe)(params)
     trainable, frozen = jc.partition(tree)
     optimizer = optax.adamw(2e-3, weight_decay=1e-3)
 
@@ -237,7 +237,7 @@ def test_an_ordinary_optax_loop_beats_rounding():
         losses.append(float(value))
     assert losses[0] == pytest.approx(float(loss(start)), rel=1e-5)
     trained = jc.combine(trainable, frozen)
-    small = jc.settle(trained)
+    small = jc.qat.convert(trained)
     assert isinstance(small["a"]["kernel"], jc.Quantized)
     assert jc.nbytes(small) == jc.nbytes(start)
     assert float(loss(small)) == pytest.approx(float(loss(trained)), rel=1e-6)
@@ -285,7 +285,7 @@ def test_scales_and_norms_alone_train_with_codes_frozen():
 
 
 def test_inside_a_loss_gradients_reach_the_weights():
-    quantize = jc.straight_through(jc.symmetric(bits=3, block=16, full_range=True))
+    quantize = jc.qat.prepare(jc.symmetric(bits=3, block=16, full_range=True))
     x = jnp.asarray(weights(8, 64, seed=5), jnp.float32)
 
     @jax.jit
@@ -319,9 +319,9 @@ def test_a_tree_of_latents_is_saved_and_comes_back(tmp_path):
 
 def test_nothing_to_pass_through_is_said():
     with pytest.raises(ValueError, match="found no quantized weight"):
-        jc.straight_through("svd(rank=8)")({"kernel": KERNEL})
+        jc.qat.prepare("svd(rank=8)")({"kernel": KERNEL})
     with pytest.raises(ValueError, match="matches no leaf"):
-        jc.straight_through([("nope", "symmetric(bits=2)")])({"kernel": KERNEL})
+        jc.qat.prepare([("nope", "symmetric(bits=2)")])({"kernel": KERNEL})
 
 
 def test_the_training_example_of_the_readme_runs():

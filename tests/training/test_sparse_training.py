@@ -12,12 +12,16 @@ from flax import serialization
 from matrices_for_tests import weights
 from oracles import oracle_mask
 
-from jaxcompress.pruning import (
-    magnitude,
+from jaxcompress.pruning import magnitude
+from jaxcompress.pruning.masks import (
     magnitude_scores,
-    make_masks,
-    masks_of,
     taylor_scores,
+)
+from jaxcompress.pruning.masks import (
+    make as make_masks,
+)
+from jaxcompress.pruning.masks import (
+    of as masks_of,
 )
 from jaxcompress.training.optimizers import (
     cubic_sparsity,
@@ -58,8 +62,8 @@ def small_tree():
 
 def test_masked_weights_stay_zero_under_adamw_while_others_train():
     params = small_tree()
-    scores = magnitude_scores(params, names=".*kernel")
-    masks = make_masks(params, scores, pattern="2:4")
+    scores = magnitude_scores(params, where=".*kernel")
+    masks = make_masks(params, scores, nm="2:4")
     adamw = optax.adamw(0.05, weight_decay=0.1)
     optimizer = optax.chain(adamw, keep_masked_zero(masks))
     trained, state = train(optimizer, params, 4)  # starts dense: set to zero at once
@@ -84,10 +88,10 @@ def test_masked_weights_stay_zero_under_adamw_while_others_train():
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 def test_gradual_pruning_follows_its_schedule_and_never_turns_back(pattern):
-    score = functools.partial(magnitude_scores, names=".*kernel")
+    score = functools.partial(magnitude_scores, where=".*kernel")
     schedule = cubic_sparsity(0.5, start=2, stop=8)
     optimizer = optax.chain(
-        optax.adam(0.05), gradual_pruning(score, schedule, every=2, pattern=pattern)
+        optax.adam(0.05), gradual_pruning(score, schedule, every=2, nm=pattern)
     )
     zeros = []
 
@@ -117,7 +121,7 @@ def test_gradual_pruning_follows_its_schedule_and_never_turns_back(pattern):
 
 
 def test_gradual_pruning_by_gradients():
-    score = functools.partial(taylor_scores, names=".*kernel")
+    score = functools.partial(taylor_scores, where=".*kernel")
     optimizer = optax.chain(optax.sgd(0.0), gradual_pruning(score, lambda step: 0.75))
     params = small_tree()
     pruned, _ = train(optimizer, params, 1, pass_on=True)

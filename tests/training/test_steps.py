@@ -348,7 +348,7 @@ def test_an_infinite_update_changes_nothing_and_stops_the_run(tmp_path):
             steps=5,
             folder=tmp_path,
             every=1,
-            keep=1,
+            max_to_keep=1,
         )
     kept = d.restore_state(tmp_path / "step_00000002", begin())
     np.testing.assert_allclose(kept.params["w"], -0.2, rtol=1e-6)

@@ -47,7 +47,7 @@ def compressed(kind):
     bias = jnp.full((LAYERS, width), 0.1)
     recipe, layout = RECIPES[kind]
     params = {"bias": bias, "kernel": jnp.asarray(kernel / 4)}
-    return jc.compress(params, recipe, layout=layout)
+    return jc.compress(params, recipe, layouts=layout)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from models_for_tests import Product, Rounded, product, rounded
 
 import jaxcompress as jc
 from jaxcompress.quantization.nearest import asymmetric, symmetric
-from jaxcompress.training.qat_leaf import latent
+from jaxcompress.training.qat_leaf import fake_quantize
 from jaxcompress.tree.leaf import data_fields, leaf_type, static_fields
 from jaxcompress.tree.methods import describe, parse, traits
 from jaxcompress.tree.paths import entries, roots
@@ -137,10 +137,10 @@ def test_first_match_decides(params):
 
 
 def test_a_single_method_takes_kernels_and_embeddings_of_4096(params):
-    small = jc.compress(params, "rounded(levels=7)", layout=LAYOUT)
+    small = jc.compress(params, "rounded(levels=7)", layouts=LAYOUT)
     taken = [name for name, x in roots(small) if isinstance(x, jc.Leaf)]
     assert taken == [ATTENTION, "block/up/kernel", "embed/embedding"]
-    same = jc.compress(params, rounded(levels=7), layout=LAYOUT)
+    same = jc.compress(params, rounded(levels=7), layouts=LAYOUT)
     chex.assert_trees_all_equal(small, same)
 
 
@@ -156,7 +156,7 @@ def test_chain_recomputes_names_between_its_stages(params):
     assert jc.chain(recipe, recipe).stages == recipe.stages * 2
     # A following method takes the weights inside leaves by itself, not their scales.
     nested = jc.compress(
-        params, jc.chain([(".*up/kernel", product())], rounded()), layout=LAYOUT
+        params, jc.chain([(".*up/kernel", product())], rounded()), layouts=LAYOUT
     )
     kernel = nested["block"]["up"]["kernel"]
     assert isinstance(kernel.left, Rounded) and isinstance(kernel.right, Rounded)
@@ -179,7 +179,8 @@ def test_a_plain_function_is_a_method(params):
     np.testing.assert_array_equal(
         small["block"]["up"]["kernel"], params["block"]["up"]["kernel"] / 2
     )
-    _, report = jc.compress(params, halve, layout=LAYOUT, report=True)
+    report = []
+    jc.compress(params, halve, layouts=LAYOUT, record=report)
     assert "halve()" in {row.method for row in report}
 
 
@@ -261,7 +262,7 @@ def test_bad_weights_name_the_leaf(params, value):
     params["block"]["up"]["kernel"] = kernel.at[3, 4].set(value).at[5, 6].set(value)
     message = r"block/up/kernel: 2 of 6144 weights are NaN or infinite"
     with pytest.raises(ValueError, match=message):
-        jc.compress(params, rounded(), layout=LAYOUT)
+        jc.compress(params, rounded(), layouts=LAYOUT)
     jc.compress(params, [("block/up/kernel", None), ("embed/embedding", rounded())])
 
 
@@ -275,7 +276,7 @@ def test_layouts_must_fit_and_exist(params):
     )
     for layout, message in cases:
         with pytest.raises(ValueError, match=message):
-            jc.compress(params, recipe, layout=layout)
+            jc.compress(params, recipe, layouts=layout)
 
 
 def test_host_methods_refuse_tracers(params):
@@ -337,7 +338,7 @@ def products_of(program):
 
 def test_compress_traces(params):
     def shrink(params):
-        return jc.compress(params, rounded(), layout=LAYOUT)
+        return jc.compress(params, rounded(), layouts=LAYOUT)
 
     eager, jitted = shrink(params), jax.jit(shrink)(params)
     shapes = jax.eval_shape(shrink, params)
@@ -393,7 +394,7 @@ def test_layouts_against_numpy(shape, layout, inputs):
     x = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
     tree = {"kernel": x}
     small = jc.compress(
-        tree, [("kernel", rounded(levels=9))], layout={"kernel": layout}
+        tree, [("kernel", rounded(levels=9))], layouts={"kernel": layout}
     )
     assert small["kernel"].shape == shape and small["kernel"].dtype == x.dtype
     want = rounded_in_numpy(x, inputs, 9)
@@ -490,7 +491,8 @@ def test_moments_reach_the_methods_that_ask(params):
 
 def test_report_says_what_happened_to_every_leaf(params):
     recipe = jc.chain([(".*(up|small)/kernel", product())], symmetric(bits=4))
-    small, report = jc.compress(params, recipe, layout=LAYOUT, report=True)
+    report = []
+    small = jc.compress(params, recipe, layouts=LAYOUT, record=report)
     rows = {row.name: row for row in report}
     assert list(rows) == jc.leaf_names(params)
     up = rows["block/up/kernel"]
@@ -517,16 +519,16 @@ def test_report_says_what_happened_to_every_leaf(params):
 
 
 def test_report_reasons_of_a_single_method(params):
-    _, report = jc.compress(params, rounded(), layout=LAYOUT, report=True)
+    report = []
+    jc.compress(params, rounded(), layouts=LAYOUT, record=report)
     assert {row.name: row.reason for row in report if row.reason} == {
         "block/norm/scale": "not a kernel or an embedding",
         "block/small/kernel": "fewer than 4096 weights",
         "block/up/bias": "not a kernel or an embedding",
         "steps": "not floating point",
     }
-    _, report = jc.compress(
-        params, [("steps", None), ("block/.*bias", None)], report=True
-    )
+    report = []
+    jc.compress(params, [("steps", None), ("block/.*bias", None)], record=report)
     rows = {row.name: row.reason for row in report}
     assert rows["steps"] == "kept by the rule 'steps'"
 
@@ -560,7 +562,7 @@ EXAMPLES = {
     "CodedWords": lambda: (
         jc.code_floats(jax.random.normal(jax.random.key(0), (2, 64, 64))).bits
     ),
-    "Latent": lambda: latent(asymmetric(X, bits=3, block=5), X),
+    "Latent": lambda: fake_quantize(asymmetric(X, bits=3, block=5), X),
 }
 
 

@@ -17,19 +17,19 @@ from jaxcompress.coding.integers.scale_contexts import contexts_by_scale
 from jaxcompress.coding.integers.symbol_model import Plan, plan
 from jaxcompress.coding.packing import (
     Packed,
-    pack,
     pack_bits,
+    pack_fields,
     packed_bytes,
     packed_rows,
     packing_axis,
-    unpack_bits,
+    unpack_fields,
 )
 from jaxcompress.coding.threads import in_order
 from jaxcompress.tree.decoding import announced
 from jaxcompress.tree.leaf import Leaf, leaf, static
 from jaxcompress.tree.methods import method
 
-__all__ = ["Coded", "Packed", "entropy_code", "pack"]
+__all__ = ["Coded", "Packed", "entropy_code", "pack_bits"]
 
 ALLOWANCE = 128  # bytes: what a coded array's longer entry in a file's header takes
 LANES_TOGETHER = 64  # of several slices, decoded in one loop
@@ -188,7 +188,7 @@ def entropy_code(
     packed = packed_bytes(array.shape, bits)
     if size < min(packed, array.nbytes):
         return coded
-    return pack(array, bits) if packed < array.nbytes else codes
+    return pack_bits(array, bits) if packed < array.nbytes else codes
 
 
 def stored_bytes(x: Any) -> int:
@@ -262,7 +262,7 @@ def _coded(
     if view.low_bits:
         mask = np.int32((1 << view.low_bits) - 1)
         axis = packing_axis(trailing, view.low_bits)
-        low = pack_bits((codes & mask).view(np.uint32), view.low_bits, axis=axis)
+        low = pack_fields((codes & mask).view(np.uint32), view.low_bits, axis=axis)
         low = _lead(low, lead)
     padded = np.zeros((slices, max((row.size for row in words), default=0)), np.uint16)
     for i, row in enumerate(words):
@@ -347,13 +347,13 @@ def _codes(coded: Coded, xp: ModuleType) -> Any:
     if coded.width:
         out = out.astype(xp.uint8)
         if coded.width < 8:
-            out = unpack_bits(out, coded.width, trailing[axis], axis=axis)
+            out = unpack_fields(out, coded.width, trailing[axis], axis=axis)
         narrow = np.dtype(coded.kind).itemsize == 1
         wide = xp.uint8 if narrow else xp.int32
         base = coded.base.reshape(lead + (1,) * len(trailing))
         out = out.astype(wide) + base.astype(wide)
     elif coded.low_bits:
-        low = unpack_bits(
+        low = unpack_fields(
             coded.low, coded.low_bits, trailing[axis], axis=axis, dtype="int32"
         )
         out = (out << np.int32(coded.low_bits)) | low

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from jaxcompress.coding import tables
-from jaxcompress.coding.packing import field_widths, pack_bits, packing_axis
+from jaxcompress.coding.packing import field_widths, pack_fields, packing_axis
 from jaxcompress.coding.rans import count_lanes
 
 LANE_BITS = 34  # state and length, less what the state holds of the symbols
@@ -116,7 +116,7 @@ def _bytes(
     )
     if width < 8:
         axis = packing_axis(codes.shape[1:], width)
-        numbers = pack_bits(numbers, width, axis=axis)
+        numbers = pack_fields(numbers, width, axis=axis)
     return View(numbers.reshape(slices, -1), base, *_kinds(contexts, slices), width, 0)
 
 

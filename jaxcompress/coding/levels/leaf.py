@@ -19,7 +19,7 @@ from jaxcompress.coding.levels import (
     record as level_record,
 )
 from jaxcompress.coding.levels.shrinkage import shrink_to_mean
-from jaxcompress.coding.packing import bits_needed, pack
+from jaxcompress.coding.packing import bits_needed, pack_bits
 from jaxcompress.tree.leaf import Leaf, dense, leaf, static
 
 TABLE_BITS = 1000  # about, in front of steps that are coded
@@ -358,7 +358,7 @@ def packed_scales(scales: np.ndarray) -> Any:
     """The `scales` of a `RateCoded`, of `[..., outputs]`: None where all are zero."""
     if not scales.any():
         return None
-    return pack(jnp.asarray(scales[..., None, :]), bits_needed(scales.max()))
+    return pack_bits(jnp.asarray(scales[..., None, :]), bits_needed(scales.max()))
 
 
 def scale_bits(scales: Any) -> float:

@@ -7,7 +7,12 @@ import jax
 import numpy as np
 
 from jaxcompress.coding.levels import contexts, trellis
-from jaxcompress.coding.packing import bits_needed, pack_bits, packed_rows, unpack_bits
+from jaxcompress.coding.packing import (
+    bits_needed,
+    pack_fields,
+    packed_rows,
+    unpack_fields,
+)
 from jaxcompress.coding.tables import read_numbers, write_numbers
 
 
@@ -85,7 +90,7 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
     for name, width, length in zip(
         ("rows", "columns"), widths, (inputs, outputs), strict=True
     ):
-        found[name] = unpack_bits(found[name], width, length, axis=-1)
+        found[name] = unpack_fields(found[name], width, length, axis=-1)
     found |= {
         "words": words,
         "offsets": offsets.astype(np.int32),
@@ -120,7 +125,7 @@ def layout(
 
 
 def _packed(kinds: jax.Array, width: int) -> np.ndarray:
-    return pack_bits(np.asarray(kinds), width, axis=-1)
+    return pack_fields(np.asarray(kinds), width, axis=-1)
 
 
 def _require(fits: bool, found: str) -> None:

@@ -1,5 +1,5 @@
 """Multiplying by what is stored: thin factors, integer codes."""
 
-from jaxcompress.running.compressed_matmul.context import fast
+from jaxcompress.running.compressed_matmul.context import compressed_matmul
 
-__all__ = ["fast"]
+__all__ = ["compressed_matmul"]

@@ -14,7 +14,7 @@ from jaxcompress.running.compressed_matmul.products import (
     dense_general,
     einsum,
 )
-from jaxcompress.running.low_memory import instead, mode, running, streaming
+from jaxcompress.running.low_memory import instead, low_memory, mode, running
 
 Activations = Literal["float", "int8", "auto"]
 
@@ -30,7 +30,7 @@ LAYERS: dict[tuple[type[nn.Module], str], Callable[..., Any]] = {
 
 
 @contextlib.contextmanager
-def fast(*, activations: Activations = "float") -> Iterator[None]:
+def compressed_matmul(*, activations: Activations = "float") -> Iterator[None]:
     """Makes the layers of `model.apply` multiply by the stored parts of compressed
     weights.
 
@@ -39,7 +39,7 @@ def fast(*, activations: Activations = "float") -> Iterator[None]:
     does, in `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` and `nn.Embed.attend`
     of unmodified models, attention included; also under `scan`, `remat`, `vmap` and
     differentiation. What has to be dequantized waits for its activation as in
-    `streaming`, which this includes, so that it happens next to the product.
+    `low_memory`, which this includes, so that it happens next to the product.
 
     Results differ from those of a plain `apply` by rounding. Subclasses of these
     layers, layers with a `dot_general` or a mask of their own, batch axes and grouped
@@ -49,7 +49,7 @@ def fast(*, activations: Activations = "float") -> Iterator[None]:
     ```python
     @jax.jit
     def forward(small, tokens):
-        with jc.fast():
+        with jc.compressed_matmul():
             return model.apply({"params": small}, tokens)
     ```
 
@@ -65,12 +65,12 @@ def fast(*, activations: Activations = "float") -> Iterator[None]:
     """
     if activations not in get_args(Activations):
         raise ValueError(
-            f"fast takes activations={', '.join(map(repr, get_args(Activations)))}, "
-            f"not {activations!r}"
+            "compressed_matmul takes activations="
+            f"{', '.join(map(repr, get_args(Activations)))}, not {activations!r}"
         )
     token = instead.set(functools.partial(_product, activations))
     try:
-        with running(activations), streaming():
+        with running(activations), low_memory():
             yield
     finally:
         instead.reset(token)

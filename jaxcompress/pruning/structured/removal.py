@@ -10,14 +10,14 @@ import numpy as np
 
 from jaxcompress.calibration.error_feedback import damped, float64
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.pruning.groups import (
+from jaxcompress.pruning.structured.groups import (
     Groups,
     Place,
     check_keep,
     find_places,
     named_groups,
 )
-from jaxcompress.pruning.readers import (
+from jaxcompress.pruning.structured.readers import (
     DAMPING,
     beside,
     bias_of,
@@ -26,8 +26,7 @@ from jaxcompress.pruning.readers import (
     find_reader,
     statistic,
 )
-from jaxcompress.tree import layouts
-from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.layouts import Layout, matricize
 from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.tree.paths import is_float
 from jaxcompress.types import Params
@@ -36,13 +35,13 @@ from jaxcompress.types import Params
 def remove_units(
     params: Params,
     groups: Groups,
-    keep: Any,
+    indices: Any,
     moments: Mapping[str, Moments] | None = None,
     *,
-    layout: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
     damping: float = DAMPING,
 ) -> Params:
-    """The tree with only the units `keep` of each group; its arrays are smaller.
+    """The tree with only the units `indices` of each group; its arrays are smaller.
 
     With moments, kernels that read a group's units make up for those that go: the rows
     that stay become the least-squares fit of the layer's old output, and so does its
@@ -54,11 +53,11 @@ def remove_units(
         a network with batch norm the variables, so that its statistics shrink too.
       groups: a group, `[(pattern, axis), ...]` or `Group`, or a mapping of names to
         groups.
-      keep: sorted indices of the units that stay, or a mapping of names of groups to
+      indices: sorted indices of the units that stay, or a mapping of names of groups to
         such (`choose_units`); a group that is not in it stays whole.
       moments: of the inputs of the kernels that read the units, by kernel name, from
         `collect_moments` on the same parameters; None: nothing is made up for.
-      layout: `Layout` by name; by default the moments'.
+      layouts: `Layout` by name; by default the moments'.
       damping: added to the diagonal of the second moment of the units that stay, as a
         fraction of its mean; the fit is drawn to the weights as they were.
 
@@ -74,19 +73,19 @@ def remove_units(
     """
     check_damping(damping, "remove_units")
     arrays = dense_arrays(params)
-    layout, known = layout or {}, None if moments is None else dict(moments)
+    layouts, known = layouts or {}, None if moments is None else dict(moments)
     named = named_groups(groups)
-    keep = keep if isinstance(groups, Mapping) else {"": keep}
-    if not isinstance(keep, Mapping):
+    indices = indices if isinstance(groups, Mapping) else {"": indices}
+    if not isinstance(indices, Mapping):
         raise TypeError(
-            "groups are a mapping, so keep must be one too, of names of groups to "
-            f"sorted indices, not a {type(keep).__name__}"
+            "groups are a mapping, so indices must be one too, of names of groups to "
+            f"sorted indices, not a {type(indices).__name__}"
         )
-    if unknown := sorted(set(keep) - set(named)):
-        raise ValueError(f"keep names {unknown}, and the groups are {sorted(named)}")
+    if unknown := sorted(set(indices) - set(named)):
+        raise ValueError(f"indices name {unknown}, and the groups are {sorted(named)}")
     shapes = {name: x.shape for name, x in arrays.items()}
     plan, owner = [], {}
-    for label in keep:
+    for label in indices:
         places = find_places(shapes, named[label], label)
         for place in places:
             first = owner.setdefault((place.name, place.axis), label)
@@ -95,12 +94,12 @@ def remove_units(
                     f"groups {first!r} and {label!r} both hold axis {place.axis} of "
                     f"{place.name}; merge them"
                 )
-        plan.append((places, check_keep(keep[label], places[0].units, label)))
+        plan.append((places, check_keep(indices[label], places[0].units, label)))
     made_up = 0
     for places, kept in plan:
         done = set()
         for place in places if known is not None else ():
-            if _make_up(arrays, place, kept, known, layout, damping):
+            if _make_up(arrays, place, kept, known, layouts, damping):
                 done.add(place)
         made_up += len(done)
         for place in places:
@@ -141,7 +140,7 @@ def _make_up(
         raise TypeError(
             f"{name}: remove_units fits floating-point kernels, not {x.dtype}"
         )
-    matrix = layouts.matricize(x, kind)
+    matrix = matricize(x, kind)
     bias = bias_of(arrays, name, matrix)
     second = statistic(known[name], matrix, name, "remove_units", bias)
     index = np.sort(reader.table[kept].ravel())

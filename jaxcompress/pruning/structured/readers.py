@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.pruning.groups import Place
-from jaxcompress.tree import layouts
-from jaxcompress.tree.layouts import Layout
+from jaxcompress.pruning.structured.groups import Place
+from jaxcompress.tree.layouts import Layout, choose_layout
 from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.paths import KERNEL, roots
 from jaxcompress.types import Params
@@ -29,14 +28,14 @@ class Reader(NamedTuple):
 def find_reader(
     place: Place,
     shapes: Mapping[str, tuple[int, ...]],
-    layout: Mapping[str, Layout],
+    layouts: Mapping[str, Layout],
     moments: Mapping[str, Moments],
 ) -> Reader | None:
     """The kernel of a place if the group lies on its inputs, else None."""
     name, shape = place.name, shapes[place.name]
     if name.rsplit("/", 1)[-1] != KERNEL or len(shape) < 2:
         return None
-    kind = layouts.choose_layout(name, shape, layout.get(name), moments.get(name))
+    kind = choose_layout(name, shape, layouts.get(name), moments.get(name))
     if place.axis not in kind.inputs:
         return None
     if kind.stack:

@@ -11,8 +11,13 @@ import jax.numpy as jnp
 
 from jaxcompress.calibration.error_feedback import damped, float64
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.pruning.groups import Group, Groups, find_places, named_groups
-from jaxcompress.pruning.readers import (
+from jaxcompress.pruning.structured.groups import (
+    Group,
+    Groups,
+    find_places,
+    named_groups,
+)
+from jaxcompress.pruning.structured.readers import (
     DAMPING,
     bias_of,
     check_damping,
@@ -20,8 +25,7 @@ from jaxcompress.pruning.readers import (
     find_reader,
     statistic,
 )
-from jaxcompress.tree import layouts
-from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.layouts import Layout, matricize
 from jaxcompress.types import Params
 
 
@@ -30,7 +34,7 @@ def score_units(
     groups: Groups,
     *,
     params: Params | None = None,
-    layout: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
     by: Literal["auto", "activation", "loss"] = "auto",
     damping: float = DAMPING,
 ) -> Any:
@@ -44,7 +48,7 @@ def score_units(
       groups: a group, `[(pattern, axis), ...]` or `Group`, or a mapping of names to
         groups.
       params: the tree; needed for kernels of more than two axes and for "loss".
-      layout: `Layout` by name; by default the moments'.
+      layouts: `Layout` by name; by default the moments'.
       by: "activation": root mean square of what the unit sends, over that of the mean
         unit of its group. "loss": units are taken out one by one, each time the one
         that costs least while all other inputs, and the bias, make up for it; a unit's
@@ -77,7 +81,7 @@ def score_units(
         raise ValueError("score_units by='loss' looks at weights; pass params=params")
     check_damping(damping, "score_units")
     arrays = None if params is None else dense_arrays(params)
-    layout = layout or {}
+    layouts = layouts or {}
     named = named_groups(groups)
     scores = {}
     for label, group in named.items():
@@ -89,7 +93,7 @@ def score_units(
         readers = [
             reader
             for place in places
-            if (reader := find_reader(place, shapes, layout, moments))
+            if (reader := find_reader(place, shapes, layouts, moments))
             and reader.name in moments
         ]
         if not readers:
@@ -103,7 +107,7 @@ def score_units(
             known = moments[reader.name]
             second = known.second
             if arrays is not None:
-                matrix = layouts.matricize(arrays[reader.name], reader.layout)
+                matrix = matricize(arrays[reader.name], reader.layout)
                 bias = bias_of(arrays, reader.name, matrix)
                 second = statistic(known, matrix, reader.name, "score_units", bias)
                 matrices.append(matrix)
