@@ -49,7 +49,8 @@ def corrected(
       damping: of the second moment, as in `svd`; 0 to 1.
 
     Returns:
-      `Sum((base, LowRank))`; `compressed_matmul` multiplies term by term where that is cheaper.
+      `Sum((base, LowRank))`; `compressed_matmul` multiplies term by term where that is
+      cheaper.
 
     Raises:
       ValueError: an option out of range, a base that is not a method on weights,

@@ -69,9 +69,9 @@ def open_weights(
     """As `load`, but each weight is read when it is asked for.
 
     What stands in the place of the parameters is what `compress_blockwise` takes:
-    `[name]` reads a leaf, `tree` has a name for each. A file of `models.save`, a `.gguf`
-    file, a Hugging Face directory or a hub name; not "reference", which is small.
-    `dtype` casts the weights of foreign files; a file of ours keeps its own.
+    `[name]` reads a leaf, `tree` has a name for each. A file of `models.save`, a
+    `.gguf` file, a Hugging Face directory or a hub name; not "reference", which is
+    small. `dtype` casts the weights of foreign files; a file of ours keeps its own.
     """
     path = Path(name_or_path)
     if _is_gguf(path):

@@ -31,9 +31,9 @@ from jaxcompress.tree.paths import is_float
 class FakeQuantized(Leaf):
     """A floating-point weight read as `Quantized`, with gradients for it and its steps.
 
-    Invariant: `qat.convert` gives the `Quantized` leaf that has the same values. The weight
-    and the steps are float32 whatever the dtypes they stand for, so that small updates
-    are not lost; the steps are read as `scale_dtype` holds them.
+    Invariant: `qat.convert` gives the `Quantized` leaf that has the same values. The
+    weight and the steps are float32 whatever the dtypes they stand for, so that small
+    updates are not lost; the steps are read as `scale_dtype` holds them.
 
     Args:
       weight: `[..., inputs, outputs]`; trains.

@@ -84,7 +84,7 @@ class Leaf(meta.AxisMetadata):
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
         """`x @ materialize()` of a leaf without stack axes, in float32 or wider.
 
-        `[..., inputs]` to `[..., outputs]`; `running.compressed_matmul` calls it in place of a
+        `[..., inputs]` to `[..., outputs]`; `compressed_matmul` calls it in place of a
         layer's product. A type whose parts can be multiplied one after the other
         overrides it, and the costs below.
         """

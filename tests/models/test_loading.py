@@ -112,7 +112,7 @@ def test_export_writes_compressed_leaves_dense(tmp_path):
 
 def test_export_refuses_what_a_config_cannot_say(tmp_path):
     model, params, _ = load(GOLDEN / "llama")
-    with pytest.raises(ValueError, match=r"mlp_width is \(40, 24\).*save_model"):
+    with pytest.raises(ValueError, match=r"mlp_width is \(40, 24\).*models.save"):
         export_huggingface(tmp_path, model.clone(mlp_width=(40, 24)), params)
     with pytest.raises(ValueError, match=r"Qwen2.*mlp_bias=True"):
         config_from(model.clone(qkv_bias=True, mlp_bias=True))
