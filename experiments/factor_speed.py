@@ -1,9 +1,10 @@
 """How fast does a layer multiply by thin factors instead of its dense kernel?
 
 One `nn.Dense` of a width with float32 weights, once dense and once as `svd(rank=...)`
-inside `jc.compressed_matmul()`, called in turn on the same inputs, for several
-rounds, so that other work on the machine slows both alike. Ratios are medians of the
-rounds' ratios, below 1 where the factors are faster; operations are those of the compiled programs.
+inside `jc.compressed_matmul()`, called in turn on the same inputs, for several rounds,
+so that other work on the machine slows both alike. Ratios are medians of the rounds'
+ratios, below 1 where the factors are faster; operations are those of the compiled
+programs.
 
     python experiments/factor_speed.py
 """

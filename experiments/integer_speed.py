@@ -3,10 +3,10 @@
 A Llama-like model of random weights runs with float32 and bfloat16 weights, with codes
 that are dequantized next to each product, and with products in integers
 (`jc.compressed_matmul(activations="int8")`): forward passes, and single steps of
-decoding with a cache, at several batch sizes. The ways are called in turn, for several rounds, so
-that other work on the machine slows all alike; speeds are tokens per second of the median
-round, ratios medians of the rounds' ratios of time to float32's. Memory is what XLA
-reserves: parameters, and temporaries of the compiled call.
+decoding with a cache, at several batch sizes. The ways are called in turn, for several
+rounds, so that other work on the machine slows all alike; speeds are tokens per second
+of the median round, ratios medians of the rounds' ratios of time to float32's. Memory
+is what XLA reserves: parameters, and temporaries of the compiled call.
 
     python experiments/integer_speed.py
 """

@@ -108,9 +108,9 @@ def test_scores_and_plans_go_by_the_moments(moments):
         lambda m, **o: jc.planning.plan_ranks(PARAMS, fraction=0.5, moments=m, **o),
         lambda m, **o: jc.planning.plan_rates(PARAMS, m, bits_per_weight=3.0, **o),
     ):
-        assert plan(moments) == plan(plain, layout={"kernel": TRANSPOSED})
+        assert plan(moments) == plan(plain, layouts={"kernel": TRANSPOSED})
         with pytest.raises(ValueError, match="kernel: the layout given"):
-            plan(moments, layout={"kernel": DENSE})
+            plan(moments, layouts={"kernel": DENSE})
 
 
 def test_layouts_survive_what_moments_go_through(moments):

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_json_lines_are_appended_and_strict(tmp_path):
 
 def test_track_says_rate_and_time_left(monkeypatch):
     clock = itertools.count(0, 20)  # 20 seconds pass at every look
-    monkeypatch.setattr(reporting.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     stream = io.StringIO()
     items = [3, 5, 5, 7]
     seen = list(

@@ -562,7 +562,7 @@ EXAMPLES = {
     "CodedWords": lambda: (
         jc.code_floats(jax.random.normal(jax.random.key(0), (2, 64, 64))).bits
     ),
-    "Latent": lambda: fake_quantize(asymmetric(X, bits=3, block=5), X),
+    "FakeQuantized": lambda: fake_quantize(asymmetric(X, bits=3, block=5), X),
 }
 
 
