@@ -10,7 +10,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import from itself and from the rooms that stand on earlier lines.
 ORDER = [
-    ["types"],
+    ["types", "checks", "progress"],
     ["tree"],
     ["tracing", "coding"],
     ["storage"],
@@ -44,7 +44,7 @@ PLACES = {
     "huggingface_hub": ["models"],
     "safetensors": ["storage", "models", "export"],
     "zstandard": ["coding/zstd"],
-    "rich": ["reporting", "evaluation", "calibration", "cli", "models"],
+    "rich": ["progress", "reporting", "evaluation", "cli", "models"],
     "flax": [
         "tree/leaf",
         "tracing/modules",
