@@ -13,6 +13,7 @@ from lossless_checks import check, decode, entropy_bytes
 import jaxcompress as jc
 from jaxcompress.coding import Coded, Packed, entropy_code, rans, tables
 from jaxcompress.coding.integers import leaf as coded_integers
+from jaxcompress.coding.integers import shared_programs
 from jaxcompress.coding.integers.leaf import stored_bytes
 from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tree.leaf import dense, materialize, static_fields
@@ -452,3 +453,22 @@ def test_the_compiled_decoder_serves_a_tree_of_many_small_leaves(monkeypatch):
     by_numpy.clear()
     np.testing.assert_array_equal(tree["layer_0"].materialize(), arrays[0])
     assert by_numpy == [(40, 24)]
+
+
+@pytest.mark.parametrize(("count", "share"), [(23, 0.0), (29, 0.01), (40, 0.0)])
+def test_arrays_of_similar_alphabets_share_a_compiled_decoder(count, share):
+    """Columns are filled up in front of the last one, whose symbols escape."""
+    known = np.sort(RANDOM.choice(20_000, count, replace=False)).astype(np.int32)
+    codes = known[RANDOM.integers(0, count, 6000)]
+    rare = RANDOM.random(6000) < share
+    codes = np.where(rare, RANDOM.integers(0, 20_000, 6000, np.int32), codes)
+    leaf = entropy_code(codes[None])
+    assert isinstance(leaf, Coded) and leaf.symbols is not None
+    assert (leaf.escape > 0) == (share > 0)
+    roomy = shared_programs.fill_up(leaf)
+    assert roomy.symbols.shape[-1] in (32, 64) and leaf.symbols.shape[-1] not in (
+        32,
+        64,
+    )
+    np.testing.assert_array_equal(coded_integers._decoded(roomy), codes[None])
+    np.testing.assert_array_equal(leaf.on_host(), codes[None])

@@ -1,6 +1,5 @@
 """Integer arrays at their entropy: `Coded`, and the method that makes it."""
 
-import dataclasses
 import math
 from collections.abc import Hashable
 from types import ModuleType
@@ -13,6 +12,7 @@ from jax import lax
 
 from jaxcompress.coding import rans
 from jaxcompress.coding.integers import record as integer_record
+from jaxcompress.coding.integers import shared_programs
 from jaxcompress.coding.integers.scale_contexts import contexts_by_scale
 from jaxcompress.coding.integers.symbol_model import Plan, plan
 from jaxcompress.coding.packing import (
@@ -94,16 +94,13 @@ class Coded(Leaf):
         host = isinstance(self.words, np.ndarray) or len(self.words.devices()) == 1
         if host and announced(*self.decoding_work()) < FEW:
             return jnp.asarray(self.on_host())
-        return _decoded(_roomy(self))
+        return _decoded(shared_programs.fill_up(self))
 
     def decoding_work(self) -> tuple[Hashable, int]:
-        """Shapes that `_roomy` leaves apart, and symbols for NumPy to decode."""
-        whole = (self.offsets, self.symbols, self.low, self.contexts)
-        shapes = [x.shape for x in whole if x is not None]
-        words = max(64, self.words.shape[-1] - 1).bit_length()
-        program = (jax.tree.structure(self), words, self.frequencies.shape[:-1])
+        """Its program, and the symbols that NumPy would decode in the same time."""
         lanes = max(1, self.states.size)
-        return (*program, *shapes), -(-self.size // lanes) * max(lanes, STEP)
+        work = -(-self.size // lanes) * max(lanes, STEP)
+        return shared_programs.program(self), work
 
     def on_host(self) -> np.ndarray:
         """The array, decoded by NumPy; ValueError where the stream is damaged."""
@@ -375,22 +372,3 @@ def _slices(coded: Coded) -> jax.Array:
     together = max(1, LANES_TOGETHER // max(1, lanes))
     out = lax.map(lambda one: _codes(one, jnp), flat, batch_size=together)
     return out.reshape(lead + coded.trailing)
-
-
-def _roomy(coded: Coded) -> Coded:
-    """Words and tables filled up to sizes that many leaves share: fewer compilations.
-
-    What is filled up is never used.
-    """
-    words = max(64, coded.words.shape[-1] - 1)
-    filled = {"words": _padded(coded.words, 1 << words.bit_length())}
-    if coded.symbols is None:
-        filled["frequencies"] = _padded(coded.frequencies, 256)
-    return dataclasses.replace(coded, **filled)
-
-
-def _padded(x: jax.Array, size: int) -> Any:
-    room = [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]
-    if isinstance(x, jax.Array) and len(x.devices()) > 1:
-        return jnp.pad(x, room)
-    return np.pad(np.asarray(x), room)  # compiles nothing
