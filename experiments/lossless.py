@@ -189,7 +189,7 @@ def in_xla(tensors: dict[str, np.ndarray], rounds: int, fast: bool) -> dict[str,
     """Gigabytes of output per processor second, and bits per weight held in memory."""
     decode = jax.jit(lambda leaf: leaf.materialize())
     dense = stacked(tensors)
-    coded = [code_floats(x, fast=fast) for x in dense]
+    coded = [code_floats(x, speed="decode" if fast else "size") for x in dense]
     spent, each = [], {}
     for leaf, x in zip(coded, dense, strict=True):
         word = f"u{x.dtype.itemsize}"

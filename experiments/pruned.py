@@ -30,7 +30,7 @@ from jaxcompress.models.bundled_text import heldout_text
 
 KERNELS = r"layer_\d+/.*kernel"
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")  # worst first
-SETTINGS = ("sparsity=0.5", "sparsity=0.7", "pattern='2:4'")
+SETTINGS = ("sparsity=0.5", "sparsity=0.7", "nm='2:4'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,17 +108,17 @@ def first_largest(scores, kept):
     return ranked[:kept]
 
 
-def oracle_mask(score, sparsity=None, pattern=None, scope="leaf"):
+def oracle_mask(score, sparsity=None, nm=None, scope="leaf"):
     """The mask of one matrix of scores, by sorting whatever competes."""
     inputs, outputs = score.shape
     mask = np.zeros(score.shape, bool)
-    if pattern and ":" in pattern:
-        keep, group = map(int, pattern.split(":"))
+    if nm and ":" in nm:
+        keep, group = map(int, nm.split(":"))
         for o, start in itertools.product(range(outputs), range(0, inputs, group)):
             for i in first_largest(score[start : start + group, o], keep):
                 mask[start + i, o] = True
-    elif pattern:
-        rows, columns = map(int, pattern.split("x"))
+    elif nm:
+        rows, columns = map(int, nm.split("x"))
         corners = list(
             itertools.product(range(0, inputs, rows), range(0, outputs, columns))
         )

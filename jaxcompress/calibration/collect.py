@@ -191,7 +191,7 @@ def _real_rows(name: str, rows: tuple[int, ...], mask: Any) -> jax.Array:
     wrong = ValueError(
         f"{name}: its inputs have axes {rows} before the last, and the mask of shape "
         f"{mask.shape} does not say which of them are padding; drop the mask and leave "
-        "the padding out of the batches, or this weight out with select"
+        "the padding out of the batches, or this weight out with where="
     )
     if mask.ndim not in (1, 2) or not rows:
         raise wrong
@@ -234,7 +234,7 @@ def check_seen(names: list[str], found: Mapping[str, Any]) -> None:
             f"the inputs of {', '.join(missing)} were never seen: the model does not "
             "use them on these batches, or not by a plain product, convolution or "
             "lookup (a weight that is normalized, scaled or sliced first is not "
-            "recognized). Leave them out with select"
+            "recognized). Leave them out with where="
         )
 
 

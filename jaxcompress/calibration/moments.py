@@ -25,7 +25,7 @@ class Moments:
 
     `layout` says along which axes of the kernel the inputs and outputs lie, as
     `trailing` gives it: without the stack, axes counted from the last, so that slices
-    of a stack keep it. None: unknown, `compress` then goes by `layout=` or the name.
+    of a stack keep it. None: unknown, `compress` then goes by `layouts=` or the name.
     """
 
     count: jax.Array  # [...] tokens seen; padding does not count

@@ -255,7 +255,7 @@ def config_from(model: Transformer) -> dict[str, Any]:
             raise ValueError(
                 f"{field} is {getattr(model, field)}, one number per layer, which "
                 "Hugging Face's configurations cannot say; keep the model in a file "
-                "of models.save_model"
+                "of models.save"
             )
     name = _architecture(model)
     if name == "Gemma3ForCausalLM":

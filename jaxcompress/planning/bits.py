@@ -132,7 +132,7 @@ def _weights(
         if value is None:
             raise ValueError(
                 f"{name}: no sensitivity; measure it with the same pattern, or plan "
-                "fewer leaves with pattern=..."
+                "fewer leaves with where=..."
             )
         if not (np.isfinite(value) and value >= 0):
             raise ValueError(

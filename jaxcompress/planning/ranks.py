@@ -109,7 +109,7 @@ def plan_ranks(
         raise ValueError(
             f"the budget of {limit} bytes is below the {least} that the smallest ranks "
             f"take; the {len(leaves)} leaves take {total} now. Give at least "
-            f"{least / total:.4f}, or plan fewer leaves with pattern=..."
+            f"{least / total:.4f}, or plan fewer leaves with where=..."
         )
     picks = min(
         (allocate(leaves, limit), _uniform(leaves, limit)),
@@ -138,7 +138,7 @@ def _spectrum(
         raise ValueError(
             f"{entry.name}: no second moment of its inputs, and a plan by loss can't "
             "weigh it against the others; choose the leaves that have one with "
-            "pattern=..., or plan without moments"
+            "where=..., or plan without moments"
         )
     try:
         gains = energies(x, entry.moments, weighted=weighted, damping=damping)

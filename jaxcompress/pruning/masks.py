@@ -114,7 +114,7 @@ def _one_mask(
     if kind is None and (scope != "leaf" or nm is not None):
         raise ValueError(
             f"{entry.name}: shape {score.shape} has {score.ndim} axes, and which are "
-            "inputs is unknown; pass layout=layout(model, params, batch)"
+            "inputs is unknown; pass layouts=find_layouts(model, params, batch)"
         )
     if kind is None:
         matrix = score.reshape(-1, 1)

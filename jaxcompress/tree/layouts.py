@@ -32,7 +32,7 @@ def check_layout(name: str, shape: tuple[int, ...], layout: Layout) -> None:
     if axes != list(range(len(shape))) or not layout.inputs or not layout.outputs:
         raise ValueError(
             f"{name}: {layout} does not cover the axes of shape {shape} once each; "
-            "make it with layout(model, params, batch)"
+            "make it with find_layouts(model, params, batch)"
         )
     if layout.stack != tuple(range(len(layout.stack))):
         raise ValueError(
@@ -101,8 +101,8 @@ def choose_layout(
     if layout is None:
         raise ValueError(
             f"{name}: shape {shape} has {len(shape)} axes, and which are inputs, "
-            "outputs or stacked layers is unknown; pass layout=layout(model, params, "
-            "batch)"
+            "outputs or stacked layers is unknown; pass "
+            "layouts=find_layouts(model, params, batch)"
         )
     check_layout(name, shape, layout)
     return layout

@@ -95,7 +95,7 @@ def test_bytes_do_not_depend_on_threads(bounds, tmp_path):
 
 def test_arrays_are_fetched_in_order_and_few_at_a_time(bounds, tmp_path):
     """By this thread, with one tick of progress for each; coded by others too."""
-    tree, live, most, seen, threads = small_arrays(), {}, [], [], set()
+    tree, live, most, seen, used = small_arrays(), {}, [], [], set()
     choose = file_writer.array_codecs.choose
 
     def fetch(name):
@@ -109,7 +109,7 @@ def test_arrays_are_fetched_in_order_and_few_at_a_time(bounds, tmp_path):
         return array
 
     def spy(array, **options):
-        threads.add(threading.get_ident())
+        used.add(threading.get_ident())
         return choose(array, **options)
 
     def progress(names):
@@ -125,6 +125,6 @@ def test_arrays_are_fetched_in_order_and_few_at_a_time(bounds, tmp_path):
     }
     with open(tmp_path / "x", "wb") as file:
         file_writer.write(file, slots, {}, progress=progress)
-    assert seen == list(tree) and len(threads) > 1
+    assert seen == list(tree) and len(used) > 1
     largest, together = (max(column) for column in zip(*most, strict=True))
     assert largest <= threads.TOGETHER and together > 1

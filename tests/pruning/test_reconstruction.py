@@ -79,13 +79,11 @@ def test_alps_weights_are_the_best_on_their_support(options):
     assert loss(value) < loss(best) * 1.001
 
 
-@pytest.mark.parametrize(
-    ("sparsity", "pattern"), [(0.5, None), (0.7, None), (None, "2:4")]
-)
-def test_better_methods_lose_less(sparsity, pattern):
+@pytest.mark.parametrize(("sparsity", "nm"), [(0.5, None), (0.7, None), (None, "2:4")])
+def test_better_methods_lose_less(sparsity, nm):
     x, known = weights(64, 48), moments(64)
     small = [
-        f(x, known, sparsity=sparsity, pattern=pattern).materialize()
+        f(x, known, sparsity=sparsity, nm=nm).materialize()
         for f in (alps, sparsegpt, wanda, magnitude)
     ]
     found = [float(layer_loss(x, value, known.second)) for value in small]
@@ -93,7 +91,7 @@ def test_better_methods_lose_less(sparsity, pattern):
     assert found[0] < 0.85 * found[1] < 0.85 * found[2] < 0.85 * found[3]
     exact = round((1 - (sparsity or 0.5)) * 64 * 48)
     per_output = 48 * round((1 - (sparsity or 0.5)) * 64)
-    assert kept == [exact, exact, exact if pattern else per_output, exact]
+    assert kept == [exact, exact, exact if nm else per_output, exact]
 
 
 @pytest.mark.parametrize("method", RECONSTRUCTIONS)

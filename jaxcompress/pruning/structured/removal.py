@@ -133,7 +133,7 @@ def _make_up(
     if name not in known:
         raise ValueError(
             f"{name} reads units that go, and has no moments; collect them with the "
-            "same model and parameters, and select its name"
+            "same model and parameters, and name it in where="
         )
     x, kind = jnp.asarray(arrays[name]), reader.layout
     if not is_float(x):
