@@ -99,8 +99,8 @@ def score_units(
         if not readers:
             raise ValueError(
                 f"no kernel that reads the units of group {label!r} has moments; "
-                "collect them with the same model and parameters, and name it in where=; "
-                "kernels of more than two axes need params and layout too"
+                "collect them with the same model and parameters, and name it in "
+                "where=; kernels of more than two axes need params and layouts too"
             )
         seconds, matrices = [], []
         for reader in readers:
