@@ -64,6 +64,7 @@ _MODULES = {
     "qat": "training.qat",
     "storage": "storage",
     "structured": "pruning.structured",
+    "textcoding": "textcoding",
     "tokenization": "tokenization",
     "training": "training",
     "tree": "tree",

@@ -1,0 +1,186 @@
+"""From a float language model to its integer form, and the test of the device."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.models.rope import rope_frequencies
+from jaxcompress.models.transformer import Transformer, unstack_layers
+from jaxcompress.textcoding.integer_transformer import (
+    MOST_KEYS,
+    ExactTransformer,
+    exact_dot,
+)
+from jaxcompress.textcoding.rounding import (
+    EXACT,
+    Linear,
+    finite,
+    rotary_table,
+    round_kernel,
+    round_vector,
+    split,
+)
+from jaxcompress.tree.leaf import materialize
+from jaxcompress.types import Params
+
+_PROJECTIONS = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
+def exact(
+    model: Transformer, params: Params, *, context: int = 2048
+) -> ExactTransformer:
+    """Export a language model to integers: bit-reproducible, batch-invariant logits.
+
+    Weights become int8 with a scale per output, activations integers of about ten bits
+    per token; no operation rounds differently anywhere. Compressed leaves are
+    materialized and rounded anew. The result is a pytree: pass it to jitted functions
+    as an argument.
+
+        exact_model = jc.textcoding.exact(model, params)
+        logits = jax.jit(lambda m, ids: m.apply(ids))(exact_model, ids)  # int32
+        nats = logits * (math.log(2) / 4096)
+
+    Args:
+      model: a `Transformer`, looped or scanned.
+      params: its parameters, dense or compressed.
+      context: tokens that a text may have, 8192 at most.
+
+    Raises:
+      TypeError: the model is no `Transformer`.
+      ValueError: a weight is not finite, a sum of a layer cannot be bounded, or the
+        context is out of range; it names the leaf and the bound.
+    """
+    if not isinstance(model, Transformer):
+        raise TypeError(
+            f"{type(model).__name__} has no integer form; exact takes the Transformer "
+            "of jaxcompress.models"
+        )
+    if not 1 <= context <= MOST_KEYS:
+        raise ValueError(
+            f"context is {context}; exact sums of attention allow 1 to {MOST_KEYS}"
+        )
+    if model.scan:
+        params = unstack_layers(params)
+        model = model.clone(scan=False)
+
+    def read(name: str) -> np.ndarray:
+        node = params
+        for key in name.split("/"):
+            if key not in node:
+                raise ValueError(f"the parameters have no {name}; found {sorted(node)}")
+            node = node[key]
+        return finite(name, materialize(node))
+
+    speeds, rope_scale = rope_frequencies(
+        model.head_size, model.rope_theta, model.rope_scaling
+    )
+    log2_e = np.log2(np.e)
+    epsilon = round_vector("norm_eps", [model.norm_eps])
+    score = round_vector("score", [log2_e * rope_scale**2 / model.head_size**0.5])
+
+    def norm(name: str) -> tuple[Any, ...]:
+        return (*round_vector(name, read(f"{name}/scale")), *epsilon)
+
+    def layer(i: int, parts: dict[str, int]) -> dict[str, Any]:
+        start = f"layer_{i}"
+        arrays: dict[str, Any] = {"score": (score[0][0], score[1])}
+        for name in ("attention_norm", "mlp_norm"):
+            arrays[name] = norm(f"{start}/{name}")
+        if model.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                arrays[name] = norm(f"{start}/attention/{name}")
+        biased = {
+            "attention": (*[model.qkv_bias] * 3, model.out_bias),
+            "mlp": [model.mlp_bias] * 3,
+        }
+        for room, names in _PROJECTIONS.items():
+            for name, has_bias in zip(names, biased[room], strict=True):
+                leaf = f"{start}/{room}/{name}"
+                bias = read(f"{leaf}/bias") if has_bias else None
+                kernel = read(f"{leaf}/kernel")
+                arrays[name] = round_kernel(leaf, kernel, bias, parts.get(name, 1))
+        return arrays
+
+    layers: Any = [layer(i, {}) for i in range(model.layers)]
+    layers = _stack(layers, layer, model)
+    arrays = {
+        "embed": round_kernel("embed", read("embed/embedding").T),
+        "final_norm": norm("final_norm"),
+        "layers": layers,
+        "log2_e": tuple(x.reshape(()) for x in round_vector("log2_e", [log2_e])),
+        "rotary": rotary_table(speeds, context),
+    }
+    if not model.tied:
+        arrays["head"] = round_kernel("head", read("head/kernel"))
+    return ExactTransformer(arrays, model, context)
+
+
+def self_test(exact_model: ExactTransformer) -> None:
+    """Check that this device's float32 dot products of integers do not round.
+
+    Every shape of a product is tried with sums as large as the proofs allow, against
+    int64 on the host. Raises RuntimeError, naming the product, where one differs.
+    """
+    head_size = exact_model.model.head_size
+    qk = int(np.sqrt(EXACT // head_size))
+    products = {("scores", head_size): (qk, np.full((head_size, 1), qk, np.int64))}
+    for name, linear in _linears(exact_model.arrays):
+        weight = np.asarray(linear.weight).astype(np.int64)
+        stacked = weight.reshape(-1, *weight.shape[-2:])
+        bounds = np.asarray(linear.bound).reshape(-1)
+        for kernel, bound in zip(stacked, bounds, strict=True):
+            for part in split(kernel, linear.parts):
+                sums = np.abs(part).sum(axis=0) * int(bound)
+                largest = part[:, np.argsort(sums)[-8:]]
+                key = (name, len(part))
+                if key not in products or sums.max() > _reach(*products[key]):
+                    products[key] = (int(bound), largest)
+    random = np.random.default_rng(0)
+    for (name, _), (bound, weight) in products.items():
+        signs = np.sign(weight).T * bound
+        drawn = random.integers(-bound, bound + 1, (32, len(weight)))
+        inputs = np.concatenate([signs, -signs, drawn])
+        found = np.asarray(exact_dot(jnp.asarray(inputs, jnp.float32), weight))
+        wrong = int((found != inputs @ weight).sum())
+        if wrong:
+            raise RuntimeError(
+                f"{name}: {wrong} of {found.size} float32 dot products of integers are "
+                f"not exact on {jax.devices()[0].device_kind}, up to "
+                f"{np.abs(inputs @ weight).max()} of {EXACT}; an exact model cannot "
+                "run on this device, use JAX_PLATFORMS=cpu"
+            )
+
+
+def _reach(bound: int, weight: np.ndarray) -> int:
+    return int(np.abs(weight).sum(axis=0).max()) * bound
+
+
+def _linears(arrays: Any) -> list[tuple[str, Linear]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        arrays, is_leaf=lambda x: isinstance(x, Linear)
+    )
+    named = [(str(path[-1].key), x) for path, x in flat if isinstance(x, Linear)]
+    return named
+
+
+def _stack(layers: list[dict[str, Any]], build: Any, model: Transformer) -> Any:
+    """One dict of stacked arrays where layers are alike; else the list as it is."""
+    parts: dict[str, int] = {}
+    for layer in layers:
+        for name, linear in layer.items():
+            if isinstance(linear, Linear):
+                parts[name] = max(parts.get(name, 1), linear.parts)
+    for i, layer in enumerate(layers):
+        if any(layer[name].parts != count for name, count in parts.items()):
+            layers[i] = build(i, parts)
+    shapes = [[x.shape for x in jax.tree.leaves(layer)] for layer in layers]
+    fields = [getattr(model, name) for name in ("heads", "kv_heads", "sliding_window")]
+    uneven = any(isinstance(x, tuple | list) and len(set(x)) > 1 for x in fields)
+    if uneven or any(shape != shapes[0] for shape in shapes):
+        return layers
+    return jax.tree.map(lambda *x: np.stack(x), *layers)
