@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxcompress import __version__
 from jaxcompress.cli import commands
+from jaxcompress.cli.text import add_text
 
 MODEL = (
     '"reference", a file written by compress, a .gguf file, a Hugging Face directory '
@@ -142,6 +143,8 @@ def parser() -> argparse.ArgumentParser:
     add("file", help="a file written by pack")
     add("out", help="the directory to make")
     add("--base", metavar="DIR", help="the directory that pack was given as --base")
+
+    add_text(choices)
 
     add = command(
         commands.demo_,

@@ -77,3 +77,26 @@ def decompress(frame: bytes | memoryview, size: int) -> bytes:
     if len(data) != size:
         raise ValueError(f"a frame of {len(data)} bytes, not {size}; it is damaged")
     return data
+
+
+def compress_text(data: bytes) -> bytes:
+    """Bytes as a small frame: level 19."""
+    return zstandard.ZstdCompressor(level=19).compress(data)
+
+
+def decompress_text(frame: bytes, most: int) -> bytes:
+    """The contents of a frame; ValueError where it is damaged or holds over `most`.
+
+    Memory grows with what the frame holds, not with what it claims.
+    """
+    try:
+        with _local.decompressor.stream_reader(frame) as reader:
+            parts, size = [], 0
+            while part := reader.read(1 << 20):
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    raise ValueError(f"a frame holds more than {most} bytes")
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a Zstandard frame is damaged: {error}") from error
+    return b"".join(parts)

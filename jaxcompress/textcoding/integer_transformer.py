@@ -26,6 +26,7 @@ from jaxcompress.textcoding.fixed_point import FRACTION, ONE, Rows
 from jaxcompress.textcoding.rounding import EXACT, Linear, split
 
 MOST_KEYS = 1 << 13
+LOGIT_LIMIT = 1 << 28
 # Probabilities in Q15 sum to ONE and at most a half more per key.
 VALUE_BOUND = EXACT // (ONE + MOST_KEYS // 2)
 Cache = dict[str, Any]
@@ -115,7 +116,7 @@ class ExactTransformer:
         scale = self.arrays["log2_e"]
         rows = _linear(head, x)
         rows = Rows(fp.multiply(rows.values, scale[0]), rows.exponent + scale[1] + 15)
-        return fp.to_fixed(rows, FRACTION)
+        return fp.to_fixed(rows, FRACTION, LOGIT_LIMIT)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens of `batch` texts."""
