@@ -1,0 +1,100 @@
+"""Do any bytes come back, and is every damaged file refused?
+
+Random and adversarial inputs are encoded by the reference model and decoded; a lane is
+never stored, so that the model codes all of them. Then single bits of files are
+flipped, and files are cut: each must raise an error.
+
+    python experiments/textcoding/round_trips.py --inputs 1000
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcompress import textcoding
+from jaxcompress.models.bundled_text import heldout_text
+
+sys.path.insert(0, str(Path(__file__).parent))
+from exact_price import parse, record
+
+FIXED = [
+    b"",
+    b"a",
+    b"\x00",
+    b"\xff",
+    "naïve 😀👩‍👩‍👧 ‮\u2028".encode(),
+    b"<s></s><unk><pad><|im_start|><|endoftext|>",
+    b"\xe2\x96\x81<0x41>\xed\xa0\x80\xc0\x80",
+    bytes(range(256)),
+    b"\r\n\t \x0b\x0c\x1c",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    inputs: int = 1000
+    longest: int = 60  # bytes
+    flips: int = 300
+    fast: bool = False  # a dozen inputs
+    results: str = "experiments/textcoding/results/round_trips.jsonl"
+
+
+def draw(random: np.random.Generator, longest: int) -> bytes:
+    """Noise, code points of any plane, text, or a mixture of all."""
+    size = int(random.integers(0, longest + 1))
+    noise = random.bytes(size)
+    points = random.integers(0, 0x110000, size // 3)
+    plane = "".join(chr(x) for x in points if not 0xD800 <= x < 0xE000).encode()
+    text = heldout_text().encode()
+    at = int(random.integers(0, len(text) - size))
+    kinds = [noise, plane, text[at : at + size]]
+    mixed = b"".join(
+        x[: size // 3] for x in random.permutation(np.array(kinds, object))
+    )
+    return [*kinds, mixed][int(random.integers(4))]
+
+
+def run(config: Config) -> dict[str, Any]:
+    """How many came back, and how many damaged files were refused."""
+    if config.fast:
+        config = dataclasses.replace(config, inputs=12, flips=12, longest=12)
+    random = np.random.default_rng(0)
+    inputs = FIXED[: config.inputs]
+    while len(inputs) < config.inputs:
+        inputs = [*inputs, draw(random, config.longest)]
+    clock, same, files = time.perf_counter(), 0, []
+    for data in inputs:
+        files.append(textcoding.encode(data, window=64, store=False, verify=False))
+        same += textcoding.decode(files[-1]) == data
+    letters = b"a" * 1_000_000
+    if not config.fast:
+        same += textcoding.decode(textcoding.encode(letters, verify=False)) == letters
+    refused = 0
+    for i in range(config.flips):
+        bad = bytearray(files[i % len(files)])
+        place = int(random.integers(len(bad)))
+        if i % 2:
+            bad[place] ^= 1 << int(random.integers(8))
+        else:
+            del bad[place:]
+        try:
+            textcoding.decode(bytes(bad))
+        except ValueError:
+            refused += 1
+    return {
+        "experiment": "round_trips",
+        "inputs": len(inputs) + (not config.fast),
+        "same": int(same),
+        "damaged": config.flips,
+        "refused": refused,
+        "seconds": time.perf_counter() - clock,
+    }
+
+
+if __name__ == "__main__":
+    chosen = parse(Config, __doc__)
+    record(run(chosen), chosen.results)
