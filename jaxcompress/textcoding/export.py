@@ -1,5 +1,6 @@
 """From a float language model to its integer form, and the test of the device."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -30,6 +31,14 @@ _PROJECTIONS = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
 
+# Fields of a Transformer that the integer model follows, or that change no number.
+_FOLLOWED = {
+    *("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width"),
+    *("rope_theta", "rope_scaling", "norm_eps", "tied", "qkv_bias", "out_bias"),
+    *("mlp_bias", "qk_norm", "sliding_window", "attention_scale"),
+    *("scan", "remat", "sow_intermediates", "dtype", "parent", "name"),
+}
+
 
 def exact(
     model: Transformer, params: Params, *, context: int = 2048
@@ -52,13 +61,24 @@ def exact(
 
     Raises:
       TypeError: the model is no `Transformer`.
-      ValueError: a weight is not finite, a sum of a layer cannot be bounded, or the
-        context is out of range; it names the leaf and the bound.
+      ValueError: the model has a setting without an integer form, a weight is not
+        finite, a sum of a layer cannot be bounded, or the context is out of range; it
+        names the setting, or the leaf and the bound.
     """
     if not isinstance(model, Transformer):
         raise TypeError(
             f"{type(model).__name__} has no integer form; exact takes the Transformer "
             "of jaxcompress.models"
+        )
+    others = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name not in _FOLLOWED and getattr(model, field.name) != field.default
+    }
+    if others or model.rope_theta is None:
+        raise ValueError(
+            f"no integer form of {others or {'rope_theta': None}}; the model must have "
+            "the settings of the Llama family, as SmolLM2 and Qwen have"
         )
     if not 1 <= context <= MOST_KEYS:
         raise ValueError(
@@ -81,7 +101,8 @@ def exact(
     )
     log2_e = np.log2(np.e)
     epsilon = round_vector("norm_eps", [model.norm_eps])
-    score = round_vector("score", [log2_e * rope_scale**2 / model.head_size**0.5])
+    scale = model.attention_scale or model.head_size**-0.5
+    score = round_vector("score", [log2_e * rope_scale**2 * scale])
 
     def norm(name: str) -> tuple[Any, ...]:
         return (*round_vector(name, read(f"{name}/scale")), *epsilon)

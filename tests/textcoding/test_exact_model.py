@@ -33,6 +33,7 @@ VARIANTS = {
         "tied": False,
         "qk_norm": True,
         "sliding_window": 5,
+        "attention_scale": 0.4,
     },
     "uneven": {
         "heads": (4, 2),
@@ -186,6 +187,13 @@ def test_refusals_name_what_is_wrong(tied):
         exact(model, bad)
     with pytest.raises(TypeError, match="Bert"):
         exact(Bert(10, 8, 1, 1, 8, 4), params)
+    for options in ({"activation": "gelu", "gated": False}, {"post_norms": True}):
+        with pytest.raises(
+            ValueError, match=f"no integer form of .*{next(iter(options))}"
+        ):
+            exact(model.clone(**options), params)
+    with pytest.raises(ValueError, match="rope_theta"):
+        exact(model.clone(rope_theta=None), params)
     with pytest.raises(ValueError, match="context is 9000"):
         exact(model, params, context=9000)
     with pytest.raises(ValueError, match="context of 32"):
