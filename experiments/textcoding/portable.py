@@ -1,9 +1,9 @@
 """Does a file decode wherever it is read?
 
 Encodes a text with batched prefill, in as many lanes as asked for, and decodes each
-file in new processes: as this one, with XLA restricted to SSE4.2, with one thread, and with
-other Python environments (`--pythons`, separated by commas, each with its own version
-of JAX). Every process must give the same bytes, and encode to the same file.
+file in new processes: as this one, with XLA restricted to SSE4.2, with one thread, and
+with other Python environments (`--pythons`, separated by commas, each with its own
+version of JAX). Every process must give the same bytes, and encode to the same file.
 
     python experiments/textcoding/portable.py --pythons old/bin/python,new/bin/python
 """

@@ -11,7 +11,7 @@ import pytest
 from jaxcompress.cli import main
 from jaxcompress.models import Transformer
 from jaxcompress.models.bundled_text import heldout_text
-from jaxcompress.models.saved import load_reference, save_model
+from jaxcompress.models.saved import load_reference, save
 from jaxcompress.storage import FileDamaged
 from jaxcompress.textcoding import codec, container, decode, encode, exact, verify
 from jaxcompress.textcoding import pieces as pieces_module
@@ -196,7 +196,7 @@ def test_golden_files():
 def test_command_line(coder, tmp_path, capsys):
     model = coder[0].model
     params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
-    save_model(tmp_path / "model.safetensors", model, params, coder[2])
+    save(tmp_path / "model.safetensors", model, params, coder[2])
     (tmp_path / "a.txt").write_bytes(TEXT[:100])
     which = ("--model", str(tmp_path / "model.safetensors"))
     files = [str(tmp_path / name) for name in ("a.txt", "a.jxtc", "b.txt")]
