@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import secrets
 import sys
@@ -34,7 +35,7 @@ def add_text(choices: Any) -> None:
             help='"reference", a file of compress, a .gguf file, a Hugging Face '
             "directory or a name on its hub; decoding needs the same one",
         )
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=functools.partial(_run, run))
         return parser.add_argument
 
     add = command(encode_, "compress a file", "encode notes.txt notes.jxtc")
@@ -49,6 +50,16 @@ def add_text(choices: Any) -> None:
     add("out", help="the file to write")
     add = command(verify_, "decode a file and check it", "verify notes.jxtc")
     add("file", help="a file written by text encode")
+
+
+def _run(command: Any, options: argparse.Namespace) -> None:
+    """Run a command; what a device can't do is an error of one line, too."""
+    try:
+        command(options)
+    except RuntimeError as error:
+        if options.debug:
+            raise
+        raise ValueError(str(error)) from error
 
 
 def encode_(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """From a float language model to its integer form, and the test of the device."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 
 from jaxcompress.models.rope import rope_frequencies
 from jaxcompress.models.transformer import Transformer, unstack_layers
+from jaxcompress.textcoding.fixed_point import ONE
 from jaxcompress.textcoding.integer_transformer import (
     MOST_KEYS,
+    VALUE_BOUND,
     ExactTransformer,
     exact_dot,
 )
@@ -144,41 +147,48 @@ def exact(
 def self_test(exact_model: ExactTransformer) -> None:
     """Check that this device's float32 dot products of integers do not round.
 
-    Every shape of a product is tried with sums as large as the proofs allow, against
-    int64 on the host. Raises RuntimeError, naming the product, where one differs.
+    Every shape of a product is tried with the weights whose sums come nearest to 2**24,
+    and inputs that reach the proved bound, against sums on the host that cannot round
+    either. Raises RuntimeError, naming the product, where one differs.
     """
     head_size = exact_model.model.head_size
-    qk = int(np.sqrt(EXACT // head_size))
-    products = {("scores", head_size): (qk, np.full((head_size, 1), qk, np.int64))}
+    bound = math.isqrt(EXACT // head_size)
+    products: dict[tuple[str, int], tuple[int, np.ndarray]] = {
+        ("scores", head_size): (bound, np.full((head_size, 1), bound)),
+        ("values", MOST_KEYS): (ONE // MOST_KEYS, np.full((MOST_KEYS, 1), VALUE_BOUND)),
+    }
     for name, linear in _linears(exact_model.arrays):
-        weight = np.asarray(linear.weight).astype(np.int64)
+        weight = np.asarray(linear.weight)
         stacked = weight.reshape(-1, *weight.shape[-2:])
         bounds = np.asarray(linear.bound).reshape(-1)
         for kernel, bound in zip(stacked, bounds, strict=True):
             for part in split(kernel, linear.parts):
-                sums = np.abs(part).sum(axis=0) * int(bound)
-                largest = part[:, np.argsort(sums)[-8:]]
                 key = (name, len(part))
-                if key not in products or sums.max() > _reach(*products[key]):
-                    products[key] = (int(bound), largest)
+                if key not in products or (
+                    _reach(int(bound), part) > _reach(*products[key])
+                ):
+                    products[key] = (int(bound), part)
     random = np.random.default_rng(0)
     for (name, _), (bound, weight) in products.items():
-        signs = np.sign(weight).T * bound
-        drawn = random.integers(-bound, bound + 1, (32, len(weight)))
+        wide = weight.astype(np.float64)  # holds every sum: they are below 2**53
+        order = np.argsort(np.abs(wide).sum(axis=0))[-8:]
+        signs = np.sign(wide[:, order]).T * bound
+        drawn = random.integers(-bound, bound + 1, (32, len(wide)))
         inputs = np.concatenate([signs, -signs, drawn])
+        wanted = inputs @ wide
         found = np.asarray(exact_dot(jnp.asarray(inputs, jnp.float32), weight))
-        wrong = int((found != inputs @ weight).sum())
+        wrong = int((found != wanted).sum())
         if wrong:
             raise RuntimeError(
                 f"{name}: {wrong} of {found.size} float32 dot products of integers are "
                 f"not exact on {jax.devices()[0].device_kind}, up to "
-                f"{np.abs(inputs @ weight).max()} of {EXACT}; an exact model cannot "
-                "run on this device, use JAX_PLATFORMS=cpu"
+                f"{int(np.abs(wanted).max())} of {EXACT}; an exact model cannot run on "
+                "this device, use JAX_PLATFORMS=cpu"
             )
 
 
 def _reach(bound: int, weight: np.ndarray) -> int:
-    return int(np.abs(weight).sum(axis=0).max()) * bound
+    return int(np.abs(weight).sum(axis=0, dtype=np.int64).max()) * bound
 
 
 def _linears(arrays: Any) -> list[tuple[str, Linear]]:

@@ -193,7 +193,7 @@ def test_golden_files():
     assert len(again) < 0.4 * len(decoded)
 
 
-def test_command_line(coder, tmp_path, capsys):
+def test_command_line(coder, tmp_path, capsys, monkeypatch):
     model = coder[0].model
     params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     save(tmp_path / "model.safetensors", model, params, coder[2])
@@ -209,6 +209,9 @@ def test_command_line(coder, tmp_path, capsys):
     assert main(["text", "decode", files[0], files[2], *which]) == 2
     assert "not compressed text" in capsys.readouterr().err
     assert main(["text", "decode", files[1], str(tmp_path / "no/b"), *which]) == 2
+    monkeypatch.setattr(codec, "_decode", lambda file, coder: b"something else")
+    assert main(["text", "encode", *files[:2], *which, *options]) == 2
+    assert "did not come back" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*.part"))
 
 

@@ -1,0 +1,28 @@
+"""The experiments of text coding end quickly and say what they measured."""
+
+import importlib
+import pathlib
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "textcoding"
+WANTED = {
+    "exact_price": {"price", "same_integers"},
+    "ratio": {"bits_per_byte", "file_bytes"},
+    "round_trips": {"inputs", "same", "refused"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WANTED)
+def test_experiment(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    experiment = importlib.import_module(name)
+    rows = experiment.run(experiment.Config(fast=True))
+    rows = rows if isinstance(rows, list) else [rows]
+    assert all(WANTED[name] <= set(row) for row in rows)
+    if name == "exact_price":
+        assert rows[0]["same_integers"] and abs(rows[0]["price"]) < 0.01
+    if name == "round_trips":
+        assert rows[0]["same"] == rows[0]["inputs"]
+        assert rows[0]["refused"] == rows[0]["damaged"]
