@@ -89,7 +89,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             if new(name, seen.size):
                 clock = time.perf_counter()
                 source = Path(folder) / "float"
-                jc.models.export_huggingface(source, model, params, tokenizer)
+                if not source.exists():
+                    jc.export.huggingface(source, model, params, tokenizer)
                 dense_path, packed = autoround(config, Path(folder), seen, bits)
                 seconds = time.perf_counter() - clock
                 add(name, seen.size, dense_path, packed_bits(packed, bits), seconds)

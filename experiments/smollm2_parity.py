@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import tokenization
-from jaxcompress.models.huggingface import export_huggingface
+from jaxcompress.export import huggingface
 from jaxcompress.models.loading import load
 
 
@@ -81,7 +81,7 @@ def in_transformers(model, params, tokenizer) -> Any:
     import transformers
 
     with tempfile.TemporaryDirectory() as directory:
-        export_huggingface(directory, model, params, tokenizer)
+        huggingface(directory, model, params, tokenizer)
         return transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32
         ).eval()

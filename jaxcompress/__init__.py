@@ -57,6 +57,7 @@ _NAMES = {
 _MODULES = {
     "distillation": "distillation",
     "evaluation": "evaluation",
+    "export": "export",
     "masks": "pruning.masks",
     "models": "models",
     "optimizers": "training.optimizers",

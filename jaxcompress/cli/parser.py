@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxcompress import __version__
 from jaxcompress.cli import commands
+from jaxcompress.cli.export_command import add_export
 from jaxcompress.cli.text import add_text
 
 MODEL = (
@@ -145,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     add("--base", metavar="DIR", help="the directory that pack was given as --base")
 
     add_text(choices)
+    add_export(command, MODEL)
 
     add = command(
         commands.demo_,

@@ -3,7 +3,6 @@
 from jaxcompress.models.bert import Bert, sentence_embeddings
 from jaxcompress.models.convolutional import ConvNet
 from jaxcompress.models.generation import generate
-from jaxcompress.models.huggingface import export_huggingface
 from jaxcompress.models.loading import load, open_weights
 from jaxcompress.models.saved import save
 from jaxcompress.models.structure import (
@@ -28,7 +27,6 @@ __all__ = [
     "ConvNet",
     "Transformer",
     "channel_group",
-    "export_huggingface",
     "fewer_channels",
     "fewer_layers",
     "fewer_neurons",

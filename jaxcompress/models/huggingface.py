@@ -1,4 +1,4 @@
-"""Hugging Face model directories: read into a Transformer, and written back.
+"""Hugging Face model directories, read into a Transformer.
 
 A directory holds `config.json`, weights in one or several `.safetensors` files, and
 the tokenizer as `tokenizer.json` (or SentencePiece's `tokenizer.model`).
@@ -11,30 +11,23 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
 
 from jaxcompress import tokenization
 from jaxcompress.models.assembly import (
     Assembled,
     assemble,
-    foreign_name,
-    parameter_shapes,
 )
 from jaxcompress.models.configurations import (
     architecture_of,
-    config_from,
     model_from,
 )
 from jaxcompress.models.families import FAMILIES
-from jaxcompress.models.transformer import Transformer, unstack_layers
+from jaxcompress.models.transformer import Transformer
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.tokenization.huggingface import added_marks
 from jaxcompress.tokenization.piece_models import without_begin_mark
-from jaxcompress.tree.leaf import dense
 from jaxcompress.types import Params
 
 
@@ -216,65 +209,3 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
             model = without_begin_mark(model)
         return tokenization.from_bytes(model)
     return None
-
-
-def export_huggingface(
-    directory: str | Path,
-    model: Transformer,
-    params: Params,
-    tokenizer: Tokenizer | None = None,
-    *,
-    context: int = 8192,
-) -> None:
-    """Write a model as a Hugging Face directory that transformers loads.
-
-    Compressed leaves are written dense: the size of the directory is that of the dense
-    model. `context` is the number of tokens it calls the model's maximum, which a
-    Transformer does not record. Raises ValueError where no supported architecture has
-    the model's settings (heads or widths that differ between layers, for one).
-    """
-    directory = Path(directory)
-    config = config_from(model) | {"max_position_embeddings": context}
-    for key in ("bos_id", "eos_id"):
-        config[f"{key[:3]}_token_id"] = getattr(tokenizer, key, None)
-    flat = flatten_dict(unstack_layers(params) if model.scan else params, sep="/")
-    wanted = parameter_shapes(model)
-    if set(flat) != set(wanted):
-        strange = sorted(set(flat) ^ set(wanted))
-        raise ValueError(
-            f"params do not belong to this model: {strange[0]} is in one of them only"
-        )
-    family = FAMILIES[config["architectures"][0]]
-    modules = family.modules
-    tensors = {}
-    for name, leaf in flat.items():
-        array = dense(leaf)
-        if family.norm_offset and name.endswith("norm/scale"):
-            array = jnp.asarray(array, jnp.float32) - family.norm_offset
-            array = array.astype(dense(params["embed"]["embedding"]).dtype)
-        tensors[foreign_name(name, modules)] = (
-            array.T if name.endswith("/kernel") else jnp.asarray(array)
-        )
-    config["dtype"] = str(tensors["model.embed_tokens.weight"].dtype)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (directory / "config.json").write_text(text, encoding="utf-8")
-    if tokenizer is not None:
-        _write_tokenizer(directory, tokenizer)
-
-
-def _write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
-    stored = tokenizer.to_bytes()
-    if not stored.startswith(b"{"):  # a SentencePiece model
-        (directory / "tokenizer.model").write_bytes(stored)
-        return
-    contents = json.loads(stored)
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for mark in ("bos", "eos"):
-        if contents[mark] is not None:
-            settings[f"{mark}_token"] = contents[mark]
-            settings[f"add_{mark}_token"] = contents.get(f"add_{mark}", mark == "bos")
-    (directory / "tokenizer.json").write_bytes(contents["tokenizer"].encode())
-    text = json.dumps(settings, indent=2) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -26,11 +26,15 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class PieceModel:
-    """What a model's file says. `exact`: text is segmented as it is, not normalized."""
+    """What a model's file says. `exact`: text is segmented as it is, not normalized.
+
+    `dummy_prefix`: a space is put in front of the text.
+    """
 
     kind: str
     exact: bool
     pieces: tuple[Piece, ...]
+    dummy_prefix: bool = True
 
 
 def read(model: bytes) -> PieceModel:
@@ -53,7 +57,8 @@ def read(model: bytes) -> PieceModel:
         and not prepared.get(3, 1)
         and not prepared.get(4, 1)
     )
-    return PieceModel(_KINDS.get(trained.get(3, 1), "?"), exact, tuple(pieces))
+    kind = _KINDS.get(trained.get(3, 1), "?")
+    return PieceModel(kind, exact, tuple(pieces), bool(prepared.get(3, 1)))
 
 
 def keep_pieces(model: bytes, ids: Collection[int]) -> bytes:

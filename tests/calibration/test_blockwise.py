@@ -365,7 +365,7 @@ def test_models_are_compressed_from_disk(kind, tmp_path):
         jc.models.save(path, model, params, tokenizer)
     else:
         path = tmp_path
-        jc.models.export_huggingface(path, model, params, tokenizer)
+        jc.export.huggingface(path, model, params, tokenizer)
     tokens = np.arange(400).reshape(2, 200) % 2048
     rules = [(".*down_proj/kernel", jc.gptq(bits=3, block=64))]
     found, weights, _ = jc.models.open_weights(path)

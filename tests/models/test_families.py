@@ -10,8 +10,8 @@ from recorded_settings import RECORDED, config_of, record, states, weights
 from safetensors.numpy import save_file
 
 import jaxcompress as jc
+from jaxcompress.export import huggingface
 from jaxcompress.models.configurations import model_from
-from jaxcompress.models.huggingface import export_huggingface
 from jaxcompress.models.loading import load, open_weights, shapes
 
 NEW = ["Gemma3ForCausalLM"]
@@ -60,7 +60,7 @@ def test_cached_decoding_equals_the_full_pass(family, path):
 
 def test_export_gives_the_same_model_back(family, path, tmp_path):
     model, params, _ = load(path)
-    export_huggingface(tmp_path / "out", model, params)
+    huggingface(tmp_path / "out", model, params)
     again, read, _ = load(tmp_path / "out")
     assert again == model
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), read, params)
@@ -92,7 +92,7 @@ def test_norms_of_gemma_are_stored_as_differences_from_one(tmp_path):
     name = "model.layers.0.post_feedforward_layernorm.weight"
     np.testing.assert_array_equal(scale, 1 + half[name].astype(np.float32))
     assert shapes(tmp_path)["layer_0/mlp_post_norm/scale"].dtype == jnp.float32
-    export_huggingface(tmp_path / "out", model, read)
+    huggingface(tmp_path / "out", model, read)
     from safetensors.flax import load_file
 
     again = load_file(tmp_path / "out" / "model.safetensors")

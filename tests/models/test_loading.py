@@ -13,12 +13,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from jaxcompress import tokenization
+from jaxcompress.export import huggingface
 from jaxcompress.models.assembly import foreign_name, parameter_shapes
 from jaxcompress.models.configurations import config_from, transformer_from
 from jaxcompress.models.gguf_files import read_metadata
 from jaxcompress.models.gguf_settings import MODULES
 from jaxcompress.models.gguf_tokenizers import tokenizer_from
-from jaxcompress.models.huggingface import export_huggingface, read_tokenizer
+from jaxcompress.models.huggingface import read_tokenizer
 from jaxcompress.models.loading import load, shapes
 from jaxcompress.models.saved import describe, rebuild, save
 from jaxcompress.models.transformer import Transformer, stack_layers
@@ -91,7 +92,7 @@ def test_layers_that_differ_are_not_scanned():
 @pytest.mark.parametrize("name", NAMES)
 def test_export_gives_the_same_model_back(name, tmp_path):
     model, params, _ = load(GOLDEN / name)
-    export_huggingface(tmp_path / "out", model, params)
+    huggingface(tmp_path / "out", model, params)
     again, read, _ = load(tmp_path / "out")
     assert again == model
     trees_equal(read, params)
@@ -106,18 +107,18 @@ def test_export_gives_the_same_model_back(name, tmp_path):
 def test_export_writes_compressed_leaves_dense(tmp_path):
     model, params, _ = load(GOLDEN / "llama", dtype=jnp.float32)
     small = compress(params, [(".*/up_proj/kernel", symmetric(bits=4))])
-    export_huggingface(tmp_path, model.clone(scan=True), stack_layers(small))
+    huggingface(tmp_path, model.clone(scan=True), stack_layers(small))
     trees_equal(load(tmp_path)[1], materialize(small))
 
 
 def test_export_refuses_what_a_config_cannot_say(tmp_path):
     model, params, _ = load(GOLDEN / "llama")
     with pytest.raises(ValueError, match=r"mlp_width is \(40, 24\).*models.save"):
-        export_huggingface(tmp_path, model.clone(mlp_width=(40, 24)), params)
+        huggingface(tmp_path, model.clone(mlp_width=(40, 24)), params)
     with pytest.raises(ValueError, match=r"Qwen2.*mlp_bias=True"):
         config_from(model.clone(qkv_bias=True, mlp_bias=True))
     with pytest.raises(ValueError, match="head/kernel is in one of them only"):
-        export_huggingface(tmp_path, model.clone(tied=False), params)
+        huggingface(tmp_path, model.clone(tied=False), params)
 
 
 def test_old_and_new_configurations_say_the_same():
@@ -613,7 +614,7 @@ def test_huggingface_marks_are_those_that_the_directory_says(
     words = read_tokenizer(tmp_path)
     assert (words.bos_id, words.eos_id, words.add_eos) == marks
     model, params, _ = load(GOLDEN / "llama", dtype=jnp.float32)
-    export_huggingface(tmp_path / "out", model, params, words)
+    huggingface(tmp_path / "out", model, params, words)
     words = read_tokenizer(tmp_path / "out")
     assert (words.bos_id, words.eos_id, words.add_eos) == marks
 

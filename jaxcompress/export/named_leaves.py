@@ -1,0 +1,133 @@
+"""The leaves of a model under the names that another ecosystem gives them."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.calibration.lazy_params import source_of
+from jaxcompress.models.assembly import Modules, foreign_name, parameter_shapes
+from jaxcompress.models.transformer import Transformer
+from jaxcompress.tree.leaf import Leaf, dense
+from jaxcompress.tree.methods import parse
+
+
+class NamedLeaf(NamedTuple):
+    """One parameter of the looped model: `name` is ours, `tensor` is theirs."""
+
+    name: str
+    tensor: str
+    value: Any
+
+
+class ExportedLeaf(NamedTuple):
+    """What was written for one leaf.
+
+    `stored` is the format's name for it, `nbytes` its bytes in the file, and `error`
+    the relative error that requantizing added, `|written - leaf| / |leaf|` (Frobenius);
+    zero where codes and scales went over unchanged.
+    """
+
+    name: str
+    tensor: str
+    stored: str
+    nbytes: int
+    error: float = 0.0
+
+
+@contextlib.contextmanager
+def named_leaves(
+    model: Transformer, params: Any, modules: Modules, *, norm_offset: float = 0.0
+) -> Iterator[Iterator[NamedLeaf]]:
+    """Iterate over the parameters of a model, one read at a time.
+
+    Args:
+      model: looped or scanned; scanned parameters are taken apart layer by layer.
+      params: a tree, or an open checkpoint such as `models.open_weights` gives, of
+        which one leaf (one stack of layers, where scanned) is in memory at a time.
+      modules: their name of each of our modules.
+      norm_offset: what their readers add to the scales of norms; the difference is
+        given, in the dtype of the embedding.
+
+    Raises:
+      ValueError: `params` are not those of this model; names a leaf that differs.
+    """
+    shapes = parameter_shapes(model)
+    with source_of(params) as source:
+        places = {name: _place(name, model.scan) for name in shapes}
+        strange = sorted({place for place, _ in places.values()} ^ set(source.shapes))
+        if strange:
+            raise ValueError(
+                f"params do not belong to this model: {strange[0]} is in one of them "
+                "only; pass the model and the parameters that belong together"
+            )
+        fetch = _keep_last(source.fetch)
+
+        def leaves() -> Iterator[NamedLeaf]:
+            for name in sorted(places, key=lambda name: places[name][0]):
+                place, layer = places[name]
+                value = fetch(place)
+                if layer is not None:
+                    value = jax.tree.map(lambda x, i=layer: x[i], value)
+                if tuple(value.shape) != tuple(shapes[name]):
+                    raise ValueError(
+                        f"{name} has shape {tuple(value.shape)}; the model's settings "
+                        f"make it {tuple(shapes[name])}"
+                    )
+                if norm_offset and name.endswith("norm/scale"):
+                    shifted = jnp.asarray(dense(value), jnp.float32) - norm_offset
+                    value = shifted.astype(source.shapes["embed/embedding"].dtype)
+                yield NamedLeaf(name, foreign_name(name, modules), value)
+
+        yield leaves()
+
+
+def _place(name: str, scan: bool) -> tuple[str, int | None]:
+    match = re.fullmatch(r"layer_(\d+)/(.+)", name)
+    if not scan or match is None:
+        return name, None
+    return f"layers/{match[2]}", int(match[1])
+
+
+def _keep_last(fetch: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Remembers the last leaf: layers of one stack are asked for in sequence."""
+    last: dict[str, Any] = {}
+
+    def cached(name: str) -> Any:
+        if name not in last:
+            last.clear()
+            last[name] = fetch(name)
+        return last[name]
+
+    return cached
+
+
+def dense_tensor(name: str, value: Any, dtype: Any = None) -> np.ndarray:
+    """The dense array of a leaf in their orientation, contiguous, in `dtype`."""
+    array = dense(value)
+    if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(dtype)
+    array = np.asarray(array)
+    return np.ascontiguousarray(array.T if name.endswith("/kernel") else array)
+
+
+def is_compressed(value: Any) -> bool:
+    """Whether a leaf stands for another array than the one it was made from."""
+    return isinstance(value, Leaf) and not value.lossless
+
+
+def apply_method(value: Any, method: Any) -> tuple[Any, float]:
+    """A method applied to the dense array of a leaf, and the relative error it adds.
+
+    Raises ValueError on a string that is no method.
+    """
+    method = parse(method) if isinstance(method, str) else method
+    old = dense(value)
+    new = method(old)
+    old = np.asarray(old, np.float64)
+    change = np.linalg.norm(np.asarray(dense(new), np.float64) - old)
+    return new, float(change / max(np.linalg.norm(old), np.finfo(np.float64).tiny))
