@@ -172,7 +172,7 @@ def test_planned_bits_beat_uniform_bits_at_equal_bytes(reference):
     )
     planned = jc.planning.plan_bits(
         params,
-        fraction=held(uniform) - float_bytes,
+        nbytes=held(uniform) - float_bytes,
         sensitivities=sensitivities,
         candidates=[method(bits) for bits in (2, 3, 4, 5)],
         where=kernels,

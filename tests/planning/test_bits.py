@@ -144,7 +144,7 @@ def test_uniform_is_taken_where_nothing_is_better(params):
     twins = {name: {"kernel": params["a"]["kernel"]} for name in "abc"}
     small = jc.compress(twins, CANDIDATES[1])
     rules = jc.planning.plan_bits(
-        twins, fraction=jc.nbytes(small), candidates=CANDIDATES
+        twins, nbytes=jc.nbytes(small), candidates=CANDIDATES
     )
     assert [f for _, f in rules] == [CANDIDATES[1]] * 3
 

@@ -329,7 +329,7 @@ def test_the_training_example_of_the_readme_runs():
     (code,) = [
         block
         for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        if "straight_through" in block
+        if "qat.prepare" in block
     ]
     model = Transformer(
         vocab_size=32,
