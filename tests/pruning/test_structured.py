@@ -489,7 +489,7 @@ def test_moments_and_trees_that_do_not_fit():
     with pytest.raises(ValueError, match=r"both hold axis 0 of down/kernel"):
         groups = {"a": GROUP, "b": [("down/.*", 0)]}
         remove_units(params, {"a": GROUP, "b": GROUP[1:]}, {"a": [0], "b": [0]})
-    with pytest.raises(ValueError, match=r"names \['c'\]"):
+    with pytest.raises(ValueError, match=r"name \['c'\]"):
         remove_units(params, {"a": GROUP}, {"c": [0]})
     with pytest.raises(TypeError, match="one too"):
         remove_units(params, {"a": GROUP}, [0])
