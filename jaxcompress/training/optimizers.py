@@ -254,6 +254,16 @@ def relative(optimizer: optax.GradientTransformation) -> optax.GradientTransform
     return optax.GradientTransformation(optimizer.init, update)
 
 
+def relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
+    """Adam on relative changes (`relative`), its rate decayed by a cosine to zero.
+
+    Args:
+      rate: of the first step, relative to each number.
+      steps: until the rate is zero.
+    """
+    return relative(optax.adam(optax.cosine_decay_schedule(rate, steps)))
+
+
 def layerwise_rates(
     decay: float, *, looped: str = r"layer_(\d+)/.*", stacked: str = r"layers/.*"
 ) -> optax.GradientTransformation:
