@@ -41,6 +41,8 @@ _NAMES = {
     "reporting.versions": "show_versions",
     "running.compressed_matmul": "compressed_matmul",
     "running.low_memory": "low_memory",
+    "shrinking.shrink": "shrink",
+    "shrinking.shrunk": "Shrunk",
     "storage.checkpoint": "load open_checkpoint save verify",
     "storage.orbax": "restore_orbax save_orbax",
     "storage.tree_json": "FileDamaged",

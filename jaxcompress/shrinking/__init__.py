@@ -1,1 +1,1 @@
-"""One call from a model to a file of a given size: calibrate, plan, compress, measure."""
+"""One call from a model to a file of a given size: plan, compress, measure, repeat."""

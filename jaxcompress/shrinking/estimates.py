@@ -1,7 +1,6 @@
 """Time and memory that a shrink takes, estimated before it starts."""
 
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp

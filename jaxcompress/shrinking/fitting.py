@@ -61,7 +61,9 @@ class Coder:
     def apply(self, rules: tuple[Rule, ...]) -> Params:
         """The tree with every planned leaf coded by its rule."""
         methods = {re.sub(r"\\(.)", r"\1", name): method for name, method in rules}
-        missing = [e for e in self.planned if (e.name, methods[e.name]) not in self.coded]
+        missing = [
+            e for e in self.planned if (e.name, methods[e.name]) not in self.coded
+        ]
         for entry in self.progress("compressing", "leaves")(missing):
             method = methods[entry.name]
             self.coded[entry.name, method] = self.store.get(
@@ -134,13 +136,7 @@ def fit(
     Raises:
       ValueError: no attempt is within the limit; says how small the file became.
     """
-    room = int(limit * aim) - coder.overhead()
-    if room <= 0:
-        raise ValueError(
-            f"a file of {limit} bytes: what is not planned (tokenizer, norms, header) "
-            f"takes {limit * aim - room:.0f} already. Ask for more, or trim the "
-            "vocabulary first (models.trim_vocabulary)"
-        )
+    room = room_of(coder, limit, aim)
     rules, best, smallest = plan(room), None, None
     for _ in range(tries):
         attempt = coder.write(rules, coder.apply(rules))
@@ -164,6 +160,22 @@ def fit(
             f"{smallest}. Ask for that"
         )
     return best
+
+
+def room_of(coder: Coder, limit: int, aim: float) -> int:
+    """Bytes for the planned leaves in a file of so many.
+
+    Raises:
+      ValueError: what is not planned fills the file.
+    """
+    room = int(limit * aim) - coder.overhead()
+    if room <= 0:
+        raise ValueError(
+            f"a file of {limit} bytes: what is not planned (tokenizer, norms, header) "
+            f"takes {limit * aim - room:.0f} already. Ask for more, or trim the "
+            "vocabulary first (models.trim_vocabulary)"
+        )
+    return room
 
 
 def _nudged(attempt: Attempt, gap: int) -> tuple[Rule, ...] | None:

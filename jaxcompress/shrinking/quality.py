@@ -31,9 +31,7 @@ class Quality:
     perplexity_before: float | None = None
 
 
-def measure_quality(
-    subject: Subject, small: Params, batches: Sequence[Any]
-) -> Quality:
+def measure_quality(subject: Subject, small: Params, batches: Sequence[Any]) -> Quality:
     """Compares predictions on batches; both models run in one compiled step.
 
     Raises:

@@ -3,37 +3,29 @@
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxcompress.calibration.damage import divergence
-from jaxcompress.progress import each_item
 from jaxcompress.reporting import grouped
 from jaxcompress.reporting.leaves import LeafTable
-from jaxcompress.shrinking import calibration
 from jaxcompress.shrinking.efforts import choose_effort
-from jaxcompress.shrinking.estimates import describe_estimate, estimate
-from jaxcompress.shrinking.fitting import Attempt, Coder
+from jaxcompress.shrinking.fitting import AIM, Attempt, Coder, room_of
 from jaxcompress.shrinking.goals import REACHED, parse_goal
-from jaxcompress.shrinking.quality import Quality, measure_quality
-from jaxcompress.shrinking.search import Planner, meet
+from jaxcompress.shrinking.preparation import prepare, read_dense
+from jaxcompress.shrinking.search import meet
 from jaxcompress.shrinking.shrunk import Shrunk
-from jaxcompress.shrinking.store import Store, digest_arrays
-from jaxcompress.shrinking.subject import Subject, read_subject
+from jaxcompress.shrinking.store import Store
+from jaxcompress.shrinking.subject import Subject
 from jaxcompress.shrinking.tuning import tune
-from jaxcompress.tracing.layouts import find_layouts
-from jaxcompress.tree.compress import is_compressed
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.paths import roots
 from jaxcompress.tree.record import leaf_reports
-from jaxcompress.tree.selection import planned_entries
-from jaxcompress.types import Params
+from jaxcompress.types import Params, Rule
 
 
 def shrink(
@@ -96,70 +88,28 @@ def shrink(
       ValueError: no goal or several; a size that cannot be reached; data of another
         kind than the model needs; parameters that are compressed already.
     """
-    chosen = choose_effort(effort)
-    if text is not None and batches is not None:
-        raise ValueError("shrink takes text= or batches=, not both")
-    subject = read_subject(model, params, tokenizer)
-    if is_compressed(subject.params):
-        raise ValueError(
-            "the parameters are compressed already; shrink starts from dense ones "
-            "(jc.materialize(params) where there are no others)"
-        )
-    goal = parse_goal(size, bits_per_weight, kl, subject.weights)
     key = jax.random.key(0) if key is None else key
-    keys = jax.random.split(key, 3)
-    kept = Store(store)
-    say = _speaker(progress)
-
-    def wrap(label: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-        return lambda items: each_item(items, progress, label=label, unit=unit)
-
+    chosen = choose_effort(effort)
+    subject = read_dense(model, params, tokenizer)
+    goal = parse_goal(size, bits_per_weight, kl, subject.weights)
     if goal.file_bytes is not None:
         whole = _lossless(subject, goal.file_bytes, metadata or {})
         if whole is not None:
             return whole
-    needs_data = chosen.texts > 0 or goal.kl is not None
-    if not subject.language and batches is None and needs_data:
-        raise ValueError(
-            f"effort={effort!r} calibrates a {type(subject.model).__name__} on "
-            "batches=; pass some, or effort='quick' with a size"
-        )
-    planned = planned_entries(subject.params, None, None)
-    writes = subject.language and text is None and batches is None and needs_data
-    amount = estimate(subject, planned, chosen, writes=writes)
-    say(f"{grouped(subject.weights)} weights; {describe_estimate(*amount)}")
-    about = [digest_arrays(subject.params), effort] if store is not None else []
-    data = None
-    if needs_data or text is not None or batches is not None:
-        wanted = chosen if chosen.texts else choose_effort("good")
-        given = text if batches is None else batches
-        if subject.language:
-            if batches is not None:
-                given = _token_rows(batches)
-            data = calibration.language_data(
-                subject, given, wanted, kept, _first(about), wrap, keys[0]
-            )
-        else:
-            data = calibration.other_data(batches)
-        say(f"calibration: {data.source}; {len(data.held_out)} batches held out")
-        about = [*about, data.digest]
-    layouts = _layouts(subject, data)
-    moments = None
-    if chosen.texts:
-        moments = calibration.calibrate(
-            subject, data, layouts, chosen, kept, _first(about), wrap, keys[1]
-        )
-        planned = planned_entries(subject.params, moments, None)
-    coder = Coder(
-        subject, planned, moments, layouts, metadata or {}, kept, about, wrap
+    ready = prepare(
+        subject,
+        effort,
+        text=text,
+        batches=batches,
+        measures=goal.kl is not None,
+        store=store,
+        key=key,
+        progress=progress,
+        metadata=metadata or {},
     )
-
-    def measure(attempt: Attempt) -> Quality | None:
-        if data is None:
-            return None
-        return measure_quality(subject, attempt.params, data.held_out)
-
-    planner = Planner(coder, chosen, measure, say)
+    planner, coder, say = ready.planner, ready.planner.coder, ready.planner.say
+    measure, moments, layouts = planner.measure, coder.moments, coder.layouts
+    planned = coder.planned
     attempts, notes = meet(planner, goal)
     limit = goal.file_bytes or attempts["plan" if moments else "uniform"][0].file_bytes
     if chosen.tuning_steps:
@@ -169,11 +119,11 @@ def shrink(
         tuned = tune(
             subject,
             base.params,
-            data.batches,
+            ready.data.batches,
             steps=chosen.tuning_steps,
-            progress=wrap("tuning", "steps"),
+            progress=coder.progress("tuning", "steps"),
             folder=folder,
-            key=keys[2],
+            key=jax.random.fold_in(key, 2),
         )
         attempt = coder.write(base.rules, tuned)
         if attempt.file_bytes <= limit:
@@ -185,7 +135,9 @@ def shrink(
             )
     name = min(
         attempts,
-        key=lambda each: math.inf if attempts[each][1] is None else attempts[each][1].kl,
+        key=lambda each: (
+            math.inf if attempts[each][1] is None else attempts[each][1].kl
+        ),
     )
     attempt, quality = attempts[name]
     if goal.file_bytes and attempt.file_bytes < REACHED * goal.file_bytes:
@@ -220,32 +172,51 @@ def shrink(
     return shrunk
 
 
-def _speaker(progress: Any) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        if progress:
-            print(f"shrink: {line}", file=sys.stderr, flush=True)
+def plan_recipe(
+    model: Any,
+    params: Params = None,
+    tokenizer: Any = None,
+    *,
+    size: int | str | None = None,
+    bits_per_weight: float | None = None,
+    text: Any = None,
+    batches: Iterable[Any] | None = None,
+    effort: str = "good",
+    store: str | os.PathLike | None = None,
+    key: jax.Array | None = None,
+    progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = True,
+) -> tuple[list[Rule], dict[str, Any]]:
+    """The recipe that `shrink` would try first, without compressing anything.
 
-    return say
+    Args: as for `shrink`, without `kl`.
 
+    Returns:
+      The rules, and `{"file_bytes": limit, "planned_bytes": of the planned leaves}`.
 
-def _first(about: list[Any]) -> str:
-    return about[0] if about else ""
-
-
-def _token_rows(batches: Iterable[Any]) -> np.ndarray:
-    """Tokens `[texts, length]` of the batches of a language model."""
-    rows = [b["tokens"] if isinstance(b, dict) else b for b in batches]
-    return np.concatenate([np.asarray(x) for x in rows])
-
-
-def _layouts(subject: Subject, data: Any) -> dict[str, Layout]:
-    """Where the model's program multiplies each kernel; nothing without a batch."""
-    if subject.language:
-        batch = {"tokens": jax.ShapeDtypeStruct((1, 8), np.int32)}
-        return find_layouts(subject.function, subject.params, batch)
-    if data is None:
-        return {}
-    return find_layouts(subject.function, subject.params, data.batches[0])
+    Raises:
+      ValueError: as `shrink`.
+    """
+    subject = read_dense(model, params, tokenizer)
+    goal = parse_goal(size, bits_per_weight, None, subject.weights)
+    ready = prepare(
+        subject,
+        effort,
+        text=text,
+        batches=batches,
+        measures=False,
+        store=store,
+        key=jax.random.key(0) if key is None else key,
+        progress=progress,
+        metadata={},
+    )
+    room = room_of(ready.planner.coder, goal.file_bytes, AIM)
+    kind = (
+        ready.planner.planned
+        if ready.planner.coder.moments
+        else (ready.planner.uniform)
+    )
+    about = {"file_bytes": goal.file_bytes, "planned_bytes": room}
+    return list(kind(room)), about
 
 
 def _lossless(subject: Subject, limit: int, metadata: dict[str, Any]) -> Shrunk | None:

@@ -1,0 +1,158 @@
+"""What every shrink does first: read, calibrate, and set up the planner."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcompress.progress import each_item
+from jaxcompress.reporting import grouped
+from jaxcompress.shrinking import calibration
+from jaxcompress.shrinking.efforts import choose_effort
+from jaxcompress.shrinking.estimates import describe_estimate, estimate
+from jaxcompress.shrinking.fitting import Attempt, Coder
+from jaxcompress.shrinking.quality import Quality, measure_quality
+from jaxcompress.shrinking.search import Planner
+from jaxcompress.shrinking.store import Store, digest_arrays
+from jaxcompress.shrinking.subject import Subject, read_subject
+from jaxcompress.tracing.layouts import find_layouts
+from jaxcompress.tree.compress import is_compressed
+from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.selection import planned_entries
+from jaxcompress.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A planner, and the data that it measures on; None without data."""
+
+    planner: Planner
+    data: calibration.Data | None
+
+
+def read_dense(model: Any, params: Params, tokenizer: Any) -> Subject:
+    """The subject of `read_subject`, once its parameters are known to be dense.
+
+    Raises:
+      ValueError: parameters that are compressed already.
+    """
+    subject = read_subject(model, params, tokenizer)
+    if is_compressed(subject.params):
+        raise ValueError(
+            "the parameters are compressed already; shrink starts from dense ones "
+            "(jc.materialize(params) where there are no others)"
+        )
+    return subject
+
+
+def prepare(
+    subject: Subject,
+    effort: str,
+    *,
+    text: Any,
+    batches: Iterable[Any] | None,
+    measures: bool,
+    store: str | os.PathLike | None,
+    key: jax.Array,
+    progress: bool | Callable[[Iterable[Any]], Iterable[Any]],
+    metadata: Mapping[str, Any],
+) -> Prepared:
+    """Prints the estimate, reads or writes the data, and measures moments.
+
+    Args:
+      subject: dense.
+      effort: its name.
+      text, batches, store, progress, metadata: as for `shrink`.
+      measures: whether data are needed to measure on, at any effort.
+      key: of the whole run.
+
+    Raises:
+      ValueError: data of another kind than the model needs, or none.
+    """
+    chosen = choose_effort(effort)
+    if text is not None and batches is not None:
+        raise ValueError("shrink takes text= or batches=, not both")
+    kept, say = Store(store), _speaker(progress)
+
+    def wrap(label: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+        return lambda items: each_item(items, progress, label=label, unit=unit)
+
+    given = batches if text is None else text
+    needs = chosen.texts > 0 or measures
+    if not subject.language and (text is not None or (batches is None and needs)):
+        raise ValueError(
+            f"effort={effort!r} calibrates a {type(subject.model).__name__} on "
+            "batches=, as the model takes them; pass some, or effort='quick' with a "
+            "size"
+        )
+    planned = planned_entries(subject.params, None, None)
+    writes = subject.language and given is None and needs
+    amount = estimate(subject, planned, chosen, writes=writes)
+    say(f"{grouped(subject.weights)} weights; {describe_estimate(*amount)}")
+    known = "" if store is None else digest_arrays(subject.params)
+    about: list[Any] = [known, effort]
+    data = None
+    if needs or given is not None:
+        # Without calibration of its own, an effort measures as "good" does.
+        wanted = chosen if chosen.texts else choose_effort("good")
+        if subject.language:
+            rows = _token_rows(batches) if batches is not None else text
+            data = calibration.language_data(
+                subject, rows, wanted, kept, known, wrap, jax.random.fold_in(key, 0)
+            )
+        else:
+            data = calibration.other_data(batches)
+        say(f"calibration: {data.source}; {len(data.held_out)} batches held out")
+        about.append(data.digest)
+    layouts = _layouts(subject, data)
+    moments = None
+    if chosen.texts:
+        moments = calibration.calibrate(
+            subject,
+            data,
+            layouts,
+            chosen,
+            kept,
+            known,
+            wrap,
+            jax.random.fold_in(key, 1),
+        )
+        planned = planned_entries(subject.params, moments, None)
+        numbers = np.asarray(jax.random.key_data(key)).tolist()
+        about.append(numbers)
+    coder = Coder(subject, planned, moments, layouts, metadata, kept, about, wrap)
+
+    def measure(attempt: Attempt) -> Quality | None:
+        if data is None:
+            return None
+        return measure_quality(subject, attempt.params, data.held_out)
+
+    return Prepared(Planner(coder, chosen, measure, say), data)
+
+
+def _speaker(progress: Any) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        if progress:
+            print(f"shrink: {line}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def _token_rows(batches: Iterable[Any]) -> np.ndarray:
+    """Tokens `[texts, length]` of the batches of a language model."""
+    rows = [b["tokens"] if isinstance(b, Mapping) else b for b in batches]
+    return np.concatenate([np.asarray(x) for x in rows])
+
+
+def _layouts(subject: Subject, data: Any) -> dict[str, Layout]:
+    """Where the model's program multiplies each kernel; empty without a batch."""
+    if subject.language:
+        batch = {"tokens": jax.ShapeDtypeStruct((1, 8), np.int32)}
+        return find_layouts(subject.function, subject.params, batch)
+    if data is None:
+        return {}
+    return find_layouts(subject.function, subject.params, data.batches[0])

@@ -1,0 +1,178 @@
+"""`shrink`: the file is as large as asked, the better recipe is returned."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress.models.transformer import Transformer
+from jaxcompress.shrinking import efforts, fitting, quality, search
+from jaxcompress.shrinking.goals import Goal, parse_goal
+from jaxcompress.shrinking.own_text import write_text
+from jaxcompress.tree.equality import same_bits
+
+MODEL = Transformer(
+    vocab_size=256,
+    width=64,
+    layers=2,
+    heads=2,
+    kv_heads=2,
+    head_size=32,
+    mlp_width=128,
+    scan=True,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    tokens = np.zeros((1, 8), np.int32)
+    return MODEL.init(jax.random.key(1), tokens)["params"]
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Efforts that end in seconds on a tiny model."""
+    few = {"texts": 10, "length": 32, "curvature_rows": 8, "curvature_length": 32}
+    for name, steps in (("good", 0), ("best", 4)):
+        changed = dataclasses.replace(
+            efforts.EFFORTS[name], states=8, joint=False, tuning_steps=steps, **few
+        )
+        monkeypatch.setitem(efforts.EFFORTS, name, changed)
+
+
+def shrink(params, **options):
+    return jc.shrink(MODEL, params, progress=False, **options)
+
+
+@pytest.mark.parametrize("limit", [50_000, 90_000])
+def test_a_quick_file_is_at_most_so_large_and_nearly_so(params, tmp_path, limit):
+    small = shrink(params, size=limit, effort="quick")
+    small.save(tmp_path / "small.safetensors")
+    written = (tmp_path / "small.safetensors").stat().st_size
+    assert written == small.file_bytes
+    assert 0.99 * limit <= written <= limit
+    assert small.kl is None  # nothing was measured, and nothing is claimed
+
+
+def test_a_plan_is_measured_beside_the_uniform_recipe(params, brief, tmp_path):
+    small = shrink(params, size="60kB", effort="good", store=tmp_path / "store")
+    assert set(small.candidates) == {"plan", "uniform"}
+    assert small.kl == min(row["kl"] for row in small.candidates.values())
+    for row in small.candidates.values():
+        assert 59_400 <= row["file_bytes"] <= 60_000
+    path = tmp_path / "small.safetensors"
+    small.save(path)
+    model, loaded, _ = jc.models.load(path)
+    assert same_bits(loaded, small.params) and model == MODEL
+    assert small.predicted_kl > 0 and small.report["embed/embedding"].method
+    # Again with the store: nothing is measured or coded again, and the bytes agree.
+    again = shrink(params, size="60kB", effort="good", store=tmp_path / "store")
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_better_candidate_is_returned(params, brief, monkeypatch):
+    kls = iter([0.5, 0.25])
+    monkeypatch.setattr(
+        "jaxcompress.shrinking.preparation.measure_quality",
+        lambda *_: quality.Quality(next(kls), None, 1),
+    )
+    small = shrink(params, size="60kB")
+    assert small.candidates["plan"]["kl"] == 0.5 and small.kl == 0.25
+    assert len({method for _, method in small.recipe}) == 1  # equal rates
+
+
+@pytest.mark.slow
+def test_a_divergence_that_is_asked_for_is_met(params, brief):
+    small = shrink(params, kl=0.01, text=tokens(20, 16))
+    assert 0 < small.kl <= 0.01
+    larger = shrink(params, kl=0.002, text=tokens(20, 16))
+    assert larger.kl <= 0.002 and larger.file_bytes > small.file_bytes
+
+
+@pytest.mark.slow
+def test_training_changes_steps_and_norms_alone(params, brief):
+    small = shrink(params, size="60kB", effort="best")
+    assert "tuned" in small.candidates or small.notes
+    assert small.file_bytes <= 60_000
+
+
+def test_a_size_that_holds_the_model_changes_nothing(params, tmp_path):
+    small = shrink(params, size="1MB", effort="quick")
+    assert same_bits(small.params, params) and small.kl == 0
+    assert "nothing was changed" in str(small)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of size="),
+        ({"size": "1MB", "kl": 0.1}, "exactly one of size="),
+        ({"size": "many"}, "not a size"),
+        ({"kl": -1.0}, "kl above 0"),
+        ({"size": "60kB", "effort": "great"}, "effort='quick' or 'good'"),
+        ({"size": 900}, "what is not planned"),
+        ({"size": "60kB", "text": "words"}, "no tokenizer"),
+    ],
+)
+def test_a_wrong_call_says_what_to_pass(params, options, message):
+    with pytest.raises(ValueError, match=message):
+        shrink(params, **options)
+
+
+def test_goals_are_bytes_of_the_file():
+    assert parse_goal("60MB", None, None, 1) == Goal(60_000_000, None)
+    assert parse_goal(None, 4.0, None, 1000) == Goal(500, None)
+    assert parse_goal(None, None, 0.05, 1) == Goal(None, 0.05)
+
+
+def test_rates_are_scaled_in_the_string():
+    method = "rate_distortion(rate=(2.0, 3.0), states=8)"
+    assert fitting.with_rate(method, 1.5) == (
+        "rate_distortion(rate=(3.0, 4.5), states=8)"
+    )
+    assert "rate=12.0," in fitting.with_rate("rate_distortion(rate=9.0, states=0)", 2)
+
+
+def test_the_next_size_lies_on_the_line_of_the_logarithm():
+    tried = [(3.0, -2.0, None), (4.0, -4.0, None)]
+    assert search._next_bits(tried, -3.0) == pytest.approx(3.5)
+
+
+def test_written_texts_follow_the_model():
+    """A model that always says the token after the last one writes a count."""
+    texts = write_text(
+        Counting(8), {}, count=3, length=6, start=2, batch=2, key=jax.random.key(0)
+    )
+    np.testing.assert_array_equal(texts, [[2, 3, 4, 5, 6, 7]] * 3)
+
+
+def test_texts_of_other_keys_differ(params):
+    first, second, again = (
+        write_text(MODEL, params, count=2, length=8, start=1, key=jax.random.key(k))
+        for k in (0, 1, 0)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).any() and (first[:, 0] == 1).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """A language model whose next token is the last one plus one."""
+
+    size: int
+
+    def init_cache(self, batch, length):
+        return {"index": np.int32(0)}
+
+    def apply(self, variables, token, cache):
+        del variables
+        return 1e9 * jax.nn.one_hot(token + 1, self.size), cache
+
+
+def tokens(texts, length):
+    random = np.random.default_rng(0)
+    return random.integers(0, MODEL.vocab_size, (texts, length))
