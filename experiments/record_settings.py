@@ -40,7 +40,8 @@ def weight(name: str, shape: tuple[int, ...], center: float = 1.0) -> np.ndarray
 
 def cases(family: str) -> dict[str, Mapping[str, Any]]:
     """The recorded cases of a family by name: changes of its base configuration."""
-    from jaxcompress.models.families import FAMILIES, ROPE_TABLES
+    from jaxcompress.models.families import FAMILIES
+    from jaxcompress.models.shared_settings import ROPE_TABLES
 
     tables = {"": FAMILIES[family].table}
     if family == "LlamaForCausalLM":  # the families share these
@@ -94,12 +95,32 @@ def logits(family: str, settings: Mapping[str, Any]) -> np.ndarray:
         for name, array in model.state_dict().items():
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue
+            if "experts" in name:
+                continue
             array.copy_(torch.asarray(weight(name, tuple(array.shape), center)))
+        for name, array in model.state_dict().items():
+            if "experts" in name:
+                array.copy_(torch.asarray(stacked(name, array.shape)))
     model.tie_weights()
     with torch.no_grad():
         result = model(torch.asarray(TOKENS.astype(np.int64)))
     states = result.logits if "logits" in result else result.last_hidden_state
     return states[0, list(POSITIONS)].numpy().astype(np.float32)
+
+
+def stacked(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """All experts' weights [E, outputs, inputs], from their names on disk."""
+    prefix, _, kind = name.rpartition(".")
+    parts = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
+    size = (shape[1] // len(parts), shape[2])
+    return np.stack(
+        [
+            np.concatenate(
+                [weight(f"{prefix}.{i}.{part}.weight", size) for part in parts]
+            )
+            for i in range(shape[0])
+        ]
+    )
 
 
 KINDS = {

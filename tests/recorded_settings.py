@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.models.assembly import assemble, foreign_name, parameter_shapes
+from jaxcompress.models.assembly import assemble, foreign_names, parameter_shapes
 from jaxcompress.models.families import FAMILIES
 
 TESTS = Path(__file__).parent
@@ -38,16 +38,32 @@ def weights(family, model):
     """The recorded tensors of the model by the file's names, and our parameters."""
     modules, offset = FAMILIES[family].modules, np.float32(FAMILIES[family].norm_offset)
     tensors = {}
+    family = FAMILIES[family]
     for ours, shape in parameter_shapes(model).items():
-        theirs = foreign_name(ours, modules)
-        shape = shape[::-1] if ours.endswith("/kernel") else shape
-        tensors[theirs] = record.weight(theirs, shape, 1 - offset)
+        names = foreign_names(ours, shape, modules)
+        shape = shape[1:] if len(names) > 1 else shape
+        _, count = family.fused.get(module_of(ours), (0, 1))
+        shape = (*shape[:-1], count * shape[-1])
+        conv1d = family.conv1d and ours.startswith("layer_")
+        if ours.endswith("/kernel") and not conv1d:
+            shape = shape[::-1]
+        for theirs in names:
+            tensors[theirs] = record.weight(theirs, shape, 1 - offset)
 
     def fetch(theirs, ours):
-        return tensors[theirs] + offset * ours.endswith("norm/scale")
+        array = tensors[theirs] + offset * ours.endswith("norm/scale")
+        if family.conv1d and ours.startswith("layer_") and ours.endswith("/kernel"):
+            array = array.T
+        part, count = family.fused.get(module_of(ours), (0, 1))
+        return np.split(array, count)[part]
 
-    read = assemble(model, tensors, fetch, modules, source=family)
+    read = assemble(model, tensors, fetch, modules, source="recorded weights")
     return tensors, read.read_all()
+
+
+def module_of(name):
+    """The module of a parameter within its layer."""
+    return "/".join(name.split("/")[1:-1])
 
 
 def states(model, params):

@@ -98,6 +98,8 @@ def per_example(
     for number, batch in enumerate(batches):
         batch = {key: np.asarray(value) for key, value in batch.items()}
         count = _examples(batch, number)
+        if check := getattr(metrics_fn, "check_batch", None):
+            check(batch, number)
         slots = max(slots, count + -count % shards)
         batch = {key: _pad(value, slots) for key, value in batch.items()}
         valid = np.arange(slots) < count

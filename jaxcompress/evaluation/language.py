@@ -103,15 +103,53 @@ class LanguageModelMetrics:
 
     Args:
       apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
+      logits_bytes: the most bytes of logits at a time; larger batches are computed one
+        window after another, as models of large vocabularies need.
     """
 
     apply_fn: ApplyFn
+    logits_bytes: int = 1 << 28
 
     def __call__(self, params: Params, batch: Batch) -> Metrics:
-        logits = self.apply_fn(params, batch["tokens"])[:, :-1].astype(jnp.float32)
-        return {
-            name: pair for name, pair in _scores(logits, batch).items() if name != "top"
-        }
+        def scores(params: Params, batch: Batch) -> Metrics:
+            logits = self.apply_fn(params, batch["tokens"])[:, :-1]
+            return _scores(logits.astype(jnp.float32), batch)
+
+        return _in_parts(scores, self.apply_fn, params, batch, self.logits_bytes)
+
+    def check_batch(self, batch: Batch, number: int) -> None:
+        """Raise ValueError on tokens outside the model's vocabulary."""
+        _check_tokens(self.apply_fn, batch, number)
+
+
+def _in_parts(
+    metrics: Callable[[Params, Batch], Metrics],
+    apply_fn: ApplyFn,
+    params: Params,
+    batch: Batch,
+    limit: int,
+) -> Metrics:
+    """The metrics of a batch, window by window where its logits exceed the limit."""
+    logits = jax.eval_shape(apply_fn, params, batch["tokens"])
+    if len(batch["tokens"]) == 1 or 4 * math.prod(logits.shape) <= limit:
+        return metrics(params, batch)
+    rows = jax.tree.map(lambda x: x[:, None], batch)
+    found = jax.lax.map(lambda row: metrics(params, row), rows)
+    return jax.tree.map(lambda x: x[:, 0], found)
+
+
+def _check_tokens(apply_fn: ApplyFn, batch: Batch, number: int) -> None:
+    size = getattr(getattr(apply_fn, "model", None), "vocab_size", None)
+    tokens = np.asarray(batch["tokens"])
+    if size is None or not tokens.size:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"batch {number} has token {low if low < 0 else high}, and the model's "
+            f"vocabulary ids 0 to {size - 1}; encode the text with the model's own "
+            "tokenizer"
+        )
 
 
 def _scores(logits: jax.Array, batch: Batch) -> Metrics:
@@ -243,8 +281,20 @@ class _Comparison:
 
     apply_fn: ApplyFn
     small_apply_fn: ApplyFn
+    logits_bytes: int = 1 << 28
 
     def __call__(self, params: Params, batch: Batch) -> Metrics:
+        def dense(params: Params, tokens: jax.Array) -> jax.Array:
+            return self.apply_fn(params["dense"], tokens)
+
+        return _in_parts(self._scores, dense, params, batch, self.logits_bytes)
+
+    def check_batch(self, batch: Batch, number: int) -> None:
+        """Raise ValueError on tokens outside either model's vocabulary."""
+        _check_tokens(self.apply_fn, batch, number)
+        _check_tokens(self.small_apply_fn, batch, number)
+
+    def _scores(self, params: Params, batch: Batch) -> Metrics:
         tokens, mask = batch["tokens"], batch["mask"][:, 1:]
         dense = self.apply_fn(params["dense"], tokens)[:, :-1].astype(jnp.float32)
         small = self.small_apply_fn(params["small"], tokens)[:, :-1]

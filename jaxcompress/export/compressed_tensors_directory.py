@@ -97,6 +97,11 @@ def compressed_tensors(
         raise ValueError(f"group must be 32, 64 or 128, not {group!r}")
     groups = layout.GROUPS if group is None else (group,)
     config, family = described(model, tokenizer, context)
+    if family.fused:
+        raise ValueError(
+            f"{config['architectures'][0]} stores several kernels in one tensor, which "
+            "cannot keep their codes; write it dense with export.huggingface"
+        )
     schemes: dict[str, layout.Scheme | None] = {}  # by their name of the layer
     written: list[ExportedLeaf] = []
     with new_directory(directory) as partial:

@@ -21,11 +21,11 @@ from jaxcompress.export.named_leaves import (
     named_leaves,
 )
 from jaxcompress.export.sharded_files import new_file
-from jaxcompress.models.configurations import config_from
 from jaxcompress.models.gguf_files import ROPE_FACTORS
 from jaxcompress.models.gguf_settings import ARCHITECTURES
 from jaxcompress.models.rope import rope_frequencies
 from jaxcompress.models.transformer import Transformer
+from jaxcompress.models.written_configurations import config_from
 from jaxcompress.tokenization import Tokenizer
 
 FAMILIES = {

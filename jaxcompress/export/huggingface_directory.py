@@ -1,15 +1,18 @@
 """Dense Hugging Face directories: settings, tokenizer, sharded weights."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxcompress.export.named_leaves import ExportedLeaf, dense_tensor, named_leaves
 from jaxcompress.export.sharded_files import Shards, new_directory, write_json
-from jaxcompress.models.configurations import config_from
 from jaxcompress.models.families import FAMILIES, Family
 from jaxcompress.models.transformer import Transformer
+from jaxcompress.models.written_configurations import config_from
 from jaxcompress.tokenization import Tokenizer
 
 SHARD_BYTES = 2 * 10**9
@@ -57,10 +60,16 @@ def huggingface(
     with new_directory(directory) as partial:
         shards = Shards(partial, shard_bytes)
         with named_leaves(
-            model, params, family.modules, norm_offset=family.norm_offset
+            model,
+            params,
+            family.modules,
+            norm_offset=family.norm_offset,
+            fused=family.fused,
         ) as leaves:
             for name, tensor, value in leaves:
                 array = dense_tensor(name, value, dtype)
+                if family.conv1d and re.fullmatch(r"layer_.*/kernel", name):
+                    array = np.ascontiguousarray(array.T)
                 shards.add(tensor, array)
                 kind = array.dtype.name
                 written.append(ExportedLeaf(name, tensor, kind, array.nbytes))
@@ -77,7 +86,9 @@ def described(
     model: Transformer, tokenizer: Tokenizer | None, context: int
 ) -> tuple[dict[str, Any], Family]:
     """What `config.json` says, its dtype left out, and the family it names."""
-    config = config_from(model) | {"max_position_embeddings": context}
+    config = config_from(model)
+    if model.positions is None:
+        config["max_position_embeddings"] = context
     for mark in ("bos", "eos"):
         config[f"{mark}_token_id"] = getattr(tokenizer, f"{mark}_id", None)
     return config, FAMILIES[config["architectures"][0]]
@@ -92,6 +103,8 @@ def write_generation(
         for mark in ("bos", "eos")
     }
     marks = {key: value for key, value in marks.items() if value is not None}
+    if len(ends := getattr(tokenizer, "end_ids", ())) > 1:
+        marks["eos_token_id"] = list(ends)
     settings = {"do_sample": False, **marks, **(generation or {})}
     write_json(directory / "generation_config.json", settings)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.lazy_params import source_of
-from jaxcompress.models.assembly import Modules, foreign_name, parameter_shapes
+from jaxcompress.models.assembly import Modules, foreign_names, parameter_shapes
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tree.leaf import Leaf, dense
 from jaxcompress.tree.methods import parse
@@ -41,7 +41,12 @@ class ExportedLeaf(NamedTuple):
 
 @contextlib.contextmanager
 def named_leaves(
-    model: Transformer, params: Any, modules: Modules, *, norm_offset: float = 0.0
+    model: Transformer,
+    params: Any,
+    modules: Modules,
+    *,
+    norm_offset: float = 0.0,
+    fused: Mapping[str, tuple[int, int]] | None = None,
 ) -> Iterator[Iterator[NamedLeaf]]:
     """Iterate over the parameters of a model, one read at a time.
 
@@ -52,6 +57,8 @@ def named_leaves(
       modules: their name of each of our modules.
       norm_offset: what their readers add to the scales of norms; the difference is
         given, in the dtype of the embedding.
+      fused: for modules that share a tensor, which part of how many of its outputs; the
+        tensor is given once, dense, under the name of its last part.
 
     Raises:
       ValueError: `params` are not those of this model; names a leaf that differs.
@@ -68,6 +75,7 @@ def named_leaves(
         fetch = _keep_last(source.fetch)
 
         def leaves() -> Iterator[NamedLeaf]:
+            waiting: dict[str, dict[int, jax.Array]] = {}
             for name in sorted(places, key=lambda name: places[name][0]):
                 place, layer = places[name]
                 value = fetch(place)
@@ -81,7 +89,22 @@ def named_leaves(
                 if norm_offset and name.endswith("norm/scale"):
                     shifted = jnp.asarray(dense(value), jnp.float32) - norm_offset
                     value = shifted.astype(source.shapes["embed/embedding"].dtype)
-                yield NamedLeaf(name, foreign_name(name, modules), value)
+                tensors = foreign_names(name, shapes[name], modules)
+                if len(tensors) > 1:  # one an expert
+                    for i, tensor in enumerate(tensors):
+                        one = jax.tree.map(lambda x, i=i: x[i], value)
+                        yield NamedLeaf(name, tensor, one)
+                    continue
+                part = (fused or {}).get("/".join(name.split("/")[1:-1]))
+                if part is not None:
+                    parts = waiting.setdefault(tensors[0], {})
+                    parts[part[0]] = dense(value)
+                    if len(parts) < part[1]:
+                        continue
+                    ordered = [parts[i] for i in range(part[1])]
+                    value = jnp.concatenate(ordered, axis=-1)
+                    del waiting[tensors[0]]
+                yield NamedLeaf(name, tensors[0], value)
 
         yield leaves()
 

@@ -65,6 +65,19 @@ def foreign_name(name: str, modules: Modules) -> str:
     return f"{modules['/'.join(path)]}.{suffix}"
 
 
+def foreign_names(name: str, shape: tuple[int, ...], modules: Modules) -> list[str]:
+    """List the tensors in a file that hold our parameter: one, or one an expert."""
+    path = name.split("/")
+    if len(shape) < 3 or path[-1] != "kernel":
+        return [foreign_name(name, modules)]
+    stacks = {key.replace("experts/", "mlp/"): x for key, x in modules.items()
+              if key.startswith("experts/")}  # fmt: skip
+    theirs = foreign_name(name, {**modules, **stacks})
+    if "{}" not in theirs:
+        return [theirs]
+    return [theirs.format(i) for i in range(shape[0])]
+
+
 def assemble(
     model: Transformer,
     available: Iterable[str],
@@ -87,13 +100,14 @@ def assemble(
     missing tensors and surplus tensors, and, on reading, a tensor of the wrong shape.
     """
     shapes = parameter_shapes(model)
-    theirs = {name: foreign_name(name, modules) for name in shapes}
+    theirs = {
+        name: foreign_names(name, shape, modules) for name, shape in shapes.items()
+    }
+    needed = {name for names in theirs.values() for name in names}
     available = set(available)
-    missing = sorted(set(theirs.values()) - available)
+    missing = sorted(needed - available)
     surplus = sorted(
-        name
-        for name in available - set(theirs.values())
-        if not re.fullmatch(ignorable, name)
+        name for name in available - needed if not re.fullmatch(ignorable, name)
     )
     if missing or surplus:
         raise ValueError(
@@ -102,19 +116,24 @@ def assemble(
             "The file is incomplete, or describes another architecture"
         )
 
-    def read(name: str) -> np.ndarray:
-        array = fetch(theirs[name], name)
+    def read_one(name: str, tensor: str, wanted: tuple[int, ...]) -> np.ndarray:
+        array = fetch(tensor, name)
         if name.endswith("/kernel"):
-            array = array.T
-        if array.shape != shapes[name]:
-            wanted, found = shapes[name], array.shape
-            if name.endswith("/kernel"):
-                wanted, found = wanted[::-1], found[::-1]
+            wanted = (*wanted[:-2], wanted[-1], wanted[-2])
+        if array.shape != wanted:
             raise ValueError(
-                f"{source}: tensor {theirs[name]} has shape {found}; its configuration "
+                f"{source}: tensor {tensor} has shape {array.shape}; its configuration "
                 f"makes it {wanted}"
             )
+        if name.endswith("/kernel"):
+            array = array.swapaxes(-1, -2)
         return array if dtype is None else array.astype(dtype)
+
+    def read(name: str) -> np.ndarray:
+        tensors, shape = theirs[name], shapes[name]
+        if len(tensors) == 1:
+            return read_one(name, tensors[0], shape)
+        return np.stack([read_one(name, tensor, shape[1:]) for tensor in tensors])
 
     ours: dict[str, list[str]] = {}  # the looped model's names, by this model's
     for name in shapes:
@@ -139,7 +158,7 @@ def assemble(
         unflatten_dict({name: name for name in ours}, sep="/"),
         {name: shape(name) for name in ours},
         lambda name: (
-            kind(theirs[ours[name][0]]) if dtype is None else jnp.dtype(dtype).name
+            kind(theirs[ours[name][0]][0]) if dtype is None else jnp.dtype(dtype).name
         ),
         fetch_ours,
     )

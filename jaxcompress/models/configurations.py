@@ -1,22 +1,26 @@
-"""The Transformer that a Hugging Face `config.json` describes, and the inverse."""
+"""The Transformer that a Hugging Face `config.json` describes."""
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxcompress.models import bert
-from jaxcompress.models.families import FAMILIES, ROPE_TABLES
+from jaxcompress.models.families import FAMILIES
 from jaxcompress.models.settings import agree, check
+from jaxcompress.models.shared_settings import ROPE_TABLES
 from jaxcompress.models.transformer import Transformer
 
 SOURCE = "config.json"
-# Fields of how a model is run or built, and the window, which is compared by layer.
-_RUNNING = (
-    *("parent", "name", "scan", "remat", "sow_intermediates", "dtype", "logits"),
-    "sliding_window",
-)
+# What makes a Transformer a GPT-2.
+GPT2 = {
+    "rope_theta": None,
+    "qkv_bias": True,
+    "out_bias": True,
+    "mlp_bias": True,
+    "gated": False,
+    "norm": "layer",
+}
 ENCODER = "BertModel"
-_LAYER_TYPES = ("sliding_attention", "full_attention")
+LAYER_TYPES = ("sliding_attention", "full_attention")
 # transformers' names of activations; ours may have several.
 ACTIVATIONS = {
     "silu": "silu",
@@ -70,11 +74,13 @@ def transformer_from(
     config = {**family.defaults, **config}
     if name == "Gemma3ForCausalLM":
         return _gemma(config, ignore, source)
+    if name == "GPT2LMHeadModel":
+        return _gpt2(config, source)
     heads = config["num_attention_heads"]
     theta, scaling = _rope(config, ignore, source)
     bias = bool(config.get("attention_bias")) and name != "MistralForCausalLM"
     qwen2 = name == "Qwen2ForCausalLM"
-    return Transformer(
+    model = Transformer(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
         layers=config["num_hidden_layers"],
@@ -89,9 +95,45 @@ def transformer_from(
         qkv_bias=qwen2 or bias,
         out_bias=bias and not qwen2,
         mlp_bias=bool(config.get("mlp_bias")) and name == "LlamaForCausalLM",
-        qk_norm=name == "Qwen3ForCausalLM",
+        qk_norm=name.startswith("Qwen3"),
         sliding_window=_windows(name, config),
         activation=_activation(config.get("hidden_act", "silu"), source),
+    )
+    return _experts(model, config) if name == "Qwen3MoeForCausalLM" else model
+
+
+def _experts(model: Transformer, config: Mapping[str, Any]) -> Transformer:
+    """The model with mixtures of experts in all layers but some."""
+    step, dense = config["decoder_sparse_step"], config.get("mlp_only_layers") or ()
+    layers = range(model.layers)
+    dense = tuple(i for i in layers if i in dense or (i + 1) % step)
+    if not config["num_experts"] or len(dense) == model.layers:
+        return model
+    return model.clone(
+        experts=config["num_experts"],
+        chosen_experts=config["num_experts_per_tok"],
+        expert_width=config["moe_intermediate_size"],
+        normalized_experts=config["norm_topk_prob"],
+        dense_layers=dense,
+    )
+
+
+def _gpt2(config: Mapping[str, Any], source: str) -> Transformer:
+    """GPT-2: learned positions, norms with means, plain feed-forward layers."""
+    heads, width = config["n_head"], config["n_embd"]
+    return Transformer(
+        vocab_size=config["vocab_size"],
+        width=width,
+        layers=config["n_layer"],
+        heads=heads,
+        kv_heads=heads,
+        head_size=width // heads,
+        mlp_width=config.get("n_inner") or 4 * width,
+        positions=config["n_positions"],
+        norm_eps=config["layer_norm_epsilon"],
+        tied=config["tie_word_embeddings"],
+        activation=_activation(config["activation_function"], source),
+        **GPT2,
     )
 
 
@@ -100,10 +142,10 @@ def _gemma(
 ) -> Transformer:
     """Gemma 3: global layers and local ones, each with a rotation of its own."""
     parts = config.get("rope_parameters") or {}
-    if strange := sorted(set(parts) - set(_LAYER_TYPES)):
+    if strange := sorted(set(parts) - set(LAYER_TYPES)):
         raise ValueError(
             f"{source}: rope_parameters of Gemma 3 holds one rotation for each of "
-            f"{', '.join(_LAYER_TYPES)}; it has {strange}"
+            f"{', '.join(LAYER_TYPES)}; it has {strange}"
         )
     common = {k: x for k, x in config.items() if not k.startswith("rope_")}
     whole = {
@@ -125,7 +167,7 @@ def _gemma(
         )
     layers, size = config["num_hidden_layers"], config["head_dim"]
     kinds = config.get("layer_types") or [
-        _LAYER_TYPES[(i + 1) % config["sliding_window_pattern"] == 0]
+        LAYER_TYPES[(i + 1) % config["sliding_window_pattern"] == 0]
         for i in range(layers)
     ]
     scalar = config["query_pre_attn_scalar"]
@@ -227,6 +269,8 @@ def _windows(name: str, config: Mapping[str, Any]) -> Any:
         return None
     if name == "MistralForCausalLM":
         return window
+    if name == "Qwen3MoeForCausalLM":
+        return window if config.get("use_sliding_window") else None
     if not config.get("use_sliding_window", False):
         return None
     layers = range(config["num_hidden_layers"])
@@ -238,7 +282,7 @@ def _windows(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def _by_kind(kinds: list[str], window: int, layers: int) -> Any:
-    known = dict(zip(_LAYER_TYPES, (window, None), strict=True))
+    known = dict(zip(LAYER_TYPES, (window, None), strict=True))
     if len(kinds) != layers or set(kinds) - set(known):
         raise ValueError(
             f"layer_types has {len(kinds)} entries for {layers} layers, of types "
@@ -246,110 +290,3 @@ def _by_kind(kinds: list[str], window: int, layers: int) -> Any:
         )
     windows = tuple(known[kind] for kind in kinds)
     return windows[0] if len(set(windows)) == 1 else windows
-
-
-def config_from(model: Transformer) -> dict[str, Any]:
-    """What `config.json` says of a model; the inverse of `transformer_from`."""
-    for field in ("heads", "kv_heads", "mlp_width"):
-        if not isinstance(getattr(model, field), int):
-            raise ValueError(
-                f"{field} is {getattr(model, field)}, one number per layer, which "
-                "Hugging Face's configurations cannot say; keep the model in a file "
-                "of models.save"
-            )
-    name = _architecture(model)
-    if name == "Gemma3ForCausalLM":
-        return _verified(model, name, _gemma_config(model))
-    config = {
-        "architectures": [name],
-        "model_type": name.removesuffix("ForCausalLM").lower(),
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.width,
-        "intermediate_size": model.mlp_width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_size,
-        "hidden_act": _hidden_act(model.activation),
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tied,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": dict(model.rope_scaling) if model.rope_scaling else None,
-        "attention_bias": model.qkv_bias and model.out_bias,
-        "mlp_bias": model.mlp_bias,
-        "sliding_window": None,
-        "use_sliding_window": False,
-    }
-    windows = _per_layer(model)
-    if any(windows):
-        config["sliding_window"] = max(filter(None, windows))
-        config["use_sliding_window"] = True
-        if name != "MistralForCausalLM":  # which has one window for all layers
-            config["layer_types"] = [_LAYER_TYPES[not window] for window in windows]
-    return _verified(model, name, config)
-
-
-def _gemma_config(model: Transformer) -> dict[str, Any]:
-    windows = _per_layer(model)
-    scale = model.attention_scale
-    scalar = model.head_size if scale is None else scale**-2
-    return {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.width,
-        "intermediate_size": model.mlp_width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_size,
-        "hidden_activation": _hidden_act(model.activation),
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tied,
-        "rope_theta": model.rope_theta,
-        "rope_local_base_freq": model.sliding_rope_theta,
-        "rope_scaling": dict(model.rope_scaling) if model.rope_scaling else None,
-        "attention_bias": model.qkv_bias and model.out_bias,
-        "query_pre_attn_scalar": round(scalar),
-        "sliding_window": max(filter(None, windows), default=4096),
-        "layer_types": [_LAYER_TYPES[not window] for window in windows],
-    }
-
-
-def _verified(model: Transformer, name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration where it gives the model back; raise elsewhere."""
-    windows = _per_layer(model)
-    again = transformer_from(config)
-    differing = [
-        field.name
-        for field in dataclasses.fields(model)
-        if field.name not in _RUNNING
-        and getattr(again, field.name) != getattr(model, field.name)
-    ]
-    if _per_layer(again) != windows:
-        differing.append("sliding_window")
-    if differing:
-        raise ValueError(
-            f"{name} is the nearest Hugging Face architecture, but it cannot have "
-            + ", ".join(f"{x}={getattr(model, x)}" for x in differing)
-        )
-    return config
-
-
-def _hidden_act(activation: str) -> str:
-    return next(name for name, x in ACTIVATIONS.items() if x == activation)
-
-
-def _architecture(model: Transformer) -> str:
-    if model.post_norms:
-        return "Gemma3ForCausalLM"
-    if model.qk_norm:
-        return "Qwen3ForCausalLM"
-    if model.qkv_bias and not model.out_bias:
-        return "Qwen2ForCausalLM"
-    return "MistralForCausalLM" if model.sliding_window else "LlamaForCausalLM"
-
-
-def _per_layer(model: Transformer) -> tuple:
-    window = model.sliding_window
-    return window if isinstance(window, tuple) else (window,) * model.layers

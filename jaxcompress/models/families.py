@@ -17,6 +17,13 @@ from jaxcompress.models.settings import (
     harmless,
     only,
 )
+from jaxcompress.models.shared_settings import (
+    BASE,
+    COMMON,
+    DECODER,
+    NOT_GEMMA,
+    QWEN_WINDOWS,
+)
 
 MODULES = {
     "embed": "model.embed_tokens",
@@ -29,157 +36,8 @@ MODULES = {
     **{f"attention/{x}_proj": f"self_attn.{x}_proj" for x in "qkvo"},
     **{f"mlp/{x}_proj": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
 }
+THIRDS = {f"attention/{x}_proj": (i, 3) for i, x in enumerate("qkv")}
 IGNORABLE = r".*rotary_emb\.inv_freq|.*\.masked_bias"
-
-# The configuration from which the recorded alternatives differ.
-BASE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
-
-COMMON = {
-    **harmless(
-        "architectures model_type transformers_version torch_dtype dtype use_cache "
-        "initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop "
-        "attn_pdrop hidden_dropout_prob attention_probs_dropout_prob "
-        "classifier_dropout bos_token_id eos_token_id pad_token_id sep_token_id "
-        "cls_token_id _name_or_path name_or_path _commit_hash _attn_implementation "
-        "attn_implementation _attn_implementation_autoset return_dict "
-        "output_hidden_states output_attentions output_scores id2label label2id "
-        "num_labels problem_type task_specific_params finetuning_task "
-        "pretraining_tp gradient_checkpointing transformers.js_config "
-        "unsloth_fixed unsloth_version torchscript use_bfloat16 is_llama_config "
-        "tokenizer_class prefix decoder_start_token_id chunk_size_feed_forward "
-        "tie_encoder_decoder cross_attention_hidden_size "
-        # How transformers' generate samples, from the time before generation_config.
-        "max_length min_length do_sample early_stopping num_beams num_beam_groups "
-        "diversity_penalty temperature top_k top_p typical_p repetition_penalty "
-        "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
-        "bad_words_ids num_return_sequences begin_suppress_tokens suppress_tokens "
-        "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
-        "remove_invalid_values return_dict_in_generate"
-    ),
-    "is_encoder_decoder": only(False, reason="only decoders are supported"),
-    "is_decoder": only(False, True, reason="must be a boolean"),
-    "add_cross_attention": only(False, reason="cross attention is not supported"),
-    "pruned_heads": only({}, reason="pruned heads are not supported"),
-    "auto_map": only(
-        reason="the model is computed by Python code in its own repository, which "
-        "is not run here; convert it to a supported architecture"
-    ),
-    "quantization_config": only(
-        reason="the weights are stored as codes of another tool; load the original "
-        "model, or convert it to dense weights with that tool"
-    ),
-    "compression_config": only(
-        reason="the weights are stored as codes of another tool; load the original "
-        "model, or convert it to dense weights with that tool"
-    ),
-}
-
-_WHOLE = {
-    "partial_rotary_factor": only(1.0, 1, reason="whole heads must rotate"),
-}
-_YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0}
-_ROPE = {
-    "rope_theta": affects(rope_theta=100.0),
-    "rope_parameters": affects(
-        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}
-    ),
-    "rope_scaling": affects(rope_scaling={"type": "linear", "factor": 4.0}),
-    "original_max_position_embeddings": affects(
-        rope_scaling=_YARN, original_max_position_embeddings=16
-    ),
-    "max_position_embeddings": affects(rope_scaling=_YARN, max_position_embeddings=16),
-    **_WHOLE,
-    "rope_interleaved": only(
-        False, reason="only the pairing (i, i + D/2) is supported"
-    ),
-}
-_DECODER = {
-    **COMMON,
-    **_ROPE,
-    "vocab_size": affects(vocab_size=48),
-    "hidden_size": affects(hidden_size=24),
-    "intermediate_size": affects(intermediate_size=24),
-    "num_hidden_layers": affects(num_hidden_layers=1),
-    "num_attention_heads": affects(num_attention_heads=8),
-    "num_key_value_heads": affects(num_key_value_heads=1),
-    "head_dim": affects(head_dim=12),
-    "hidden_act": affects(hidden_act="gelu_pytorch_tanh"),
-    "rms_norm_eps": affects(rms_norm_eps=0.3),
-    "tie_word_embeddings": affects(tie_word_embeddings=True),
-}
-_QWEN_WINDOWS = {
-    "use_sliding_window": affects(
-        use_sliding_window=True, sliding_window=3, max_window_layers=0
-    ),
-    "sliding_window": affects(
-        use_sliding_window=True, sliding_window=5, max_window_layers=0
-    ),
-    "max_window_layers": affects(
-        use_sliding_window=True, sliding_window=3, max_window_layers=1
-    ),
-    "layer_types": affects(
-        use_sliding_window=True,
-        sliding_window=3,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
-}
-
-_NOT_GEMMA = ("hidden_act", "original_max_position_embeddings")
-
-# Keys of the dict that describes the rotation, by its kind.
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-_YARN16 = _YARN | {"original_max_position_embeddings": 16}
-ROPE_TABLES: dict[str, Table] = {
-    "default": {**harmless("rope_type rope_theta finetuned"), **_WHOLE},
-    "linear": {
-        **harmless("rope_type rope_theta finetuned"),
-        **_WHOLE,
-        "factor": affects(rope_scaling={"rope_type": "linear", "factor": 2.0}),
-    },
-    "llama3": {
-        **harmless("rope_type rope_theta"),
-        **_WHOLE,
-        "factor": affects(rope_scaling=_LLAMA3 | {"factor": 16.0}),
-        "low_freq_factor": affects(rope_scaling=_LLAMA3 | {"low_freq_factor": 0.5}),
-        "high_freq_factor": affects(rope_scaling=_LLAMA3 | {"high_freq_factor": 9.0}),
-        "original_max_position_embeddings": affects(
-            rope_scaling=_LLAMA3 | {"original_max_position_embeddings": 32}
-        ),
-    },
-    "yarn": {
-        **harmless("rope_type rope_theta finetuned"),
-        **_WHOLE,
-        "factor": affects(rope_scaling=_YARN16 | {"factor": 16.0}),
-        "original_max_position_embeddings": affects(
-            rope_scaling=_YARN | {"original_max_position_embeddings": 32}
-        ),
-        "attention_factor": affects(rope_scaling=_YARN16 | {"attention_factor": 2.0}),
-        "beta_fast": affects(rope_scaling=_YARN16 | {"beta_fast": 2.0}),
-        "beta_slow": affects(rope_scaling=_YARN16 | {"beta_slow": 0.01}),
-        "mscale": affects(
-            rope_scaling=_YARN16 | {"mscale": 9.0, "mscale_all_dim": 1.0}
-        ),
-        "mscale_all_dim": affects(
-            rope_scaling=_YARN16 | {"mscale": 1.0, "mscale_all_dim": 9.0}
-        ),
-        "truncate": affects(rope_scaling=_YARN16 | {"truncate": False}),
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +50,8 @@ class Family:
       modules: the file's names of our modules.
       ignorable: pattern of tensors that are not needed.
       norm_offset: what is added to the stored scales of norms.
+      conv1d: kernels are stored as [inputs, outputs].
+      fused: for modules that share a tensor, which part of how many of its outputs.
       base: the configuration from which the recorded alternatives differ.
     """
 
@@ -200,6 +60,8 @@ class Family:
     modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: MODULES)
     ignorable: str = IGNORABLE
     norm_offset: float = 0.0
+    conv1d: bool = False
+    fused: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     base: Mapping[str, Any] = dataclasses.field(default_factory=lambda: BASE)
 
 
@@ -211,7 +73,7 @@ def _ignored(*keys: str) -> dict[str, Setting]:
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(
         {
-            **_DECODER,
+            **DECODER,
             **_ignored("sliding_window", "use_sliding_window", "max_window_layers"),
             "attention_bias": affects(attention_bias=True),
             "mlp_bias": affects(mlp_bias=True),
@@ -219,7 +81,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "MistralForCausalLM": Family(
         {
-            **_DECODER,
+            **DECODER,
             **_ignored("attention_bias", "mlp_bias", "use_sliding_window"),
             "sliding_window": affects(sliding_window=3),
         },
@@ -227,8 +89,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen2ForCausalLM": Family(
         {
-            **_DECODER,
-            **_QWEN_WINDOWS,
+            **DECODER,
+            **QWEN_WINDOWS,
             **_ignored("attention_bias", "mlp_bias"),
             "use_mrope": only(False, reason="multimodal rotation is not supported"),
         },
@@ -236,8 +98,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen3ForCausalLM": Family(
         {
-            **_DECODER,
-            **_QWEN_WINDOWS,
+            **DECODER,
+            **QWEN_WINDOWS,
             **_ignored("mlp_bias"),
             "attention_bias": affects(attention_bias=True),
         },
@@ -251,7 +113,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "Gemma3ForCausalLM": Family(
         {
-            **{k: x for k, x in _DECODER.items() if k not in _NOT_GEMMA},
+            **{k: x for k, x in DECODER.items() if k not in NOT_GEMMA},
             **_ignored("cache_implementation", "_sliding_window_pattern"),
             "max_position_embeddings": HARMLESS,
             "num_hidden_layers": affects(
@@ -307,6 +169,100 @@ FAMILIES: dict[str, Family] = {
             "query_pre_attn_scalar": 8,
             "sliding_window": 6,
             "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        {
+            **DECODER,
+            **_ignored("mlp_bias", "max_window_layers"),
+            **harmless("output_router_logits router_aux_loss_coef"),
+            "attention_bias": affects(attention_bias=True),
+            "intermediate_size": affects(intermediate_size=24, mlp_only_layers=[0]),
+            "use_sliding_window": affects(use_sliding_window=True, sliding_window=3),
+            "sliding_window": affects(use_sliding_window=True, sliding_window=5),
+            "num_experts": affects(num_experts=3),
+            "num_experts_per_tok": affects(num_experts_per_tok=1),
+            "moe_intermediate_size": affects(moe_intermediate_size=16),
+            "norm_topk_prob": affects(norm_topk_prob=False),
+            "decoder_sparse_step": affects(decoder_sparse_step=2),
+            "mlp_only_layers": affects(mlp_only_layers=[1]),
+        },
+        {
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+        },
+        modules={
+            **MODULES,
+            "mlp/router": "mlp.gate",
+            **{
+                f"experts/{x}_proj": f"mlp.experts.{{}}.{x}_proj"
+                for x in ("gate", "up", "down")
+            },
+        },
+        base={
+            **BASE,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    "GPT2LMHeadModel": Family(
+        {
+            **COMMON,
+            **harmless(
+                "n_ctx summary_type summary_use_proj summary_activation "
+                "summary_proj_to_labels summary_first_dropout reorder_and_upcast_attn"
+            ),
+            "vocab_size": affects(vocab_size=48),
+            "n_embd": affects(n_embd=24),
+            "n_inner": affects(n_inner=24),
+            "n_layer": affects(n_layer=1),
+            "n_head": affects(n_head=8),
+            "n_positions": affects(n_positions=32),
+            "activation_function": affects(activation_function="relu"),
+            "layer_norm_epsilon": affects(layer_norm_epsilon=0.3),
+            "tie_word_embeddings": affects(tie_word_embeddings=False),
+            "scale_attn_weights": only(True, reason="scores must be scaled"),
+            "scale_attn_by_inverse_layer_idx": only(
+                False, reason="layers scale their scores alike here"
+            ),
+        },
+        {
+            "n_positions": 1024,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+        },
+        modules={
+            "embed": "transformer.wte",
+            "positions_embed": "transformer.wpe",
+            "final_norm": "transformer.ln_f",
+            "head": "lm_head",
+            "layer": "transformer.h.{}",
+            "attention_norm": "ln_1",
+            "mlp_norm": "ln_2",
+            **{f"attention/{x}_proj": "attn.c_attn" for x in "qkv"},
+            "attention/o_proj": "attn.c_proj",
+            "mlp/up_proj": "mlp.c_fc",
+            "mlp/down_proj": "mlp.c_proj",
+        },
+        ignorable=r".*attn\.(masked_)?bias",
+        conv1d=True,
+        fused=THIRDS,
+        base={
+            "vocab_size": 64,
+            "n_embd": 32,
+            "n_inner": 40,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
         },
     ),
     "BertModel": Family(

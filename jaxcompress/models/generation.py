@@ -46,6 +46,11 @@ def generate(
     ids += tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty and the tokenizer has no begin mark")
+    if max(ids) >= model.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives id {max(ids)}, and the model's vocabulary has "
+            f"{model.vocab_size}; they do not belong together"
+        )
     count = len(ids)
     padded = -(-count // _ROOM) * _ROOM
     cache = model.init_cache(1, padded + -(-max_tokens // _ROOM) * _ROOM)
@@ -61,12 +66,12 @@ def generate(
     token, cache = step(tokens, count, cache, keys[0], *settings)
     ids.append(int(token))
     for key in keys[1:]:
-        if ids[-1] == tokenizer.eos_id:
+        if ids[-1] in tokenizer.end_ids:
             break
         tokens = token.reshape(1, 1)
         token, cache = step(tokens, 1, cache, key, *settings)
         ids.append(int(token))
-    if ids[-1] == tokenizer.eos_id:
+    if ids[-1] in tokenizer.end_ids:
         ids.pop()
     return tokenizer.decode(ids)[len(tokenizer.decode(ids[:count])) :]
 

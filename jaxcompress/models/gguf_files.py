@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.models.assembly import Assembled, assemble
+from jaxcompress.models.configurations import GPT2
 from jaxcompress.models.gguf_settings import ARCHITECTURES, check_metadata
 from jaxcompress.models.gguf_tokenizers import tokenizer_from
 from jaxcompress.models.rope import rope_frequencies
@@ -74,6 +75,8 @@ def open_gguf(
 
     def fetch(name: str, ours: str) -> np.ndarray:
         array = dequantize(contents.tensors[name])
+        if part := kind.fused.get("/".join(ours.split("/")[1:-1])):
+            array = np.split(array, part[1])[part[0]]
         rotated = "/q_proj/" in ours or "/k_proj/" in ours
         if rotated and kind.interleaved:
             return _halves(array, model.head_size)
@@ -173,7 +176,29 @@ def transformer_from(
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
         sliding_window=get("attention.sliding_window", None) or None,
     )
-    return _gemma(model, get) if kind == "gemma3" else model
+    special = {"gemma3": _gemma, "qwen3moe": _experts, "gpt2": _gpt2}.get(kind)
+    return special(model, get) if special else model
+
+
+def _experts(model: Transformer, get: Callable[..., Any]) -> Transformer:
+    """Qwen3-MoE: every layer is a mixture, its weights scaled to add up to 1."""
+    return model.clone(
+        experts=get("expert_count"),
+        chosen_experts=get("expert_used_count"),
+        expert_width=get("expert_feed_forward_length"),
+        normalized_experts=True,
+    )
+
+
+def _gpt2(model: Transformer, get: Callable[..., Any]) -> Transformer:
+    """GPT-2, as llama.cpp builds it."""
+    return model.clone(
+        kv_heads=model.heads,
+        positions=get("context_length"),
+        norm_eps=_shortest(get("attention.layer_norm_epsilon")),
+        activation="gelu_tanh",
+        **GPT2,
+    )
 
 
 def _gemma(model: Transformer, get: Callable[..., Any]) -> Transformer:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from jaxcompress.models.families import THIRDS
 from jaxcompress.models.settings import HARMLESS, Setting, Table, check, harmless, only
 
 
@@ -106,6 +107,7 @@ class Architecture:
       family: the Hugging Face family whose recorded logits the tests compare.
       interleaved: heads rotate pairs (2i, 2i + 1), not (i, i + D/2).
       modules: the file's names of our modules.
+      fused: for modules that share a tensor, which part of how many of its outputs.
       defaults: what llama.cpp assumes where the metadata are silent.
     """
 
@@ -113,6 +115,7 @@ class Architecture:
     family: str
     interleaved: bool = False
     modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: MODULES)
+    fused: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -130,6 +133,44 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen2": Architecture(_DECODER, "Qwen2ForCausalLM"),
     "qwen3": Architecture(_DECODER, "Qwen3ForCausalLM"),
+    "qwen3moe": Architecture(
+        {
+            **_DECODER,
+            "feed_forward_length": HARMLESS,  # of dense layers, which it has not
+            "expert_count": like("num_experts", expert_count=3),
+            "expert_used_count": like("num_experts_per_tok", expert_used_count=1),
+            "expert_feed_forward_length": like(
+                "moe_intermediate_size", expert_feed_forward_length=16
+            ),
+        },
+        "Qwen3MoeForCausalLM",
+        modules={
+            **MODULES,
+            "mlp/router": "ffn_gate_inp",
+            **{f"experts/{x}_proj": f"ffn_{x}_exps" for x in ("gate", "up", "down")},
+        },
+    ),
+    "gpt2": Architecture(
+        {
+            **harmless("attention.head_count_kv vocab_size"),
+            "context_length": like("n_positions", context_length=32),
+            "embedding_length": like("n_embd", embedding_length=24),
+            "block_count": like("n_layer", block_count=1),
+            "feed_forward_length": like("n_inner", feed_forward_length=24),
+            "attention.head_count": like("n_head", attention__head_count=8),
+            "attention.layer_norm_epsilon": like(
+                "layer_norm_epsilon", attention__layer_norm_epsilon=0.3
+            ),
+            "attention.causal": only(True, reason="only causal attention is supported"),
+        },
+        "GPT2LMHeadModel",
+        modules={
+            **MODULES,
+            "positions_embed": "position_embd",
+            **{f"attention/{x}_proj": "attn_qkv" for x in "qkv"},
+        },
+        fused=THIRDS,
+    ),
     "gemma3": Architecture(
         {
             **{k: x for k, x in _DECODER.items() if "yarn" not in k},

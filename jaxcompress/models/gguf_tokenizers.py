@@ -43,14 +43,14 @@ def _split(pattern: str) -> list[dict[str, Any]]:
     return [isolated, _byte_level(words=False)]
 
 
-_GPT2 = [_byte_level(words=True)]
+GPT2_WORDS = [_byte_level(words=True)]
 _DIGITS = [{"type": "Digits", "individual_digits": True}, _byte_level(words=True)]
 _LLAMA3 = _split(_pattern(r"\p{N}{1,3}"))
-_QWEN2 = _split(_pattern(r"\p{N}"))
+QWEN2_WORDS = _split(_pattern(r"\p{N}"))
 
 PRE_TOKENIZERS = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
+    "default": GPT2_WORDS,
+    "gpt-2": GPT2_WORDS,
     "smollm": _DIGITS,
     "starcoder": _DIGITS,
     "refact": _DIGITS,
@@ -58,8 +58,8 @@ PRE_TOKENIZERS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
+    "qwen2": QWEN2_WORDS,
+    "deepseek-r1-qwen": QWEN2_WORDS,
 }
 
 
@@ -97,22 +97,45 @@ def tokenizer_from(metadata: Mapping[str, Any]) -> Tokenizer | None:
         marks[f"add_{mark}"] = bool(
             defaults.get(mark, False) if added is None else added
         )
+    ends = [metadata.get(f"tokenizer.ggml.{x}_token_id") for x in ("eot", "eom")]
+    marks["ends"] = [int(i) for i in ends if i is not None]
     text = json.dumps(described, ensure_ascii=False)
     return tokenization.from_huggingface_json(text, **marks)
 
 
+def byte_level_bpe(
+    vocabulary: Mapping[str, int],
+    merges: list,
+    words: list[dict[str, Any]],
+    *,
+    normalizer: dict[str, Any] | None = None,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    """Build a tokenizer.json of byte pairs, without added tokens.
+
+    `words` are the steps of its pre-tokenizer: `GPT2_WORDS`, `QWEN2_WORDS` and so on.
+    """
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": words},
+        "post_processor": None,
+        "decoder": _byte_level(words=True),
+        "model": _bpe(vocabulary, merges, ignore_merges=ignore_merges),
+    }
+
+
 def _byte_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
     steps = _pre_tokenizer(metadata)
-    return {
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "decoder": _byte_level(words=True),
-        "model": _bpe(
-            _tokens(metadata),
-            metadata["tokenizer.ggml.merges"],
-            ignore_merges=steps is _LLAMA3,
-        ),
-    }
+    return byte_level_bpe(
+        {token: i for i, token in enumerate(_tokens(metadata))},
+        metadata["tokenizer.ggml.merges"],
+        steps,
+        ignore_merges=steps is _LLAMA3,
+    )
 
 
 def _pre_tokenizer(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -156,7 +179,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
             "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
         },
         "model": _bpe(
-            tokens,
+            ids,
             [[left, right] for *_, left, right in merges],
             byte_fallback=BYTE in types,
             fuse_unk=True,
@@ -165,7 +188,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _bpe(tokens: list[str], merges: list, **options: Any) -> dict[str, Any]:
+def _bpe(vocabulary: Mapping[str, int], merges: list, **options: Any) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
@@ -175,7 +198,7 @@ def _bpe(tokens: list[str], merges: list, **options: Any) -> dict[str, Any]:
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": False,
-        "vocab": {token: i for i, token in enumerate(tokens)},
+        "vocab": dict(vocabulary),
         "merges": merges,
     } | options
 

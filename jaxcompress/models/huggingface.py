@@ -14,20 +14,15 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxcompress import tokenization
 from jaxcompress.models.assembly import (
     Assembled,
     assemble,
 )
-from jaxcompress.models.configurations import (
-    architecture_of,
-    model_from,
-)
+from jaxcompress.models.configurations import architecture_of, model_from
 from jaxcompress.models.families import FAMILIES
+from jaxcompress.models.tokenizer_files import read_tokenizer
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tokenization import Tokenizer
-from jaxcompress.tokenization.huggingface import added_marks
-from jaxcompress.tokenization.piece_models import without_begin_mark
 from jaxcompress.types import Params
 
 
@@ -62,7 +57,7 @@ def open_huggingface(
 ) -> tuple[Transformer, Assembled, Tokenizer | None]:
     """As `read_huggingface`, but each weight is read when it is asked for."""
     model, params = open_model(directory, scan=scan, dtype=dtype, ignore=ignore)
-    return model, params, read_tokenizer(Path(directory))
+    return model, params, read_tokenizer(directory, ignore=ignore)
 
 
 def open_model(
@@ -85,11 +80,18 @@ def open_model(
     def fetch(name: str, ours: str) -> np.ndarray:
         with safe_open(places[name], framework="np") as file:
             array = file.get_tensor(name)
+        if family.conv1d and ours.startswith("layer_") and ours.endswith("/kernel"):
+            array = array.T
+        if part := family.fused.get(_module(ours)):
+            array = np.split(array, part[1])[part[0]]
         if family.norm_offset and ours.endswith("norm/scale"):
             array = array.astype(np.float32) + np.float32(family.norm_offset)
         return array
 
-    embedding, head = (f"{family.modules.get(x)}.weight" for x in ("embed", "head"))
+    modules = family.modules
+    if "wte.weight" in places:  # GPT-2 as it was first published
+        modules = {k: x.removeprefix("transformer.") for k, x in modules.items()}
+    embedding, head = (f"{modules.get(x)}.weight" for x in ("embed", "head"))
     if getattr(model, "tied", False) and head in places and embedding in places:
         if np.array_equal(fetch(embedding, ""), fetch(head, "")):
             places.pop(head)  # some files repeat the embedding
@@ -110,13 +112,18 @@ def open_model(
         model,
         places,
         fetch,
-        family.modules,
+        modules,
         kind=kind,
         ignorable=family.ignorable,
         dtype=dtype,
         source=str(directory),
     )
     return model, params
+
+
+def _module(name: str) -> str:
+    """The module of a parameter within its layer: `attention/q_proj`."""
+    return "/".join(name.split("/")[1:-1])
 
 
 _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
@@ -178,34 +185,3 @@ def _tensor_places(directory: Path) -> dict[str, Path]:
                 error
             )
     return places
-
-
-def read_tokenizer(directory: Path) -> Tokenizer | None:
-    """The directory's tokenizer, with its begin and end marks, or None.
-
-    Texts have the marks that `add_bos_token` and `add_eos_token` in
-    tokenizer_config.json say; where they do not, those that the post-processor of
-    tokenizer.json adds.
-    """
-    described, pieces = directory / "tokenizer.json", directory / "tokenizer.model"
-    settings, known = directory / "tokenizer_config.json", {}
-    if settings.exists():
-        known = json.loads(settings.read_text(encoding="utf-8"))
-    if described.exists():
-        text = tokenization.read_text(described)
-        added = added_marks(text)
-        marks: dict[str, Any] = {}
-        for mark, place in (("bos", 0), ("eos", -1)):
-            token = known.get(f"{mark}_token")
-            token = token["content"] if isinstance(token, dict) else token
-            add = known.get(f"add_{mark}_token")
-            if add is None:
-                add = bool(added) and added[place] == token
-            marks |= {mark: token, f"add_{mark}": add}
-        return tokenization.from_huggingface_json(text, **marks)
-    if pieces.exists():
-        model = pieces.read_bytes()
-        if known.get("add_bos_token") is False:
-            model = without_begin_mark(model)
-        return tokenization.from_bytes(model)
-    return None

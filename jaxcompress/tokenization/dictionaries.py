@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxcompress.tokenization.symbols import MARKS, any_of
+from jaxcompress.tokenization.symbols import MARKS, any_of, known_ids
 
 KINDS = ("wordpiece", "word", "dictionary")
 WORDS = {
@@ -44,6 +44,7 @@ class DictionaryTokenizer:
     bos_id: int | None = 1
     eos_id: int | None = 2
     add_eos = False
+    end_ids = (2,)
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class DictionaryTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; marks vanish, bytes that are no UTF-8 become U+FFFD."""
-        raw = b"".join([self.pieces[i] for i in ids])
+        raw = b"".join([self.pieces[i] for i in known_ids(ids, self.vocab_size)])
         try:
             return raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:

@@ -33,6 +33,7 @@ class HuggingFaceTokenizer:
         eos: str | None = None,
         add_bos: bool = True,
         add_eos: bool = False,
+        ends: Sequence[str | int] = (),
     ):
         import tokenizers  # only for models from elsewhere
 
@@ -51,6 +52,7 @@ class HuggingFaceTokenizer:
         self.bos_id = begin if add_bos else None
         self.eos_id = self._special("eos", eos)
         self.add_eos = add_eos and eos is not None
+        self.end_ids = self._end_ids(ends)
         self.digest = hashlib.sha256(self.to_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -104,6 +106,18 @@ class HuggingFaceTokenizer:
     def _lengths(self) -> np.ndarray:
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
+    def _end_ids(self, ends: Sequence[str | int]) -> tuple[int, ...]:
+        """The end mark and other ids at which texts end; kept by their spelling."""
+        ids = [] if self.eos_id is None else [self.eos_id]
+        for end in ends:
+            i = end if isinstance(end, int) else self._special("end", end)
+            if i not in ids and self._tokenizer.id_to_token(i) is not None:
+                ids.append(i)
+        others = [i for i in ids if i != self.eos_id]
+        if others:
+            self._contents["ends"] = [self._tokenizer.id_to_token(i) for i in others]
+        return tuple(ids)
+
     def _special(self, kind: str, token: str | None) -> int | None:
         if token is None:
             return None
@@ -120,6 +134,7 @@ def from_huggingface_json(
     eos: str | None = None,
     add_bos: bool = True,
     add_eos: bool = False,
+    ends: Sequence[str | int] = (),
 ) -> HuggingFaceTokenizer:
     """Read a tokenizer from the text of a tokenizer.json.
 
@@ -139,12 +154,13 @@ def from_huggingface_json(
       add_bos: whether the model's texts begin with `bos`; `bos_id` is None otherwise.
       add_eos: whether the model's texts end with `eos`, for `write_tokens`. Generation
         stops at `eos` in any case.
+      ends: further tokens at which generation stops, by spelling or id.
 
     Raises:
       ValueError: the text is no tokenizer, or a mark is not in the vocabulary.
     """
     return HuggingFaceTokenizer(
-        text, bos=bos, eos=eos, add_bos=add_bos, add_eos=add_eos
+        text, bos=bos, eos=eos, add_bos=add_bos, add_eos=add_eos, ends=ends
     )
 
 

@@ -8,7 +8,7 @@ algorithm), field 3 what is done to text first (1 name of the rule, 3 a space in
 
 import dataclasses
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -26,15 +26,17 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class PieceModel:
-    """What a model's file says. `exact`: text is segmented as it is, not normalized.
+    """What a model's file says.
 
-    `dummy_prefix`: a space is put in front of the text.
+    `exact`: text is segmented as it is, not normalized. `dummy_prefix`: a space is put
+    in front of the text. `end` is the end mark's name.
     """
 
     kind: str
     exact: bool
     pieces: tuple[Piece, ...]
     dummy_prefix: bool = True
+    end: str | None = None
 
 
 def read(model: bytes) -> PieceModel:
@@ -57,8 +59,9 @@ def read(model: bytes) -> PieceModel:
         and not prepared.get(3, 1)
         and not prepared.get(4, 1)
     )
-    kind = _KINDS.get(trained.get(3, 1), "?")
-    return PieceModel(kind, exact, tuple(pieces), bool(prepared.get(3, 1)))
+    kind, prefix = _KINDS.get(trained.get(3, 1), "?"), bool(prepared.get(3, 1))
+    end = trained[47].decode() if 47 in trained else None
+    return PieceModel(kind, exact, tuple(pieces), prefix, end)
 
 
 def keep_pieces(model: bytes, ids: Collection[int]) -> bytes:
@@ -71,6 +74,45 @@ def keep_pieces(model: bytes, ids: Collection[int]) -> bytes:
                 continue
         parts.append(raw)
     return b"".join(parts)
+
+
+def with_symbols(model: bytes, symbols: Mapping[int, str]) -> bytes:
+    """Append user-defined symbols to a model, ids in sequence after its pieces.
+
+    Raises ValueError where an id is another piece's, or leaves a gap.
+    """
+    pieces = [piece.text for piece in read(model).pieces]
+    for i, text in sorted(symbols.items()):
+        if i < len(pieces) and pieces[i] == text:
+            continue
+        if i != len(pieces):
+            what = f"{pieces[i]!r}" if i < len(pieces) else "after a gap"
+            raise ValueError(
+                f"added token {text!r} has id {i}, which is {what} in a vocabulary of "
+                f"{len(pieces)} pieces; the files do not belong together"
+            )
+        data = text.encode()
+        piece = b"\x0a" + _length(len(data)) + data
+        piece += b"\x15" + struct.pack("<f", 0.0) + bytes([0x18, USER_DEFINED])
+        model += b"\x0a" + _length(len(piece)) + piece
+        pieces.append(text)
+    return model
+
+
+def with_end_mark(model: bytes, text: str) -> bytes:
+    """Name the end mark of a model, a piece of any type; the model's name is void."""
+    data = text.encode()
+    setting = b"\xfa\x02" + _length(len(data)) + data  # field 47, a string
+    return model + b"\x12" + _length(len(setting)) + setting
+
+
+def _length(size: int) -> bytes:
+    """A varint."""
+    out = bytearray()
+    while size > 0x7F:
+        out.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([*out, size])
 
 
 def without_begin_mark(model: bytes) -> bytes:

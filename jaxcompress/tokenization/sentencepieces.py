@@ -24,7 +24,7 @@ from jaxcompress.tokenization.piece_models import (
     USER_DEFINED,
     Piece,
 )
-from jaxcompress.tokenization.symbols import MARKS, SPACE, any_of
+from jaxcompress.tokenization.symbols import MARKS, SPACE, any_of, known_ids
 
 KINDS = ("bpe", "unigram", "char")
 NORMALIZATIONS = ("identity", "nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
@@ -72,6 +72,10 @@ class SentencePieceTokenizer:
         self.vocab_size = len(processor)
         self.bos_id: int | None = _or_none(processor.bos_id())
         self.eos_id: int | None = _or_none(processor.eos_id())
+        if self.eos_id is None and read.end is not None:  # not a control symbol
+            texts = [piece.text for piece in read.pieces]
+            self.eos_id = texts.index(read.end) if read.end in texts else None
+        self.end_ids = () if self.eos_id is None else (self.eos_id,)
         self.symbols = {
             piece.text: i
             for i, piece in enumerate(read.pieces)
@@ -150,7 +154,7 @@ class SentencePieceTokenizer:
         """Text of the ids; marks vanish, bytes that are no UTF-8 become U+FFFD."""
         if not self.lossless:
             return self._processor.DecodeIds([int(i) for i in ids])
-        raw = b"".join([self.pieces[i] for i in ids])
+        raw = b"".join([self.pieces[i] for i in known_ids(ids, self.vocab_size)])
         try:
             return raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:

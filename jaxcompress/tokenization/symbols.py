@@ -32,3 +32,14 @@ def check_symbols(user: Sequence[str], control: Sequence[str]) -> None:
 def any_of(texts: Sequence[str]) -> str:
     """A regular expression that matches one of the texts, the longest first."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+
+
+def known_ids(ids: Sequence[int], size: int) -> Sequence[int]:
+    """Return the ids; raise ValueError where one is outside a vocabulary of `size`."""
+    wrong = next((i for i in ids if not 0 <= i < size), None)
+    if wrong is not None:
+        raise ValueError(
+            f"id {wrong} is outside the vocabulary, ids 0 to {size - 1}; decode what "
+            "this tokenizer encoded"
+        )
+    return ids

@@ -18,8 +18,9 @@ class Tokenizer(Protocol):
     """Text to ids and back.
 
     `digest` is the SHA-256 of `to_bytes()` in hexadecimal. The model expects `bos_id`
-    before a text, None where its texts have no such mark, and stops at `eos_id`; texts
-    to train on end with `eos_id` where `add_eos` says so. `encode` adds neither.
+    before a text, None where its texts have no such mark. Generation stops at any of
+    `end_ids`, of which `eos_id` is the first; texts to train on end with `eos_id` where
+    `add_eos` says so. `encode` adds neither.
     `pieces` are the UTF-8 bytes each id stands for, none for marks and control symbols;
     `symbols` the ids of user and control symbols by their spelling; `byte_ids` those of
     the 256 bytes that stand for what has no piece, None where there are none or where
@@ -30,6 +31,7 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     add_eos: bool
+    end_ids: Sequence[int]
     digest: str
     pieces: Sequence[bytes]
     symbols: Mapping[str, int]
@@ -59,7 +61,7 @@ def from_bytes(stored: bytes) -> Tokenizer:
         return dictionaries.from_contents(contents)
     if isinstance(contents.get("tokenizer"), str):
         text = contents.pop("tokenizer")
-        names = ("bos", "eos", "add_bos", "add_eos")
+        names = ("bos", "eos", "add_bos", "add_eos", "ends")
         marks = {name: contents[name] for name in names if name in contents}
         return HuggingFaceTokenizer(text, **marks)
     return HuggingFaceTokenizer(stored.decode())

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcompress.evaluation import (
+    Apply,
     LanguageModelMetrics,
     compare,
     divergence,
@@ -316,3 +317,38 @@ def test_per_example_gives_one_column_per_slot():
     )
     assert found[0]["squares"].shape == (2, 4)
     assert found[0]["squares"][:, 3].tolist() == [0, 0]
+
+
+def test_large_logits_are_scored_window_by_window():
+    rng = np.random.default_rng(0)
+    table = {"table": jnp.asarray(rng.normal(size=(6, 6)), jnp.float32)}
+    tokens = rng.integers(0, 6, 100)
+    batches = windows(tokens, 10, 4, token_bytes=np.ones(len(tokens), int))
+    plain = evaluate(LanguageModelMetrics(bigrams), table, batches)
+    parts = evaluate(LanguageModelMetrics(bigrams, logits_bytes=1), table, batches)
+    assert plain.keys() == parts.keys()
+    for name in plain:
+        np.testing.assert_allclose(parts[name], plain[name], rtol=1e-6)
+    one = jax.make_jaxpr(LanguageModelMetrics(bigrams, logits_bytes=1))
+    all_ = jax.make_jaxpr(LanguageModelMetrics(bigrams))
+    assert "scan" in str(one(table, batches[0]))
+    assert "scan" not in str(all_(table, batches[0]))
+
+
+def test_tokens_outside_the_vocabulary_are_named():
+    class Model:
+        vocab_size = 6
+
+        def apply(self, variables, tokens):
+            return bigrams(variables["params"], tokens)
+
+    table = {"table": jnp.zeros((6, 6))}
+    apply_fn = Apply(Model())
+    for wrong in (77, -1):
+        batches = windows([1, wrong, 3], 3, 1)
+        for run in (
+            lambda batches: compare(apply_fn, table, table, batches),
+            lambda batches: evaluate(LanguageModelMetrics(apply_fn), table, batches),
+        ):
+            with pytest.raises(ValueError, match=rf"batch 0 has token {wrong}.*0 to 5"):
+                run(batches)

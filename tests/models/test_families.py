@@ -14,7 +14,7 @@ from jaxcompress.export import huggingface
 from jaxcompress.models.configurations import model_from
 from jaxcompress.models.loading import load, open_weights, shapes
 
-NEW = ["Gemma3ForCausalLM"]
+NEW = ["Gemma3ForCausalLM", "Qwen3MoeForCausalLM", "GPT2LMHeadModel"]
 TOKENS = jnp.asarray(record.TOKENS)
 
 
@@ -72,7 +72,8 @@ def test_export_gives_the_same_model_back(family, path, tmp_path):
 
 def test_every_matrix_is_compressed_and_runs(family, path):
     model, params, _ = load(path)
-    small = jc.compress(params, [(".*/(kernel|embedding)", "symmetric(bits=8)")])
+    recipe = [(".*/(kernel|embedding)", "symmetric(bits=8)")]
+    small = jc.compress(params, recipe, layouts=jc.find_layouts(model, params, TOKENS))
     assert jc.nbytes(small) < 0.45 * jc.nbytes(params)
     out = states(model, small)
     assert np.abs(out - base(family)).max() < 0.1 * np.abs(base(family)).max()
@@ -98,3 +99,10 @@ def test_norms_of_gemma_are_stored_as_differences_from_one(tmp_path):
     again = load_file(tmp_path / "out" / "model.safetensors")
     for name, array in half.items():
         np.testing.assert_array_equal(again[name], array)
+
+
+def test_fused_kernels_cannot_keep_their_codes(tmp_path):
+    model = model_from(config_of("GPT2LMHeadModel"))
+    _, params = weights("GPT2LMHeadModel", model)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel stores several kernels"):
+        jc.export.compressed_tensors(tmp_path / "out", model, params)

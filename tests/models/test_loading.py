@@ -1,8 +1,11 @@
 """Models from elsewhere: the same logits, or an error that names what is wrong."""
 
+import fnmatch
 import importlib.metadata
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -15,14 +18,15 @@ from safetensors.numpy import load_file, save_file
 from jaxcompress import tokenization
 from jaxcompress.export import huggingface
 from jaxcompress.models.assembly import foreign_name, parameter_shapes
-from jaxcompress.models.configurations import config_from, transformer_from
+from jaxcompress.models.configurations import transformer_from
 from jaxcompress.models.gguf_files import read_metadata
 from jaxcompress.models.gguf_settings import MODULES
 from jaxcompress.models.gguf_tokenizers import tokenizer_from
-from jaxcompress.models.huggingface import read_tokenizer
-from jaxcompress.models.loading import load, shapes
+from jaxcompress.models.loading import load, open_weights, shapes
 from jaxcompress.models.saved import describe, rebuild, save
+from jaxcompress.models.tokenizer_files import read_tokenizer
 from jaxcompress.models.transformer import Transformer, stack_layers
+from jaxcompress.models.written_configurations import config_from
 from jaxcompress.quantization import symmetric
 from jaxcompress.tree.compress import compress
 from jaxcompress.tree.leaf import materialize
@@ -145,7 +149,7 @@ def test_unused_sliding_window_is_not_used():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM"),
+        ({"architectures": ["OPTForCausalLM"]}, "OPTForCausalLM.*LlamaForCausalLM"),
         ({"architectures": None}, "none named"),
         ({"hidden_act": "quick_gelu"}, "quick_gelu.*silu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: whole heads"),
@@ -236,6 +240,54 @@ def test_hub_names_need_the_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ModuleNotFoundError, match=r"jaxcompress\[hub\].*directory"):
         load("owner/name")
+
+
+def stand_in(monkeypatch, download):
+    """A huggingface_hub that takes its files from here, with the hub's own errors."""
+    hub, errors = types.ModuleType("huggingface_hub"), types.ModuleType("errors")
+    errors.HfHubHTTPError = type("HfHubHTTPError", (OSError,), {})
+    errors.LocalEntryNotFoundError = type("LocalEntryNotFoundError", (OSError,), {})
+    hub.snapshot_download, hub.errors = download, errors
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    return errors
+
+
+def test_a_hub_name_is_downloaded_and_read(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, allow_patterns, ignore_patterns):
+        files = filter_repo_objects(
+            ["config.json", "model.safetensors", "tokenizer.json", "merges.txt",
+             "pytorch_model.bin", "original/consolidated.00.safetensors", "README.md"],
+            allow_patterns, ignore_patterns,
+        )  # fmt: skip
+        asked.append((name, sorted(files)))
+        return str(GOLDEN / "llama")
+
+    errors = stand_in(monkeypatch, download)
+    model, params, _ = load("owner/tiny-llama")
+    trees_equal(params, load(GOLDEN / "llama")[1])
+    assert shapes("owner/tiny-llama") == shapes(GOLDEN / "llama")
+    assert open_weights("owner/tiny-llama")[0] == model
+    wanted = ["config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
+    assert asked == [("owner/tiny-llama", wanted)] * 3
+
+    def offline(name, **patterns):
+        raise errors.LocalEntryNotFoundError("no network\nand more")
+
+    stand_in(monkeypatch, offline)
+    with pytest.raises(FileNotFoundError, match=r"the hub did not give it \(no netw"):
+        load("owner/tiny-llama")
+
+
+def filter_repo_objects(names, allowed, ignored):
+    """As the hub's own function: shell patterns over whole paths."""
+    for name in names:
+        if any(fnmatch.fnmatch(name, x) for x in allowed) and not any(
+            fnmatch.fnmatch(name, x) for x in ignored
+        ):
+            yield name
 
 
 # Files of ours
@@ -494,9 +546,7 @@ def test_gguf_names_what_it_does_not_know(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(
-        ValueError, match=r"'mamba'.*llama, mistral, qwen2, qwen3, gemma3"
-    ):
+    with pytest.raises(ValueError, match=r"'mamba'.*llama, mistral, qwen2, qwen3"):
         load(tmp_path / "a.gguf")
     with pytest.raises(ValueError, match=r"pre-tokenizer 'poro'.*smollm"):
         tokenizer_from(BYTE_METADATA | {"tokenizer.ggml.pre": "poro"})

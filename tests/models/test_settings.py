@@ -14,7 +14,7 @@ import pytest
 from recorded_settings import RECORDED, config_of, record, states, weights
 from safetensors.numpy import save_file
 
-from jaxcompress.models.assembly import foreign_name, parameter_shapes
+from jaxcompress.models.assembly import foreign_names, parameter_shapes
 from jaxcompress.models.configurations import model_from, transformer_from
 from jaxcompress.models.families import FAMILIES
 from jaxcompress.models.gguf_settings import ARCHITECTURES
@@ -175,20 +175,48 @@ def write_gguf(path, kind, metadata=None, tensors=None, **split):
 
 def gguf_tensors(kind, case):
     """The recorded weights of the case under the names of a GGUF file."""
-    family = ARCHITECTURES[kind].family
-    model = model_from(config_of(family, record.cases(family)[case]))
-    tensors, _ = weights(family, model)
-    renamed, offset = {}, FAMILIES[family].norm_offset
-    for ours in parameter_shapes(model):
-        array = tensors[foreign_name(ours, FAMILIES[family].modules)]
-        if ARCHITECTURES[kind].interleaved and re.search("/[qk]_proj/", ours):
+    architecture = ARCHITECTURES[kind]
+    family = FAMILIES[architecture.family]
+    config = config_of(architecture.family, record.cases(architecture.family)[case])
+    model = model_from(config)
+    tensors, _ = weights(architecture.family, model)
+    renamed = {}
+    for ours, shape in parameter_shapes(model).items():
+        parts = [tensors[x] for x in foreign_names(ours, shape, family.modules)]
+        array = np.stack(parts) if len(parts) > 1 else parts[0]
+        if family.conv1d and ours.startswith("layer_") and ours.endswith("/kernel"):
+            array = array.T
+        if architecture.interleaved and re.search("/[qk]_proj/", ours):
             pairs = array.reshape(-1, 2, model.head_size // 2, array.shape[-1])
             array = pairs.swapaxes(1, 2).reshape(array.shape)
-        array = array + offset * ours.endswith("norm/scale")
-        renamed[foreign_name(ours, ARCHITECTURES[kind].modules)] = array
+        array = array + family.norm_offset * ours.endswith("norm/scale")
+        (theirs,) = foreign_names(ours, shape, architecture.modules)
+        renamed[theirs] = array
     return renamed
 
 
+SIZES = {"attention.key_length": 8, "attention.value_length": 8}
+METADATA = {  # of the family's base configuration
+    "qwen3": BASE | SIZES,
+    "qwen3moe": BASE
+    | SIZES
+    | {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24},
+    "gemma3": BASE
+    | SIZES
+    | {
+        "rope.freq_base": 1e6,
+        "attention.sliding_window": 6,
+        "attention.sliding_window_pattern": 2,
+    },
+    "gpt2": {
+        "context_length": 64,
+        "embedding_length": 32,
+        "block_count": 2,
+        "feed_forward_length": 40,
+        "attention.head_count": 4,
+        "attention.layer_norm_epsilon": 1e-5,
+    },
+}
 GGUF_CASES = [
     (kind, key, setting)
     for kind, architecture in ARCHITECTURES.items()
@@ -200,17 +228,8 @@ GGUF_CASES = [
 @pytest.mark.parametrize(("kind", "key", "setting"), GGUF_CASES)
 def test_metadata_acts_as_its_hugging_face_spelling(kind, key, setting, tmp_path):
     tensors = gguf_tensors(kind, setting.like)
-    family, metadata = ARCHITECTURES[kind].family, BASE
-    if size := FAMILIES[family].base.get("head_dim"):
-        metadata = BASE | dict.fromkeys(
-            ["attention.key_length", "attention.value_length"], size
-        )
-    if kind == "gemma3":
-        metadata = metadata | {
-            "rope.freq_base": 1e6,
-            "attention.sliding_window": 6,
-            "attention.sliding_window_pattern": 2,
-        }
+    family = ARCHITECTURES[kind].family
+    metadata = METADATA.get(kind, BASE)
     metadata = metadata | setting.alternative
     model, params, _ = load(write_gguf(tmp_path / "a.gguf", kind, metadata, tensors))
     expected = np.load(RECORDED / f"{family}.npz")[setting.like]
