@@ -63,10 +63,13 @@ def test_odd_bytes_come_back(coder, name):
 
 @pytest.mark.parametrize(("lanes", "window", "overlap"), [(1, 16, 8), (2, 16, 0)])
 def test_text_in_lanes_and_windows_comes_back(coder, lanes, window, overlap):
+    data = TEXT[:200]
+    while len(pieces_module.to_pieces(coder[2], data).ids) % 2 == 0:
+        data = data[:-1]  # so that two lanes are not equally long
     options = {"lanes": lanes, "window": window, "overlap": overlap, "store": False}
-    file = small(TEXT[:200], coder, **options)
+    file = small(data, coder, **options)
     assert len(container.read(file).lanes) == lanes
-    assert verify(file, *coder) == 200
+    assert verify(file, *coder) == len(data)
 
 
 def test_windows_cover_every_token_once():
