@@ -87,7 +87,8 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "seconds": time.perf_counter() - clock,
                 }
             )
-            print(rows[-1], flush=True)
+            if config.results:
+                record(rows[-1], config.results)  # at once: a run may be cut short
     return rows
 
 
@@ -108,7 +109,5 @@ def elsewhere(python: str, xla: str, file: bytes, options: dict[str, Any]) -> An
 if __name__ == "__main__":
     chosen = parse(Config, __doc__)
     rows = run(chosen)
-    for row in rows:
-        record(row, chosen.results)
     if not all(row["same_text"] and row["same_file"] for row in rows):
         sys.exit("a process gave other bytes")
