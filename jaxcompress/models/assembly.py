@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxcompress.models.transformer import Transformer
+from jaxcompress.tree.leaf import Leaf
 from jaxcompress.types import Params
 
 Modules = Mapping[str, str]  # our module's path -> theirs; "layer" holds a {}
@@ -92,7 +93,8 @@ def assemble(
     """The model's parameters, looped or scanned as `model.scan` says, still unread.
 
     `available` are the tensors the file has, `fetch(theirs, ours)` reads one in the
-    file's own orientation: kernels [outputs, inputs], which are transposed here.
+    file's own orientation: kernels [outputs, inputs], which are transposed here; or
+    a leaf in ours.
     `kind(theirs)` is the name of its dtype.
     Tensors whose names fully match the pattern `ignorable` are left where they are;
     `dtype=None` keeps the type of each. Besides what was read, one tensor is held at a
@@ -116,8 +118,10 @@ def assemble(
             "The file is incomplete, or describes another architecture"
         )
 
-    def read_one(name: str, tensor: str, wanted: tuple[int, ...]) -> np.ndarray:
+    def read_one(name: str, tensor: str, wanted: tuple[int, ...]) -> Any:
         array = fetch(tensor, name)
+        if isinstance(array, Leaf):  # codes, in our orientation already
+            return _checked(array, tensor, wanted, source)
         if name.endswith("/kernel"):
             wanted = (*wanted[:-2], wanted[-1], wanted[-2])
         if array.shape != wanted:
@@ -129,11 +133,12 @@ def assemble(
             array = array.swapaxes(-1, -2)
         return array if dtype is None else array.astype(dtype)
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str) -> Any:
         tensors, shape = theirs[name], shapes[name]
         if len(tensors) == 1:
             return read_one(name, tensors[0], shape)
-        return np.stack([read_one(name, tensor, shape[1:]) for tensor in tensors])
+        experts = [read_one(name, tensor, shape[1:]) for tensor in tensors]
+        return jax.tree.map(lambda *x: np.stack(x), *experts)
 
     ours: dict[str, list[str]] = {}  # the looped model's names, by this model's
     for name in shapes:
@@ -147,7 +152,7 @@ def assemble(
     def fetch_ours(name: str) -> jax.Array:
         if model.scan and name.startswith("layers/"):
             return _stack(read, ours[name])
-        return jnp.asarray(read(name))
+        return jax.tree.map(jnp.asarray, read(name))
 
     def shape(name: str) -> tuple[int, ...]:
         one = shapes[ours[name][0]]
@@ -164,8 +169,20 @@ def assemble(
     )
 
 
+def _checked(leaf: Leaf, theirs: str, shape: tuple[int, ...], source: str) -> Leaf:
+    if tuple(leaf.shape) != tuple(shape):
+        raise ValueError(
+            f"{source}: tensor {theirs} holds codes of shape {leaf.shape[::-1]}; its "
+            f"configuration makes it {shape[::-1]}"
+        )
+    return leaf
+
+
 def _stack(read: Callable[[str], np.ndarray], names: list[str]) -> jax.Array:
     first = read(names[0])
+    if isinstance(first, Leaf):
+        leaves = [first, *map(read, names[1:])]
+        return jax.tree.map(lambda *x: jnp.stack(x), *leaves)
     stacked = np.empty((len(names), *first.shape), first.dtype)
     stacked[0] = first
     for i, name in enumerate(names[1:], start=1):

@@ -4,9 +4,11 @@ Source: the GGUF specification and llama.cpp's converter, github.com/ggml-org: n
 metadata and tensors, and the order of rows that each architecture's rotation expects.
 """
 
+import collections
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from jaxcompress.models.assembly import Assembled, assemble
 from jaxcompress.models.configurations import GPT2
 from jaxcompress.models.gguf_settings import ARCHITECTURES, check_metadata
 from jaxcompress.models.gguf_tokenizers import tokenizer_from
+from jaxcompress.models.kept_codes import FLOATS, TYPES, gguf_leaf
 from jaxcompress.models.rope import rope_frequencies
 from jaxcompress.models.settings import agree
 from jaxcompress.models.transformer import Transformer
@@ -48,16 +51,21 @@ def read_gguf(
     scan: bool = False,
     dtype: Any = None,
     ignore: Collection[str] = (),
+    keep_quantized: bool = False,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Read model, parameters and tokenizer of a `.gguf` file.
 
     Every weight is dequantized, to float32 unless `dtype` says otherwise. Of a split
     model (`name-00001-of-00003.gguf`) any file may be named; all must be in one folder.
     Mistral and SmolLM2 files call themselves "llama". `ignore` are keys of the metadata
-    to pass over. Raises ModuleNotFoundError without the `gguf` package, ValueError on
-    an architecture, metadata or a tensor that is not understood, naming it.
+    to pass over. `keep_quantized`: weights of Q4_0, Q4_1 and Q8_0 become `Quantized`
+    leaves of the same codes and scales. Raises ModuleNotFoundError without the `gguf`
+    package, ValueError on an architecture, metadata or a tensor that is not understood,
+    naming it.
     """
-    model, params, tokenizer = open_gguf(path, scan=scan, dtype=dtype, ignore=ignore)
+    model, params, tokenizer = open_gguf(
+        path, scan=scan, dtype=dtype, ignore=ignore, keep_quantized=keep_quantized
+    )
     return model, params.read_all(), tokenizer
 
 
@@ -67,20 +75,29 @@ def open_gguf(
     scan: bool = False,
     dtype: Any = None,
     ignore: Collection[str] = (),
+    keep_quantized: bool = False,
 ) -> tuple[Transformer, Assembled, Tokenizer | None]:
     """As `read_gguf`, but each weight is read when it is asked for."""
     contents = _contents(path)
     model = model_of(contents, ignore=ignore).clone(scan=scan)
     kind = ARCHITECTURES[contents.metadata["general.architecture"]]
 
-    def fetch(name: str, ours: str) -> np.ndarray:
-        array = dequantize(contents.tensors[name])
-        if part := kind.fused.get("/".join(ours.split("/")[1:-1])):
-            array = np.split(array, part[1])[part[0]]
+    dtype = jnp.float32 if dtype is None else dtype
+    if keep_quantized:
+        _warn_of_others(contents)
+
+    def fetch(name: str, ours: str) -> Any:
+        tensor = contents.tensors[name]
         rotated = "/q_proj/" in ours or "/k_proj/" in ours
+        rows = None
+        if part := kind.fused.get("/".join(ours.split("/")[1:-1])):
+            rows = np.split(np.arange(int(tensor.shape[-1])), part[1])[part[0]]
         if rotated and kind.interleaved:
-            return _halves(array, model.head_size)
-        return array
+            rows = _halves(np.arange(int(tensor.shape[-1])), model.head_size)
+        if keep_quantized and tensor.tensor_type.name in TYPES:
+            return gguf_leaf(tensor, ours, dtype, rows)
+        array = dequantize(tensor)
+        return array if rows is None else array[rows]
 
     params = assemble(
         model,
@@ -88,10 +105,26 @@ def open_gguf(
         fetch,
         kind.modules,
         ignorable=ROPE_FACTORS,
-        dtype=jnp.float32 if dtype is None else dtype,
+        dtype=dtype,
         source=str(path),
     )
     return model, params, tokenizer_from(contents.metadata)
+
+
+def _warn_of_others(contents: Contents) -> None:
+    """Warn where tensors are quantized in types that no leaf holds exactly."""
+    others = collections.Counter(
+        kind
+        for tensor in contents.tensors.values()
+        if (kind := tensor.tensor_type.name) not in (*TYPES, *FLOATS)
+    )
+    if others:
+        listed = ", ".join(f"{count} of {kind}" for kind, count in others.items())
+        warnings.warn(
+            f"{contents.source}: tensors whose types have no leaf ({listed}) are "
+            f"dequantized; kept are {', '.join(TYPES)}",
+            stacklevel=4,
+        )
 
 
 def read_model(path: str | Path, *, ignore: Collection[str] = ()) -> Transformer:

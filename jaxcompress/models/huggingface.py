@@ -11,12 +11,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxcompress.models.assembly import (
     Assembled,
     assemble,
+)
+from jaxcompress.models.compressed_tensors_files import (
+    find_codes,
+    raw_tensor,
+    read_leaf,
 )
 from jaxcompress.models.configurations import architecture_of, model_from
 from jaxcompress.models.families import FAMILIES
@@ -32,18 +38,25 @@ def read_huggingface(
     scan: bool = False,
     dtype: Any = None,
     ignore: Collection[str] = (),
+    keep_quantized: bool = False,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Read model, parameters and tokenizer of a Hugging Face directory.
 
     The tokenizer is None where the directory has none. `dtype=None` keeps the type of
     every weight; the computation is float32 all the same (`model.clone(dtype=...)`).
-    `ignore` are keys of the configuration to pass over. Raises ValueError on an
+    `ignore` are keys of the configuration to pass over. `keep_quantized`: weights of a
+    compressed-tensors directory become `Quantized` leaves of the same codes and
+    scales. Raises ValueError on an
     architecture, an option or a tensor that is not understood, naming it, and
     FileNotFoundError on a missing file. Warns where the configuration ties a head that
     the file holds apart, and keeps both.
     """
     model, params, tokenizer = open_huggingface(
-        directory, scan=scan, dtype=dtype, ignore=ignore
+        directory,
+        scan=scan,
+        dtype=dtype,
+        ignore=ignore,
+        keep_quantized=keep_quantized,
     )
     return model, params.read_all(), tokenizer
 
@@ -54,9 +67,16 @@ def open_huggingface(
     scan: bool = False,
     dtype: Any = None,
     ignore: Collection[str] = (),
+    keep_quantized: bool = False,
 ) -> tuple[Transformer, Assembled, Tokenizer | None]:
     """As `read_huggingface`, but each weight is read when it is asked for."""
-    model, params = open_model(directory, scan=scan, dtype=dtype, ignore=ignore)
+    model, params = open_model(
+        directory,
+        scan=scan,
+        dtype=dtype,
+        ignore=ignore,
+        keep_quantized=keep_quantized,
+    )
     return model, params, read_tokenizer(directory, ignore=ignore)
 
 
@@ -66,20 +86,40 @@ def open_model(
     scan: bool = False,
     dtype: Any = None,
     ignore: Collection[str] = (),
+    keep_quantized: bool = False,
 ) -> tuple[Transformer, Assembled]:
     """As `open_huggingface`, without the tokenizer."""
     directory = Path(directory)
     source = directory / "config.json"
     config = json.loads(source.read_text(encoding="utf-8"))
     family = FAMILIES[architecture_of(config)]
+    settings = config.pop("quantization_config", None) if keep_quantized else None
     model = model_from(config, ignore=ignore, source=str(source)).clone(scan=scan)
     places = _tensor_places(directory)
     dtypes = _dtypes(places)
-    _refuse_codes(dtypes, family.ignorable, str(directory))
+    codes = None
+    if settings is None:
+        _refuse_codes(dtypes, family.ignorable, str(directory))
+    else:
+        codes = find_codes(settings, places, str(directory))
+    kept = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
 
-    def fetch(name: str, ours: str) -> np.ndarray:
+    def fetch_tensor(name: str) -> np.ndarray:
+        if dtypes[name].startswith("F8"):
+            return raw_tensor(places[name], name)
         with safe_open(places[name], framework="np") as file:
-            array = file.get_tensor(name)
+            return file.get_tensor(name)
+
+    def fetch(name: str, ours: str) -> Any:
+        module = name.removesuffix(".weight")
+        if codes is not None and module in codes.schemes:
+            if family.conv1d or family.fused:
+                raise ValueError(
+                    f"{directory}: {module} holds codes of several of our weights, "
+                    "which are not taken apart; load the original model"
+                )
+            return read_leaf(module, codes.schemes[module], fetch_tensor, places, kept)
+        array = fetch_tensor(name)
         if family.conv1d and ours.startswith("layer_") and ours.endswith("/kernel"):
             array = array.T
         if part := family.fused.get(_module(ours)):
@@ -105,12 +145,14 @@ def open_model(
             model = model.clone(tied=False)
 
     def kind(name: str) -> str:
+        if codes is not None and name.removesuffix(".weight") in codes.schemes:
+            return jnp.dtype(kept).name
         offset = family.norm_offset and re.search(r"norm\.weight$", name)
         return "float32" if offset else _FLOATS[dtypes[name]]
 
     params = assemble(
         model,
-        places,
+        places if codes is None else codes.available(places),
         fetch,
         modules,
         kind=kind,

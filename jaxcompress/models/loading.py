@@ -37,6 +37,7 @@ def load(
     scan: bool | None = None,
     dtype: Any = None,
     ignore: Collection[str] = (),
+    keep_quantized: bool = False,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Read model, parameters and tokenizer; weights stay as stored.
 
@@ -48,23 +49,41 @@ def load(
     None keeps the stored type, except that GGUF and the reference model give float32.
     The tokenizer is None where there is none. `ignore` are keys of a foreign
     configuration to pass over: one that is not known is refused, since it may change
-    what the model computes. Raises FileNotFoundError or ValueError that say what was
-    found.
+    what the model computes. `keep_quantized`: weights that a GGUF file stores as Q4_0,
+    Q4_1 or Q8_0, and those of a compressed-tensors directory, become `Quantized` leaves
+    of the same codes and scales. Raises FileNotFoundError or ValueError that say what
+    was found.
     """
     if str(name_or_path) == REFERENCE:
         return load_reference(scan=scan, dtype=dtype)
     path = Path(name_or_path)
     if _is_gguf(path):
-        return read_gguf(path, scan=bool(scan), dtype=dtype, ignore=ignore)
+        return read_gguf(
+            path,
+            scan=bool(scan),
+            dtype=dtype,
+            ignore=ignore,
+            keep_quantized=keep_quantized,
+        )
     if not path.is_dir():
         if path.is_file() or _is_ours(path):  # its shards, perhaps
             return load_saved(path, scan=scan, dtype=dtype)
         path = _download(str(name_or_path))
-    return read_huggingface(path, scan=bool(scan), dtype=dtype, ignore=ignore)
+    return read_huggingface(
+        path,
+        scan=bool(scan),
+        dtype=dtype,
+        ignore=ignore,
+        keep_quantized=keep_quantized,
+    )
 
 
 def open_weights(
-    name_or_path: str | Path, *, dtype: Any = None, ignore: Collection[str] = ()
+    name_or_path: str | Path,
+    *,
+    dtype: Any = None,
+    ignore: Collection[str] = (),
+    keep_quantized: bool = False,
 ) -> tuple[Transformer, Any, Tokenizer | None]:
     """As `load`, but each weight is read when it is asked for.
 
@@ -75,7 +94,9 @@ def open_weights(
     """
     path = Path(name_or_path)
     if _is_gguf(path):
-        return open_gguf(path, dtype=dtype, ignore=ignore)
+        return open_gguf(
+            path, dtype=dtype, ignore=ignore, keep_quantized=keep_quantized
+        )
     if path.is_file() or _is_ours(path):
         return open_saved(path)
     if str(name_or_path) == REFERENCE:
@@ -84,7 +105,9 @@ def open_weights(
             f"load({REFERENCE!r})"
         )
     path = path if path.is_dir() else _download(str(name_or_path))
-    return open_huggingface(path, dtype=dtype, ignore=ignore)
+    return open_huggingface(
+        path, dtype=dtype, ignore=ignore, keep_quantized=keep_quantized
+    )
 
 
 def shapes(

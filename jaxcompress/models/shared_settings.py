@@ -46,11 +46,13 @@ COMMON = {
     ),
     "quantization_config": only(
         reason="the weights are stored as codes of another tool; load the original "
-        "model, or convert it to dense weights with that tool"
+        "model, convert it to dense weights with that tool, or (compressed-tensors) "
+        "pass keep_quantized=True"
     ),
     "compression_config": only(
         reason="the weights are stored as codes of another tool; load the original "
-        "model, or convert it to dense weights with that tool"
+        "model, convert it to dense weights with that tool, or (compressed-tensors) "
+        "pass keep_quantized=True"
     ),
 }
 

@@ -39,7 +39,8 @@ class Steps(NamedTuple):
 
     `scale` is the distance of neighbouring values, on the positive side only where
     there is a `negative_scale`, or what the levels of a format are multiplied by;
-    `zero_point` is the code that stands for zero, a real number on the affine grid.
+    `zero_point` is the code that stands for zero, a real number on the affine grid, and
+    the value of code zero on the offset grid.
     """
 
     scale: jax.Array
@@ -105,6 +106,17 @@ def _decode_affine(codes: jax.Array, steps: Steps, bits: int) -> jax.Array:
     return (codes.astype(jnp.float32) - steps.zero_point) * steps.scale
 
 
+def _encode_offset(x: jax.Array, steps: Steps, bits: int) -> jax.Array:
+    ratio = (x - steps.zero_point) / jnp.where(steps.scale == 0, 1, steps.scale)
+    return jnp.clip(jnp.round(ratio), 0, 2**bits - 1)
+
+
+def _decode_offset(codes: jax.Array, steps: Steps, bits: int) -> jax.Array:
+    # The product is exact for scales of 16 bits, so that a fused sum rounds alike.
+    del bits
+    return codes.astype(jnp.float32) * steps.scale + steps.zero_point
+
+
 def _level_grid(name: str) -> Grid:
     """The grid of a format's levels; its `bits` are those of the format."""
     levels = LEVELS[name]
@@ -124,8 +136,12 @@ GRIDS: dict[str, Grid] = {
     "asymmetric": Grid(_encode_asymmetric, _decode_asymmetric, int),
     "sign_split": Grid(_encode_sign_split, _decode_sign_split, _sign_split_width),
     "affine": Grid(_encode_affine, _decode_affine, int),
+    "offset": Grid(_encode_offset, _decode_offset, int),
     **{name: _level_grid(name) for name in LEVELS},
 }
+
+
+REAL_ZEROS = ("affine", "offset")  # grids whose zero point is a real number
 
 
 def encode(x: jax.Array, steps: Steps, *, grid: str, bits: Bits) -> jax.Array:
@@ -214,7 +230,7 @@ class Quantized(Leaf):
         )
         if negative is not None:
             negative = negative.astype(jnp.float32)
-        if zero is not None and self.grid == "affine":
+        if zero is not None and self.grid in REAL_ZEROS:
             zero = zero.astype(jnp.float32)
         return Steps(scale.astype(jnp.float32), zero, negative)
 
@@ -286,7 +302,7 @@ def quantized(
                 f"{block!r} need {shape}"
             )
     zero, negative = steps.zero_point, steps.negative_scale
-    if zero is not None and grid == "affine":
+    if zero is not None and grid in REAL_ZEROS:
         zero = zero.astype(scale_dtype)
     elif zero is not None:
         zero = zero.astype(jnp.uint8)
