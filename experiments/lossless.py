@@ -154,7 +154,7 @@ def file_bits(tensors: dict[str, np.ndarray], fast: bool = False) -> float:
     """Bits per weight of the file that `save` writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.safetensors")
-        save(path, tensors, coded="fast" if fast else True)
+        save(path, tensors, coding="decode" if fast else "size")
         return 8 * path.stat().st_size / sum(x.size for x in tensors.values())
 
 

@@ -320,9 +320,9 @@ def verify(options: argparse.Namespace) -> None:
 
 def pack(options: argparse.Namespace) -> None:
     progress = _progress("packing", "parts")
-    coded = "fast" if options.fast else True
+    coding = "decode" if options.fast else "size"
     found = storage.pack(
-        options.folder, options.out, base=options.base, coded=coded, progress=progress
+        options.folder, options.out, base=options.base, coding=coding, progress=progress
     )
     before, after = found["bytes"], found["packed"]
     _print(

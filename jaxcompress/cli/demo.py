@@ -56,7 +56,7 @@ def run(
         ids, LENGTH, BATCH, token_bytes=tokenizer.token_bytes(ids), limit=limit
     )
     dense_path = folder / "reference-float32.safetensors"
-    save(dense_path, model, params, tokenizer, coded=False)
+    save(dense_path, model, params, tokenizer, coding="none")
     rows, texts, report = [], [], None
     for i, recipe in enumerate(recipes):
         small = compress(params, chain(recipe, "entropy_code()", "code_floats()"))

@@ -25,14 +25,14 @@ class Packed(Leaf):
       bits: per code, 1 to 32.
       length: codes along `axis`.
       axis: -2, or -1 for vectors and for matrices of fewer than 8 inputs.
-      kind: name of the integer or boolean dtype the codes come back in.
+      dtype: integer or boolean, that the codes come back in.
     """
 
     packed: jax.Array
     bits: int = static()
     length: int = static()
     axis: int = static(default=-2)
-    kind: str = static(default="uint8")
+    dtype: np.dtype = static(default=np.dtype("uint8"))
 
     lossless: ClassVar[bool] = True
 
@@ -41,10 +41,6 @@ class Packed(Leaf):
         shape = list(self.packed.shape)
         shape[self.axis] = self.length
         return tuple(shape)
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.kind)
 
     def materialize(self) -> jax.Array:
         return _unpacked(self)
@@ -79,7 +75,7 @@ def pack_bits(codes: jax.Array, bits: int) -> Packed:
             )
     axis = packing_axis(codes.shape, bits)
     packed = jnp.asarray(pack_fields(codes, bits, axis=axis))
-    return Packed(packed, bits, codes.shape[axis], axis, kind.name)
+    return Packed(packed, bits, codes.shape[axis], axis, kind)
 
 
 def field_widths(bits: int) -> tuple[int, ...]:
@@ -170,4 +166,4 @@ def bits_needed(largest: int) -> int:
 
 @jax.jit
 def _unpacked(x: Packed) -> jax.Array:
-    return unpack_fields(x.packed, x.bits, x.length, axis=x.axis, dtype=x.kind)
+    return unpack_fields(x.packed, x.bits, x.length, axis=x.axis, dtype=x.dtype)

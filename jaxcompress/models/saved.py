@@ -29,13 +29,13 @@ def save(
     tokenizer: Tokenizer | None = None,
     metadata: Mapping[str, Any] | None = None,
     *,
-    coded: bool | str = True,
+    coding: str = "size",
 ) -> None:
     """Write a model, compressed or not, to one file that `load_saved` reads back.
 
     The file holds the tree `{"params": ..., "tokenizer": uint8 [bytes]}`; the model's
-    settings join `metadata` (JSON values) under "architecture"; `coded` is that of
-    `save`. Raises ValueError where `metadata` has such a key already.
+    settings join `metadata` (JSON values) under "architecture"; `coding` is that of
+    `jc.save`. Raises ValueError where `metadata` has such a key already.
     """
     metadata = dict(metadata or {})
     if ARCHITECTURE in metadata:
@@ -47,7 +47,7 @@ def save(
     if tokenizer is not None:
         tree["tokenizer"] = np.frombuffer(tokenizer.to_bytes(), np.uint8)
     metadata[ARCHITECTURE] = describe(model)
-    checkpoint.save(path, tree, metadata=metadata, coded=coded)
+    checkpoint.save(path, tree, metadata=metadata, coding=coding)
 
 
 def load_saved(

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.calibration.error_feedback import each_slice, layer_loss
 from jaxcompress.calibration.moments import Moments, require
@@ -32,23 +33,19 @@ class Scaled(Leaf):
     """A weight whose rows are each multiplied by a factor of their own.
 
     Invariant: `weight` is a float32 weight `[..., inputs, outputs]` of any leaf type,
-    `factors` are floating point, `[..., inputs]`, above zero. `kind` names the dtype of
+    `factors` are floating point, `[..., inputs]`, above zero. `dtype` is that of
     the product.
     """
 
     weight: Any
     factors: Any
-    kind: str = static()
+    dtype: np.dtype = static()
 
     weights: ClassVar[tuple[str, ...]] = ("weight",)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.kind)
 
     def inner_moments(self, field: str, moments: Any) -> Any:
         """Those of the inputs times the factors."""
@@ -71,7 +68,7 @@ class Scaled(Leaf):
     def materialize(self) -> jax.Array:
         factors = dense(self.factors).astype(jnp.float32)
         product = dense(self.weight) * factors[..., :, None]
-        return round_to(product, self.kind).astype(self.kind)
+        return round_to(product, self.dtype).astype(self.dtype)
 
 
 @method()
@@ -139,7 +136,7 @@ def awq(
         scale_dtype=scale_dtype,
     )
     factors = factors[..., 0, :].astype(scale_dtype)
-    return Scaled(weight, factors, kind=jnp.dtype(x.dtype).name)
+    return Scaled(weight, factors, dtype=jnp.dtype(x.dtype))
 
 
 @functools.partial(

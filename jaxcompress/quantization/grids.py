@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.coding.packing import Packed, pack_bits
 from jaxcompress.quantization.codebooks import LEVELS
@@ -202,7 +203,7 @@ class Quantized(Leaf):
       grid: a name in `GRIDS`.
       bits: per code; for `sign_split` those of the two sides.
       block: inputs that share a step, None, or "tensor".
-      kind: name of the dtype of the weight.
+      dtype: of the weight.
     """
 
     codes: Any
@@ -212,15 +213,11 @@ class Quantized(Leaf):
     grid: str = static()
     bits: Bits = static()
     block: Block = static()
-    kind: str = static()
+    dtype: np.dtype = static()
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.kind)
 
     @property
     def steps(self) -> Steps:
@@ -237,7 +234,7 @@ class Quantized(Leaf):
     def materialize(self) -> jax.Array:
         steps = spread(self.steps, self.block, self.shape[-2])
         values = decode(dense(self.codes), steps, grid=self.grid, bits=self.bits)
-        return round_to(values, self.kind).astype(self.kind)
+        return round_to(values, self.dtype).astype(self.dtype)
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
         """Dequantized next to the product, or in integers where `how` allows it."""
@@ -316,7 +313,7 @@ def quantized(
         grid=grid,
         bits=bits,
         block=block,
-        kind=jnp.dtype(dtype).name,
+        dtype=jnp.dtype(dtype),
     )
 
 

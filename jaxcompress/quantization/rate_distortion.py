@@ -153,7 +153,7 @@ def rate_distortion(
         coded_levels.code_levels(levels.reshape(x.shape), states, groups),
         jnp.asarray(steps.reshape(*lead, inputs), jnp.bfloat16),
         scales,
-        jnp.dtype(x.dtype).name,
+        jnp.dtype(x.dtype),
     )
 
 

@@ -43,7 +43,7 @@ def pack(
     path: str | os.PathLike,
     *,
     base: str | os.PathLike | None = None,
-    coded: bool | str = True,
+    coding: str = "size",
     progress: bool | Progress = False,
 ) -> dict[str, int]:
     """Packs a directory, such as a Hugging Face checkpoint, into one file.
@@ -59,7 +59,7 @@ def pack(
       base: a directory with a checkpoint that this one came from, or a later one goes
         to: tensors of the same name, dtype and size are kept as differences where these
         are smaller. `unpack` needs it again.
-      coded: as for `save`; "fast" for a coding that is unpacked sooner.
+      coding: as for `save`; "decode" for a coding that is unpacked sooner.
       progress: wraps the list of parts that is worked through, as a progress bar does.
 
     Returns: numbers of `files` and `parts`, parts among them that are `differences`,
@@ -112,7 +112,7 @@ def pack(
         ]
     about = checkpoint.describe({"dict": [["files", {"list": lists}]]}, metadata)
     with _naming(path), beside(path) as file:
-        write(file, slots, about, coded=coded, progress=progress)
+        write(file, slots, about, coding=coding, progress=progress)
     return {
         "files": len(files),
         "parts": len(slots),

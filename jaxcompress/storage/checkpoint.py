@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import gc
 import importlib.metadata
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,13 +20,10 @@ from jaxcompress.coding.threads import in_groups, of_arrays
 from jaxcompress.storage import shards, tree_json
 from jaxcompress.storage.checksummed_file import (
     ADVICE,
-    FORMAT,
     VERSION,
     TensorFile,
     count_bytes,
     damaged,
-    deflated,
-    inflated,
     to_json,
 )
 from jaxcompress.storage.file_writer import beside, write
@@ -35,13 +31,15 @@ from jaxcompress.storage.tree_json import ODD, FileDamaged, Slot
 from jaxcompress.tree.leaf import dense
 from jaxcompress.types import Params
 
+CODINGS = ("size", "decode", "none")
+
 
 def save(
     path: str | os.PathLike,
     params: Params,
     metadata: Mapping[str, Any] | None = None,
     *,
-    coded: bool | str = True,
+    coding: str = "size",
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes parameters to a file from which `load` gives the same tree, bit for bit.
@@ -63,8 +61,9 @@ def save(
       params: the tree.
       metadata: what to keep beside the tree, for instance the recipe; JSON, so tuples
         come back as lists.
-      coded: "fast" for a coding that decodes sooner (`code_floats`); False leaves every
-        array as it is, so that any reader of .safetensors sees its numbers.
+      coding: "size" for the smallest file; "decode" for a coding that decodes sooner
+        (`code_floats`); "none" leaves every array as it is, so that any reader of
+        .safetensors sees its numbers.
       max_shard_bytes: bytes of arrays in a file; a larger array has its own.
 
     Raises:
@@ -72,35 +71,33 @@ def save(
         number; or metadata that JSON does not know.
       ValueError: an array is not of this host alone: `save_orbax` saves those.
     """
+    if coding not in CODINGS:
+        raise ValueError(
+            f"save takes coding={', '.join(map(repr, CODINGS))}, not {coding!r}"
+        )
     path = os.path.realpath(path)
     node, slots = tree_json.encode(params, compact=True)
     about = describe(node, {} if metadata is None else metadata)
     parts = shards.split(slots, max_shard_bytes)
     if len(parts) > 1:
-        shards.save(path, parts, about, coded=coded)
+        shards.save(path, parts, about, coding=coding)
         return
     with beside(path) as file:
-        write(file, slots, about, coded=coded)
+        write(file, slots, about, coding=coding)
     shards.remove(path)
 
 
-def describe(node: Any, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The texts in a header that describe the tree of a node.
+def describe(node: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object that describes the tree of a node.
 
     Raises:
       TypeError: metadata that JSON does not know.
     """
     try:
-        user = to_json(dict(metadata))
+        to_json(dict(metadata))
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must be JSON: {error}") from error
-    return {
-        "format": FORMAT,
-        "format_version": str(VERSION),
-        "metadata": user,
-        "tree": deflated(to_json(node)),
-        "versions": to_json(versions()),
-    }
+    return {"metadata": dict(metadata), "tree": node, "versions": versions()}
 
 
 def load(path: str | os.PathLike, *, numpy: bool = False) -> Params:
@@ -176,7 +173,7 @@ class StoredParams:
         if index is None:
             file = TensorFile(self.path)
             self._files[""] = file
-            about, names = file.metadata, file.spans.keys()
+            about, names = file.about, file.spans.keys()
             if "shard" in about:
                 file.close()
                 raise ValueError(
@@ -319,7 +316,10 @@ class StoredParams:
         if name not in self._nodes:
             near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.0)
             raise KeyError(f"{self.path} has no leaf {name!r}; near: {', '.join(near)}")
-        return self._nodes[name]
+        node, path = self._nodes[name]
+        if "same" in (node or ()):
+            return self._find(node["same"])
+        return node, path
 
     def _arrays(self, name: str) -> list[tuple[str, str, tuple[int, ...]]]:
         return list(tree_json.arrays(*self._find(name)))
@@ -336,15 +336,17 @@ class StoredParams:
             self._compare(self._files[file])
         return self._files[file]
 
-    def _describe(self, about: Mapping[str, str], names: set[str]) -> None:
-        """Reads the texts that describe the tree, and compares it with the arrays."""
+    def _describe(self, about: Mapping[str, Any], names: set[str]) -> None:
+        """Reads what describes the tree, and compares it with the arrays."""
+        needs = about.get("needs", [])
+        if needs:
+            raise ValueError(
+                f"{self.path} needs {needs!r}, which this jaxcompress does not know; "
+                "update it"
+            )
         try:
-            texts = [about[key] for key in ("tree", "metadata", "versions")]
-            if not all(type(text) is str for text in texts):
-                raise ValueError("what describes it is no text")
-            node = json.loads(inflated(about["tree"]))
-            self.metadata = json.loads(about["metadata"])
-            self.versions = json.loads(about["versions"])
+            node = about["tree"]
+            self.metadata, self.versions = about["metadata"], about["versions"]
             if type(self.metadata) is not dict or type(self.versions) is not dict:
                 raise ValueError("metadata or versions that are no mapping")
             found = list(tree_json.arrays(node))

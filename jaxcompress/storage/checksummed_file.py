@@ -3,7 +3,8 @@
     8 bytes   length of the header, little-endian
     header    JSON: {"__metadata__": {key: text}, name: {dtype, shape, data_offsets}},
               padded with spaces to a multiple of 8
-    data      the arrays one behind another, wide dtypes first, so that all are aligned
+    data      the arrays one after another, wide dtypes first, so that all are aligned
+    about     the last array but one, `__about__`, uint8: a JSON object, deflated (zlib)
     seal      the last array, `__checksums__`, uint8 `[arrays + 2, 16]`: BLAKE2b
               digests of each array's bytes in order of the data, of everything before
               the data, and of the rows above
@@ -11,10 +12,9 @@
 So every byte of the file is under a digest, and a header is trusted before it is
 parsed. The digests detect damage, not forgery. Dtypes the format lacks are stored as
 bytes (`U8`, `[bytes]`); who reads them must know better. So are arrays that lossless
-coding shrinks: the metadata's `codings` tell which, and how (`entropy.arrays`).
+coding shrinks: the metadata's `codings` tell which, and how (`coding.array_codecs`).
 """
 
-import base64
 import builtins
 import dataclasses
 import hashlib
@@ -23,6 +23,7 @@ import math
 import os
 import threading
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,12 +32,11 @@ import numpy as np
 from jaxcompress.coding import array_codecs, chunked_stream
 from jaxcompress.storage.tree_json import FileDamaged, Slot
 
-SEAL = "__checksums__"
+ABOUT, SEAL = "__about__", "__checksums__"
 FORMAT = "jaxcompress"
-VERSION = 2
+VERSION = 3
 DIGEST = 16  # bytes
 CHUNK = 1 << 22  # bytes read at a time where an array need not be held
-LONG_TEXT = 4096  # characters
 ADVICE = "; get the file again, or save it again"
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors package too
 
@@ -86,7 +86,7 @@ def count_bytes(slot: Slot) -> int:
 class TensorFile:
     """A file of arrays open for reading; every byte read is checked.
 
-    Attributes: `path`, `size` (bytes), `metadata` (text by key), `spans` (`Span` by
+    Attributes: `path`, `size` (bytes), `about` (the JSON object), `spans` (`Span` by
     name, in order of the data), `codings` (by name, of arrays that are coded), `seal`
     (the digest that seals the file).
 
@@ -101,8 +101,9 @@ class TensorFile:
         self._file = builtins.open(self.path, "rb", buffering=0)  # noqa: SIM115
         try:
             self.size = os.fstat(self._file.fileno()).st_size
-            self.metadata, self.spans, self.seal = self._read_header()
-            self.codings = self._read_codings()
+            metadata, self.spans, self.seal = self._read_header()
+            self.codings = self._read_codings(metadata)
+            self.about = self._read_about()
         except BaseException:
             self._file.close()
             raise
@@ -241,17 +242,37 @@ class TensorFile:
         spans = self._spans(entries, 8 + length)
         return metadata, spans, tail[DIGEST:]
 
-    def _read_codings(self) -> dict[str, str]:
-        """By name, from lists of places in the data by coding."""
+    def _read_about(self) -> dict[str, Any]:
+        if ABOUT not in self.spans:
+            raise self._damaged(f"it lacks {ABOUT}")
+        span = self.spans[ABOUT]
+        data = self.read(ABOUT, "uint8", (span.stop - span.start,))
+        del self.spans[ABOUT]
+        try:
+            inflater = zlib.decompressobj()
+            text = inflater.decompress(data.tobytes(), LONGEST_HEADER)
+            if not inflater.eof:
+                raise ValueError("it ends early, or is too long")
+            about = json.loads(text)
+            if type(about) is not dict:
+                raise ValueError("it is no object")
+        except (zlib.error, ValueError, RecursionError) as error:
+            raise self._damaged(f"its {ABOUT} is unreadable ({error})") from error
+        return about
+
+    def _read_codings(self, metadata: dict[str, str]) -> dict[str, str]:
+        """By name, from lists of positions in the data by coding."""
         names = list(self.spans)
         try:
-            found = json.loads(self.metadata.get("codings", "{}"))
+            found = json.loads(metadata.get("codings", "{}"))
             pairs = [(row, how) for how, rows in found.items() for row in rows]
             if any(type(row) is not int or row < 0 for row, _ in pairs):
-                raise ValueError("a place that is none")
+                raise ValueError("a position that is none")
             return {names[row]: how for row, how in pairs}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise self._damaged(f"its codings are odd ({error})") from error
+            raise self._damaged(
+                f"invalid `codings` entry in the header ({error})"
+            ) from error
         except RecursionError as error:
             raise self._damaged("its codings are nested") from error
 
@@ -346,26 +367,9 @@ def to_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def deflated(text: str) -> str:
-    """A text as it is, or, where it is long, deflated and in base 64 behind "zlib:"."""
-    if len(text) < LONG_TEXT:
-        return text
-    return "zlib:" + base64.b64encode(zlib.compress(text.encode(), 9)).decode()
-
-
-def inflated(text: str) -> str:
-    """Undoes `deflated`; ValueError where it can't."""
-    if not text.startswith("zlib:"):
-        return text
-    try:
-        inflater = zlib.decompressobj()
-        data = base64.b64decode(text[5:], validate=True)
-        found = inflater.decompress(data, LONGEST_HEADER)
-    except zlib.error as error:
-        raise ValueError(f"a text is damaged: {error}") from error
-    if not inflater.eof:
-        raise ValueError("a text ends early, or is too long")
-    return found.decode()
+def packed_about(about: Mapping[str, Any]) -> np.ndarray:
+    """The bytes of the `__about__` array."""
+    return np.frombuffer(zlib.compress(to_json(about).encode(), 9), np.uint8)
 
 
 def _json_object(text: bytes) -> dict[str, Any] | None:

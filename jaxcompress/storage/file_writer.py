@@ -18,12 +18,16 @@ from jaxcompress.coding import array_codecs
 from jaxcompress.coding.threads import in_groups, of_arrays
 from jaxcompress.progress import each_item
 from jaxcompress.storage.checksummed_file import (
+    ABOUT,
     CODES,
     DIGEST,
+    FORMAT,
     LONGEST_HEADER,
     SEAL,
+    VERSION,
     count_bytes,
     digest,
+    packed_about,
     stored_as,
     to_json,
 )
@@ -33,9 +37,9 @@ from jaxcompress.storage.tree_json import Slot
 def write(
     file: BinaryIO,
     slots: Mapping[str, Slot],
-    metadata: dict[str, str],
+    about: Mapping[str, Any],
     *,
-    coded: bool | str = True,
+    coding: str = "size",
     progress: bool | Callable[[list[str]], Iterable[str]] = False,
 ) -> bytes:
     """Writes arrays; returns the digest that seals the file.
@@ -49,17 +53,24 @@ def write(
 
     Args:
       file: empty, and open for seeking.
-      coded: code what gains from it; "fast" as `save` says.
+      about: what describes the arrays, JSON.
+      coding: as `save` says.
       progress: as in `compress`, of the list of arrays.
     """
+    metadata = {"format": FORMAT, "format_version": str(VERSION)}
     order = sorted(slots, key=lambda name: (-_width(slots[name]), name))
     for name in order:
-        if name in (SEAL, "__metadata__"):
+        if name in (ABOUT, SEAL, "__metadata__"):
             raise ValueError(
                 f"an array can't be called {name}: the file needs the name"
             )
+    text = packed_about(about)
+    slots = {**slots, ABOUT: Slot("uint8", text.shape, lambda: text)}
+    order.append(ABOUT)
     raw = {name: count_bytes(slots[name]) for name in order}
-    codable = [name for name in order if coded and raw[name] >= array_codecs.LEAST]
+    codable = [
+        name for name in order if coding != "none" and raw[name] >= array_codecs.LEAST
+    ]
     # Room for a list of arrays under each coding there is.
     longest = {name: "-" * 20 * array_codecs.CODINGS for name in codable}
     widest = max(CODES.values(), key=len)
@@ -74,7 +85,7 @@ def write(
             codings[name] = how
         rows.append(row)
 
-    work = functools.partial(_write_aside, coded=coded)
+    work = functools.partial(_write_aside, coding=coding)
     names = each_item(order, progress, label="writing", unit="arrays")
     for small, group in in_groups(names, raw):
         fetched = ((name, _array_of(name, slots[name])) for name in group)
@@ -85,7 +96,7 @@ def write(
                 del data
             continue
         name, array = next(fetched)
-        note(name, *_write_array(file, array, coded))
+        note(name, *_write_array(file, array, coding))
         del array  # before the next is fetched
     short = {name: ("U8", (sizes[name],)) for name in codings}
     head = _header(order, slots, sizes, short, codings, metadata)
@@ -100,20 +111,22 @@ def write(
 
 
 def _write_aside(
-    item: tuple[str, np.ndarray], *, coded: bool | str
+    item: tuple[str, np.ndarray], *, coding: str
 ) -> tuple[str, bytes, str | None, int, bytes]:
     """Name and bytes of an array, and what `_write_array` says of it."""
     name, array = item
     buffer = io.BytesIO()
-    about = _write_array(buffer, array, coded, threads=1)
+    about = _write_array(buffer, array, coding, threads=1)
     return name, buffer.getvalue(), *about
 
 
 def _write_array(
-    file: BinaryIO, array: np.ndarray, coded: bool | str, *, threads: int | None = None
+    file: BinaryIO, array: np.ndarray, coding: str, *, threads: int | None = None
 ) -> tuple[str | None, int, bytes]:
     """Writes one array, coded if that makes it smaller; says how, bytes and digest."""
-    how = array_codecs.choose(array, fast=coded == "fast") if coded else None
+    how = None
+    if coding != "none":
+        how = array_codecs.choose(array, fast=coding == "decode")
     if how is not None:
         start, size, state = file.tell(), 0, hashlib.blake2b(digest_size=DIGEST)
         try:

@@ -1,8 +1,8 @@
 """Orbax checkpoints of compressed parameters, for several hosts.
 
 The checkpoint has two items: `arrays`, nested dicts of the arrays under the steps of
-their paths, and `tree`, the JSON of `manifest`, from which leaf types and static fields
-come back. Orbax writes both beside and renames; the JSON is written by process 0.
+their paths, and `tree`, the JSON of `tree_json`, from which leaf types and static
+fields come back. Orbax writes both beside and renames; process 0 writes the JSON.
 """
 
 import os
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxcompress.storage import tree_json
 from jaxcompress.types import Params
 
-FORMAT, VERSION = "jaxcompress", 2
+FORMAT, VERSION = "jaxcompress", 3
 
 # Dtypes that Orbax does not save, or only lately, and what holds their values exactly.
 _HELD_AS = {

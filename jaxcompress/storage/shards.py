@@ -1,8 +1,8 @@
 """Several files under one index, as Hugging Face names them.
 
 `name.safetensors.index.json` is `{"metadata": {...}, "weight_map": {array: file}}`. Its
-metadata hold the texts a single file has in its header, the digest that seals each
-file, so that no file of another save is taken for one of this, and one of the index.
+metadata hold what a single file has in `__about__`, the digest that seals each file, so
+that no file of another save is taken for one of this, and one of the index.
 """
 
 import builtins
@@ -53,9 +53,9 @@ def split(slots: Mapping[str, Slot], limit: int) -> list[dict[str, Slot]]:
 def save(
     path: str,
     parts: Sequence[Mapping[str, Slot]],
-    about: Mapping[str, str],
+    about: Mapping[str, Any],
     *,
-    coded: bool | str = True,
+    coding: str = "size",
 ) -> None:
     """Writes every part to a file of its own, then the index.
 
@@ -69,8 +69,8 @@ def save(
         for number, part in enumerate(parts, 1):
             written.append(temporary_beside(path))
             with builtins.open(written[-1], "xb") as file:
-                own = _about_shard(number, len(parts))
-                seals.append(write(file, part, own, coded=coded))
+                own = {"shard": f"{number} of {len(parts)}"}
+                seals.append(write(file, part, own, coding=coding))
                 file.flush()
                 os.fsync(file.fileno())
         names = _names(stem, len(parts))
@@ -116,7 +116,7 @@ def index_path(path: str) -> str | None:
 class Index:
     """An index of shards, checked.
 
-    Attributes: `about` (texts by key), `files` (file by array), `size` (bytes).
+    Attributes: `about` (a JSON object), `files` (file by array), `size` (bytes).
 
     Raises:
       FileDamaged: it is not what was written.
@@ -132,14 +132,14 @@ class Index:
             raw = file.read()
         try:
             index = json.loads(raw)
-            about = index["metadata"]
-            if about["format"] != FORMAT:
+            head = index["metadata"]
+            if head["format"] != FORMAT:
                 raise KeyError("format")
             again = to_json(index).encode()
-            checksum, about["checksum"] = about["checksum"], ""
+            checksum, head["checksum"] = head["checksum"], ""
             whole = to_json(index).encode()
             self.files: dict[str, str] = dict(index["weight_map"])
-            self._seals: dict[str, str] = dict(about["seals"])
+            self._seals: dict[str, str] = dict(head["seals"])
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             if FORMAT.encode() in raw:
                 raise damaged(path, f"it is no index of ours ({error})") from error
@@ -147,16 +147,17 @@ class Index:
                 f"{path}: not written by jaxcompress.save (or damaged); "
                 "jaxcompress.models.load reads checkpoints of other programs"
             ) from error
-        if about.get("format_version") != str(VERSION):
+        if head.get("format_version") != str(VERSION):
             raise ValueError(
-                f"{path}: written in format {about.get('format_version')}, this "
+                f"{path}: written in format {head.get('format_version')}, this "
                 f"jaxcompress reads {VERSION}; update it (or get the file again, if "
                 "damaged)"
             )
-        about["checksum"] = checksum
         if digest(whole).hex() != checksum or again != raw:
             raise damaged(path, "its checksum is not the one written")
-        self.about = about
+        self.about = head.get("about")
+        if type(self.about) is not dict:
+            raise damaged(path, "it does not describe a tree")
         for name in self.files.values():
             known = type(name) is str and type(self._seals.get(name)) is str
             if not known or os.path.basename(name) != name:
@@ -177,25 +178,19 @@ def _names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}{_ENDING}" for i in range(1, count + 1)]
 
 
-def _about_shard(number: int, count: int) -> dict[str, str]:
-    return {
-        "format": FORMAT,
-        "format_version": str(VERSION),
-        "shard": f"{number} of {count}",
-    }
-
-
 def _index(
     parts: Sequence[Mapping[str, Slot]],
     names: Sequence[str],
     seals: Sequence[bytes],
-    about: Mapping[str, str],
+    about: Mapping[str, Any],
 ) -> bytes:
     sizes = (count_bytes(slot) for part in parts for slot in part.values())
     named = list(zip(names, parts, strict=True))
     index: dict[str, Any] = {
         "metadata": {
-            **about,
+            "format": FORMAT,
+            "format_version": str(VERSION),
+            "about": about,
             "checksum": "",
             "seals": {
                 name: seal.hex() for name, seal in zip(names, seals, strict=True)

@@ -6,14 +6,19 @@ A node of the JSON is `null` (None), or an object of one of these forms:
     {"array": dtype, "shape": [size, ...]}
     {"leaf": type, "fields": {field: node}, "static": {field: value}}
     {"leaf": type, "stored": {name: node}, "static": {field: value}}
+    {"box": type, "names": [name | null | [name, ...], ...], "value": node}
+    {"same": name}
 
 A leaf also tells the `"dense"` dtype and shape of what it stands for. The last form is
 that of a leaf type with `stored() -> dict` and a class method `restored(arrays,
-static) -> leaf`, which keeps arrays in files that are shorter than its fields. An
-array is called by its path, joined by "/".
+static) -> leaf`, which keeps arrays in files that are shorter than its fields. A box
+is Flax's own metadata around a parameter: the names of its axes for sharding. `same`
+stands for the array or leaf that an earlier name of the tree has, stored once. An
+array is called by its path, joined by "/"; a box adds no step to it.
 """
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.tree.leaf import Leaf, data_fields, leaf_type, static_fields
+from jaxcompress.tree import boxes
+from jaxcompress.tree.leaf import Leaf, data_fields, is_box, leaf_type, static_fields
 
 DTYPES = frozenset(
     (
@@ -72,6 +78,7 @@ def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
         leaf type declares; names it.
     """
     slots: dict[str, Slot] = {}
+    first: dict[int, str] = {}  # the name under which each object was met
     latest: list[Any] = [None, None]  # a leaf and what it stored: made once in a row
 
     def stored(x: Leaf) -> dict[str, Any]:
@@ -102,39 +109,61 @@ def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
             }
         else:
             node["fields"] = {
-                key: walk(getattr(x, key), (*path, key)) for key in data_fields(cls)
+                key: walk(getattr(x, key), (*path, key), within=True)
+                for key in data_fields(cls)
             }
         return node
 
-    def walk(x: Any, path: Path) -> Any:
+    def walk(x: Any, path: Path, *, within: bool = False) -> Any:
+        """The node of a subtree; `within` a leaf, nothing is shared with others."""
+        below = functools.partial(walk, within=within)
         if x is None:
             return None
-        if isinstance(x, Leaf):
-            return leaf(x, path)
         if isinstance(x, Mapping):
             keys = _sorted_keys(x, path)
-            return {"dict": [[key, walk(x[key], (*path, str(key)))] for key in keys]}
+            return {"dict": [[key, below(x[key], (*path, str(key)))] for key in keys]}
         if type(x) in (list, tuple):
-            items = [walk(child, (*path, str(i))) for i, child in enumerate(x)]
+            items = [below(child, (*path, str(i))) for i, child in enumerate(x)]
             return {type(x).__name__: items}
-        return array(x, path, lambda: x)
+        if is_box(x):
+            name, axes = boxes.describe(x, join(path))
+            return {"box": name, "names": axes, "value": below(x.value, path)}
+        if not within and first.setdefault(id(x), join(path)) != join(path):
+            return {"same": first[id(x)]}
+        return leaf(x, path) if isinstance(x, Leaf) else array(x, path, lambda: x)
 
     return walk(params, ()), slots
 
 
 def decode(
-    node: Any, read: Callable[[str, str, tuple[int, ...]], Any], path: Path = ()
+    node: Any,
+    read: Callable[[str, str, tuple[int, ...]], Any],
+    path: Path = (),
+    known: dict[str, Any] | None = None,
 ) -> Any:
     """The tree of a JSON node; `read(name, dtype, shape)` gives its arrays.
+
+    `known` holds what earlier names stand for, for nodes of the form `same`.
 
     Raises:
       FileDamaged: the node is not of a known form, or contradicts its leaf type.
       KeyError: the leaf type is not registered; names the known ones.
     """
+    known = {} if known is None else known
     kind, children = inside(node, path)
     if kind == "array":
-        return read(join(path), node["array"], tuple(node["shape"]))
-    below = [(key, decode(child, read, (*path, str(key)))) for key, child in children]
+        known[join(path)] = read(join(path), node["array"], tuple(node["shape"]))
+        return known[join(path)]
+    if kind == "same":
+        if node["same"] not in known:
+            raise _wrong(path, f"the same as {node['same']!r}, which comes no earlier")
+        return known[node["same"]]
+    if kind == "box":
+        value = decode(node["value"], read, path, known)
+        return boxes.make(node["box"], node["names"], value)
+    below = [
+        (key, decode(child, read, (*path, str(key)), known)) for key, child in children
+    ]
     if kind == "none":
         return None
     if kind == "dict":
@@ -159,6 +188,7 @@ def decode(
         raise _wrong(path, f"{cls.__name__}: {error}") from error
     if node.get("dense", stands) != stands:
         raise _wrong(path, f"it stands for {stands}, not {node['dense']}")
+    known[join(path)] = made
     return made
 
 
@@ -178,6 +208,11 @@ def inside(node: Any, path: Path) -> tuple[str, list[tuple[Any, Any]]]:
                 return "dict", [(key, child) for key, child in items]
         case {"list": list(items)} | {"tuple": list(items)} if len(node) == 1:
             return next(iter(node)), list(enumerate(items))
+        case {"same": str()} if len(node) == 1:
+            return "same", []
+        case {"box": str(name), "names": list(), "value": dict(value)}:
+            if len(node) == 3 and name in boxes.TYPES and "box" not in value:
+                return "box", []
         case {"leaf": str(), "static": dict()}:
             kind = "stored" if "stored" in node else "fields"
             rest = node.keys() - {"leaf", "static", kind, "dense"}
@@ -199,6 +234,8 @@ def arrays(node: Any, path: Path = ()) -> Iterator[tuple[str, str, tuple[int, ..
     kind, children = inside(node, path)
     if kind == "array":
         yield join(path), node["array"], tuple(node["shape"])
+    if kind == "box":
+        yield from arrays(node["value"], path)
     for key, child in children:
         yield from arrays(child, (*path, str(key)))
 
@@ -215,6 +252,9 @@ def outline(node: Any) -> tuple[Any, dict[str, tuple[Any, Path]]]:
         if kind == "none":
             return None
         if kind not in ("dict", "list", "tuple"):
+            inner = node["value"] if kind == "box" else node
+            if "same" in inner and inner["same"] not in found:
+                raise _wrong(path, f"the same as {inner['same']!r}, which comes later")
             found[join(path)] = node, path
             return join(path)
         below = [(key, walk(child, (*path, str(key)))) for key, child in children]
@@ -292,7 +332,7 @@ def _check_static(name: str, field: dataclasses.Field, value: Any) -> None:
     if not _is_static(value):
         raise TypeError(
             f"{name} is {value!r} of {type(value)}; static fields are int, float, str, "
-            "bool, None or tuples of these"
+            "bool, None, a dtype, or tuples of these"
         )
     if not _conforms(value, field.type):
         raise TypeError(f"{name} is {value!r}; its leaf type declares {field.type}")
@@ -301,7 +341,11 @@ def _check_static(name: str, field: dataclasses.Field, value: Any) -> None:
 def _is_static(value: Any) -> bool:
     if type(value) is tuple:
         return all(map(_is_static, value))
-    return value is None or type(value) in (int, float, str, bool)
+    return (
+        isinstance(value, np.dtype)
+        or value is None
+        or type(value) in (int, float, str, bool)
+    )
 
 
 def _conforms(value: Any, hint: Any) -> bool:
@@ -318,6 +362,8 @@ def _conforms(value: Any, hint: Any) -> bool:
             return all(_conforms(each, inner[0]) for each in value)
         fits = not inner or len(inner) == len(value)
         return fits and all(map(_conforms, value, inner))
+    if hint is np.dtype:
+        return isinstance(value, np.dtype)
     if hint is float:
         return type(value) in (int, float)
     if hint in (int, str, bool):
@@ -328,6 +374,8 @@ def _conforms(value: Any, hint: Any) -> bool:
 def _static_to_json(value: Any) -> Any:
     if type(value) is tuple:
         return [_static_to_json(each) for each in value]
+    if isinstance(value, np.dtype):
+        return {"dtype": value.name}
     finite = type(value) is not float or np.isfinite(value)
     return value if finite else {"float": repr(value)}
 
@@ -335,6 +383,8 @@ def _static_to_json(value: Any) -> Any:
 def _static_from_json(value: Any) -> Any:
     if type(value) is list:
         return tuple(_static_from_json(each) for each in value)
+    if type(value) is dict and value.get("dtype") in DTYPES:
+        return jnp.dtype(value["dtype"])
     if type(value) is dict and value.get("float") in ("nan", "inf", "-inf"):
         return float(value["float"])
     return value

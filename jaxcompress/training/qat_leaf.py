@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.quantization.grids import (
     Bits,
@@ -42,7 +43,7 @@ class FakeQuantized(Leaf):
       zero_point: of the same shape, or None; trains where it is a real number, and is
         frozen where it is an integer.
       negative_scale: scale of the negative side, or None; trains.
-      grid, bits, block, kind: as in `Quantized`.
+      grid, bits, block, dtype: as in `Quantized`.
       scale_dtype: name of the dtype of the stored steps.
     """
 
@@ -53,16 +54,12 @@ class FakeQuantized(Leaf):
     grid: str = static()
     bits: Bits = static()
     block: Block = static()
-    kind: str = static()
+    dtype: np.dtype = static()
     scale_dtype: str = static()
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.kind)
 
     @property
     def steps(self) -> Steps:
@@ -84,7 +81,7 @@ class FakeQuantized(Leaf):
         values = quantize_through(
             self.weight, self.steps, grid=self.grid, bits=self.bits, block=self.block
         )
-        return round_to(values, self.kind).astype(self.kind)
+        return round_to(values, self.dtype).astype(self.dtype)
 
 
 def fake_quantize(small: Quantized, original: jax.Array | None = None) -> FakeQuantized:
@@ -113,7 +110,7 @@ def fake_quantize(small: Quantized, original: jax.Array | None = None) -> FakeQu
         grid=small.grid,
         bits=small.bits,
         block=small.block,
-        kind=small.kind,
+        dtype=small.dtype,
         scale_dtype=jnp.dtype(small.scale.dtype).name,
     )
 
@@ -128,7 +125,7 @@ def quantize(x: FakeQuantized) -> Quantized:
         grid=x.grid,
         bits=x.bits,
         block=x.block,
-        dtype=x.kind,
+        dtype=x.dtype,
         scale_dtype=x.scale_dtype,
     )
     return dataclasses.replace(small, scale=x.scale) if is_leaf(x.scale) else small

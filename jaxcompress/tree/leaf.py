@@ -41,6 +41,18 @@ class Arithmetic(NamedTuple):
     activations: str = "float"
 
 
+class _Materialized:
+    """An attribute of the dense array; a field of the same name takes its place."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, leaf: Any, owner: type) -> Any:
+        if leaf is None:
+            return self
+        return getattr(jax.eval_shape(lambda x: x.materialize(), leaf), self.name)
+
+
 class Leaf(meta.AxisMetadata):
     """What every compressed weight owes: `shape`, `dtype` and `materialize()`.
 
@@ -60,10 +72,7 @@ class Leaf(meta.AxisMetadata):
         """Shape of the dense array, stack axes included."""
         return jax.eval_shape(lambda leaf: leaf.materialize(), self).shape
 
-    @property
-    def dtype(self) -> Any:
-        """Dtype of the dense array."""
-        return jax.eval_shape(lambda leaf: leaf.materialize(), self).dtype
+    dtype = _Materialized("dtype")  # of the dense array
 
     @property
     def ndim(self) -> int:

@@ -353,6 +353,6 @@ def test_damaged_words_raise_or_keep_their_shape(small_chunks):
         raw[:] = random.integers(0, 256, raw.shape)
         leaf = jax.tree.unflatten(structure, damaged)
         assert decode(jax.tree.map(jnp.asarray, leaf)).shape == x.shape
-    for wrong in ({"split": "float16"}, {"kind": "uint8"}, {"trailing": (9, 9)}):
+    for wrong in ({"split": "float16"}, {"dtype": "uint8"}, {"trailing": (9, 9)}):
         with pytest.raises(ValueError, match=r"damaged|not coded"):
             CodedWords.restored({"stream": stream}, {**fields, **wrong})

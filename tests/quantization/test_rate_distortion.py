@@ -182,7 +182,9 @@ def test_all_levels_come_back(states):
     coded = coded_levels.code_levels(levels, states)
     np.testing.assert_array_equal(coded.materialize(), levels)
     steps = np.exp2(rng.integers(-9, 3, (2, 40)))
-    leaf = jc.RateCoded(coded, jnp.asarray(steps, jnp.bfloat16), None, "float32")
+    leaf = jc.RateCoded(
+        coded, jnp.asarray(steps, jnp.bfloat16), None, np.dtype("float32")
+    )
     weights = np.asarray(jax.jit(lambda leaf: leaf.materialize())(leaf))
     np.testing.assert_array_equal(
         weights, (levels * steps[..., None]).astype("float32")
@@ -196,7 +198,7 @@ def test_all_levels_come_back(states):
 
 
 def statics(coded):
-    return {"places": coded.places, "trellis": coded.trellis, "kind": coded.kind}
+    return {"places": coded.places, "trellis": coded.trellis, "dtype": coded.dtype}
 
 
 def test_damaged_bytes_are_told():

@@ -603,7 +603,7 @@ def test_grids_that_integers_do_not_know_are_dequantized(monkeypatch):
     model, x = nn.Dense(12), random(5, 24)
     leaf = jc.symmetric(random(24, 12), bits=4)
     leaf = jc.Quantized(
-        leaf.codes, leaf.scale, None, None, "squares", 4, None, "float32"
+        leaf.codes, leaf.scale, None, None, "squares", 4, None, leaf.dtype
     )
     small = {"kernel": leaf, "bias": jnp.zeros(12)}
     got = applied(model, jc.compressed_matmul, activations="int8")(small, x)
@@ -695,7 +695,9 @@ def test_sums_too_long_for_32_bits_are_dequantized():
     assert integer_matmul.has_integers(leaf)
     packed = jax.ShapeDtypeStruct((2**17, 2), jnp.uint8)
     codes = jc.Packed(packed, 8, 2**17)
-    long = jc.Quantized(codes, leaf.scale, None, None, "symmetric", 8, None, "float32")
+    long = jc.Quantized(
+        codes, leaf.scale, None, None, "symmetric", 8, None, jnp.dtype("float32")
+    )
     assert not integer_matmul.has_integers(long)
 
 

@@ -62,7 +62,7 @@ def same_bits(found, wanted):
 def test_plain_arrays_are_coded_where_it_pays_and_come_back(path):
     storage.save(path, TREE)
     same_bits(storage.load(path, numpy=True), TREE)
-    storage.save(path, TREE, coded="fast")
+    storage.save(path, TREE, coding="decode")
     same_bits(storage.load(path, numpy=True), TREE)
     with storage.open_checkpoint(path) as stored:
         assert stored.files()[0].codings["float32"] == "bfloat16 pairs"
@@ -112,7 +112,7 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place(path, monkeypatch):
 
 def test_coding_may_be_left_out(path):
     tree = {name: x for name, x in TREE.items() if name != "float8"}
-    storage.save(path, tree, coded=False)
+    storage.save(path, tree, coding="none")
     found = safetensors.numpy.load_file(path)
     np.testing.assert_array_equal(found["float32"], TREE["float32"])
     same_bits(storage.load(path, numpy=True), tree)
@@ -297,7 +297,7 @@ def test_a_directory_is_packed_to_be_unpacked_sooner(tmp_path, capsys):
         {name: TREE[name] for name in names}, tmp_path / "in" / "x.safetensors"
     )
     storage.pack(tmp_path / "in", tmp_path / "plain")
-    storage.pack(tmp_path / "in", tmp_path / "fast", coded="fast")
+    storage.pack(tmp_path / "in", tmp_path / "fast", coding="decode")
     command = ["pack", "--fast", str(tmp_path / "in"), str(tmp_path / "command")]
     assert cli.main(command) == 0
     capsys.readouterr()

@@ -550,7 +550,9 @@ EXAMPLES = {
     "Sparse": lambda: jc.magnitude(X, sparsity=0.5),
     "Quantized": lambda: asymmetric(X, bits=3, block=5),
     "Scaled": lambda: jc.Scaled(
-        symmetric(X.astype(jnp.float32), bits=4), jnp.full((2, 12), 0.5), "bfloat16"
+        symmetric(X.astype(jnp.float32), bits=4),
+        jnp.full((2, 12), 0.5),
+        jnp.dtype("bfloat16"),
     ),
     "RateCoded": lambda: jc.rate_distortion(jnp.tile(X, (1, 4, 8)), rate=3, states=8),
     "CodedLevels": lambda: (

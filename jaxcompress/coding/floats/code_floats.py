@@ -30,14 +30,14 @@ class CodedFloats(Leaf):
 
     Args:
       bits: leaf (`CodedWords`, or `Coded` for arrays of few values) or integer array.
-      kind: dtype that comes back.
+      dtype: that comes back.
       coded: dtype whose bits are held: "bfloat16" for a float32 array all of whose
-        numbers are bfloat16, else as `kind`.
+        numbers are bfloat16, else as `dtype`.
       power: of two; or None.
     """
 
     bits: Any
-    kind: str = static()
+    dtype: np.dtype = static()
     coded: str = static()
     power: int | None = static(default=None)
 
@@ -47,12 +47,8 @@ class CodedFloats(Leaf):
     def shape(self) -> tuple[int, ...]:
         return self.bits.shape
 
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.kind)
-
     def materialize(self) -> jax.Array:
-        return _numbers(dense(self.bits), self.kind, self.coded, self.power)
+        return _numbers(dense(self.bits), self.dtype, self.coded, self.power)
 
     def take_rows(self, indices: jax.Array) -> jax.Array:
         rows = (
@@ -60,10 +56,12 @@ class CodedFloats(Leaf):
             if isinstance(self.bits, Leaf)
             else jnp.take(self.bits, indices, axis=0)
         )
-        return _numbers(rows, self.kind, self.coded, self.power)
+        return _numbers(rows, self.dtype, self.coded, self.power)
 
 
-def _numbers(bits: jax.Array, kind: str, coded: str, power: int | None) -> jax.Array:
+def _numbers(
+    bits: jax.Array, kind: np.dtype, coded: str, power: int | None
+) -> jax.Array:
     """The numbers that bits, or integers, stand for."""
     if power is not None:
         if not -1075 < power < 1024:  # as a damaged file may say
@@ -124,15 +122,15 @@ def code_floats(
     found = [(array.nbytes - ALLOWANCE, x)]
     made, size = code_words(bits, split, stack)
     if made is not None:
-        found.append((size, CodedFloats(made, kind.name, coded)))
+        found.append((size, CodedFloats(made, kind, coded)))
     if _repeats(bits):
         whole = entropy_code(bits, stack=stack)
-        found.append((stored_bytes(whole), CodedFloats(whole, kind.name, coded)))
+        found.append((stored_bytes(whole), CodedFloats(whole, kind, coded)))
     power = _common_power(array) if kind.name in WHOLE else None
     if power is not None:
         integers = np.ldexp(array.astype(np.float32), -power).astype(np.int32)
         whole = entropy_code(integers, stack=stack)
-        held = CodedFloats(whole, kind.name, kind.name, power)
+        held = CodedFloats(whole, kind, kind.name, power)
         found.append((stored_bytes(whole), held))
     return min(found, key=lambda one: one[0])[1]
 

@@ -43,7 +43,7 @@ class CodedWords(Leaf):
       tails: uint16 `[..., words]`, lower halves of words of four bytes; or None.
       spots: int32 `[..., exceptions]`, words outside the window, filled up with the
         number of words; values: uint8 or uint16 alike, their upper halves.
-      kind: dtype of the words. split: by name. width: words of a block.
+      dtype: of the words. split: by name. width: words of a block.
     """
 
     frames: jax.Array
@@ -59,7 +59,7 @@ class CodedWords(Leaf):
     spots: jax.Array
     values: jax.Array
     trailing: tuple[int, ...] = static()
-    kind: str = static()
+    dtype: np.dtype = static()
     split: str = static()
     width: int = static()
 
@@ -69,10 +69,6 @@ class CodedWords(Leaf):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.starts.shape[:-1] + self.trailing
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.kind)
 
     def materialize(self) -> jax.Array:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
@@ -91,7 +87,7 @@ class CodedWords(Leaf):
         """The array, decoded by NumPy; ValueError where it is damaged."""
         lead = self.starts.shape[:-1]
         count = math.prod(self.trailing)
-        out = np.empty((math.prod(lead), count), self.kind)
+        out = np.empty((math.prod(lead), count), self.dtype)
 
         def work(job: tuple[np.ndarray, int, float_chunks.Chunk]) -> None:
             row, number, chunk = job
@@ -125,7 +121,7 @@ class CodedWords(Leaf):
         """Undoes `stored`, given the static fields; ValueError if they do not fit."""
         data = memoryview(np.ascontiguousarray(arrays["stream"], np.uint8)).cast("B")
         trailing = tuple(static["trailing"])
-        kind, name = np.dtype(static["kind"]), static["split"]
+        kind, name = np.dtype(static["dtype"]), static["split"]
         if name not in SPLITS or kind.kind != "u" or kind.itemsize > 4:
             raise ValueError(f"not coded words: split {name!r} of {kind}")
         fits = kind.itemsize * 8 == SPLITS[name].bits or kind.itemsize == 4
@@ -150,7 +146,7 @@ class CodedWords(Leaf):
                 raise ValueError(f"not coded words: blocks of {stream.width} words")
             found.append(list(stream.chunks()))
             at += size
-        return from_chunks(found, tuple(lead), trailing, kind.name, name)
+        return from_chunks(found, tuple(lead), trailing, kind, name)
 
 
 def code_words(
@@ -182,7 +178,7 @@ def code_words(
     )
     each = len(starts)
     slices = [chunks[i : i + each] for i in range(0, len(chunks), each)]
-    made = from_chunks(slices, lead, trailing, words.dtype.name, split)
+    made = from_chunks(slices, lead, trailing, words.dtype, split)
     return jax.tree.map(jnp.asarray, made), size
 
 
@@ -190,7 +186,7 @@ def from_chunks(
     slices: list[list[float_chunks.Chunk]],
     lead: tuple[int, ...],
     trailing: tuple[int, ...],
-    kind: str,
+    kind: np.dtype,
     split: str,
 ) -> CodedWords:
     """The leaf of coded chunks, one list for each slice; NumPy arrays.
@@ -215,7 +211,7 @@ def from_chunks(
             row[: part.shape[0]] = part
         fields[name] = joined.reshape(lead + shape[1:])
     width = slices[0][0].width
-    return CodedWords(**fields, trailing=trailing, kind=kind, split=split, width=width)
+    return CodedWords(**fields, trailing=trailing, dtype=kind, split=split, width=width)
 
 
 def _chunks_of_slices(coded: CodedWords) -> list[list[float_chunks.Chunk]]:
@@ -283,7 +279,7 @@ def _one(coded: CodedWords) -> jax.Array:
     else:
         upper = whole()
     upper = upper[: math.prod(coded.trailing)]
-    return _joined(upper, coded.tails, coded.kind)
+    return _joined(upper, coded.tails, coded.dtype)
 
 
 def _excepted(coded: CodedWords, upper: jax.Array) -> jax.Array:
@@ -342,10 +338,10 @@ def _rows(coded: CodedWords, indices: jax.Array) -> jax.Array:
     tails = None
     if coded.tails is not None:
         tails = coded.tails.reshape(rows, features)[start]
-    return _joined(found, tails, coded.kind).reshape(*indices.shape, features)
+    return _joined(found, tails, coded.dtype).reshape(*indices.shape, features)
 
 
-def _joined(upper: jax.Array, tails: jax.Array | None, kind: str) -> jax.Array:
+def _joined(upper: jax.Array, tails: jax.Array | None, kind: np.dtype) -> jax.Array:
     if tails is None:
         return upper.astype(kind)
     return (upper.astype(jnp.uint32) << np.uint32(16)) | tails.astype(jnp.uint32)

@@ -72,7 +72,7 @@ class Coded(Leaf):
     low: jax.Array | None
     contexts: jax.Array | None
     trailing: tuple[int, ...] = static()
-    kind: str = static()
+    dtype: np.dtype = static()
     width: int = static()
     escape: int = static()
     low_bits: int = static()
@@ -83,10 +83,6 @@ class Coded(Leaf):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.states.shape[:-1] + self.trailing
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.kind)
 
     def materialize(self) -> jax.Array:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
@@ -177,7 +173,7 @@ def entropy_code(
     spread = None
     if contexts is not None:
         spread = np.broadcast_to(contexts, array.shape).reshape(slices.shape)
-    coded = _coded(plan(slices, spread), lead, trailing, kind.name, slices, contexts)
+    coded = _coded(plan(slices, spread), lead, trailing, kind, slices, contexts)
     size = ALLOWANCE + stored_bytes(coded)
     bits = 8 * kind.itemsize
     if slices.min() >= 0:
@@ -218,7 +214,7 @@ def _coded(
     made: Plan,
     lead: tuple[int, ...],
     trailing: tuple[int, ...],
-    kind: str,
+    kind: np.dtype,
     codes: np.ndarray,
     contexts: np.ndarray | None,
 ) -> Coded:
@@ -345,7 +341,7 @@ def _codes(coded: Coded, xp: ModuleType) -> Any:
         out = out.astype(xp.uint8)
         if coded.width < 8:
             out = unpack_fields(out, coded.width, trailing[axis], axis=axis)
-        narrow = np.dtype(coded.kind).itemsize == 1
+        narrow = coded.dtype.itemsize == 1
         wide = xp.uint8 if narrow else xp.int32
         base = coded.base.reshape(lead + (1,) * len(trailing))
         out = out.astype(wide) + base.astype(wide)
@@ -354,7 +350,7 @@ def _codes(coded: Coded, xp: ModuleType) -> Any:
             coded.low, coded.low_bits, trailing[axis], axis=axis, dtype="int32"
         )
         out = (out << np.int32(coded.low_bits)) | low
-    return out.astype(coded.kind)
+    return out.astype(coded.dtype)
 
 
 @jax.jit

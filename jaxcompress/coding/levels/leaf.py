@@ -37,28 +37,24 @@ class RateCoded(Leaf):
       levels: integers `[..., inputs, outputs]`, as a rule `CodedLevels`.
       steps: bfloat16 `[..., inputs]`.
       scales: uint8 `[..., 1, outputs]` below 64, as a rule `Packed`; None: all zero.
-      kind: name of the dtype of the weights.
+      dtype: of the weights.
     """
 
     levels: Any
     steps: jax.Array
     scales: Any
-    kind: str = static()
+    dtype: np.dtype = static()
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.levels.shape
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.kind)
 
     def materialize(self) -> jax.Array:
         weights = dense(self.levels).astype(jnp.float32)
         weights = weights * self.steps.astype(jnp.float32)[..., None]
         if self.scales is not None:
             weights = weights * jnp.take(SCALES, dense(self.scales), mode="clip")
-        return weights.astype(self.kind)
+        return weights.astype(self.dtype)
 
 
 @leaf
@@ -83,7 +79,7 @@ class CodedLevels(Leaf):
       places: outputs in a walk.
       trellis: its number of states; 0 for plain integers.
       groups: that the outputs of a walk lie in, one after the other.
-      kind: name of the dtype of the integers, int8 where they fit.
+      dtype: of the integers, int8 where they fit.
     """
 
     words: jax.Array
@@ -96,7 +92,7 @@ class CodedLevels(Leaf):
     edges: jax.Array
     places: int = static()
     trellis: int = static()
-    kind: str = static()
+    dtype: np.dtype = static()
     groups: int = static(default=1)
 
     lossless: ClassVar[bool] = True
@@ -105,10 +101,6 @@ class CodedLevels(Leaf):
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.rows.shape, self.columns.shape[-1])
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(self.kind)
 
     def materialize(self) -> jax.Array:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
@@ -212,7 +204,7 @@ def code_levels(levels: np.ndarray, states: int, groups: int = 1) -> CodedLevels
         **{k: jnp.asarray(x.reshape(lead + x.shape[1:])) for k, x in data.items()},
         places=places,
         trellis=states,
-        kind="int8" if largest < 128 else "int16",
+        dtype=np.dtype("int8" if largest < 128 else "int16"),
         groups=groups,
     )
 
@@ -299,7 +291,7 @@ def _slice(coded: CodedLevels) -> jax.Array:
     )
     levels = levels.T.reshape(lanes * each, places)[: inputs * count]
     levels = levels.reshape(inputs, count * places)[:, :outputs]
-    return out_of_groups(levels, coded.groups, coded.places).astype(coded.kind)
+    return out_of_groups(levels, coded.groups, coded.places).astype(coded.dtype)
 
 
 @jax.jit
