@@ -219,7 +219,11 @@ class StoredParams:
 
     def read_tree(self, *, numpy: bool = False) -> Params:
         """The whole tree, as `load` gives it: small arrays are decoded in threads."""
-        wanted = [one for name in self.names for one in self._arrays(name)]
+        same = {
+            n: node["same"] for n, (node, _) in self._nodes.items() if "same" in node
+        }
+        own = [name for name in self.names if name not in same]
+        wanted = [one for name in own for one in self._arrays(name)]
         with contextlib.closing(self._decoded(wanted)) as found:
             ahead: dict[str, np.ndarray] = {}
 
@@ -228,7 +232,8 @@ class StoredParams:
                     ahead.update([next(found)])
                 return ahead.pop(name)
 
-            leaves = {name: self._leaf(name, take, numpy) for name in self.names}
+            leaves = {name: self._leaf(name, take, numpy) for name in own}
+        leaves |= {name: leaves[other] for name, other in same.items()}
         return jax.tree.map(leaves.pop, self.tree)
 
     def _decoded(
@@ -300,6 +305,7 @@ class StoredParams:
     def describe(self, name: str) -> tuple[str, tuple[int, ...], str]:
         """Type, dense shape and dense dtype of one leaf, without reading it."""
         node, _ = self._find(name)
+        node = node.get("value", node)  # of a box
         if "array" in node:
             return "array", tuple(node["shape"]), node["array"]
         dtype, shape = node.get("dense", ("", ()))
@@ -317,7 +323,7 @@ class StoredParams:
             near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.0)
             raise KeyError(f"{self.path} has no leaf {name!r}; near: {', '.join(near)}")
         node, path = self._nodes[name]
-        if "same" in (node or ()):
+        if "same" in node:
             return self._find(node["same"])
         return node, path
 

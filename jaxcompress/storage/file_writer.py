@@ -4,6 +4,7 @@ import builtins
 import functools
 import hashlib
 import io
+import itertools
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -86,7 +87,8 @@ def write(
         rows.append(row)
 
     work = functools.partial(_write_aside, coding=coding)
-    names = each_item(order, progress, label="writing", unit="arrays")
+    shown = each_item(order[:-1], progress, label="writing", unit="arrays")
+    names = itertools.chain(shown, order[-1:])
     for small, group in in_groups(names, raw):
         fetched = ((name, _array_of(name, slots[name])) for name in group)
         if small:

@@ -127,7 +127,8 @@ def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
             return {type(x).__name__: items}
         if is_box(x):
             name, axes = boxes.describe(x, join(path))
-            return {"box": name, "names": axes, "value": below(x.value, path)}
+            value = walk(x.value, path, within=True)
+            return {"box": name, "names": axes, "value": value}
         if not within and first.setdefault(id(x), join(path)) != join(path):
             return {"same": first[id(x)]}
         return leaf(x, path) if isinstance(x, Leaf) else array(x, path, lambda: x)
@@ -252,9 +253,8 @@ def outline(node: Any) -> tuple[Any, dict[str, tuple[Any, Path]]]:
         if kind == "none":
             return None
         if kind not in ("dict", "list", "tuple"):
-            inner = node["value"] if kind == "box" else node
-            if "same" in inner and inner["same"] not in found:
-                raise _wrong(path, f"the same as {inner['same']!r}, which comes later")
+            if kind == "same" and node["same"] not in found:
+                raise _wrong(path, f"the same as {node['same']!r}, which comes later")
             found[join(path)] = node, path
             return join(path)
         below = [(key, walk(child, (*path, str(key)))) for key, child in children]

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import zlib
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,13 +117,15 @@ def test_other_readers_can_read_it(path):
     storage.save(path, {"layer": tree})
     found = safetensors.numpy.load_file(path)
     seal = found.pop(checksummed_file.SEAL)
-    assert seal.shape == (len(tree) + 2, 16)
+    about = json.loads(zlib.decompress(found.pop(checksummed_file.ABOUT)))
+    assert about.keys() == {"metadata", "tree", "versions"}
+    assert seal.shape == (len(tree) + 3, 16)
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     assert start % 8 == 0
     header = json.loads(raw[8:start])
     order = sorted(tree, key=lambda dtype: (-tree[dtype].itemsize, dtype))
-    assert [*header][1:-1] == [f"layer/{dtype}" for dtype in order]
+    assert [*header][1:-2] == [f"layer/{dtype}" for dtype in order]
     for dtype, x in tree.items():
         assert header[f"layer/{dtype}"]["data_offsets"][0] % x.itemsize == 0
     for dtype, x in tree.items():
@@ -135,6 +139,13 @@ class Pair(NamedTuple):
 
 class Stranger(jc.Leaf):
     pass
+
+
+class Crate(nn.Partitioned):
+    """A box of somebody's own."""
+
+    def __init__(self, value):
+        super().__init__(value, names=("x",))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +164,8 @@ class Stranger(jc.Leaf):
         ({"a": Labelled(jnp.ones(1), None, (1,), "", 1.0)}, r"a/sizes .*declares"),
         ({"a": Padded(jnp.ones(8), jnp.ones(1), np.int64(3))}, "a/length is"),
         ({"__checksums__": jnp.ones(1)}, "can't be called __checksums__"),
+        ({"__about__": jnp.ones(1)}, "can't be called __about__"),
+        ({"a": Crate(jnp.ones(1))}, "a is in a box of .*Crate"),
     ],
 )
 def test_what_files_do_not_keep_is_named(tree, words, path):
@@ -220,17 +233,23 @@ def forge(path, edit):
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
-    tree = json.loads(header["__metadata__"]["tree"])
-    end = header["__checksums__"]["data_offsets"][0]
-    data = bytearray(raw[start : start + end])
-    text = edit(header, tree, data)
-    header["__metadata__"]["tree"] = text or json.dumps(tree)
+    first, end = header["__about__"]["data_offsets"]
+    about = json.loads(zlib.decompress(raw[start + first : start + end]))
+    data = bytearray(raw[start : start + first])
+    text = edit(header, about["tree"], data) or json.dumps(about["tree"])
+    about = f'{{"metadata":{{}},"versions":{{}},"tree":{text}}}'
+    data += zlib.compress(about.encode())
+    header["__about__"] |= {"shape": [len(data) - first]}
+    header["__about__"]["data_offsets"] = [first, len(data)]
+    size = header["__checksums__"]["data_offsets"][1] - end
+    header["__checksums__"]["data_offsets"] = [len(data), len(data) + size]
     text = json.dumps(header).encode()
     head = len(text).to_bytes(8, "little") + text
     digest = lambda x: hashlib.blake2b(x, digest_size=16).digest()  # noqa: E731
     names = [n for n in header if n in "abc" or n == "c/inner"]
     names = [n for n in names if type(header[n]) is dict]
     names.sort(key=lambda n: header[n]["data_offsets"])
+    names.append("__about__")
     rows = [digest(data[slice(*header[n]["data_offsets"])]) for n in names]
     rows.append(digest(head))
     rows.append(digest(b"".join(rows)))
@@ -293,7 +312,45 @@ LIES = {
     "no dense shape": change(*LEAF, "dense", value=["float32"]),
     "a field's name": change(*LEAF, "fields", value={"outer": None}),
     "a field that is None": change(*LEAF, "fields", "inner", value=None),
+    "an array that is another": change("dict", 0, 1, value={"same": "b"}),
+    "an array that is none": change("dict", 1, 1, value={"same": "z"}),
+    "a box": change("dict", 0, 1, value={"box": "os", "names": [], "value": {}}),
 }
+
+
+def test_boxes_and_shared_arrays_come_back(path, tmp_path):
+    """An array under two names is stored once, and is one array again."""
+    shared, leaf = jnp.arange(4096.0), jc.symmetric(jnp.ones((64, 64)), bits=4)
+    names = ("embed", None, ("x", "y"))
+    tree = {
+        "a": nn.Partitioned(jnp.ones((2, 3, 4)), names=names),
+        "b": nn.LogicallyPartitioned(leaf, names=("in", "out")),
+        "c": [shared, {"d": shared}, leaf],
+    }
+    storage.save(path, tree, coding="none")
+    assert path.stat().st_size < 4096 * 4 + 8000
+    storage.save_orbax(tmp_path / "orbax", tree)
+    for found in (storage.load(path), storage.restore_orbax(tmp_path / "orbax")):
+        assert isinstance(found["a"], nn.Partitioned) and found["a"].names == names
+        assert type(found["b"]) is nn.LogicallyPartitioned
+        assert found["b"].names == ("in", "out")
+        assert found["c"][0] is found["c"][1]["d"]
+        check_same(jax.tree.leaves(found), jax.tree.leaves(tree))
+    with storage.open_checkpoint(path) as file:
+        np.testing.assert_array_equal(file["c/1/d"], shared)
+        assert (
+            file.describe("c/2")
+            == file.describe("b")
+            == ("Quantized", (64, 64), "float32")
+        )
+
+
+def test_a_file_that_needs_more_than_this_version_knows_says_so(path):
+    about = storage.checkpoint.describe({"dict": []}, {}) | {"needs": ["wings"]}
+    with path.open("wb+") as file:
+        storage.checkpoint.write(file, {}, about | {"more": 1})
+    with pytest.raises(ValueError, match=r"needs .*wings.* update it"):
+        storage.load(path)
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -315,7 +372,7 @@ def test_lies_under_good_checksums_are_detected(lie, path):
 def test_deep_trees_do_not_exhaust_the_stack(path):
     storage.save(path, {"a": jnp.ones(1)})
     forge(path, lambda *_: '{"list":[' * 50_000 + "null" + "]}" * 50_000)
-    with pytest.raises(storage.FileDamaged, match="lack a tree"):
+    with pytest.raises(storage.FileDamaged, match="unreadable"):
         storage.load(path)
 
 
@@ -336,8 +393,8 @@ def test_foreign_and_newer_files_are_told_apart_from_damage(path):
     with pytest.raises(ValueError, match=r"not written by .*models\.load"):
         storage.load(path)
     storage.save(path, {"a": jnp.ones(3)})
-    forge(path, change("__metadata__", "format_version", value="3", place="header"))
-    with pytest.raises(ValueError, match=r"written in format 3, .* update it"):
+    forge(path, change("__metadata__", "format_version", value="4", place="header"))
+    with pytest.raises(ValueError, match=r"written in format 4, .* update it"):
         storage.load(path)
     with pytest.raises(FileNotFoundError):
         storage.load(path.with_name("none"))
@@ -572,7 +629,7 @@ def resident():
 def test_memory_on_the_device_is_the_result_and_one_leaf(kind, path):
     noise = np.random.default_rng(0).integers(-99, 99, 40 << 20, np.int8)
     x = jc.entropy_code(noise) if kind == "coded" else jnp.asarray(noise)
-    storage.save(path, {str(i): x for i in range(3)})
+    storage.save(path, {str(i): jax.tree.map(jnp.array, x) for i in range(3)})
     del x, noise
     storage.load(path)  # once, for what stays: code, buffers
     gc.collect()
