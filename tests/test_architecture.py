@@ -47,6 +47,7 @@ PLACES = {
     "rich": ["progress", "reporting", "evaluation", "cli", "models"],
     "flax": [
         "tree/leaf",
+        "tree/boxes",
         "tracing/modules",
         "calibration/collect",
         "running",
