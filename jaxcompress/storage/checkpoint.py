@@ -219,9 +219,8 @@ class StoredParams:
 
     def read_tree(self, *, numpy: bool = False) -> Params:
         """The whole tree, as `load` gives it: small arrays are decoded in threads."""
-        same = {
-            n: node["same"] for n, (node, _) in self._nodes.items() if "same" in node
-        }
+        nodes = {name: node for name, (node, _) in self._nodes.items()}
+        same = {name: node["same"] for name, node in nodes.items() if "same" in node}
         own = [name for name in self.names if name not in same]
         wanted = [one for name in own for one in self._arrays(name)]
         with contextlib.closing(self._decoded(wanted)) as found:
