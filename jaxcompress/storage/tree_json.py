@@ -19,8 +19,6 @@ array is called by its path, joined by "/"; a box adds no step to it.
 
 import dataclasses
 import functools
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,19 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.storage import static_json
+from jaxcompress.storage.static_json import DTYPES
 from jaxcompress.tree import boxes
 from jaxcompress.tree.leaf import Leaf, data_fields, is_box, leaf_type, static_fields
 
-DTYPES = frozenset(
-    (
-        *("bool", "int2", "int4", "int8", "int16", "int32", "int64"),
-        *("uint2", "uint4", "uint8", "uint16", "uint32", "uint64"),
-        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
-        *("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn"),
-        *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
-        "float4_e2m1fn",
-    )
-)
 _LARGEST = 2**63  # elements; no file holds more
 
 Path = tuple[str, ...]
@@ -99,8 +89,8 @@ def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
         for field in dataclasses.fields(cls):
             if field.metadata.get("static"):
                 value = getattr(x, field.name)
-                _check_static(join((*path, field.name)), field, value)
-                static[field.name] = _static_to_json(value)
+                static_json.check_static(join((*path, field.name)), field, value)
+                static[field.name] = static_json.to_json(value)
         node = {"leaf": cls.__name__, **_dense(x), "static": static}
         if compact and hasattr(cls, "stored"):
             node["stored"] = {
@@ -328,74 +318,12 @@ def _dense(x: Leaf) -> dict[str, Any]:
         return {}
 
 
-def _check_static(name: str, field: dataclasses.Field, value: Any) -> None:
-    if not _is_static(value):
-        raise TypeError(
-            f"{name} is {value!r} of {type(value)}; static fields are int, float, str, "
-            "bool, None, a dtype, or tuples of these"
-        )
-    if not _conforms(value, field.type):
-        raise TypeError(f"{name} is {value!r}; its leaf type declares {field.type}")
-
-
-def _is_static(value: Any) -> bool:
-    if type(value) is tuple:
-        return all(map(_is_static, value))
-    return (
-        isinstance(value, np.dtype)
-        or value is None
-        or type(value) in (int, float, str, bool)
-    )
-
-
-def _conforms(value: Any, hint: Any) -> bool:
-    """Whether a static value is of its annotated type; unknown annotations pass."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_conforms(value, each) for each in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if hint is tuple or origin is tuple:
-        if type(value) is not tuple:
-            return False
-        if len(inner) == 2 and inner[1] is ...:
-            return all(_conforms(each, inner[0]) for each in value)
-        fits = not inner or len(inner) == len(value)
-        return fits and all(map(_conforms, value, inner))
-    if hint is np.dtype:
-        return isinstance(value, np.dtype)
-    if hint is float:
-        return type(value) in (int, float)
-    if hint in (int, str, bool):
-        return type(value) is hint
-    return value is None if hint in (None, types.NoneType) else True
-
-
-def _static_to_json(value: Any) -> Any:
-    if type(value) is tuple:
-        return [_static_to_json(each) for each in value]
-    if isinstance(value, np.dtype):
-        return {"dtype": value.name}
-    finite = type(value) is not float or np.isfinite(value)
-    return value if finite else {"float": repr(value)}
-
-
-def _static_from_json(value: Any) -> Any:
-    if type(value) is list:
-        return tuple(_static_from_json(each) for each in value)
-    if type(value) is dict and value.get("dtype") in DTYPES:
-        return jnp.dtype(value["dtype"])
-    if type(value) is dict and value.get("float") in ("nan", "inf", "-inf"):
-        return float(value["float"])
-    return value
-
-
 def _static_of(cls: type[Leaf], node: Any, path: Path) -> dict[str, Any]:
-    found = {key: _static_from_json(x) for key, x in node["static"].items()}
+    found = {key: static_json.from_json(x) for key, x in node["static"].items()}
     for field in dataclasses.fields(cls):
         if field.metadata.get("static") and field.name in found:
             try:
-                _check_static(field.name, field, found[field.name])
+                static_json.check_static(field.name, field, found[field.name])
             except TypeError as error:
                 raise _wrong(path, str(error)) from error
     optional = {f.name for f in dataclasses.fields(cls) if _has_default(f)}
