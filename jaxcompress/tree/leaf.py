@@ -61,9 +61,7 @@ class Leaf(meta.AxisMetadata):
     `nn.remat` and `nn.vmap`.
     """
 
-    lossless: ClassVar[bool] = (
-        False  # stands for one array bit for bit; names stop here
-    )
+    lossless: ClassVar[bool] = False  # one array, bit for bit; names stop here
     entropy_coded: ClassVar[bool] = False  # nothing more to gain from coding it
     weights: ClassVar[tuple[str, ...]] = ()  # fields that are weights themselves
 
