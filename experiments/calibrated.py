@@ -25,7 +25,7 @@ from nearest import docstrings
 
 import jaxcompress as jc
 from jaxcompress import reporting
-from jaxcompress.calibration.moments import moments_from_arrays, moments_to_arrays
+from jaxcompress.calibration.moment_files import moments_from_arrays, moments_to_arrays
 from jaxcompress.evaluation import Apply, windows
 from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.tree.equality import same_bits

@@ -116,7 +116,6 @@ def run(config: Config) -> list[dict[str, Any]]:
             codes = feed_codes(
                 weights,  # noqa: B023
                 moment,  # noqa: B023
-                None,
                 steps,  # noqa: B023
                 grid="symmetric",
                 bits=4,

@@ -30,11 +30,12 @@ from jaxcompress.calibration.moments import (
 )
 from jaxcompress.progress import clock, each_item
 from jaxcompress.tracing.blocks import Segment
-from jaxcompress.tree.compress import chain, choose, compress
+from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.layouts import Layout, choose_layout
 from jaxcompress.tree.leaf import materialize
 from jaxcompress.tree.paths import entries
 from jaxcompress.tree.record import LeafReport, output_error
+from jaxcompress.tree.selection import choose
 
 CURVATURES = "curvatures", "joint_curvatures"
 BLOCKS = r"(.*/)?(layers?|blocks?|h)([_/]?\d+)?"

@@ -16,10 +16,10 @@ from jaxcompress.progress import each_item
 from jaxcompress.tracing.interpreter import Sums, trace_uses
 from jaxcompress.tracing.layouts import flat_weights, model_function
 from jaxcompress.tracing.uses import Use
-from jaxcompress.tree.compress import SMALLEST
 from jaxcompress.tree.layouts import Layout, check_layout, trailing
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import EMBEDDING, KERNEL, is_float, roots
+from jaxcompress.tree.selection import SMALLEST
 from jaxcompress.types import Params
 
 Select = str | Callable[[str], bool] | None

@@ -9,6 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.calibration.targets import (
+    corrected_targets,
+    fill_unseen,
+    has_zero_slice,
+    refuse_not_finite,
+    warn_unseen,
+)
 from jaxcompress.tree.layouts import Layout, trailing
 
 
@@ -39,6 +46,11 @@ class Moments:
     layout: Layout | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
+    def looked_up(self) -> bool:
+        """Whether no inputs are known: an embedding that is only looked up."""
+        return self.second is None and self.drifted is None
+
+    @property
     def norms(self) -> jax.Array:
         """Root mean square of each input, `[..., inputs]`."""
         diagonal = jnp.diagonal(self.second, axis1=-2, axis2=-1)
@@ -61,7 +73,7 @@ class Moments:
         share = other.count / jnp.where(total > 0, total, 1)  # both may be empty
         merged: dict[str, Any] = {"count": total}
         merged["layout"] = _common_layout(self, other)
-        for field in _AVERAGED:
+        for field in AVERAGED:
             a, b = getattr(self, field), getattr(other, field)
             if field == "joint_curvatures" and (a is None or b is None):
                 a = b = None  # one side's tokens said too little
@@ -84,12 +96,70 @@ class Moments:
                 merged[field] = a + (b - a) * weight.astype(a.dtype)
         return Moments(**merged)
 
+    def target_problem(
+        self, x: jax.Array, method: str, *, damping: float | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What every method that goes by data minimizes: target and second moment.
+
+        The error of weights W is `tr((W - target)^T second (W - target))`. `second` is
+        that of the inputs which the compressed layer will see: those behind the
+        compressed prefix, where they are known. With a damping, the target then makes
+        up for the prefix, the weights of least squares `drifted^-1 cross^T x`; else it
+        is `x` itself. Traceable.
+
+        Args:
+          x: weights `[..., inputs, outputs]`.
+          method: its name, for messages.
+          damping: added to the diagonal of the drifted moment, as a fraction of its
+            mean; None where a method only chooses among the weights of `x`.
+
+        Returns:
+          `(target, second)`: `x`, or float32 of its shape; `[..., inputs, inputs]`.
+
+        Raises:
+          ValueError: a moment that is missing, does not fit or is not finite.
+        """
+        if self.drifted is None:
+            return x, require(self, x, method).second
+        fields = ("drifted",) if damping is None else ("drifted", "cross")
+        known = require(self, x, method, fields=fields)
+        if damping is None:
+            return x, known.drifted
+        target = corrected_targets(x, known.drifted, known.cross, damping=damping)
+        return target, known.drifted
+
+    def checked(self, name: str) -> "Moments":
+        """The moments, finite, with slices that saw no token as `fill_unseen` has them.
+
+        Traced moments are not looked at, only filled.
+
+        Args:
+          name: of the leaf or the method, for messages.
+
+        Warns with the slices of a stack that no token reached.
+
+        Raises:
+          ValueError: NaN or infinite entries.
+        """
+        named = {key: getattr(self, key) for key in ("count", *AVERAGED)}
+        named = {key: x for key, x in named.items() if x is not None}
+        moments = {key: named[key] for key in _SECONDS if key in named}
+        if any(isinstance(x, jax.core.Tracer) for x in named.values()):
+            return dataclasses.replace(self, **fill_unseen(moments))
+        refuse_not_finite(name, named)
+        key = "second" if self.drifted is None else "drifted"
+        gaps = key in moments and warn_unseen(name, moments[key])
+        gaps = gaps or ("cross" in moments and has_zero_slice(moments["cross"]))
+        if not gaps:
+            return self
+        return dataclasses.replace(self, **fill_unseen(moments))
+
     def psum(self, axis_name: Any) -> "Moments":
         """The moments of all devices of a mapped axis (`shard_map`, `pmap`, `vmap`)."""
         total = jax.lax.psum(self.count, axis_name)
         share = self.count / jnp.where(total > 0, total, 1)  # all may be empty
         merged: dict[str, Any] = {"count": total, "layout": self.layout}
-        for field in _AVERAGED:
+        for field in AVERAGED:
             x = getattr(self, field)
             if x is not None and field != "tokens":
                 weight = jnp.expand_dims(share, tuple(range(share.ndim, x.ndim)))
@@ -129,7 +199,8 @@ class Moments:
         return dataclasses.replace(self, **changed)
 
 
-_AVERAGED = (
+_SECONDS = ("second", "drifted", "cross")
+AVERAGED = (
     "mean",
     "second",
     "drifted",
@@ -150,31 +221,6 @@ def _common_layout(a: Moments, b: Moments) -> Layout | None:
             "moments collected with models that store it in the same way"
         )
     return a.layout
-
-
-def moments_to_arrays(moments: Moments) -> dict[str, Any]:
-    """The moments as a dict of arrays, which `save` can write.
-
-    `moments_from_arrays` gives them back, layout included.
-    """
-    fields = {name: getattr(moments, name) for name in ("count", *_AVERAGED)}
-    arrays = {name: x for name, x in fields.items() if x is not None}
-    if moments.layout is not None:
-        slice_ = trailing(moments.layout)
-        arrays["input_axes"] = np.asarray(slice_.inputs, np.int32)
-        arrays["output_axes"] = np.asarray(slice_.outputs, np.int32)
-    return arrays
-
-
-def moments_from_arrays(arrays: Mapping[str, Any]) -> Moments:
-    """The moments of a dict of `moments_to_arrays`."""
-    fields = dict(arrays)
-    axes = [fields.pop(key, None) for key in ("input_axes", "output_axes")]
-    layout = None
-    if axes[0] is not None and axes[1] is not None:
-        inputs, outputs = (tuple(np.asarray(x).tolist()) for x in axes)
-        layout = Layout((), inputs, outputs)
-    return Moments(**fields, layout=layout)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -249,7 +295,7 @@ def check_curvatures(moments: Mapping[str, Any]) -> bool:
 def require(
     moments: Any, x: jax.Array, method: str, *, fields: tuple[str, ...] = ("second",)
 ) -> Moments:
-    """The moments, once they are known to be there and to fit `x`.
+    """The moments, `checked`, once they are known to be there and to fit `x`.
 
     Args:
       moments: what the method was given.
@@ -258,7 +304,8 @@ def require(
       fields: fields of `Moments` that the method reads.
 
     Raises:
-      ValueError: no moments, a field that is None, or shapes that do not fit.
+      ValueError: no moments, a field that is None, shapes that do not fit, or entries
+        that are not finite.
     """
     if moments is None:
         raise ValueError(
@@ -292,7 +339,7 @@ def require(
                 f"a weight [..., inputs, outputs] of shape {tuple(x.shape)} needs "
                 f"{wanted[name]}; collect them with the same model and parameters"
             )
-    return moments
+    return moments.checked(method)
 
 
 _LOOKED_UP = (

@@ -51,8 +51,8 @@ def output_costs(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """What an error of each output costs, and joint curvatures where they are of use.
 
-    Raises as `require`, and ValueError for joint curvatures that are not finite or not
-    positive definite.
+    Raises as `require`, and ValueError for joint curvatures that are not positive
+    definite.
 
     Returns:
       Costs float64 `[slices, outputs]`, feedback allowed for, None where moments do not
@@ -67,11 +67,6 @@ def output_costs(
         return costs, None
     require(moments, x, method, fields=("joint_curvatures",))
     joint = np.asarray(known.joint_curvatures).reshape(count, outputs, outputs)
-    if not np.isfinite(joint).all():
-        raise ValueError(
-            f"{method}: joint curvatures that are not finite; measure them again, on "
-            "batches and weights without NaN"
-        )
     if count_groups(outputs) == 1 or not joint.diagonal(0, 1, 2).any(axis=1).all():
         return costs, None
     return np.stack([output_feedback(each).curvatures for each in joint]), joint

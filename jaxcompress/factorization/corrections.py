@@ -23,7 +23,16 @@ def _as_traceable_as_its_base(options: Mapping[str, Any]) -> bool:
     return "base" not in options or traits(_method(options["base"])).traceable
 
 
-@method(traceable=_as_traceable_as_its_base)
+def _without_data(options: Mapping[str, Any]) -> Any:
+    """Itself, with a base that needs no data."""
+    base = _method(options["base"]) if "base" in options else None
+    rule = None if base is None else traits(base).without_data
+    return corrected(
+        **(dict(options) if rule is None else {**options, "base": describe(rule)})
+    )
+
+
+@method(traceable=_as_traceable_as_its_base, data=True, without_data=_without_data)
 def corrected(
     x: jax.Array,
     moments: Moments | None = None,
@@ -63,7 +72,7 @@ def corrected(
     check_weights("corrected", x)
     check_damping("corrected", damping)
     check_count("corrected", "rank", rank, min(x.shape[-2:]))
-    known = statistics("corrected", x, moments, weighted)
+    known = statistics("corrected", x, moments, weighted, damping)
     coarse = _method(base)(x, moments)
     if getattr(coarse, "shape", None) != x.shape:
         raise ValueError(

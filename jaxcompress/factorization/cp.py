@@ -124,7 +124,7 @@ class CP(Leaf):
         return multiply(left, jnp.swapaxes(right, -1, -2)).astype(self.dtype)
 
 
-@method()
+@method(data=True)
 def cp(
     x: jax.Array,
     moments: Moments | None = None,
@@ -183,7 +183,7 @@ def cp(
         raise ValueError(f"cp takes a tolerance from 0 to 1, not {tolerance!r}")
     if init not in ("svd", "random"):
         raise ValueError(f"cp takes init='svd' or 'random', not {init!r}")
-    second, cross, _ = axis_statistics("cp", x, moments, weighted, inputs)
+    second, target, _ = axis_statistics("cp", x, moments, weighted, inputs, damping)
     one = functools.partial(
         _fit,
         sizes=sizes,
@@ -193,7 +193,7 @@ def cp(
         tolerance=tolerance,
         ridge=ridge,
     )
-    return CP(each_slice(one, x, second, cross), inputs)
+    return CP(each_slice(one, x, second, target), inputs)
 
 
 def column_products(factors: list[jax.Array]) -> jax.Array:
@@ -213,7 +213,7 @@ def column_products(factors: list[jax.Array]) -> jax.Array:
 def _fit(
     x: jax.Array,
     second: jax.Array | None,
-    cross: jax.Array | None,
+    target: jax.Array | None,
     *,
     sizes: Sizes,
     damping: float,
@@ -226,7 +226,9 @@ def _fit(
     # Drawn out here: inside, the keys would be lowered outside the context.
     random = _random_columns(sizes, start.rank, start.seed)
     with float64(True):
-        tensor, root = axis_whiten(x, second, cross, sizes, damping)
+        tensor, root = axis_whiten(
+            x if target is None else target, second, sizes, damping
+        )
         norm = jnp.sum(jnp.square(tensor))
         matrices = [unfold(tensor, axis) for axis in range(len(sizes))]
 

@@ -23,7 +23,7 @@ class Statistics(NamedTuple):
     """What the loss of a change of the weights is measured with, as far as known."""
 
     second: jax.Array | None = None  # [..., inputs, inputs], or the drifted moment
-    cross: jax.Array | None = None  # [..., inputs, inputs], where inputs drifted
+    target: jax.Array | None = None  # [..., inputs, outputs], where it is not x
     counts: jax.Array | None = None  # [..., 1, outputs]: how often errors of each count
 
 
@@ -39,7 +39,7 @@ def _rank_known(options: Mapping[str, Any]) -> bool:
     return options.get("energy") is None
 
 
-@method(traceable=_rank_known)
+@method(traceable=_rank_known, data=True)
 def svd(
     x: jax.Array,
     moments: Moments | None = None,
@@ -98,7 +98,7 @@ def svd(
     """
     check_weights("svd", x)
     check_damping("svd", damping)
-    known = statistics("svd", x, moments, weighted)
+    known = statistics("svd", x, moments, weighted, damping)
     inputs, outputs = x.shape[-2:]
     if sum(option is not None for option in (rank, fraction, energy)) != 1:
         raise ValueError(
@@ -138,7 +138,7 @@ def energies(
     """
     check_weights("energies", x)
     check_damping("energies", damping)
-    known = statistics("energies", x, moments, weighted)
+    known = statistics("energies", x, moments, weighted, damping)
     return _energies(x, *known, damping=damping)
 
 
@@ -164,7 +164,11 @@ def nearest(
 
 
 def statistics(
-    name: str, x: jax.Array, moments: Moments | None, weighted: Weighted
+    name: str,
+    x: jax.Array,
+    moments: Moments | None,
+    weighted: Weighted,
+    damping: float,
 ) -> Statistics:
     """What to weight by; nothing where the loss is that of the weights.
 
@@ -174,21 +178,20 @@ def statistics(
         raise ValueError(
             f"{name} takes weighted=True, False or 'auto', not {weighted!r}"
         )
-    looked_up = isinstance(moments, Moments) and moments.second is None
+    looked_up = isinstance(moments, Moments) and moments.looked_up
     if not weighted or (weighted == "auto" and (moments is None or looked_up)):
         return Statistics()
     counts = None
     if getattr(moments, "curvatures", None) is not None:
         known = require(moments, x, name, fields=("curvatures",))
         counts = shrink_to_mean(known.curvatures)[..., None, :]
-    if getattr(moments, "drifted", None) is not None:
-        found = require(moments, x, name, fields=("drifted", "cross"))
-        return Statistics(found.drifted, found.cross, counts)
-    return Statistics(require(moments, x, name).second, None, counts)
+    known = require(moments, x, name, fields=())
+    target, second = known.target_problem(x, name, damping=damping)
+    return Statistics(second, None if target is x else target, counts)
 
 
 def whiten(
-    x: jax.Array, second: jax.Array, cross: jax.Array | None, damping: float
+    x: jax.Array, second: jax.Array, damping: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Coordinates in which the layer's loss is a sum of squares; float64 throughout.
 
@@ -200,11 +203,7 @@ def whiten(
     safe = damped(second, damping)
     unit = jnp.mean(jnp.diagonal(safe))
     factor = jnp.linalg.cholesky(safe / unit)
-    if cross is None:
-        return jnp.matmul(factor.T, x), factor, unit
-    # The best weights on the drifted inputs, damped towards x; see `corrected_target`.
-    pull = jnp.matmul(cross.T + (safe - second), x) / unit
-    return jax.scipy.linalg.solve_triangular(factor, pull, lower=True), factor, unit
+    return jnp.matmul(factor.T, x), factor, unit
 
 
 def unwhiten(factor: jax.Array, x: jax.Array) -> jax.Array:
@@ -217,7 +216,7 @@ def _factors(
     x: jax.Array,
     base: jax.Array | None,
     second: jax.Array | None,
-    cross: jax.Array | None,
+    target: jax.Array | None,
     counts: jax.Array | None,
     *,
     rank: int,
@@ -232,9 +231,10 @@ def _factors(
         key = jax.random.key(sketch.seed)
         probes = jax.random.normal(key, (x.shape[1], dimensions), jnp.float32)
     with float64(True):
-        wide, start, seen, both, counts = _widen(x, base, second, cross, counts)
+        aim = x if target is None else target
+        wide, start, seen, counts = _widen(aim, base, second, counts)
         if seen is not None:
-            wide, factor, _ = whiten(wide, seen, both, damping)
+            wide, factor, _ = whiten(wide, seen, damping)
             start = None if start is None else jnp.matmul(factor.T, start)
         wide = wide if start is None else wide - start
         if counts is not None:  # their size does not matter, and must not unbalance
@@ -294,17 +294,17 @@ def _sketched(
 def _energies(
     x: jax.Array,
     second: jax.Array | None,
-    cross: jax.Array | None,
+    target: jax.Array | None,
     counts: jax.Array | None,
     *,
     damping: float,
 ) -> jax.Array:
-    def one(x: jax.Array, *known: Any) -> jax.Array:
+    def one(x: jax.Array, second: Any, counts: Any) -> jax.Array:
         with float64(True):
-            wide, seen, both, counts = _widen(x, *known)
+            wide, seen, counts = _widen(x, second, counts)
             unit = jnp.ones((), jnp.float64)
             if seen is not None:
-                wide, _, unit = whiten(wide, seen, both, damping)
+                wide, _, unit = whiten(wide, seen, damping)
             wide = wide if counts is None else wide * jnp.sqrt(counts)
             if wide.shape[0] > wide.shape[1]:
                 wide = wide.T
@@ -312,7 +312,7 @@ def _energies(
             values = jnp.linalg.eigvalsh(wide @ wide.T)[::-1]
             return (jnp.maximum(values, 0) * unit).astype(jnp.float32)
 
-    return each_slice(one, x, second, cross, counts)
+    return each_slice(one, x if target is None else target, second, counts)
 
 
 def _rank_of_energy(

@@ -133,7 +133,7 @@ class Tucker(Leaf):
         return value.reshape(self.shape).astype(core.dtype)
 
 
-@method()
+@method(data=True)
 def tucker(
     x: jax.Array,
     moments: Moments | None = None,
@@ -187,7 +187,7 @@ def tucker(
     for axis, (rank, size) in enumerate(zip(ranks, sizes, strict=True)):
         if rank is not None:
             check_count("tucker", f"ranks[{axis}]", rank, size)
-    second, cross, _ = axis_statistics("tucker", x, moments, weighted, inputs)
+    second, target, _ = axis_statistics("tucker", x, moments, weighted, inputs, damping)
     one = functools.partial(
         _core_and_factors,
         ranks=tuple(ranks),
@@ -195,7 +195,7 @@ def tucker(
         sweeps=sweeps,
         damping=damping,
     )
-    core, factors = each_slice(one, x, second, cross)
+    core, factors = each_slice(one, x, second, target)
     return Tucker(core, factors, inputs)
 
 
@@ -226,7 +226,12 @@ def unfolded(name: str, x: jax.Array, sizes: Any) -> tuple[Sizes, int]:
 
 
 def axis_statistics(
-    name: str, x: jax.Array, moments: Any, weighted: Weighted, inputs: int
+    name: str,
+    x: jax.Array,
+    moments: Any,
+    weighted: Weighted,
+    inputs: int,
+    damping: float,
 ) -> Statistics:
     """As `statistics`, for a weight whose inputs unfold into `inputs` axes."""
     if inputs > 1 and weighted == "auto":
@@ -238,14 +243,14 @@ def axis_statistics(
         )
     if getattr(moments, "curvatures", None) is not None:  # no use here
         moments = dataclasses.replace(moments, curvatures=None)
-    return statistics(name, x, moments, weighted)
+    return statistics(name, x, moments, weighted, damping)
 
 
 @functools.partial(jax.jit, static_argnames=("ranks", "sizes", "damping"))
 def _core_and_factors(
     x: jax.Array,
     second: jax.Array | None,
-    cross: jax.Array | None,
+    target: jax.Array | None,
     *,
     ranks: tuple[int | None, ...],
     sizes: Sizes,
@@ -253,7 +258,9 @@ def _core_and_factors(
     damping: float,
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     with float64(True):
-        tensor, root = axis_whiten(x, second, cross, sizes, damping)
+        tensor, root = axis_whiten(
+            x if target is None else target, second, sizes, damping
+        )
         reduced = [axis for axis, rank in enumerate(ranks) if rank is not None]
         factors = {i: leading_vectors(tensor, i, ranks[i]) for i in reduced}
 
@@ -280,16 +287,13 @@ def _core_and_factors(
 def axis_whiten(
     x: jax.Array,
     second: jax.Array | None,
-    cross: jax.Array | None,
     sizes: Sizes,
     damping: float,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The unfolded weight in float64, and the factor by which axis 0 is whitened."""
     wide, root = x.astype(jnp.float64), None
     if second is not None:
-        seen = second.astype(jnp.float64)
-        both = None if cross is None else cross.astype(jnp.float64)
-        wide, root, _ = whiten(wide, seen, both, damping)
+        wide, root, _ = whiten(wide, second.astype(jnp.float64), damping)
     return wide.reshape(sizes), root
 
 

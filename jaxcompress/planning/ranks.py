@@ -12,10 +12,10 @@ from jaxcompress.calibration.moments import check_curvatures
 from jaxcompress.factorization.svd import check_damping, energies, svd
 from jaxcompress.planning.allocation import Curve, allocate, total_loss
 from jaxcompress.planning.budget import byte_limit
-from jaxcompress.tree.compress import choose
 from jaxcompress.tree.layouts import Layout, choose_layout, matricize
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import Entry, entries
+from jaxcompress.tree.selection import choose
 from jaxcompress.types import Params, Rule
 
 

@@ -151,7 +151,7 @@ def _spreads(
     found = []
     for i, each in enumerate(flat):
         one = None if second is None else second[i]
-        target, factor, _ = prepare(each, one, None, order=order, damping=damping)
+        target, factor, _ = prepare(each, one, order=order, damping=damping)
         rows = deviations(target, factor)
         if rows is None:
             found.append((np.array([-100.0]), np.ones(1)))

@@ -13,7 +13,7 @@ from jaxcompress.tree.methods import method
 SCORES = ("weight", "activation")
 
 
-@method()
+@method(data=True, without_data=lambda o: outliers(**{**o, "score": "weight"}))
 def outliers(
     x: Any,
     moments: Moments | None = None,

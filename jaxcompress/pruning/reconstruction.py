@@ -16,7 +16,12 @@ from jaxcompress.calibration.error_feedback import (
 )
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.pruning.choices import Choice, choice, keep_largest, select
-from jaxcompress.pruning.scores import check_weights, kept_weights, second_of
+from jaxcompress.pruning.scores import (
+    check_weights,
+    kept_weights,
+    magnitude_instead,
+    second_of,
+)
 from jaxcompress.pruning.sparse import Sparse
 from jaxcompress.tree.methods import method
 
@@ -24,7 +29,7 @@ ROUNDS = 100  # of three ADMM iterations each; the support settles long before
 CONJUGATE_STEPS = 30
 
 
-@method()
+@method(data=True, without_data=magnitude_instead)
 def sparsegpt(
     x: jax.Array,
     moments: Moments | None = None,
@@ -74,7 +79,7 @@ def sparsegpt(
     return kept_weights(value.astype(x.dtype), mask, chosen)
 
 
-@method()
+@method(data=True, without_data=magnitude_instead)
 def alps(
     x: jax.Array,
     moments: Moments | None = None,

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.pruning.choices import Choice, choice, select
 from jaxcompress.pruning.sparse import Sparse, sparse
-from jaxcompress.tree.compress import SMALLEST
 from jaxcompress.tree.layouts import Layout, choose_layout, matricize, restore
 from jaxcompress.tree.leaf import dense, is_leaf
-from jaxcompress.tree.methods import method
+from jaxcompress.tree.methods import method, only
 from jaxcompress.tree.paths import Entry, entries, is_float, map_entries
+from jaxcompress.tree.selection import SMALLEST
 from jaxcompress.types import Params
 
 
@@ -75,7 +75,12 @@ def magnitude(
     return sparse(x, score > threshold)
 
 
-@method()
+def magnitude_instead(options: Mapping[str, Any], **defaults: Any) -> Any:
+    """Magnitude pruning to the same sparsity or pattern: what needs no data."""
+    return magnitude(**only(dict(options), "sparsity", "nm", "scope", **defaults))
+
+
+@method(data=True, without_data=functools.partial(magnitude_instead, scope="row"))
 def wanda(
     x: jax.Array,
     moments: Moments | None = None,
@@ -109,9 +114,7 @@ def wanda(
 
 def second_of(x: jax.Array, moments: Any, name: str) -> jax.Array:
     """Second moment of the inputs the pruned layer will see, drifted if known."""
-    drifted = getattr(moments, "drifted", None) is not None
-    field = "drifted" if drifted else "second"
-    return getattr(require(moments, x, name, fields=(field,)), field)
+    return require(moments, x, name, fields=()).target_problem(x, name)[1]
 
 
 def input_norms(x: jax.Array, moments: Any, name: str) -> jax.Array:
@@ -238,7 +241,7 @@ def wanda_scores(
 
     def score(entry: Entry) -> jax.Array | None:
         known = moments.get(entry.name)
-        if known is None or (known.second is None and known.drifted is None):
+        if known is None or known.looked_up:
             return None
         x = entry.value
         kind = choose_layout(

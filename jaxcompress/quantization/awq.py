@@ -22,9 +22,10 @@ from jaxcompress.tree.leaf import (
     static,
     unboxed,
 )
-from jaxcompress.tree.methods import method
+from jaxcompress.tree.methods import method, only
 
 NEAREST = {"symmetric": symmetric, "asymmetric": asymmetric}
+DAMPING = 0.01  # of the target under drift, as in `gptq`
 SMALLEST = 1e-4  # of the largest root mean square; a dead input counts as that
 
 
@@ -71,7 +72,14 @@ class Scaled(Leaf):
         return round_to(product, self.dtype).astype(self.dtype)
 
 
-@method()
+def _without_data(options: dict[str, Any]) -> Any:
+    """The nearest method of the grid, with the same width, blocks and steps."""
+    nearest = NEAREST.get(options.get("grid", "asymmetric"), asymmetric)
+    search = options.get("search", True)
+    return nearest(**only(options, "bits", "block", "scale_dtype", search=search))
+
+
+@method(data=True, without_data=_without_data)
 def awq(
     x: jax.Array,
     moments: Moments | None = None,
@@ -95,7 +103,8 @@ def awq(
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
-      moments: of the inputs, `second`.
+      moments: of the inputs, `second`; or `drifted` and `cross` (the target is then
+        corrected for the compressed prefix, as in `gptq`).
       bits: as the grid's nearest method takes them.
       block: inputs that share a step; None: all; "tensor": the matrix.
       grid: "asymmetric" (zero point) or "symmetric".
@@ -115,7 +124,8 @@ def awq(
         raise ValueError(f"awq takes a number of candidates, not {candidates!r}")
     if candidates < 1:
         raise ValueError(f"awq takes 1 or more candidates, not {candidates}")
-    second = require(moments, x, "awq").second
+    known = require(moments, x, "awq", fields=())
+    target, second = known.target_problem(x, "awq", damping=DAMPING)
     one = functools.partial(
         _best_scaling,
         grid=grid,
@@ -125,7 +135,7 @@ def awq(
         searches=(False, True) if search else (False,),
         scale_dtype=scale_dtype,
     )
-    codes, steps, factors = each_slice(one, x.astype(jnp.float32), second)
+    codes, steps, factors = each_slice(one, target.astype(jnp.float32), second)
     weight = quantized(
         codes,
         steps,

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.calibration.error_feedback import (
-    damped,
     each_slice,
     feed_back,
-    float64,
     inverse_factor,
 )
 from jaxcompress.calibration.moments import Moments, require
@@ -26,13 +24,28 @@ from jaxcompress.quantization.grids import (
     spread,
 )
 from jaxcompress.quantization.nearest import asymmetric, sign_split, symmetric
-from jaxcompress.quantization.number_formats import FORMATS, to_format
-from jaxcompress.tree.methods import method
+from jaxcompress.quantization.number_formats import FORMAT_METHODS, FORMATS, to_format
+from jaxcompress.tree.methods import method, only
 
 NEAREST = {"symmetric": symmetric, "asymmetric": asymmetric, "sign_split": sign_split}
 
 
-@method()
+def _without_data(options: dict[str, Any]) -> Any:
+    """The nearest method of the grid, with the same width, blocks and steps."""
+    grid, search = options.get("grid", "symmetric"), options.get("search", True)
+    if grid in ("mxfp4", "nvfp4"):
+        return FORMAT_METHODS[grid](search=search)
+    kept = only(options, "block", "scale_dtype", search=search)
+    if kept.get("block") is None:
+        kept.pop("block", None)
+    if grid == "nf4":
+        return FORMAT_METHODS[grid](**kept)
+    if grid in ("e4m3", "e5m2"):
+        return FORMAT_METHODS[grid](kind=grid, **kept)
+    return NEAREST.get(grid, symmetric)(**only(options, "bits"), **kept)
+
+
+@method(data=True, without_data=_without_data)
 def gptq(
     x: jax.Array,
     moments: Moments | None = None,
@@ -86,15 +99,15 @@ def gptq(
         raise ValueError(f"gptq takes order='activation' or 'natural', not {order!r}")
     if not 0 < damping < 1:
         raise ValueError(f"gptq takes a damping between 0 and 1, not {damping!r}")
-    second, cross = _statistics(x, moments)
+    known = require(moments, x, "gptq", fields=())
+    target, second = known.target_problem(x, "gptq", damping=damping)
     start = _start(x, grid, bits, block=block, search=search, scale_dtype=scale_dtype)
     wide = spread(start.steps, start.block, x.shape[-2])
     wide = jax.tree.map(lambda s: jnp.broadcast_to(s, x.shape), wide)
     one = functools.partial(
         feed_codes, grid=start.grid, bits=start.bits, order=order, damping=damping
     )
-    target = x.astype(jnp.float32)
-    codes = each_slice(one, target, second, cross, wide)
+    codes = each_slice(one, target.astype(jnp.float32), second, wide)
     width = GRIDS[start.grid].width(start.bits)
     return dataclasses.replace(start, codes=pack_bits(codes, width))
 
@@ -115,18 +128,10 @@ def _start(x: jax.Array, grid: str, bits: Any, **options: Any) -> Quantized:
     return start
 
 
-def _statistics(x: jax.Array, moments: Any) -> tuple[jax.Array, jax.Array | None]:
-    if moments is not None and getattr(moments, "drifted", None) is not None:
-        found = require(moments, x, "gptq", fields=("drifted", "cross"))
-        return found.drifted, found.cross
-    return require(moments, x, "gptq").second, None
-
-
 @functools.partial(jax.jit, static_argnames=("grid", "bits", "order", "damping"))
 def feed_codes(
     x: jax.Array,
     second: jax.Array,
-    cross: jax.Array | None,
     steps: Steps,
     *,
     grid: str,
@@ -135,8 +140,6 @@ def feed_codes(
     damping: float,
 ) -> jax.Array:
     """Codes uint8 `[inputs, outputs]` of one slice."""
-    if cross is not None:
-        x = corrected_target(x, second, cross, damping=damping)
     first = jnp.arange(x.shape[0])
     if order == "activation":
         first = jnp.argsort(-jnp.diagonal(second))
@@ -151,20 +154,3 @@ def feed_codes(
 
     codes = feed_back(x[first], factor, replace)
     return jnp.zeros_like(codes).at[first].set(codes, unique_indices=True)
-
-
-def corrected_target(
-    x: jax.Array, drifted: jax.Array, cross: jax.Array, *, damping: float
-) -> jax.Array:
-    """Weights that, on the drifted inputs, best give the original layer's outputs.
-
-    `(drifted + D)^-1 (cross^T + D) x`, D being the damping, so that without drift the
-    target is `x` itself. All `[inputs, *]`; float64 inside, float32 out.
-    """
-    with float64(True):
-        wide, seen = x.astype(jnp.float64), cross.astype(jnp.float64)
-        safe = damped(drifted.astype(jnp.float64), damping)
-        extra = safe - drifted.astype(jnp.float64)
-        factor = jax.scipy.linalg.cho_factor(safe)
-        right = jnp.matmul(seen.T + extra, wide)
-        return jax.scipy.linalg.cho_solve(factor, right).astype(jnp.float32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxcompress.calibration.error_feedback import damped, each_slice, layer_loss
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.quantization.adaround import descend_relaxed
-from jaxcompress.quantization.gptq import NEAREST, corrected_target, gptq
+from jaxcompress.quantization.gptq import NEAREST, gptq
 from jaxcompress.quantization.grids import Block, Quantized, Steps, quantized
 from jaxcompress.quantization.learned_bits import START, continuous_bits
 from jaxcompress.quantization.learned_steps import (
@@ -37,7 +37,14 @@ def _shapes_known(options: Mapping[str, Any]) -> bool:
     return options.get("bits") != "auto"
 
 
-@method(traceable=_shapes_known)
+def _without_data(options: dict[str, Any]) -> Any:
+    """Itself, on the squared error of the weights."""
+    if callable(options.get("objective")):
+        return learned(**options)
+    return learned(**{**options, "objective": "weights", "rounding": None})
+
+
+@method(traceable=_shapes_known, data=True, without_data=_without_data)
 def learned(
     x: jax.Array,
     moments: Moments | None = None,
@@ -167,15 +174,10 @@ def _sides(width: int, grid: str) -> Any:
 
 def _target(x: jax.Array, moments: Any, damping: float) -> tuple[jax.Array, jax.Array]:
     """The target weights and the damped second moment of what multiplies them."""
-    wide = x.astype(jnp.float32)
-    if getattr(moments, "drifted", None) is None:
-        second = require(moments, x, "learned").second
-    else:
-        found = require(moments, x, "learned", fields=("drifted", "cross"))
-        second = found.drifted
-        target = functools.partial(corrected_target, damping=damping)
-        wide = each_slice(target, wide, second, found.cross)
-    return wide, each_slice(functools.partial(damped, damping=damping), second)
+    known = require(moments, x, "learned", fields=())
+    target, second = known.target_problem(x, "learned", damping=damping)
+    safe = each_slice(functools.partial(damped, damping=damping), second)
+    return target.astype(jnp.float32), safe
 
 
 def _with_width(problem: _Problem, place: Place, cost: float) -> Quantized:

@@ -16,7 +16,7 @@ from jaxcompress.tree.methods import method
 SCORES = ("weight", "activation", "second_order")
 
 
-@method()
+@method(data=True, without_data=lambda o: mixed_channels(**{**o, "score": "weight"}))
 def mixed_channels(
     x: jax.Array,
     moments: Moments | None = None,
@@ -38,7 +38,8 @@ def mixed_channels(
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
-      moments: of the inputs; not needed where `score="weight"`.
+      moments: of the inputs, `second`, or `drifted`; not needed where
+        `score="weight"`.
       bits: of most channels.
       fraction, channels: exactly one: how many channels stay finer, as a fraction above
         0 and below 1, or as a number of them.
@@ -122,7 +123,8 @@ def _errors(
     change = coarse.astype(jnp.float32) - x.astype(jnp.float32)
     if score == "weight":
         return jnp.sum(jnp.square(change), axis=-3 - where)
-    second = require(moments, x, "mixed_channels").second
+    known = require(moments, x, "mixed_channels", fields=())
+    _, second = known.target_problem(x, "mixed_channels")
     if score == "second_order" and where == -1:
         moved = jnp.matmul(second, change, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(change * moved, axis=-2)

@@ -113,6 +113,7 @@ def nvfp4(x: jax.Array, moments: Any = None, *, search: bool = False) -> Quantiz
 
 
 FORMATS = ("nf4", "e4m3", "e5m2", "mxfp4", "nvfp4")
+FORMAT_METHODS = {"nf4": nf4, "e4m3": fp8, "e5m2": fp8, "mxfp4": mxfp4, "nvfp4": nvfp4}
 
 
 def to_format(

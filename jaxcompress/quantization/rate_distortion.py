@@ -21,7 +21,6 @@ from jaxcompress.coding.levels import contexts, trellis
 from jaxcompress.coding.levels import leaf as coded_levels
 from jaxcompress.coding.levels.leaf import RateCoded
 from jaxcompress.coding.threads import in_order
-from jaxcompress.quantization.gptq import corrected_target
 from jaxcompress.quantization.grids import round_to
 from jaxcompress.quantization.rate_model import first_guess
 from jaxcompress.tree.methods import method, precise
@@ -33,7 +32,7 @@ LARGEST = 2.0**14  # levels of a row; sixteen bits hold them
 SAMPLE = 192  # outputs on which the step is first sought
 
 
-@method(traceable=False)
+@method(traceable=False, data=True)
 def rate_distortion(
     x: jax.Array,
     moments: Moments | None = None,
@@ -113,17 +112,20 @@ def rate_distortion(
         )
     if not (prior >= 0 and math.isfinite(prior)):
         raise ValueError(f"rate_distortion takes a prior of 0 or more, not {prior!r}")
-    second, cross = _statistics(x, moments)
+    target, second = x, None
+    if moments is not None and not (isinstance(moments, Moments) and moments.looked_up):
+        known = require(moments, x, "rate_distortion", fields=())
+        target, second = known.target_problem(x, "rate_distortion", damping=damping)
     costs, joint = output_costs(moments, x, "rate_distortion")
     scales = np.zeros((*lead, x.shape[-1]), np.uint8)
     if costs is not None:
         scales = coded_levels.column_scales(costs).reshape(scales.shape)
     finer = coded_levels.SCALES[scales]
-    x32 = x.astype(jnp.float32) / finer[..., None, :]
+    x32 = target.astype(jnp.float32) / finer[..., None, :]
     finer = finer.reshape(count, -1)
     flat = [
         None if a is None else np.asarray(a).reshape(-1, *a.shape[-2:])
-        for a in (x32, second, cross)
+        for a in (x32, second)
     ]
     scales = coded_levels.packed_scales(scales)
     side = coded_levels.scale_bits(scales) / x.shape[-2]
@@ -132,14 +134,14 @@ def rate_distortion(
 
     def one(i: int) -> tuple[np.ndarray, np.ndarray]:
         each = [None if a is None else a[i] for a in flat]
-        weights, *known = jax.device_put(each, devices[i % len(devices)])
+        weights, moment = jax.device_put(each, devices[i % len(devices)])
         options = {"order": order, "damping": damping}
-        prepared = prepare(weights, *known, **options)
+        prepared = prepare(weights, moment, **options)
         size = float(jnp.mean(jnp.square(weights)))
         for _ in range(2 if prior and size else 0):
             scale = first_guess(*prepared[:2], rates[i])
             ridge = prior * 4.0**scale / 12 / size
-            prepared = prepare(weights, *known, **options, ridge=ridge)
+            prepared = prepare(weights, moment, **options, ridge=ridge)
         between = None
         if joint is not None:
             _, *between = stretched(output_feedback(joint[i]), finer[i])
@@ -157,21 +159,9 @@ def rate_distortion(
     )
 
 
-def _statistics(
-    x: jax.Array, moments: Any
-) -> tuple[jax.Array | None, jax.Array | None]:
-    if moments is None or (isinstance(moments, Moments) and moments.second is None):
-        return None, None
-    if getattr(moments, "drifted", None) is not None:
-        known = require(moments, x, "rate_distortion", fields=("drifted", "cross"))
-        return known.drifted, known.cross
-    return require(moments, x, "rate_distortion").second, None
-
-
 def prepare(
     x: jax.Array,
     second: jax.Array | None,
-    cross: jax.Array | None,
     *,
     order: str,
     damping: float,
@@ -190,7 +180,7 @@ def prepare(
     elif order == "activation":
         first = np.argsort(-np.diagonal(np.asarray(second)), kind="stable")
     target, factor = _ordered(
-        x, second, cross, jnp.asarray(first), jnp.float32(ridge), damping=damping
+        x, second, jnp.asarray(first), jnp.float32(ridge), damping=damping
     )
     if not (jnp.isfinite(target).all() and jnp.isfinite(factor).all()):
         raise ValueError(
@@ -204,14 +194,11 @@ def prepare(
 def _ordered(
     x: jax.Array,
     second: jax.Array,
-    cross: jax.Array | None,
     first: jax.Array,
     ridge: jax.Array,
     *,
     damping: float,
 ) -> tuple[jax.Array, jax.Array]:
-    if cross is not None:
-        x = corrected_target(x, second, cross, damping=damping)
     x, second = x[first], second[first][:, first]
     wide = damped(second, damping) + ridge * jnp.eye(second.shape[0])
     factor = inverse_factor(wide, damping=0)

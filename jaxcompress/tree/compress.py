@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,13 +17,12 @@ from jaxcompress.tree.layouts import (
     restore,
     with_layout,
 )
-from jaxcompress.tree.leaf import Leaf, dense, is_leaf
-from jaxcompress.tree.methods import describe, parse, traits, with_default
-from jaxcompress.tree.paths import Entry, entries, is_float, map_entries, roots
+from jaxcompress.tree.leaf import dense, is_leaf
+from jaxcompress.tree.methods import describe, traits, with_default
+from jaxcompress.tree.paths import Entry, is_float, map_entries, roots
 from jaxcompress.tree.record import LeafReport, leaf_reports
+from jaxcompress.tree.selection import choose, with_data
 from jaxcompress.types import Method, Params
-
-SMALLEST = 4096  # elements; below it a kernel is not worth a method by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +64,9 @@ def compress(
       recipe: a method (`symmetric(bits=4)`), or its string, for the leaves it takes by
         default; or an ordered list of `(pattern, method | string | None)`: the first
         pattern that fully matches a leaf's name (`leaf_names`) decides, None keeps it;
-        or a `chain` of recipes.
+        or a `chain` of recipes. An embedding that is only looked up has no inputs to
+        go by: where one method that needs them is the recipe, such a leaf takes a rule
+        of the same width without data, and the report says so.
       moments: `Moments` by kernel name, for methods that need them.
       layouts: `Layout` by kernel name, from `find_layouts(model, params, batch)`. By
         default that under which the moments were collected, and of a matrix the one
@@ -88,21 +88,24 @@ def compress(
     Raises:
       ValueError: a pattern that matches nothing, an unknown method or option, a kernel
         whose layout is unknown or contradicts the moments', NaN or Inf in a selected
-        weight, moments of another model; names the leaf.
+        weight or its moments, moments of another model; names the leaf.
       TypeError: a host method under a trace.
     """
     stages = chain(recipe).stages
     _check_moments(params, moments)
     done: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
+    instead: dict[str, str] = {}
     small = params
     for stage in stages:
         choices, why = choose(small, stage, part=part)
+        if isinstance(stage, str) or callable(stage):
+            choices = with_data(small, choices, moments, instead)
         small = _run(
             small, choices, why, moments, layouts or {}, progress, done, reasons
         )
     if record is not None:
-        record += leaf_reports(params, small, done, reasons, moments, layouts)
+        record += leaf_reports(params, small, done, reasons, moments, layouts, instead)
     return small
 
 
@@ -160,88 +163,6 @@ def _run(
     return small
 
 
-def choose(
-    params: Params, stage: Any, *, part: bool = False
-) -> tuple[dict[str, Method], dict[str, str]]:
-    """The method of each selected entry, and why each other entry is left alone.
-
-    Raises ValueError where the stage says something of leaves that are not there,
-    unless `params` are a `part` of a tree.
-    """
-    found = entries(params)
-    choices: dict[str, Method] = {}
-    why: dict[str, str] = {}
-    if isinstance(stage, str) or callable(stage):
-        f = parse(stage) if isinstance(stage, str) else stage
-        for entry in found:
-            why[entry.name] = _refused(entry, traits(f).selects)
-            if not why[entry.name]:
-                choices[entry.name] = f
-        if not choices and not part and traits(f).selects == "weights":
-            reasons = ", ".join(f"{name} ({why[name]})" for name in list(why)[:3])
-            raise ValueError(
-                f"{describe(f)} takes no leaf of this tree by default: {reasons}, ...; "
-                "name the leaves with a list of (pattern, method)"
-            )
-        return choices, why
-    if not isinstance(stage, list | tuple):
-        raise ValueError(
-            f"{stage!r} is not a recipe; give a method, its string, a list of "
-            "(pattern, method) or a chain of these"
-        )
-    names = [entry.name for entry in found]
-    rules = [_rule(rule) for rule in stage]
-    for pattern, _ in rules:
-        if not part and not any(pattern.fullmatch(name) for name in names):
-            near = difflib.get_close_matches(pattern.pattern, names, n=3, cutoff=0.0)
-            raise ValueError(
-                f"the pattern {pattern.pattern!r} matches no leaf; the nearest names "
-                f"are {', '.join(near)}. leaf_names(params) lists all {len(names)}"
-            )
-    for name in names:
-        why[name] = "no rule matches it"
-        for pattern, f in rules:
-            if pattern.fullmatch(name):
-                why[name] = f"kept by the rule {pattern.pattern!r}"
-                if f is not None:
-                    choices[name] = f
-                break
-    return choices, why
-
-
-def _rule(rule: Any) -> tuple[re.Pattern[str], Method | None]:
-    if not isinstance(rule, tuple | list) or len(rule) != 2:
-        raise ValueError(
-            f"{rule!r} is not a rule; write (pattern, method), (pattern, string) or "
-            "(pattern, None)"
-        )
-    pattern, f = rule
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a pattern: {error}") from error
-    if not (f is None or isinstance(f, str) or callable(f)):
-        raise ValueError(f"{pattern!r}: {f!r} is not a method, a string or None")
-    return compiled, parse(f) if isinstance(f, str) else f
-
-
-def _refused(entry: Entry, selects: str) -> str:
-    """Why a method leaves an entry alone by default; empty where it takes it."""
-    if selects == "codes":
-        whole = jnp.issubdtype(entry.value.dtype, jnp.integer) and entry.depth > 0
-        coded = isinstance(entry.value, Leaf) and entry.value.entropy_coded
-        return "" if whole and not coded else "not integer codes inside a leaf"
-    if not is_float(entry.value):
-        return "not floating point"
-    if selects == "floats":
-        return "" if not isinstance(entry.value, Leaf) else "coded already"
-    if not entry.weight:
-        return "not a kernel or an embedding"
-    if entry.value.ndim < 2 or entry.value.size < SMALLEST:
-        return f"fewer than {SMALLEST} weights"
-    return ""
-
-
 def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
     x = dense(entry.value)
     if traits(f).selects != "weights":
@@ -256,10 +177,13 @@ def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
             "narrow the pattern, or put (pattern, None) before it"
         )
     _check_finite(x)
+    moments = entry.moments
+    if traits(f).data and hasattr(moments, "checked"):
+        moments = moments.checked(entry.name)
     if entry.depth:
         if x.ndim < 2:
             raise ValueError(_needs_matrix(f, x))
-        seen = getattr(entry.moments, "layout", None)
+        seen = getattr(moments, "layout", None)
         if seen is not None:
             raise ValueError(
                 f"{entry.root} was compressed along other axes than those of the "
@@ -267,18 +191,18 @@ def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
                 "last); compress the dense weights with these moments, or with "
                 "layouts=find_layouts(model, params, batch)"
             )
-        return _call(f, x, entry.moments)
+        return _call(f, x, moments)
     if x.ndim < 2:
         raise ValueError(_needs_matrix(f, x))
     kind = choose_layout(
         entry.name,
         x.shape,
         layout.get(entry.name),
-        entry.moments,
+        moments,
         embedding=entry.embedding,
     )
     # Without the layout, so that equal shapes share a compilation.
-    moments = with_layout(entry.moments, None)
+    moments = with_layout(moments, None)
     small = _call(f, matricize(x, kind), moments)
     return restore(small, x.shape, kind)
 

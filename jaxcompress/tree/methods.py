@@ -26,10 +26,14 @@ class Traits:
     embeddings, and the weights inside leaves standing there, of 4 096 elements or
     more; "codes": integer arrays inside leaves; "floats": every floating-point array.
     `traceable`: output shapes depend on shapes and options only, so it may be jitted.
+    `data`: it goes by moments where there are any. `without_data`: the method that
+    takes its place where inputs have no second moment; None: it needs none.
     """
 
     selects: Selection
     traceable: bool | Callable[[dict[str, Any]], bool]
+    data: bool = True
+    without_data: Any = None
 
 
 def precise(function: Function) -> Function:
@@ -51,12 +55,19 @@ def method(
     *,
     selects: Selection = "weights",
     traceable: bool | Callable[[dict[str, Any]], bool] = True,
+    data: bool = False,
+    without_data: Callable[[dict[str, Any]], Method] | None = None,
 ) -> Callable[[Method], Method]:
     """Registers `f(x, moments=None, *, options) -> leaf` under its name.
 
     The decorated function called without `x` returns a partial, so that
     `symmetric(bits=4)` is a recipe. A host method raises on tracers, naming itself.
     Where that depends on the options, `traceable` is a function of them.
+
+    Args:
+      selects, traceable, data: see `Traits`.
+      without_data: for a method that needs moments, `(options) -> method` of the same
+        width or sparsity that needs none; the method's options as they were given.
     """
 
     def register(function: Method) -> Method:
@@ -77,7 +88,7 @@ def method(
                 )
             return precisely(x, moments, **options)
 
-        call.traits = Traits(selects, traceable)
+        call.traits = Traits(selects, traceable, data, without_data)
         call.__signature__ = inspect.signature(function)
         if name in _METHODS and _METHODS[name].__module__ != function.__module__:
             raise ValueError(f"a method named {name} exists: {_METHODS[name]}")
@@ -97,11 +108,21 @@ def traits(f: Method) -> Traits:
         options = {**f.keywords, **options}
         f = f.func
     found = getattr(f, "traits", Traits("weights", False))
-    return Traits(found.selects, _is_traceable(found.traceable, options))
+    instead = found.without_data
+    return dataclasses.replace(
+        found,
+        traceable=_is_traceable(found.traceable, options),
+        without_data=None if instead is None else instead(options),
+    )
 
 
 def _is_traceable(traceable: Any, options: dict[str, Any]) -> bool:
     return traceable(options) if callable(traceable) else traceable
+
+
+def only(options: dict[str, Any], *names: str, **defaults: Any) -> dict[str, Any]:
+    """The options of these names, as far as they are given; for `without_data`."""
+    return defaults | {name: options[name] for name in names if name in options}
 
 
 def with_default(f: Method, option: str, value: Any) -> Method:

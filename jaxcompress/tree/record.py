@@ -25,7 +25,8 @@ class LeafReport:
       bits_per_weight: after, scales and tables included.
       relative_error: Frobenius norm of the change over that of the original; None
         where nothing changed.
-      reason: why the leaf was left alone; empty where it was not.
+      reason: why the leaf was left alone, or took another method than the recipe's;
+        else empty.
       output_error: root mean square change of the layer's outputs over that of the
         outputs, by the second moment of its inputs; None where that is unknown.
     """
@@ -48,6 +49,7 @@ def leaf_reports(
     reasons: Mapping[str, str] | None = None,
     moments: Mapping[str, Any] | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    instead: Mapping[str, str] | None = None,
 ) -> list[LeafReport]:
     """Compares two trees leaf by leaf.
 
@@ -57,11 +59,13 @@ def leaf_reports(
       reasons: by name, why a leaf was left alone.
       moments: by name; a second moment gives the leaf's output error.
       layouts: by name, as for `compress`.
+      instead: by name, why a leaf took another method than the recipe's.
 
     Returns:
       One `LeafReport` per outermost leaf of `before`, in its order.
     """
     methods, reasons, layouts = methods or {}, reasons or {}, layouts or {}
+    instead = instead or {}
     later = dict(roots(after))
     measured = {e.root: e for e in entries(before, moments) if not e.depth}
     reports = []
@@ -78,7 +82,9 @@ def leaf_reports(
                 bytes_after=nbytes(new),
                 bits_per_weight=8 * nbytes(new) / count,
                 relative_error=relative_error(old, new) if changed else None,
-                reason="" if name in methods else reasons.get(name, "unchanged"),
+                reason=instead.get(name, "")
+                if name in methods
+                else reasons.get(name, "unchanged"),
                 output_error=_output_error(entry, new, layouts) if changed else None,
             )
         )

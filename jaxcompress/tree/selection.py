@@ -1,10 +1,126 @@
-"""Which entries of a tree a pattern, or a method, takes."""
+"""Which method a recipe chooses for each leaf, and why it leaves others alone."""
 
+import difflib
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from jaxcompress.tree.compress import choose
-from jaxcompress.tree.paths import Entry, entries
-from jaxcompress.types import Params
+import jax.numpy as jnp
+
+from jaxcompress.tree.leaf import Leaf
+from jaxcompress.tree.methods import describe, parse, traits
+from jaxcompress.tree.paths import Entry, entries, is_float
+from jaxcompress.types import Method, Params
+
+SMALLEST = 4096  # elements; below it a kernel is not worth a method by default
+
+
+def choose(
+    params: Params, stage: Any, *, part: bool = False
+) -> tuple[dict[str, Method], dict[str, str]]:
+    """The method of each selected entry, and why each other entry is left alone.
+
+    Raises ValueError where the stage says something of leaves that are not there,
+    unless `params` are a `part` of a tree.
+    """
+    found = entries(params)
+    choices: dict[str, Method] = {}
+    why: dict[str, str] = {}
+    if isinstance(stage, str) or callable(stage):
+        f = parse(stage) if isinstance(stage, str) else stage
+        for entry in found:
+            why[entry.name] = _refused(entry, traits(f).selects)
+            if not why[entry.name]:
+                choices[entry.name] = f
+        if not choices and not part and traits(f).selects == "weights":
+            reasons = ", ".join(f"{name} ({why[name]})" for name in list(why)[:3])
+            raise ValueError(
+                f"{describe(f)} takes no leaf of this tree by default: {reasons}, ...; "
+                "name the leaves with a list of (pattern, method)"
+            )
+        return choices, why
+    if not isinstance(stage, list | tuple):
+        raise ValueError(
+            f"{stage!r} is not a recipe; give a method, its string, a list of "
+            "(pattern, method) or a chain of these"
+        )
+    names = [entry.name for entry in found]
+    rules = [_rule(rule) for rule in stage]
+    for pattern, _ in rules:
+        if not part and not any(pattern.fullmatch(name) for name in names):
+            near = difflib.get_close_matches(pattern.pattern, names, n=3, cutoff=0.0)
+            raise ValueError(
+                f"the pattern {pattern.pattern!r} matches no leaf; the nearest names "
+                f"are {', '.join(near)}. leaf_names(params) lists all {len(names)}"
+            )
+    for name in names:
+        why[name] = "no rule matches it"
+        for pattern, f in rules:
+            if pattern.fullmatch(name):
+                why[name] = f"kept by the rule {pattern.pattern!r}"
+                if f is not None:
+                    choices[name] = f
+                break
+    return choices, why
+
+
+def _rule(rule: Any) -> tuple[re.Pattern[str], Method | None]:
+    if not isinstance(rule, tuple | list) or len(rule) != 2:
+        raise ValueError(
+            f"{rule!r} is not a rule; write (pattern, method), (pattern, string) or "
+            "(pattern, None)"
+        )
+    pattern, f = rule
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a pattern: {error}") from error
+    if not (f is None or isinstance(f, str) or callable(f)):
+        raise ValueError(f"{pattern!r}: {f!r} is not a method, a string or None")
+    return compiled, parse(f) if isinstance(f, str) else f
+
+
+def _refused(entry: Entry, selects: str) -> str:
+    """Why a method leaves an entry alone by default; empty where it takes it."""
+    if selects == "codes":
+        whole = jnp.issubdtype(entry.value.dtype, jnp.integer) and entry.depth > 0
+        coded = isinstance(entry.value, Leaf) and entry.value.entropy_coded
+        return "" if whole and not coded else "not integer codes inside a leaf"
+    if not is_float(entry.value):
+        return "not floating point"
+    if selects == "floats":
+        return "" if not isinstance(entry.value, Leaf) else "coded already"
+    if not entry.weight:
+        return "not a kernel or an embedding"
+    if entry.value.ndim < 2 or entry.value.size < SMALLEST:
+        return f"fewer than {SMALLEST} weights"
+    return ""
+
+
+def with_data(
+    params: Params,
+    choices: Mapping[str, Method],
+    moments: Mapping[str, Any] | None,
+    instead: dict[str, str],
+) -> dict[str, Method]:
+    """The choices, of methods that their leaf's moments suffice for.
+
+    Of an embedding that is only looked up moments know no inputs. `instead` takes note
+    of why a leaf's method was replaced, by the name of the outermost leaf.
+    """
+    changed = dict(choices)
+    for entry in entries(params, moments):
+        if entry.name not in choices or not getattr(entry.moments, "looked_up", False):
+            continue
+        f = choices[entry.name]
+        rule = traits(f).without_data
+        if rule is not None and describe(rule) != describe(f):
+            changed[entry.name] = rule
+            instead[entry.root] = (
+                f"only looked up, no inputs that {describe(f)} could go by: took "
+                f"{describe(rule)}"
+            )
+    return changed
 
 
 def _weight(x: Any, moments: Any = None) -> Any:

@@ -1,5 +1,7 @@
 """Moments, and collecting them: against NumPy float64 on inputs seen another way."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -172,7 +174,8 @@ def test_moments_from_covariance():
 
 
 def test_require():
-    x, moments = jnp.ones((3, 5)), empty_moments(3)
+    x, moments = jnp.ones((3, 5)), of_rows(np.eye(3, dtype=np.float32))
+    moments = dataclasses.replace(moments, drifted=None, cross=None)
     assert require(moments, x, "gptq", fields=("mean", "second")) is moments
     with pytest.raises(ValueError, match=r"gptq needs moments .*collect_moments"):
         require(None, x, "gptq")

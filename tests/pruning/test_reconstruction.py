@@ -1,5 +1,6 @@
 """Pruning: what the weights that stay do to make up for the others."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -130,5 +131,9 @@ def test_layers_of_zeros_and_inputs_that_are_always_zero(method):
     if method in (wanda, sparsegpt):
         np.testing.assert_array_equal(value[::2], 0)
     nothing = moments_from_covariance(jnp.zeros((INPUTS, INPUTS)))
-    value = method(weights(INPUTS, OUTPUTS), nothing, sparsity=0.5).materialize()
+    told = contextlib.nullcontext()
+    if method is not magnitude:
+        told = pytest.warns(UserWarning, match="no calibration token reached it")
+    with told:
+        value = method(weights(INPUTS, OUTPUTS), nothing, sparsity=0.5).materialize()
     assert np.all(np.isfinite(value))

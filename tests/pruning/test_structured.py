@@ -421,7 +421,8 @@ def test_layers_of_zeros_lose_nothing():
     assert all(not np.any(x) for x in jax.tree.leaves(small))
     silent = {"down/kernel": moments_of(0 * samples())}
     params = layer(True)
-    with jax.debug_nans(True):
+    told = pytest.warns(UserWarning, match="down/kernel: remove_units: no calibration")
+    with jax.debug_nans(True), told:
         small = remove_units(params, GROUP, keep, silent)
     rows = params["down"]["kernel"][keep]
     np.testing.assert_allclose(small["down"]["kernel"], rows, rtol=1e-6)

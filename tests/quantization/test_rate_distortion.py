@@ -248,7 +248,7 @@ def by_definition(x, second, scale):
 def natural(x, second):
     """Target and factor in natural order, hardly damped."""
     x, second = jnp.asarray(x, jnp.float32), jnp.asarray(second, jnp.float32)
-    return prepare(x, second, None, order="natural", damping=1e-6)[:2]
+    return prepare(x, second, order="natural", damping=1e-6)[:2]
 
 
 def test_the_sweep_is_successive_cancellation():
@@ -381,7 +381,6 @@ def test_the_target_with_a_prior_is_ridge_regression():
     second, x = covariance(24), gaussian(24, 40)
     target, factor, first = prepare(
         *(jnp.asarray(a, jnp.float32) for a in (x, second)),
-        None,
         order="pivoted",
         damping=1e-9,
         ridge=0.3,

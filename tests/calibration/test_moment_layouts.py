@@ -10,12 +10,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.calibration.moments import (
-    Moments,
-    empty_moments,
-    moments_from_arrays,
-    moments_to_arrays,
-)
+from jaxcompress.calibration.moment_files import moments_from_arrays, moments_to_arrays
+from jaxcompress.calibration.moments import Moments, empty_moments
 from jaxcompress.pruning.masks import wanda_scores
 from jaxcompress.tree.layouts import DENSE, ROWS, Layout, leading, trailing
 

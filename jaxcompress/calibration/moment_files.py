@@ -1,0 +1,34 @@
+"""Moments as arrays that a file can hold, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxcompress.calibration.moments import AVERAGED, Moments
+from jaxcompress.tree.layouts import Layout, trailing
+
+
+def moments_to_arrays(moments: Moments) -> dict[str, Any]:
+    """The moments as a dict of arrays, which `save` can write.
+
+    `moments_from_arrays` gives them back, layout included.
+    """
+    fields = {name: getattr(moments, name) for name in ("count", *AVERAGED)}
+    arrays = {name: x for name, x in fields.items() if x is not None}
+    if moments.layout is not None:
+        slice_ = trailing(moments.layout)
+        arrays["input_axes"] = np.asarray(slice_.inputs, np.int32)
+        arrays["output_axes"] = np.asarray(slice_.outputs, np.int32)
+    return arrays
+
+
+def moments_from_arrays(arrays: Mapping[str, Any]) -> Moments:
+    """The moments of a dict of `moments_to_arrays`."""
+    fields = dict(arrays)
+    axes = [fields.pop(key, None) for key in ("input_axes", "output_axes")]
+    layout = None
+    if axes[0] is not None and axes[1] is not None:
+        inputs, outputs = (tuple(np.asarray(x).tolist()) for x in axes)
+        layout = Layout((), inputs, outputs)
+    return Moments(**fields, layout=layout)
