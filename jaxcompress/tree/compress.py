@@ -17,7 +17,7 @@ from jaxcompress.tree.layouts import (
     restore,
     with_layout,
 )
-from jaxcompress.tree.leaf import dense, is_leaf
+from jaxcompress.tree.leaf import Leaf, dense, is_leaf, nbytes
 from jaxcompress.tree.methods import describe, traits, with_default
 from jaxcompress.tree.paths import Entry, is_float, map_entries, roots
 from jaxcompress.tree.record import LeafReport, leaf_reports
@@ -146,14 +146,18 @@ def _run(
             reasons.setdefault(entry.root, why[entry.name])
             return entry.value
         next(turns, None)
-        done.setdefault(entry.root, []).append(describe(f))
         try:
-            return _apply(f, entry, layout)
+            new = _apply(f, entry, layout)
         except (ValueError, TypeError) as error:
             message = str(error)
             if message.startswith(entry.name):
                 raise
             raise type(error)(f"{entry.name}: {message}") from error
+        if _gains_nothing(f, entry.value, new):
+            reasons.setdefault(entry.root, f"{describe(f)} makes it no smaller")
+            return entry.value
+        done.setdefault(entry.root, []).append(describe(f))
+        return new
 
     small = map_entries(replace, params, moments)
     for _ in turns:
@@ -205,6 +209,18 @@ def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
     moments = with_layout(moments, None)
     small = _call(f, matricize(x, kind), moments)
     return restore(small, x.shape, kind)
+
+
+def _gains_nothing(f: Method, old: Any, new: Any) -> bool:
+    """Whether a lossless method saves no memory: it gave `old` back, or a larger leaf.
+
+    Where `old` is packed already, a method sees its codes one to an array element.
+    """
+    if traits(f).selects == "weights":
+        return False
+    if isinstance(new, Leaf):
+        return new.lossless and nbytes(new) >= nbytes(old)
+    return new is old or isinstance(old, Leaf)
 
 
 def _needs_matrix(f: Method, x: jax.Array) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from jaxcompress.tree.layouts import leaf_layout, trailing, with_layout
 from jaxcompress.tree.leaf import Leaf, data_fields, is_box
 
 KERNEL, EMBEDDING = "kernel", "embedding"
+VECTORS = ("bias", "scale", "mean", "var")  # one axis in a layer that is not stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +25,9 @@ class Entry:
     types it lies inside: 0 for an array of the original tree. `weight`: it is a kernel
     or an embedding, or a weight inside a leaf that stands there. `root` is the name of
     the outermost leaf or array it belongs to. `stack` counts the leading axes that hold
-    layers, as far as its place tells: all but the last two of a weight and of what lies
-    inside a leaf that is one, all but the last of another array of the original tree.
+    layers, as far as its place tells: all but the last of a vector by name (`VECTORS`),
+    all but the last two of any other array, and no fewer than the axes that everything
+    in some subtree around it shares, kernels with stack axes among them.
     `moments` are those of its inputs.
     """
 
@@ -69,8 +72,16 @@ def map_entries(
     where they still mean something (`Leaf.inner_moments`).
     """
     moments = moments or {}
+    seen: Memo = {}
 
-    def walk(node: Any, name: str, depth: int, root: str | None, **place: Any) -> Any:
+    def walk(
+        node: Any,
+        name: str,
+        depth: int,
+        root: str | None,
+        above: tuple[Any, ...] = (),
+        **place: Any,
+    ) -> Any:
         if isinstance(node, Leaf) and not node.lossless:
             root = name if root is None else root
             if depth == 0:
@@ -96,7 +107,7 @@ def map_entries(
         if treedef is None or (len(named) == 1 and named[0][1] is node):
             if depth == 0:
                 place["moments"] = moments.get(name)
-                place["stack"] = max(0, node.ndim - (2 if place["weight"] else 1))
+                place["stack"] = _stack_axes(node, name, above, seen)
             return function(Entry(name, node, depth, root=root or name, **place))
         rebuilt = []
         for key, child in named:
@@ -105,13 +116,56 @@ def map_entries(
                 last = key.rsplit("/", 1)[-1]
                 inner["embedding"] = last == EMBEDDING
                 inner["weight"] = last in (KERNEL, EMBEDDING)
-            rebuilt.append(walk(child, join(name, key), depth, root, **inner))
+            around = (*above, node)
+            rebuilt.append(walk(child, join(name, key), depth, root, around, **inner))
         if all(new is old for new, (_, old) in zip(rebuilt, named, strict=True)):
             return node
         return jax.tree.unflatten(treedef, rebuilt)
 
     start = {"weight": False, "embedding": False, "stack": 0, "moments": None}
     return walk(params, "", 0, None, **start)
+
+
+Shared = tuple[tuple[int, ...], int]  # leading axes in common, most axes of any
+Memo = dict[int, tuple[Any, Shared]]  # by id of a node, and the node, which keeps it
+
+
+def _stack_axes(x: Any, name: str, above: tuple[Any, ...], seen: Memo) -> int:
+    """Counts the leading axes of an array that hold layers; see `Entry`.
+
+    Without a trace, `[rows, columns]` under an unknown name may be a plain matrix or a
+    vector of each layer. All arrays of a scanned module share the axes of the scan, its
+    kernels `[layers, inputs, outputs]` among them; a plain matrix has no such company.
+
+    Args:
+      above: the nodes around the array, outermost first.
+      seen: memo of `_shared_axes`.
+    """
+    last = name.rsplit("/", 1)[-1]
+    layers = max(0, x.ndim - (1 if last in VECTORS else 2))
+    if x.ndim < 2 or last in (KERNEL, EMBEDDING, *VECTORS):
+        return layers
+    for node in above:
+        shared, most = _shared_axes(node, seen)
+        layers = max(layers, min(len(shared), most - 2, x.ndim - 1))
+    return layers
+
+
+def _shared_axes(node: Any, seen: Memo) -> Shared:
+    """Returns the leading sizes that all arrays below a node share, and their rank."""
+    if id(node) in seen:
+        return seen[id(node)][1]
+    named, _ = ([], None) if isinstance(node, Leaf) else children(node)
+    if isinstance(node, Leaf) or (len(named) == 1 and named[0][1] is node):
+        shape = tuple(getattr(node, "shape", ()))
+        result = shape, len(shape)
+    else:
+        parts = [_shared_axes(child, seen) for _, child in named]
+        axes = zip(*(shape for shape, _ in parts), strict=False)
+        alike = itertools.takewhile(lambda sizes: len(set(sizes)) == 1, axes)
+        result = tuple(a[0] for a in alike), max((n for _, n in parts), default=0)
+    seen[id(node)] = node, result
+    return result
 
 
 def entries(params: Any, moments: Any = None) -> list[Entry]:

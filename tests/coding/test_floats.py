@@ -15,6 +15,7 @@ from jaxcompress.coding import (
     CodedWords,
     chunked_stream,
     code_floats,
+    entropy_code,
     tables,
     zstd,
     zstd_literals,
@@ -30,7 +31,7 @@ from jaxcompress.coding.floats import (
 )
 from jaxcompress.coding.floats.leaf import code_words
 from jaxcompress.coding.integers.leaf import stored_bytes
-from jaxcompress.tree.leaf import dense, static_fields
+from jaxcompress.tree.leaf import dense, is_leaf, static_fields
 
 RANDOM = np.random.default_rng(7)
 
@@ -68,7 +69,7 @@ def test_an_exception_at_the_end_of_a_part_of_a_block_comes_back():
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_floats_keep_every_bit(dtype):
-    x = RANDOM.normal(0, 0.05, (2, 90, 60)).astype(dtype)
+    x = RANDOM.normal(0, 0.05, (2, 290, 60)).astype(dtype)
     size = x.dtype.itemsize * 8
     special = RANDOM.integers(0, 2**size, 400, dtype=np.uint64)
     high = np.array([0, 1, 2, 3, 0, 1, 2, 3, 1], np.uint64)
@@ -137,6 +138,83 @@ def test_stacked_vectors_are_coded_layer_by_layer():
         lambda carry, leaf: (carry, leaf.materialize()), 0, coded["norm"]["scale"]
     )
     np.testing.assert_array_equal(layers, scales)
+
+
+def test_a_plain_matrix_is_coded_whole_under_any_name():
+    """No row of it is a layer: one set of tables, the bits of a kernel."""
+    x = jnp.asarray(RANDOM.normal(0, 0.02, (1024, 384)), jnp.bfloat16)
+    kernel = jc.nbytes(jc.compress({"kernel": x}, "code_floats()"))
+    assert kernel * 8 / x.size < 11
+    for tree in (
+        {"weight": x},
+        {"model": {"word_embeddings": {"table": x}, "b": jnp.ones(1024)}},
+        [x, x[:3]],
+    ):
+        coded = jc.compress(tree, "code_floats()")
+        (big,) = (y for y in jax.tree.leaves(coded, is_leaf=is_leaf) if y.size > 2048)
+        assert jc.nbytes(big) < 1.01 * kernel
+        rows = np.array([7, 1023])
+        np.testing.assert_array_equal(big.take_rows(rows), x[rows])
+
+
+def test_vectors_of_a_scanned_module_are_coded_layer_by_layer_under_any_name():
+    draw = lambda *shape: jnp.asarray(RANDOM.normal(0, 0.02, shape), jnp.bfloat16)  # noqa: E731
+    layers = {
+        "attention": {"weight": draw(3, 64, 96), "gate": draw(3)},
+        "norm": {"gamma": draw(3, 4096)},
+        "heads": {"bias": draw(3, 64, 96)},
+    }
+    coded = jc.compress({"layers": layers, "table": draw(600, 64)}, "code_floats()")
+    assert isinstance(coded["layers"]["attention"]["weight"], CodedFloats)
+    assert isinstance(coded["layers"]["norm"]["gamma"], CodedFloats)
+    assert isinstance(coded["table"], CodedFloats)
+    _, found = jax.lax.scan(
+        lambda carry, layer: (carry, jax.tree.map(dense, layer, is_leaf=is_leaf)),
+        0,
+        coded["layers"],
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, layers)
+
+
+def test_lossless_methods_say_what_they_leave_as_it_is():
+    """Nothing gets larger in memory, whatever its shape; the report says why."""
+    noise = RANDOM.integers(0, 2**15, (64, 96)).astype(np.uint16).view(np.float16)
+    params = {
+        "random": {"kernel": jnp.asarray(noise)},
+        "heads": {"weight": jnp.asarray(RANDOM.normal(0, 1, (400, 8, 8)), jnp.float32)},
+        "short": jnp.asarray([0.3, -0.7, 2.5]),
+        "table": {"weight": jnp.asarray(RANDOM.normal(0, 1, (128, 64)), jnp.bfloat16)},
+    }
+    report = []
+    small = jc.compress(params, "code_floats()", record=report)
+    by_name = {one.name: one for one in report}
+    for name in ("random/kernel", "heads/weight", "short"):
+        one = by_name.pop(name)
+        assert (one.method, one.bytes_after) == ("", one.bytes_before)
+        assert one.reason == "code_floats() makes it no smaller"
+    assert small["random"]["kernel"] is params["random"]["kernel"]
+    (one,) = by_name.values()
+    assert one.method == "code_floats()" and not one.reason
+    assert one.bytes_after < one.bytes_before
+
+    even = jnp.asarray(RANDOM.integers(-7, 8, (64, 64)) / 7, jnp.float32)
+    packed = jc.compress({"kernel": even}, "symmetric(bits=4)")
+    report = []
+    coded = jc.compress(packed, "entropy_code()", record=report)
+    (one,) = report
+    assert coded["kernel"] is packed["kernel"]
+    assert one.reason == "entropy_code() makes it no smaller"
+
+
+@pytest.mark.parametrize("stack", [0, 1, 2])
+def test_leaves_take_less_memory_than_their_arrays(stack):
+    """Tables of many slices are no gain, though a file leaves their padding out."""
+    for shape in ((64, 7, 12), (3, 40, 90), (2, 300, 2)):
+        floats = RANDOM.normal(0, 0.02, shape).astype(np.float32)
+        codes = RANDOM.geometric(0.5, shape).astype(np.int32)
+        for x, method in ((floats, code_floats), (codes, entropy_code)):
+            held = method(x, stack=stack)
+            assert held is x or jc.nbytes(held) < x.nbytes
 
 
 @pytest.mark.parametrize("dtype", FLOATS[:3])

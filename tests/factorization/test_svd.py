@@ -351,7 +351,7 @@ def test_pruned_factorized_quantized_and_coded_by_one_chain(tmp_path):
         # one kernel through every stage, the other pruned or factorized
         [("up/kernel", "magnitude(sparsity=0.5)"), ("down/kernel", None)],
         [("up/kernel/values", "svd(fraction=0.9)"), ("down/kernel", "svd(rank=40)")],
-        [(".*/(left|right)", "symmetric(bits=8, block=32)")],
+        [(".*/(left|right)", "symmetric(bits=6, block=32)")],
         "entropy_code()",
         "code_floats()",
     )

@@ -560,7 +560,7 @@ EXAMPLES = {
     ),
     "Packed": lambda: symmetric(X, bits=3).codes,
     "Coded": lambda: jc.entropy_code(jnp.arange(20000).reshape(2, 100, 100) % 99 // 98),
-    "CodedFloats": lambda: jc.code_floats(jnp.round(8 * X)),
+    "CodedFloats": lambda: jc.code_floats(jnp.round(8 * jnp.tile(X, (1, 8, 8)))),
     "CodedWords": lambda: (
         jc.code_floats(jax.random.normal(jax.random.key(0), (2, 64, 64))).bits
     ),

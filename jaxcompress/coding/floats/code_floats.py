@@ -11,7 +11,7 @@ from jaxcompress.coding.floats import chunks as float_chunks
 from jaxcompress.coding.floats.leaf import code_words
 from jaxcompress.coding.integers.leaf import ALLOWANCE, entropy_code, stored_bytes
 from jaxcompress.coding.tables import entropy
-from jaxcompress.tree.leaf import Leaf, dense, leaf, static
+from jaxcompress.tree.leaf import Leaf, dense, leaf, nbytes, static
 from jaxcompress.tree.methods import method
 
 WHOLE = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of integers held exactly
@@ -86,8 +86,8 @@ def code_floats(
     Huffman-coded with tables for up to eight classes of blocks of 512, and the rest,
     which is kept: about 10.56 bits for a bfloat16 weight. Arrays of few values, whole
     multiples of a power of two, and float32 arrays that hold bfloat16 numbers are
-    recognized. What would not get smaller, and types wider than float32 or narrower
-    than a byte, come back unchanged.
+    recognized. What would not get smaller, in a file and in memory, and types wider
+    than float32 or narrower than a byte, come back unchanged.
 
     Args:
       x: `[..., inputs, outputs]`, or any other rank.
@@ -120,18 +120,22 @@ def code_floats(
     stack = max(0, array.ndim - 2) if stack is None else stack
     coded, bits = words_and_kind(array)
     found = [(array.nbytes - ALLOWANCE, x)]
+
+    def add(size: int, held: CodedFloats) -> None:
+        if nbytes(held) < array.nbytes:  # tables of many slices may take more
+            found.append((size, held))
+
     made, size = code_words(bits, split, stack)
     if made is not None:
-        found.append((size, CodedFloats(made, kind, coded)))
+        add(size, CodedFloats(made, kind, coded))
     if _repeats(bits):
         whole = entropy_code(bits, stack=stack)
-        found.append((stored_bytes(whole), CodedFloats(whole, kind, coded)))
+        add(stored_bytes(whole), CodedFloats(whole, kind, coded))
     power = _common_power(array) if kind.name in WHOLE else None
     if power is not None:
         integers = np.ldexp(array.astype(np.float32), -power).astype(np.int32)
         whole = entropy_code(integers, stack=stack)
-        held = CodedFloats(whole, kind, kind.name, power)
-        found.append((stored_bytes(whole), held))
+        add(stored_bytes(whole), CodedFloats(whole, kind, kind.name, power))
     return min(found, key=lambda one: one[0])[1]
 
 

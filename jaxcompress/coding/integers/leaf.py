@@ -26,7 +26,7 @@ from jaxcompress.coding.packing import (
 )
 from jaxcompress.coding.threads import in_order
 from jaxcompress.tree.decoding import announced
-from jaxcompress.tree.leaf import Leaf, leaf, static
+from jaxcompress.tree.leaf import Leaf, leaf, nbytes, static
 from jaxcompress.tree.methods import method
 
 __all__ = ["Coded", "Packed", "entropy_code", "pack_bits"]
@@ -128,7 +128,8 @@ def entropy_code(
     """Codes integers at their order-0 entropy; the result materializes bit for bit.
 
     Slices along the stack axes have their own tables and streams. Returns the smallest
-    in a file of: `Coded`, `Packed`, and the array as it came.
+    in a file of: `Coded`, `Packed`, and the array as it came; of the leaves only what
+    is smaller in memory, too.
 
     Args:
       codes: bool or integers of up to 32 bits, `[..., inputs, outputs]`.
@@ -179,7 +180,7 @@ def entropy_code(
     if slices.min() >= 0:
         bits = min(bits, int(slices.max()).bit_length() or 1)
     packed = packed_bytes(array.shape, bits)
-    if size < min(packed, array.nbytes):
+    if size < min(packed, array.nbytes) and nbytes(coded) < array.nbytes:
         return coded
     return pack_bits(array, bits) if packed < array.nbytes else codes
 
