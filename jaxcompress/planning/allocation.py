@@ -89,3 +89,73 @@ def hull(curve: Curve) -> list[int]:
 def total_loss(curves: Sequence[Curve], picks: Sequence[int]) -> float:
     """The losses of these sizes, summed."""
     return sum(float(c.losses[p]) for c, p in zip(curves, picks, strict=True))
+
+
+def choose_candidates(
+    costs: np.ndarray, losses: np.ndarray, limit: int, weights: int
+) -> list[int]:
+    """Chooses a candidate for each leaf: least total loss within the limit.
+
+    The same candidate everywhere is considered too.
+
+    Args:
+      costs: int `[leaves, candidates]`, bytes; losses: float, alike.
+      limit: of the total cost.
+      weights: of all leaves; for the error alone.
+
+    Returns:
+      An index of a candidate for each leaf.
+
+    Raises:
+      ValueError: the limit is below what the smallest candidates cost.
+    """
+    curves, kept = [], []
+    for cost, loss in zip(costs, losses, strict=True):
+        order = [int(j) for j in np.lexsort((loss, cost))]
+        useful: list[int] = []
+        for j in order:  # from the smallest: what costs more must lose less
+            if not useful or loss[j] < loss[useful[-1]]:
+                useful.append(j)
+        kept.append(useful)
+        curves.append(Curve(cost[useful], loss[useful]))
+    least = sum(int(curve.costs[0]) for curve in curves)
+    if limit < least:
+        raise ValueError(
+            f"the budget of {limit} bytes is below the {least} that the smallest "
+            f"candidates take, {8 * least / weights:.3f} bits per weight; raise it, or "
+            "add a smaller candidate"
+        )
+    chosen = allocate(curves, limit)
+    best = [useful[pick] for useful, pick in zip(kept, chosen, strict=True)]
+    lost = total_loss(curves, chosen)
+    for j in range(costs.shape[1]):
+        if costs[:, j].sum() <= limit and losses[:, j].sum() < lost:
+            best, lost = [j] * len(curves), losses[:, j].sum()
+    return best
+
+
+def prefer_candidates(
+    costs: np.ndarray,
+    losses: np.ndarray,
+    limit: int,
+    allowed: np.ndarray,
+    picks: Sequence[int],
+) -> list[int]:
+    """Chooses among the allowed candidates, if that is no worse than one for all.
+
+    Args:
+      costs, losses, limit: as for `choose_candidates`.
+      allowed: bool `[leaves, candidates]`; each leaf has one or more.
+      picks: returned where the allowed candidates do not fit, or lose more than the
+        best single candidate, everywhere, that fits.
+    """
+    # What is not allowed costs and loses more than what is, so it is never taken.
+    costly = np.where(allowed, costs, limit + 1)
+    worst = np.where(allowed, losses, losses.max() + 1)
+    if costly.min(axis=1).sum() > limit:
+        return list(picks)
+    better = choose_candidates(costly, worst, limit, 1)
+    lost = losses[np.arange(len(better)), better].sum()
+    fits = costs.sum(axis=0) <= limit
+    uniform = losses[:, fits].sum(axis=0).min(initial=np.inf)
+    return better if lost <= uniform else list(picks)

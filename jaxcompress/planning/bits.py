@@ -1,6 +1,7 @@
 """`plan_bits`: each leaf its own method, bits and block, from one budget."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,18 +10,25 @@ import numpy as np
 from jaxcompress.calibration.damage import divergence, entry_layout, relative_square
 from jaxcompress.calibration.moments import check_curvatures
 from jaxcompress.checks import check_concrete
-from jaxcompress.planning.allocation import Curve, allocate, total_loss
+from jaxcompress.planning.allocation import choose_candidates, prefer_candidates
 from jaxcompress.planning.budget import byte_limit
 from jaxcompress.progress import each_item
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import nbytes as held_bytes
-from jaxcompress.tree.paths import Entry
+from jaxcompress.tree.paths import Entry, entries
 from jaxcompress.tree.selection import planned_entries
 from jaxcompress.types import Method, Params, Rule
 
 CANDIDATES = tuple(
     f"symmetric(bits={bits}, block=64, full_range=True)" for bits in range(2, 9)
+)
+EMBEDDINGS = CANDIDATES[4:]  # 6 bits or more
+BLIND = (
+    "plan_bits got neither sensitivities nor curvatures: the plan rests on rounding "
+    "errors alone, each weight alike, and knows nothing of what the model does with "
+    "them. Pass moments=measure_curvatures(...) or "
+    "sensitivities=measure_sensitivities(...)"
 )
 CODING = ("entropy_code()", "code_floats()")
 
@@ -33,13 +41,13 @@ def plan_bits(
     nbytes: int | str | None = None,
     fraction: float | None = None,
     sensitivities: Mapping[str, float] | None = None,
-    candidates: Sequence[Method | str | None] = CANDIDATES,
+    candidates: Sequence[Method | str | None] | None = None,
     layouts: Mapping[str, Layout] | None = None,
     where: str | None = None,
     coded: bool = False,
     progress: bool | Callable[[list[str]], Iterable[str]] = False,
 ) -> Any:
-    """A recipe that gives each leaf the candidate of least damage within a budget.
+    """Plans a recipe that gives each leaf the candidate of least damage in a budget.
 
     Every candidate is tried on every leaf, and its bytes and its relative squared error
     are measured. The damage is that error times the leaf's sensitivity, and damages add
@@ -49,14 +57,23 @@ def plan_bits(
     greedily; the same candidate everywhere is considered too, so the plan is never
     worse by this measure.
 
+    Without sensitivities and curvatures nothing tells how much a leaf matters. Then
+    each weight counts alike (the sensitivity of a leaf is its number of weights), and
+    those of an embedding that is also the head count twice. Embeddings keep 6 bits or
+    more, unless `candidates` are given or the same candidate everywhere does less
+    damage. A warning says so. An embedding is the head where its moments say that it is
+    multiplied, too; without moments, the one of most rows is, unless the tree has
+    another matrix with an axis of as many entries.
+
     Args:
       params: pytree of arrays and leaves; concrete.
       bits_per_weight, nbytes, fraction: exactly one: what the planned leaves may take
         together, in bits per weight, in bytes (an integer or "60MB"), or as a fraction
         of the bytes they take now.
-      sensitivities: by name, of `measure_sensitivities`; None: all equal, or what the
-        curvatures say.
-      candidates: methods or their strings; None keeps a leaf as it is.
+      sensitivities: by name, of `measure_sensitivities`; None: what the curvatures
+        say, or numbers of weights.
+      candidates: methods or their strings, in which None keeps a leaf as it is. Not
+        given: nearest rounding at 2 to 8 bits in blocks of 64.
       moments: by kernel name, for methods that need them. A leaf that has a second
         moment is judged by its output error, another by its weight error:
         sensitivities must have been measured with the same moments. With curvatures,
@@ -78,18 +95,26 @@ def plan_bits(
         `compress` raises.
       TypeError: params under a trace.
 
+    Warns:
+      UserWarning: neither sensitivities nor curvatures.
+
     Source: damages that add up as `sensitivity * error`, HIGGS (Malinovskii et al.
     2024, arXiv 2411.17525, theorem 1).
     """
     check_concrete(params, "plan_bits")
+    free = candidates is None
+    candidates = CANDIDATES if free else candidates
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"plan_bits takes a list of candidates, not {candidates!r}")
     layouts, candidates = layouts or {}, list(candidates)
     planned = planned_entries(params, moments, where)
-    weights = _weights(planned, sensitivities)
     curved = sensitivities is None and check_curvatures(
         {entry.name: entry.moments for entry in planned}
     )
+    blind = sensitivities is None and not curved
+    if blind:
+        sensitivities = _sizes(params, planned)
+    weights = _weights(planned, sensitivities)
     damage = divergence if curved else relative_square
     turns = iter(
         each_item([entry.name for entry in planned], progress, label="planning")
@@ -113,12 +138,39 @@ def plan_bits(
         weights=weights_count,
         total=sum(held_bytes(entry.value) for entry in planned),
     )
-    picks = _choose(costs, losses, limit, weights_count)
+    picks = choose_candidates(costs, losses, limit, weights_count)
+    if blind:
+        warnings.warn(BLIND, UserWarning, stacklevel=2)
+    if blind and free:
+        fine = np.array([candidate in EMBEDDINGS for candidate in candidates])
+        plain = np.array([not entry.embedding for entry in planned])
+        allowed = plain[:, None] | fine
+        picks = prefer_candidates(costs, losses, limit, allowed, picks)
     rules: list[Rule] = [
         (re.escape(entry.name), candidates[pick])
         for entry, pick in zip(planned, picks, strict=True)
     ]
     return chain(rules, *CODING) if coded else rules
+
+
+def _sizes(params: Params, planned: list[Entry]) -> dict[str, float]:
+    """Returns numbers of weights by name, times the uses of each; see `plan_bits`."""
+    widest = max((_rows(e) for e in planned if e.embedding), default=0)
+    axes = [(e.name, e.value.shape) for e in entries(params) if e.value.ndim > 1]
+    sizes = {}
+    for entry in planned:
+        uses, known = 1, entry.moments
+        if entry.embedding and known is not None:
+            uses += known.second is not None and known.tokens is not None
+        elif entry.embedding and _rows(entry) == widest:
+            others = (shape for name, shape in axes if name != entry.name)
+            uses += not any(widest in shape for shape in others)
+        sizes[entry.name] = float(entry.value.size * uses)
+    return sizes
+
+
+def _rows(entry: Entry) -> int:
+    return entry.value.shape[-2]
 
 
 def _weights(
@@ -153,32 +205,3 @@ def _compressed(
     kinds = entry_layout(entry, layout)
     small = compress({name: entry.value}, chain(*stages), moments, layouts=kinds)
     return small[name]
-
-
-def _choose(
-    costs: np.ndarray, losses: np.ndarray, limit: int, weights: int
-) -> list[int]:
-    """The candidate of each leaf, `[leaves, candidates]` to indices of candidates."""
-    curves, kept = [], []
-    for cost, loss in zip(costs, losses, strict=True):
-        order = [int(j) for j in np.lexsort((loss, cost))]
-        useful: list[int] = []
-        for j in order:  # from the smallest: what costs more must lose less
-            if not useful or loss[j] < loss[useful[-1]]:
-                useful.append(j)
-        kept.append(useful)
-        curves.append(Curve(cost[useful], loss[useful]))
-    least = sum(int(curve.costs[0]) for curve in curves)
-    if limit < least:
-        raise ValueError(
-            f"the budget of {limit} bytes is below the {least} that the smallest "
-            f"candidates take, {8 * least / weights:.3f} bits per weight; raise it, or "
-            "add a smaller candidate"
-        )
-    chosen = allocate(curves, limit)
-    best = [useful[pick] for useful, pick in zip(kept, chosen, strict=True)]
-    lost = total_loss(curves, chosen)
-    for j in range(costs.shape[1]):
-        if costs[:, j].sum() <= limit and losses[:, j].sum() < lost:
-            best, lost = [j] * len(curves), losses[:, j].sum()
-    return best

@@ -1,5 +1,6 @@
 """Quality on the trained reference model: held-out text, never random weights."""
 
+import contextlib
 import hashlib
 import lzma
 from importlib import resources
@@ -189,6 +190,51 @@ def test_planned_bits_beat_uniform_bits_at_equal_bytes(reference):
         for tree in (small, uniform)
     ]
     assert costs[0] < 0.9 * costs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [False, True])
+def test_a_plan_is_no_worse_than_one_width_for_all(reference, data):
+    """At three budgets in bytes, held-out KL, within a standard error."""
+    model, stacked, tokenizer, _, batches = reference
+    params, moments = jc.models.unstack_layers(stacked), None
+    if data:
+        looped = model.clone(scan=False)
+        text = heldout_text()
+        ids = np.array(tokenizer.encode(text[: len(text) // 2])[: 16 * LENGTH])
+        seen = [{"tokens": part} for part in ids.reshape(16, 1, LENGTH)]
+        moments = jc.collect_moments(looped, params, [one["tokens"] for one in seen])
+        moments = jc.measure_curvatures(
+            Apply(looped), params, seen, moments, key=jax.random.key(0)
+        )
+
+    def measure(recipe):
+        small = jc.models.stack_layers(jax.jit(jc.materialize)(recipe))
+        return jc.compare(Apply(model), stacked, small, batches[:4])
+
+    width = "symmetric(bits={}, block=64, full_range=True)".format
+    for bits in (3, 4, 5):
+        uniform = jc.compress(params, width(bits))
+        spare = 1.0 if data else 1.06  # without data, equal bytes make equal widths
+        budget = int(spare * planned_bytes(params, uniform))
+        with contextlib.nullcontext() if data else pytest.warns(match="neither"):
+            plan = jc.planning.plan_bits(params, nbytes=budget, moments=moments)
+        small = jc.compress(params, plan)
+        assert planned_bytes(params, small) <= budget
+        found, wanted = measure(small), measure(uniform)
+        assert found.kl < wanted.kl + found.kl_standard_error
+        if not data:
+            with pytest.warns(match="neither"):
+                plan = jc.planning.plan_bits(
+                    params, nbytes=planned_bytes(params, uniform)
+                )
+            assert {method for _, method in plan} == {width(bits)}
+
+
+def planned_bytes(params, small):
+    """Bytes of the leaves of a compressed tree that are planned by default."""
+    dense = sum(x.nbytes for _, x in flat(params) if x.ndim < 2)
+    return jc.nbytes(small) - dense
 
 
 def flat(params):

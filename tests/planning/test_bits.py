@@ -11,7 +11,10 @@ import pytest
 import jaxcompress as jc
 from jaxcompress.calibration import damage as damage_of
 from jaxcompress.planning.allocation import Curve, allocate, hull, total_loss
+from jaxcompress.planning.bits import CANDIDATES as WIDTHS
+from jaxcompress.planning.bits import _sizes
 from jaxcompress.tree.paths import entries
+from jaxcompress.tree.selection import planned_entries
 
 
 def curves(seed, parts=4, sizes=4):
@@ -89,6 +92,7 @@ def params():
 LAYOUT = {"b/kernel": jc.Layout((0,), (1,), (2,))}
 NAMES = ["a/kernel", "b/kernel", "embed/embedding"]
 SENSITIVITY = {"a/kernel": 1.0, "b/kernel": 0.01, "embed/embedding": 100.0}
+BLIND = "ignore:plan_bits got neither:UserWarning"
 CANDIDATES = [f"symmetric(bits={bits}, block=32)" for bits in (2, 3, 4, 6, 8)]
 
 
@@ -140,6 +144,7 @@ def test_sensitive_leaves_get_more_bits_within_the_budget(params):
     assert jc.planning.plan_bits(params, fraction=fraction, **plan) == rules
 
 
+@pytest.mark.filterwarnings(BLIND)
 def test_uniform_is_taken_where_nothing_is_better(params):
     twins = {name: {"kernel": params["a"]["kernel"]} for name in "abc"}
     small = jc.compress(twins, CANDIDATES[1])
@@ -147,6 +152,7 @@ def test_uniform_is_taken_where_nothing_is_better(params):
     assert [f for _, f in rules] == [CANDIDATES[1]] * 3
 
 
+@pytest.mark.filterwarnings(BLIND)
 def test_coded_plans_count_coded_bytes(params):
     part = {"a": params["a"]}
     options = {"candidates": CANDIDATES[:3], "coded": True}
@@ -167,6 +173,73 @@ def test_none_keeps_a_leaf_and_patterns_choose(params):
         sensitivities=SENSITIVITY,
     )
     assert dict(rules) == {"a/kernel": None, "embed/embedding": None}
+
+
+def test_a_plan_without_data_says_what_it_rests_on(params):
+    part = {"a": params["a"]}
+    with pytest.warns(UserWarning, match="neither sensitivities nor curvatures.*meas"):
+        jc.planning.plan_bits(part, fraction=0.2)
+    known = jc.moments_from_covariance(jnp.eye(64))
+    with pytest.warns(UserWarning, match="rests on rounding errors alone"):
+        jc.planning.plan_bits(part, fraction=0.2, moments={"a/kernel": known})
+    jc.planning.plan_bits(part, fraction=0.2, sensitivities=SENSITIVITY)  # no warning
+
+
+@pytest.mark.filterwarnings(BLIND)
+def test_without_data_no_leaf_pays_for_being_large():
+    """Each weight counts alike: none falls below the bits that all could have."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    params = {f"l{i}": {"kernel": draw(64, 64)} for i in range(8)}
+    params["wide"] = {"kernel": draw(64, 1024)}
+    size = lambda wide: jc.nbytes(jc.compress(params, WIDTHS[wide - 2]))  # noqa: E731
+    for budget in ((size(3) + size(4)) // 2, size(5) + 5000):
+        found = bits_of(jc.planning.plan_bits(params, nbytes=budget)).values()
+        least = max(b for b in range(2, 9) if size(b) <= budget)
+        assert min(found) == least
+
+
+@pytest.mark.filterwarnings(BLIND)
+def test_embeddings_keep_six_bits_where_no_one_else_needs_them():
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    params = {f"l{i}": {"kernel": draw(64, 128)} for i in range(8)}
+    params["embed"] = {"embedding": draw(128, 64)}
+    size = lambda wide: jc.nbytes(jc.compress(params, WIDTHS[wide - 2]))  # noqa: E731
+    found = bits_of(jc.planning.plan_bits(params, nbytes=(size(4) + size(5)) // 2))
+    assert found["embed/embedding"] >= 6 and min(found.values()) == 4
+    found = bits_of(jc.planning.plan_bits(params, nbytes=size(4)))
+    assert set(found.values()) == {4}, "nobody says that it deserves what others lose"
+    given = {"candidates": list(WIDTHS)}
+    found = bits_of(
+        jc.planning.plan_bits(params, nbytes=(size(4) + size(5)) // 2, **given)
+    )
+    assert found["embed/embedding"] == 5 and set(found.values()) == {4, 5}
+
+
+def test_an_embedding_counts_twice_where_it_is_the_head():
+    draw = lambda *shape: jnp.ones(shape, jnp.float32)  # noqa: E731
+    tree = {
+        "embed": {"embedding": draw(512, 64)},
+        "position": {"embedding": draw(128, 64)},
+        "out": {"kernel": draw(64, 96), "bias": draw(512)},
+    }
+
+    def uses(tree, moments=None):
+        planned = planned_entries(tree, moments, ".*(kernel|embedding)")
+        sizes = _sizes(tree, planned)
+        return {e.name: sizes[e.name] / e.value.size for e in planned}
+
+    once = {"embed/embedding": 1, "position/embedding": 1, "out/kernel": 1}
+    assert uses(tree) == once | {"embed/embedding": 2}
+    headed = tree | {"out": {"kernel": draw(64, 512)}}
+    assert uses(headed) == once
+    stored = tree | {"head": {"weight": draw(512, 64)}}  # [outputs, inputs]
+    assert uses(stored) == once, "not planned, and the head all the same"
+    looked = jc.Moments(jnp.float32(9), tokens=draw(512))
+    assert uses(tree, {"embed/embedding": looked}) == once
+    both = dataclasses.replace(looked, second=jnp.eye(64))
+    assert uses(headed, {"embed/embedding": both}) == once | {"embed/embedding": 2}
 
 
 def with_moments(params):
@@ -211,6 +284,7 @@ def test_sensitivities_are_the_curvature_of_the_loss(params):
     assert found["a/kernel"] == pytest.approx(2 * np.sum(x * (second @ x)), rel=1e-3)
 
 
+@pytest.mark.filterwarnings(BLIND)
 def test_moments_judge_by_outputs(params):
     """gptq has the larger weight error; only by its outputs is it the better one."""
     rng = np.random.default_rng(4)
