@@ -1,100 +1,40 @@
-"""What every method owes, whatever it does: a new one joins with a line in METHODS."""
+"""What every method owes, whatever it does: one joins by a line in `laws.py`."""
 
 import contextlib
+import dataclasses
 import functools
+import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from laws import (
+    CHOOSING,
+    FEATURES,
+    HIDDEN,
+    LAYERS,
+    SEQUENTIAL,
+    TOKENS,
+    Model,
+    all_moments,
+    apply,
+    driven_by_data,
+    every,
+    moments_for,
+    parameters,
+    stages,
+    traceable,
+)
 
 import jaxcompress as jc
 from jaxcompress.storage import load, save
-from jaxcompress.tree.methods import parse, traits
+from jaxcompress.tree.leaf import dense as dense_of
+from jaxcompress.tree.methods import parse
+from jaxcompress.tree.paths import entries, is_float, map_entries
 
-# Stages of a chain stand between ">".
-METHODS = [
-    "symmetric(bits=4, block=16)",
-    "symmetric(bits=2, block=25, full_range=True, search=True)",
-    "symmetric(bits=1, block='tensor')",
-    "asymmetric(bits=3, block=25)",
-    "sign_split(bits=(3, 3))",
-    "learned(bits=3, block=16, steps=10)",
-    "hqq(bits=3, block=25, steps=3)",
-    "nf4(block=16)",
-    "fp8(kind='e5m2')",
-    "mxfp4(search=True)",
-    "nvfp4()",
-    "mixed_channels(bits=3, channels=4, fine_bits=8, block=16)",
-    "sign_split(bits=(3, 3)) > entropy_code()",
-    "rate_distortion(rate=3, states=8)",
-    "rate_distortion(rate=3, states=0, order='natural')",
-    "outliers(fraction=0.02)",
-    "svd(rank=40)",
-    "corrected(base='symmetric(bits=3, block=16)', rank=8)",
-    "tucker(ranks=(48, 8, 10), sizes=(64, 8, 12), sweeps=2)",
-    "magnitude(nm='2:4')",
-    "magnitude(threshold=0.02)",
-    "magnitude(sparsity=0.25) > symmetric(bits=4, block=16) > entropy_code()",
-    "code_floats()",
-    "asymmetric(bits=3, block=16) > entropy_code() > code_floats()",
-]
-
-
-def is_traceable(method):
-    return all(traits(parse(stage)).traceable for stage in method.split(">"))
-
-
-TRACEABLE = [method for method in METHODS if is_traceable(method)]
-every = pytest.mark.parametrize("method", METHODS)
-traceable = pytest.mark.parametrize("method", TRACEABLE)
-
-FEATURES, HIDDEN, LAYERS = 64, 96, 2
-TOKENS = jnp.arange(10).reshape(2, 5) * 9
-STACK = jc.Layout((0,), (1,), (2,))
-SCANNED = {"layers/up/kernel": STACK}
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, x, _=None):
-        y = nn.gelu(nn.Dense(HIDDEN, name="up")(nn.LayerNorm(name="norm")(x)))
-        return x + y[..., :FEATURES] * y[..., -FEATURES:], None
-
-
-class Model(nn.Module):
-    scanned: bool = False
-
-    @nn.compact
-    def __call__(self, tokens):
-        embed = nn.Embed(HIDDEN, FEATURES, name="embed")
-        x = embed(tokens)
-        if self.scanned:
-            layers = nn.scan(
-                Layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=LAYERS,
-            )
-            x, _ = layers(name="layers")(x, None)
-        else:
-            for i in range(LAYERS):
-                x, _ = Layer(name=f"layer_{i}")(x)
-        return embed.attend(x)
-
-
-@functools.cache
-def parameters(scanned=False, dtype="float32"):
-    """NumPy arrays, so that a method that writes into its input is seen."""
-    params = jax.jit(Model(scanned).init)(jax.random.key(0), TOKENS)["params"]
-    return jax.tree.map(lambda x: np.array(x.astype(dtype)), params)
-
-
-def apply(method, params, scanned=False):
-    recipe = jc.chain(*(stage.strip() for stage in method.split(">")))
-    return jc.compress(params, recipe, layouts=SCANNED if scanned else None)
+KERNEL = "layer_0/up/kernel"
 
 
 @functools.cache
@@ -118,10 +58,51 @@ def contents(tree):
     return structure, [(x.dtype, x.shape, x.tobytes()) for x in arrays]
 
 
-def check_same(a, b, original):
-    """Equal, but for weights that lie within 1e-5 of a step from a tie."""
-    for x, y, weight in zip(*map(jax.tree.leaves, (a, b, original)), strict=True):
+def of_one_matrix(method, name=KERNEL, scanned=False):
+    """The method as a function of a matrix, or of a stack of them."""
+    known = moments_for(method, scanned)
+    known = known and dataclasses.replace(known[name], layout=None)
+    (stage,) = stages(method)
+    return lambda x: parse(stage)(x, known)
+
+
+def seconds_for(method, part=""):
+    """What a second-order method's results are compared in; None for other methods."""
+    if not method.endswith("| moments") or not method.startswith(SEQUENTIAL):
+        return None
+    named = jax.tree_util.tree_leaves_with_path(parameters())
+    names = ["/".join(key.key for key in path) for path, _ in named]
+    known = all_moments()
+    return [
+        known[name].second if name in known else None
+        for name in names
+        if name.startswith(part) and (name in known or not part)
+    ]
+
+
+def output_loss(change, second):
+    change = change.reshape(-1, change.shape[-1])
+    if second is None:
+        return np.sum(change**2)
+    if len(change) != len(second):
+        change = change.T  # an embedding: its features are the inputs of the head
+    return np.sum(change * (np.asarray(second, np.float64) @ change))
+
+
+def check_same(a, b, original, seconds=None):
+    """Equal, but for weights that lie within 1e-5 of a step from a tie.
+
+    With second moments their objective is: another tie changes all that follows it.
+    """
+    flat = [jax.tree.leaves(tree) for tree in (a, b, original)]
+    seconds = [None] * len(flat[0]) if seconds is None else seconds
+    by_objective = any(second is not None for second in seconds)
+    for x, y, weight, second in zip(*flat, seconds, strict=True):
         x, y, weight = (np.asarray(v, np.float64) for v in (x, y, weight))
+        if by_objective:
+            losses = [output_loss(v - weight, second) for v in (x, y)]
+            np.testing.assert_allclose(*losses, rtol=0.02, atol=1e-9)
+            continue
         noise = 1e-6 * np.abs(weight).max()
         other = np.abs(x - y) > noise
         tie = np.abs(np.abs(x - weight) - np.abs(y - weight))
@@ -132,14 +113,17 @@ def check_same(a, b, original):
 @traceable
 def test_jit_equals_eager(method):
     params = parameters()
-    f, weight = parse(method), params["layer_0"]["up"]["kernel"]
+    f, weight = of_one_matrix(method), params["layer_0"]["up"]["kernel"]
     inside = jax.jit(lambda x: f(x).materialize())(weight)
     # Before jax 0.8 disable_jit mixes up executables of float64 and float32.
     old = not hasattr(jax, "enable_x64")
     with contextlib.nullcontext() if old else jax.disable_jit():
         outside = f(jnp.asarray(weight)).materialize()
-    check_same(inside, outside, weight)
-    check_same(dense(method)["layer_0"]["up"]["kernel"], outside, weight)
+    check = functools.partial(check_same, b=outside, original=weight)
+    check(inside, seconds=seconds_for(method, "layer_0"))
+    check(
+        dense(method)["layer_0"]["up"]["kernel"], seconds=seconds_for(method, "layer_0")
+    )
 
 
 @traceable
@@ -175,7 +159,8 @@ def test_the_input_is_untouched_and_the_rest_identical(method):
     small = apply(method, params)
     for old, before in zip(*map(jax.tree.leaves, (params, parameters())), strict=True):
         np.testing.assert_array_equal(old, before)
-    first = jc.compress(params, [("layer_0/up/kernel", method.split(" >")[0])])
+    rules = [(KERNEL, stages(method)[0])]
+    first = jc.compress(params, rules, moments_for(method))
     for name in ("embed", "layer_1"):
         assert all(
             new is old
@@ -190,34 +175,46 @@ def test_the_input_is_untouched_and_the_rest_identical(method):
 @traceable
 def test_traced_once_for_equal_shapes(method):
     shapes = []
-    partial = parse(method)
+    (stage,) = stages(method)
+    partial = parse(stage)
 
     def counted(x, moments=None, **options):
         shapes.append(x.shape)
         return partial.func(x, moments, **options)
 
-    counted.traits = traits(partial)
+    counted.traits = partial.func.traits
     params = parameters()
     for _ in range(2):
-        jc.compress(params, functools.partial(counted, **partial.keywords))
-    assert shapes == [(FEATURES, HIDDEN)]  # of two kernels and the embedding, twice
+        recipe = functools.partial(counted, **partial.keywords)
+        jc.compress(params, recipe, moments_for(method))
+    # Of two kernels and the embedding, twice; its moments also count the rows read.
+    most = 1 if moments_for(method) is None else 2
+    assert shapes == [(FEATURES, HIDDEN)] * most
 
 
 @traceable
 def test_a_stack_equals_its_slices_one_by_one(method):
-    f = parse(method)
+    (stage,), name = stages(method), "layers/up/kernel"
+    f = parse(stage)
     stack = parameters(scanned=True)["layers"]["up"]["kernel"]
-    single = [materialize(f(jnp.asarray(matrix))) for matrix in stack]
-    vmapped = jax.jit(jax.vmap(f))(stack)
-    whole = f(jnp.asarray(stack))
+    known = moments_for(method, scanned=True)
+    known = known and dataclasses.replace(known[name], layout=None)
+    slices = [jax.tree.map(lambda x, i=i: x[i], known) for i in range(LAYERS)]
+    pairs = zip(stack, slices, strict=True)
+    single = [materialize(f(jnp.asarray(matrix), m)) for matrix, m in pairs]
+    vmapped = jax.jit(jax.vmap(f))(stack, known)
+    whole = f(jnp.asarray(stack), known)
     assert jax.tree.structure(vmapped) == jax.tree.structure(whole)
     for a, b in zip(*map(jax.tree.leaves, (vmapped, whole)), strict=True):
         assert a.shape == b.shape and a.shape[0] == LAYERS
     one = jax.tree.map(lambda x: x[1], whole)
     assert one.shape == stack.shape[1:]
-    check_same(materialize(one), single[1], stack[1])
-    check_same(list(materialize(vmapped)), single, list(stack))
-    check_same(list(materialize(whole)), single, list(stack))
+    seconds = None
+    if seconds_for(method) is not None:
+        seconds = [m.second for m in slices]
+    check_same(materialize(one), single[1], stack[1], seconds and seconds[1:])
+    check_same(list(materialize(vmapped)), single, list(stack), seconds)
+    check_same(list(materialize(whole)), single, list(stack), seconds)
 
 
 @every
@@ -255,10 +252,121 @@ def test_a_parameter_sharded_over_two_devices_gives_the_same(method):
     plain = compressed(method)
     for a, b in zip(*map(jax.tree.leaves, (small, plain)), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-    check_same(materialize(small), dense(method), params)
+    check_same(materialize(small), dense(method), params, seconds_for(method))
 
 
 def test_lossless_stages_change_no_bit():
     assert contents(dense("code_floats()")) == contents(parameters())
     coded = contents(dense("sign_split(bits=(3, 3)) > entropy_code()"))
     assert coded == contents(dense("sign_split(bits=(3, 3))"))
+
+
+# What a compressed prefix makes of the inputs of one layer: other tokens' inputs.
+@functools.cache
+def drifted_moments():
+    rng = np.random.default_rng(5)
+    old = rng.normal(size=(400, FEATURES)) * np.geomspace(1, 8, FEATURES)
+    new = old + 0.5 * rng.normal(size=old.shape) @ rng.normal(size=(FEATURES,) * 2)
+    mean = lambda a, b: jnp.asarray(a.T @ b / len(a), jnp.float32)  # noqa: E731
+    still = jc.Moments(jnp.ones(()), second=mean(old, old))
+    cross, drifted = mean(old, new), mean(new, new)
+    return still, dataclasses.replace(still, drifted=drifted, cross=cross)
+
+
+@driven_by_data
+def test_drift_changes_what_every_method_driven_by_data_sees(method):
+    """And for the better: the outputs on the inputs that the layer will have."""
+    weight = parameters()["layer_0"]["up"]["kernel"]
+    still, drifted = drifted_moments()
+
+    def result(moments):
+        rules = [(KERNEL, stages(method)[0])]
+        small = jc.compress(parameters(), rules, {KERNEL: moments})
+        leaf = small["layer_0"]["up"]["kernel"]
+        if method.startswith("outliers"):  # all terms together are the weight again
+            leaf = leaf.terms[0]
+        return np.asarray(materialize(leaf), np.float64)
+
+    without, along = result(still), result(drifted)
+    assert np.linalg.norm(along - without) > 0.01 * np.linalg.norm(weight)
+    if method.startswith("outliers"):
+        return
+    wide = np.asarray(weight, np.float64)
+    second, seen, cross = (
+        np.asarray(x, np.float64)
+        for x in (drifted.second, drifted.drifted, drifted.cross)
+    )
+
+    if method.startswith(CHOOSING):
+        second = cross = seen
+
+    def loss(value):  # E |x W - x' V|^2, with x' in both places for those that choose
+        return (
+            np.sum(wide * (second @ wide))
+            - 2 * np.sum(wide * (cross @ value))
+            + np.sum(value * (seen @ value))
+        )
+
+    assert loss(along) < loss(without)
+
+
+# First stage, and the fields inside it which inputs of the layer still reach.
+FOLLOW = {
+    "svd(rank=40)": {"left", "right"},
+    "svd(rank=48) > svd(rank=44)": {
+        "left/left",
+        "left/right",
+        "right/left",
+        "right/right",
+    },
+    "corrected(base='symmetric(bits=3, block=16)', rank=8)": {
+        "terms/1/left",
+        "terms/1/right",
+    },
+    "outliers(fraction=0.02)": {"terms/0"},
+    "mixed_channels(bits=3, channels=8, axis='outputs')": {"kept"},
+    "wanda(sparsity=0.5)": set(),
+    "cp(rank=64, sizes=(64, 8, 12), sweeps=2)": set(),
+    "tucker(ranks=(48, 8, 10), sizes=(64, 8, 12), sweeps=2)": set(),
+}
+
+
+def effect_of(inner, change, tree):
+    """What the whole kernel gains where an inner weight, of zeros, gains `change`."""
+
+    def whole(new):
+        put = lambda entry: new if entry.name == inner.name else entry.value  # noqa: E731
+        return dense_of(map_entries(put, tree)["layer_0"]["up"]["kernel"])
+
+    change = jnp.asarray(change, jnp.float32)
+    return np.asarray(whole(change) - whole(0 * change), np.float64)
+
+
+@pytest.mark.parametrize("first", FOLLOW)
+def test_moments_follow_every_chain_or_the_error_says_that_they_cannot(first):
+    """An error of an inner weight costs, by its moments, what it costs the outputs."""
+    known = {KERNEL: all_moments()[KERNEL]}
+    small = {"layer_0": {"up": {"kernel": parameters()["layer_0"]["up"]["kernel"]}}}
+    for stage in stages(first):
+        small = jc.compress(small, [(f"{KERNEL}.*", stage)], known)
+    second = np.asarray(known[KERNEL].second, np.float64)
+    rng = np.random.default_rng(3)
+    followed = set()
+    for inner in entries(small, known):
+        if not inner.weight or not is_float(inner.value):
+            continue
+        if inner.moments is None:
+            with pytest.raises(ValueError, match=f"{inner.name}.* needs"):
+                jc.compress(small, [(re.escape(inner.name), "gptq(bits=3)")], known)
+            continue
+        followed.add(inner.name.removeprefix(KERNEL + "/"))
+        outputs = rng.normal(size=inner.value.shape[-1])
+        ratios = []
+        for inputs in rng.normal(size=(4, inner.value.shape[-2])):
+            change = np.outer(inputs, outputs)
+
+            costs = output_loss(effect_of(inner, change, small), second)
+            own = np.asarray(inner.moments.second, np.float64)
+            ratios.append(costs / output_loss(change, own))
+        np.testing.assert_allclose(ratios, ratios[0], rtol=1e-3)
+    assert followed == FOLLOW[first]
