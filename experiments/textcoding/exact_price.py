@@ -82,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
     for i in range(prefix, prefix + config.steps):
         one = np.stack([row[::-1], row])[:, i : i + 1]
         other, cache = step(integers, one, cache)
-        same &= bool((other[1] == logits[i]).all())
+        same &= bool((other[1, 0] == logits[i]).all())
     before, after = np.mean(floats), np.mean(exacts)
     return {
         "experiment": "exact_price",

@@ -430,8 +430,8 @@ def test_progress_says_errors_and_the_time_left(stream, capsys):
     jc.compress_blockwise(
         Stream(), stream, [(KERNELS, jc.gptq(bits=3))], TOKENS[:1], progress=True
     )
-    text = capsys.readouterr().out
-    assert re.search(r"layer_1 \(3 of 5, \d+ s left\): output errors down/", text)
+    text = capsys.readouterr().err
+    assert re.search(r"layer_1 \(3 of 5, \d+:\d\d left\): output errors down/", text)
 
 
 def test_reports_say_why_a_leaf_is_left_alone(stream):
