@@ -1,12 +1,15 @@
 """Strict JAX for every test: two fake devices, no silent rank promotion.
 
 Each file has a budget of processor time, compilation included; files over it are named
-at the end of a run. All processes of a run share what they compile.
+at the end of a run. All processes of a run share what they compile, and forget it after
+each file, so that a process stays small.
 """
 
 import atexit
 import collections
+import json
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -29,8 +32,28 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 BUDGET = 60.0  # processor seconds per file, on both cores together
-spent = collections.Counter()
+spent = collections.Counter()  # by test
+largest = collections.Counter()  # resident bytes, by process
 last = time.process_time()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seconds", metavar="FILE", help="write each test's processor seconds as JSON"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """What is longest runs only where it is asked for: -m nightly."""
+    if "nightly" not in config.option.markexpr:
+        items[:] = [x for x in items if not x.get_closest_marker("nightly")]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Programs that no later file runs are freed."""
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -40,20 +63,32 @@ def pytest_runtest_makereport():
     report = yield
     now = time.process_time()
     report.processor_seconds, last = now - last, now
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report.process = os.getpid(), memory
     return report
 
 
 def pytest_runtest_logreport(report):
     """Sums them up, where tests run in several processes too."""
-    spent[report.nodeid.split("::")[0]] += report.processor_seconds
+    spent[report.nodeid] += getattr(report, "processor_seconds", 0)
+    process, memory = getattr(report, "process", (0, 0))  # a crash leaves no report
+    largest[process] = max(largest[process], memory)
 
 
-def pytest_terminal_summary(terminalreporter):
-    for name, seconds in spent.most_common():
+def pytest_terminal_summary(terminalreporter, config):
+    files = collections.Counter()
+    for name, seconds in spent.items():
+        files[name.split("::")[0]] += seconds
+    for name, seconds in files.most_common():
         if seconds > BUDGET:
             terminalreporter.write_line(
                 f"{name}: {seconds:.0f} s of processor time, over its budget of "
                 f"{BUDGET:.0f} s"
             )
-    total = sum(spent.values())
-    terminalreporter.write_line(f"{total:.0f} s of processor time in all")
+    terminalreporter.write_line(
+        f"{spent.total():.0f} s of processor time in all, at most "
+        f"{max(largest.values(), default=0) / 1e9:.2f} GB a process"
+    )
+    if config.option.seconds:
+        with open(config.option.seconds, "w") as file:
+            json.dump(dict(spent.most_common()), file, indent=0)

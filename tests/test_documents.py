@@ -40,6 +40,7 @@ def first_example():
     return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
 
 
+@pytest.mark.slow
 def test_readme_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(first_example(), "README.md", "exec"), {"__name__": "readme"})
@@ -51,6 +52,7 @@ def test_readme_example_is_short():
     assert len(lines) <= 12
 
 
+@pytest.mark.slow
 def test_demo_runs(tmp_path, capsys):
     rows = demo.run(tmp_path, limit=2, recipes=("symmetric(bits=4, block=64)",))
     assert [row["recipe"] for row in rows] == [
@@ -64,6 +66,7 @@ def test_demo_runs(tmp_path, capsys):
     assert "bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -67,6 +67,7 @@ def test_materialize_and_plain_runs(method):
     assert "while" in lowered(run, small, WORDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loop", "scan_remat"])
 def test_fast_and_streaming_runs(kind):
     model, params = language(kind)

@@ -63,6 +63,7 @@ def run(folder, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_compress_writes_a_model_that_loads(run, folder):
     out = run(
         "compress",
@@ -135,6 +136,7 @@ def test_line_ends_of_a_text_are_scored_as_they_are(run, folder):
     assert row["bytes"] == len(text) - tokenizer.token_bytes(ids[:1])[0]
 
 
+@pytest.mark.slow
 def test_coding_makes_the_file_smaller_and_changes_no_bit(run, folder):
     arguments = (
         "compress",

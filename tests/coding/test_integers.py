@@ -156,6 +156,7 @@ def test_what_coding_would_not_shrink_is_packed_or_left_alone():
         check(packed, codes)
 
 
+@pytest.mark.slow
 def test_slices_of_a_stack_are_coded_on_their_own():
     spread = np.array([0.3, 1.0, 9.0])[:, None, None]
     codes = np.rint(RANDOM.normal(0, 1, (3, 90, 70)) * spread).astype(np.int32)
@@ -296,6 +297,7 @@ def test_encode_refuses_symbols_and_tables_that_cannot_be_coded():
 # Damage
 
 
+@pytest.mark.slow
 def test_damaged_streams_stay_inside_their_arrays():
     codes = with_outliers(2**31)
     codes[:200] //= 8
@@ -375,6 +377,7 @@ def test_a_pattern_costs_its_number_of_choices(kept, group):
     assert bits < 8 * stored_bytes(coded) / codes.size < 1.03 * bits + 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
 def test_masks_and_indices_cost_about_their_entropy(share):
     mask = RANDOM.random((500, 400)) < share
@@ -388,6 +391,7 @@ def test_masks_and_indices_cost_about_their_entropy(share):
     assert stored_bytes(coded) < 1.05 * entropy_bytes(gaps) + 150
 
 
+@pytest.mark.slow
 def test_each_leaf_gets_the_model_that_suits_it():
     """One tree: a byte's table, a list of values, tables by row, and no coder."""
     tree = {

@@ -19,6 +19,7 @@ def params():
     return jax.jit(MODEL.init)(jax.random.key(0), TOKENS)["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loop", "remat"])
 def test_modules_of_an_unmodified_model(kind):
     model, params = language(kind)
@@ -67,6 +68,7 @@ def test_later_calls_of_a_shared_module_have_numbers():
     np.testing.assert_allclose(found["shared"], first, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_our_models_sow(params):
     """Stacked where the model is scanned, the same by layer where it is not."""
     names = ("hidden", "layers/hidden", "layers/attention/attention")

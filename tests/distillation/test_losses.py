@@ -229,6 +229,7 @@ def test_top_k_is_the_divergence_of_buckets():
     ).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_sampled_logits_are_unbiased(power):
     """Loss and gradient agree with the full ones within five standard errors."""
@@ -257,6 +258,7 @@ def test_plain_top_k_without_a_tail_would_be_biased():
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["TopK", "Sampled"])
 def test_files(kind, tmp_path):
     student, teacher = arrays()

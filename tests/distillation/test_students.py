@@ -43,6 +43,7 @@ def writer(teacher):
 # Loss functions.
 
 
+@pytest.mark.slow
 def test_hard_labels_are_the_loss_of_evaluation(student):
     loss, metrics = jax.jit(d.hard_labels(APPLY))(student, BATCH, KEY)
     report = jc.compare(APPLY, student, student, [BATCH])
@@ -50,6 +51,7 @@ def test_hard_labels_are_the_loss_of_evaluation(student):
     assert metrics["weight"] == report.tokens
 
 
+@pytest.mark.slow
 def test_soft_labels_are_the_divergence_of_evaluation(student, teacher):
     report = jc.compare(APPLY, teacher, student, [BATCH])
     loss = d.soft_labels(APPLY, APPLY, teacher)
@@ -63,6 +65,7 @@ def test_soft_labels_are_the_divergence_of_evaluation(student, teacher):
     np.testing.assert_allclose(metrics["hard"], report.small.loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_is_as_good_as_a_running_one(student, teacher, tmp_path):
     logits = APPLY(teacher, BATCH["tokens"])[:, :-1]
     make = lambda: d.top_k(logits, 11)  # noqa: E731
@@ -87,6 +90,7 @@ def test_a_cached_teacher_is_as_good_as_a_running_one(student, teacher, tmp_path
     assert metrics["finite"] and metrics["update_norm"] > 0
 
 
+@pytest.mark.slow
 def test_a_projection_trains_beside_the_student(teacher):
     """Of a narrower student, in one tree with it."""
     narrow = MODEL.clone(layers=1, width=8, heads=2, kv_heads=1)
@@ -128,6 +132,7 @@ def test_fewer_layers(teacher, scan):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_fewer_layers_of_an_encoder(scan):
     model = models.Bert(
@@ -158,6 +163,7 @@ def moments_of(params):
     return jc.collect_moments(MODEL, params, [BATCH["tokens"]], where=select)
 
 
+@pytest.mark.slow
 def test_fewer_neurons(teacher):
     """Neurons that do nothing go first, and nothing changes."""
     params = jax.tree.map(lambda x: x, teacher)
@@ -175,6 +181,7 @@ def test_fewer_neurons(teacher):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_fewer_channels(teacher, tied):
     """Channels that are zero go first, and nothing changes, norms included."""
@@ -216,6 +223,7 @@ def test_a_greedy_rollout_is_what_the_whole_model_would_say(writer):
     np.testing.assert_array_equal(logits.argmax(-1)[:, 2:-1], tokens[:, 3:])
 
 
+@pytest.mark.slow
 def test_compressed_students_write_too(writer):
     small = jc.compress(writer, [(".*kernel", "symmetric(bits=8)"), (".*", None)])
     prompts = jnp.asarray(BATCH["tokens"][:, :3])
@@ -224,6 +232,7 @@ def test_compressed_students_write_too(writer):
     np.testing.assert_array_equal(tokens, want)
 
 
+@pytest.mark.slow
 def test_a_rollout_draws_from_the_model(writer):
     """The second token written, in 3 000 texts, against its exact distribution."""
     count, temperature = 3000, 1.3
@@ -237,6 +246,7 @@ def test_a_rollout_draws_from_the_model(writer):
     assert (np.abs(found - want) < 5 * error).all() and want.max() > 2 / 12
 
 
+@pytest.mark.slow
 def test_nothing_counts_after_the_end(writer):
     prompts = jnp.asarray(BATCH["tokens"][:, :3])
     free, _ = write(writer, prompts, 6, key=KEY)
@@ -251,6 +261,7 @@ def test_nothing_counts_after_the_end(writer):
         assert (row[ends[0] :] == eos).all()
 
 
+@pytest.mark.slow
 def test_mixing(student, writer):
     apply, (_, student) = LITTLE_APPLY, models.fewer_layers(MODEL, student, [0])
     loss = d.soft_labels(apply, apply, writer, soft=d.reverse_kl)
@@ -278,6 +289,7 @@ def test_mixing(student, writer):
     assert metrics["written"] == 0.75 and metrics["weight"] == 3 * 6 + 2
 
 
+@pytest.mark.slow
 def test_training_on_own_texts_draws_near_to_the_teacher(writer):
     apply, start = LITTLE_APPLY, jax.tree.map(lambda x: 0.9 * x, writer)
     loss = d.soft_labels(apply, apply, writer, soft=d.reverse_kl)

@@ -16,6 +16,7 @@ def experiment(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_low_rank(experiment, tmp_path):
     module = experiment("low_rank")
     path = tmp_path / "rows.jsonl"
@@ -27,6 +28,7 @@ def test_low_rank(experiment, tmp_path):
     assert module.run(config) == [], "what is there is not computed again"
 
 
+@pytest.mark.slow
 def test_layers_removed(experiment, tmp_path):
     module = experiment("structured")
     config = module.Config(

@@ -17,6 +17,7 @@ def experiment(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_weights_beside_another_coder(experiment, monkeypatch):
     for peer in ("zipnn", "blosc2", "pcodec"):  # not installed everywhere
         monkeypatch.setitem(sys.modules, peer, None)
@@ -30,6 +31,7 @@ def test_weights_beside_another_coder(experiment, monkeypatch):
             assert row["bits"] < row["file_bits"] < row["bits"] + 0.1
 
 
+@pytest.mark.slow
 def test_codes_and_levels(experiment, tmp_path):
     """Every row decodes what it coded before it counts its bytes."""
     random = np.random.default_rng(0)
@@ -49,6 +51,7 @@ def test_codes_and_levels(experiment, tmp_path):
     assert 2.0 < levels["bits_of_codes_alone"] < 2.07
 
 
+@pytest.mark.slow
 def test_altered_files(experiment):
     module = experiment("lossless_faults")
     (row,) = module.run(module.Config(fast=True))
@@ -62,6 +65,7 @@ def test_altered_files(experiment):
     assert 0 <= row["resident_growth_mb"] < 200
 
 
+@pytest.mark.slow
 def test_a_checkpoint_packed_and_unpacked_by_commands(experiment):
     module = experiment("lossless_checkpoint")
     (row,) = module.run(module.Config(fast=True))

@@ -15,6 +15,7 @@ def experiment(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_gaussian_weights(experiment):
     module = experiment("gaussian_bound")
     rows = module.run(module.Config(fast=True))
@@ -24,6 +25,7 @@ def test_gaussian_weights(experiment):
         assert 0 < gaps[name, 128] < gaps[name, 8] < gaps[name, 0] < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "states", "most"), [(4.05, 0, 0.30), (2.05, 128, 0.15)]
 )
@@ -43,7 +45,7 @@ def test_the_gap_of_the_hardest_covariance(experiment, rate, states, most):
     assert 0 < found["gap"] < most
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model(experiment, tmp_path):
     module = experiment("rate_distortion")
     config = module.Config(fast=True, results=str(tmp_path / "rows.jsonl"))

@@ -40,6 +40,7 @@ def test_fuzz_has_what_it_says(experiment):
     assert texts == list(module.fuzz_texts(4000, seed=0))
 
 
+@pytest.mark.slow
 def test_speed(experiment, tmp_path):
     pytest.importorskip("tokenizers")
     module = experiment("tokenizers_speed")
@@ -56,6 +57,7 @@ def test_speed(experiment, tmp_path):
             assert row["viterbi_nats"] <= row["greedy_nats"]
 
 
+@pytest.mark.slow
 def test_vocabulary(experiment, tmp_path):
     module = experiment("tokenizers_vocabulary")
     path = tmp_path / "vocabulary.jsonl"
@@ -76,6 +78,7 @@ def test_vocabulary(experiment, tmp_path):
         plots.run(plots.Config(str(path), str(picture), operations=1.0))
 
 
+@pytest.mark.slow
 def test_trimming(experiment, tmp_path):
     module = experiment("tokenizers_trimming")
     config = module.Config(fast=True, results=str(tmp_path / "trimming.jsonl"))

@@ -217,6 +217,7 @@ def test_mixed_schemes_list_their_layers(tmp_path):
     assert settings["ignore"] == sorted([*ignored, "lm_head"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["scanned", "file", "file, scanned", "coded"])
 def test_the_same_tensors_from_every_kind_of_parameters(source, tmp_path):
     small = small_params("symmetric(bits=4, block=32)")

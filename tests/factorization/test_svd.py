@@ -343,6 +343,7 @@ def test_factorized_and_quantized_runs_in_an_unmodified_model(tmp_path):
     assert 0 < error < 0.05
 
 
+@pytest.mark.slow
 def test_pruned_factorized_quantized_and_coded_by_one_chain(tmp_path):
     x = random(5, 64)
     params = Model().init(jax.random.key(0), x)["params"]

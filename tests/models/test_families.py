@@ -36,6 +36,7 @@ def path(family, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_directories_looped_and_scanned(family, path):
     for scan in (False, True):
         model, params, _ = load(path, scan=scan)

@@ -56,6 +56,7 @@ def test_the_likeliest_token_takes_no_sort():
     assert sorts == [False, True], "one branch sorts, the greedy one does not"
 
 
+@pytest.mark.slow
 def test_steps_are_compiled_for_the_way_they_multiply(params, monkeypatch):
     """Integer products only where the caller asks, whichever call came first."""
     called = []
@@ -83,6 +84,7 @@ def test_steps_are_compiled_for_the_way_they_multiply(params, monkeypatch):
     assert losses["float"] == pytest.approx(dense, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_decodes_once_and_multiplies_by_what_is_stored(params):
     peaked = jax.tree.map(lambda x: x**5, params)  # most codes 0: coding them pays
     small = compress(peaked, chain([(".*mlp.*kernel|.*embedding", symmetric(bits=4))]))

@@ -393,6 +393,7 @@ class Letters:
         return "".join(chr(i + 94) for i in ids if i > 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_greedy_generation_equals_a_loop_of_full_passes(scan):
     model = TINY.clone(scan=scan)
@@ -466,6 +467,7 @@ def test_sampling_follows_temperature_top_k_and_top_p():
     np.testing.assert_allclose(frequencies(1.0, 5, 1e-6), [0, 1, 0, 0, 0])
 
 
+@pytest.mark.slow
 def test_generation_with_a_trained_tokenizer():
     tokenizer = tokenization.train(
         ["some words, some more words\n" * 9], vocab_size=275

@@ -69,6 +69,7 @@ def test_the_file_is_small_and_the_text_is_the_recorded_one():
     assert hashlib.sha256(text).hexdigest() == HELDOUT_SHA256
 
 
+@pytest.mark.slow
 def test_it_predicts_held_out_text_far_better_than_xz(reference):
     model, params, _, _, batches = reference
     report = jc.compare(Apply(model), params, params, batches)
@@ -78,6 +79,7 @@ def test_it_predicts_held_out_text_far_better_than_xz(reference):
     assert report.dense.bits_per_byte < 0.75 * xz
 
 
+@pytest.mark.slow
 def test_every_bit_counts(kl):
     costs = [kl(f"symmetric(bits={bits}, block=64, search=True)") for bits in (8, 4, 3)]
     costs.append(kl("symmetric(bits=2, block=64, search=True, full_range=True)"))
@@ -87,11 +89,13 @@ def test_every_bit_counts(kl):
     assert 2.5 < costs[2] / costs[1] < 8
 
 
+@pytest.mark.slow
 def test_full_range_helps_at_two_bits(kl):
     plain = kl("symmetric(bits=2, block=64, search=True)")
     assert kl("symmetric(bits=2, block=64, search=True, full_range=True)") < plain
 
 
+@pytest.mark.slow
 def test_data_helps(kl, moments):
     nearest = kl("symmetric(bits=3, block=64, search=True)")
     fed = kl("gptq(bits=3, block=64)", moments)
@@ -100,6 +104,7 @@ def test_data_helps(kl, moments):
     assert learned < fed
 
 
+@pytest.mark.slow
 def test_rates_beat_widths_at_equal_bytes(reference, kl, moments):
     """Coded levels against packed codes; the file's bytes, scales included."""
     _, params, _, layout, _ = reference
@@ -118,12 +123,14 @@ def test_rates_beat_widths_at_equal_bytes(reference, kl, moments):
     assert fed < kl("symmetric(bits=3, block=64, search=True)")
 
 
+@pytest.mark.slow
 def test_rounding_that_knows_of_outliers(kl, moments):
     nearest = kl("asymmetric(bits=3, block=64)", where=MLP)
     assert kl("hqq(bits=3, block=64)", where=MLP) < 0.97 * nearest
     assert kl("awq(bits=3, block=64)", moments, where=MLP) < 0.97 * nearest
 
 
+@pytest.mark.slow
 def test_number_formats(kl):
     assert kl("nf4(block=64)") < 0.9 * kl("symmetric(bits=4, block=64)")
     four = kl("nvfp4(search=True)")
@@ -131,6 +138,7 @@ def test_number_formats(kl):
     assert kl("fp8()") < 0.1 * four
 
 
+@pytest.mark.slow
 def test_block_by_block(reference, kl, moments):
     model, params, tokenizer, _, batches = reference
     ids = np.array(tokenizer.encode(heldout_text()[:60_000])[: 16 * LENGTH])
@@ -143,6 +151,7 @@ def test_block_by_block(reference, kl, moments):
     assert found < 1.1 * kl("gptq(bits=3, block=64)", moments, where=MLP)
 
 
+@pytest.mark.slow
 def test_planned_bits_beat_uniform_bits_at_equal_bytes(reference):
     """Sensitivities on the first half of the text, divergence on the second."""
     model, stacked, tokenizer, _, batches = reference
@@ -242,6 +251,7 @@ def flat(params):
     return [(entry.name, entry.value) for entry in entries(params)]
 
 
+@pytest.mark.slow
 def test_mixed_channels_beat_uniform_bits_where_there_are_outliers(reference):
     """Some channels are made large by rescaling that leaves the function as it is."""
     model, params, tokenizer, layout, batches = reference

@@ -68,6 +68,7 @@ def test_curvature_foretells_the_divergence(case, name):
     assert float(np.mean(draws)) == pytest.approx(foretold, rel=0.25)
 
 
+@pytest.mark.slow
 def test_what_matters_more_is_coded_finer(case):
     params, _, _, found = case
     rows = np.asarray(found["embed/embedding"].curvatures)
@@ -212,6 +213,7 @@ def test_the_curvature_of_an_output_is_that_of_its_errors(case):
     assert measured == pytest.approx(foretold, rel=0.3)
 
 
+@pytest.mark.slow
 def test_an_equal_slope_costs_less_than_an_equal_rate(case):
     params, tokens, moments, found = case
     planned = jc.planning.plan_rates(params, found, bits_per_weight=2.5)

@@ -99,6 +99,7 @@ def test_outliers_split_a_weight_exactly(case, score, scope):
     np.testing.assert_array_equal(np.asarray(sparse.materialize())[~mask], 0)
 
 
+@pytest.mark.slow
 def test_the_rest_is_rounded_with_finer_steps_at_few_more_bytes():
     rng = np.random.default_rng(3)
     x = rng.standard_normal((256, 128)).astype(np.float32)

@@ -95,6 +95,7 @@ def test_better_methods_lose_less(sparsity, nm):
     assert kept == [exact, exact, exact if nm else per_output, exact]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", RECONSTRUCTIONS)
 def test_stacks_are_pruned_slice_by_slice(method):
     x, known = weights(2, INPUTS, OUTPUTS), [moments(seed=0), moments(seed=1)]

@@ -241,6 +241,7 @@ def silenced(params, kernel, rows):
     return copy
 
 
+@pytest.mark.slow
 def test_a_smaller_transformer_is_the_masked_one(tmp_path):
     model, params = transformer()
     groups = structure.neuron_groups(model) | structure.head_groups(model)
@@ -344,6 +345,7 @@ def convolutional():
     return model, {"params": variables["params"], **changed}, images
 
 
+@pytest.mark.slow
 def test_filters_shrink_with_their_norms_and_readers():
     model, variables, images = convolutional()
     groups = structure.filter_groups(model)

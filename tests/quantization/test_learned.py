@@ -40,6 +40,7 @@ def weight_error(x, leaf):
     return (change**2).sum()
 
 
+@pytest.mark.slow
 def test_roundings_by_what_they_reach(case):
     """Coordinates beat relaxed rounding, which beats offsets; all beat the nearest."""
     x, moments = case
@@ -133,6 +134,7 @@ def relative(x, leaf, second=None):
     return error / size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["symmetric", "asymmetric", "sign_split"])
 def test_the_width_found_is_nearly_the_best_of_all(case, grid):
     x, _ = case
@@ -155,6 +157,7 @@ def test_the_width_found_is_nearly_the_best_of_all(case, grid):
     assert found[0] < 4 < found[1] or found[0] < found[1] == 4
 
 
+@pytest.mark.slow
 def test_widths_differ_by_leaf_and_are_judged_by_outputs(case):
     x, moments = case
     easy = jnp.sign(x) * (1 + 0.01 * jnp.abs(x))  # two levels all but suffice

@@ -164,6 +164,7 @@ def test_contexts_cost_what_the_stream_takes():
     assert sizes < bits < 1.02 * sizes + 0.06
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("states", [0, 8])
 def test_all_levels_come_back(states):
     rng = np.random.default_rng(4)
@@ -311,6 +312,7 @@ def test_pivots_of_fewer_tokens_than_inputs():
     assert sorted(pivots(np.zeros((5, 5)))) == list(range(5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.7, 2.0, 4.5])
 @pytest.mark.parametrize("shape", [(128, 400), (6, 200, 320)])
 def test_the_file_meets_the_rate(rate, shape, tmp_path):
@@ -343,6 +345,7 @@ def water_filling(variances, distortion):
     return np.maximum(0, 0.5 * np.log2(variances / level)).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("states", "most"), [(0, 0.32), (128, 0.13)])
 def test_it_comes_near_the_bound(states, most):
     places = np.arange(96)
@@ -411,6 +414,7 @@ def test_each_slice_of_a_stack_has_its_rate():
         np.testing.assert_array_equal(leaf.steps[i], alone.steps)
 
 
+@pytest.mark.slow
 def test_slices_are_searched_on_all_devices_that_hold_them(monkeypatch):
     module = importlib.import_module("jaxcompress.quantization.rate_distortion")
     used, search = [], module._search
@@ -430,6 +434,7 @@ def test_slices_are_searched_on_all_devices_that_hold_them(monkeypatch):
         assert same_bits(found, alone)
 
 
+@pytest.mark.slow
 def test_outputs_that_do_more_are_coded_finer(tmp_path):
     """Errors in inverse proportion to the curvatures, less loss at the same size."""
     second, x = covariance(48), gaussian(2, 48, 600)
@@ -486,6 +491,7 @@ def test_drifted_inputs_get_a_target_of_their_own():
     assert lost["corrected"] < 0.9 * lost["plain"]
 
 
+@pytest.mark.slow
 def test_moments_help_and_none_mean_equal_inputs():
     x, second = jnp.asarray(gaussian(64, 300), jnp.float32), covariance(64)
     moments = jc.moments_from_covariance(jnp.asarray(second, jnp.float32))

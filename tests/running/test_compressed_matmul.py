@@ -133,6 +133,7 @@ def factorized(kind):
 materialize = jax.jit(jc.materialize)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loop", "scan", "remat", "scan_remat"])
 def test_a_model_multiplies_by_factors(kind):
     model, small = factorized(kind)
@@ -204,6 +205,7 @@ def test_gradients_are_those_of_the_array():
         np.testing.assert_allclose(b, a, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 def test_factors_may_be_compressed_too():
     model, params = factorized("loop")
     inside = [(r".*/(left|right|factors/\d|core)", "symmetric(bits=8)")]
@@ -638,6 +640,7 @@ def test_integer_products_have_the_gradients_of_float_ones():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_models_run_in_integers():
     model, params = language("scan")
     recipe = [(".*(embedding|kernel)", "symmetric(bits=8)")]

@@ -57,6 +57,7 @@ def applied(model, context=contextlib.nullcontext):
     return apply
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_linen_model_runs_on_leaves(kind):
     model, params = language(kind)
@@ -69,6 +70,7 @@ def test_linen_model_runs_on_leaves(kind):
     np.testing.assert_allclose(streamed, want, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loop", "scan"])
 def test_nested_leaves_run_plain_and_streaming(kind):
     model, params = language(kind)
@@ -271,6 +273,7 @@ CODED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CODED)
 def test_streaming_decodes_where_a_layer_asks(kind):
     x, layer = jnp.ones((1, 8, 256)), 4 * 256 * 256
@@ -325,6 +328,7 @@ def network():
     return model, params, jc.compress(params, [(WEIGHTS, rounded())], layouts=kinds)
 
 
+@pytest.mark.slow
 def test_nnx_model_runs_on_leaves(network):
     model, _, small = network
     assert len(leaves(small)) == 8  # the tied kernel once

@@ -624,6 +624,7 @@ def resident():
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STATM.exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("kind", ["dense", "coded"])
 def test_memory_on_the_device_is_the_result_and_one_leaf(kind, path):

@@ -183,6 +183,7 @@ def test_options_that_make_no_sense(coder):
         encode(b"x", None, {})
 
 
+@pytest.mark.slow
 def test_golden_files():
     """Files of the reference model, made by another process, decode to their text."""
     text = heldout_text().encode()

@@ -94,6 +94,7 @@ def rounded_params(model, integers, params):
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_the_float_model_with_rounded_weights(variant):
     model, params = build(**VARIANTS[variant])

@@ -51,6 +51,7 @@ def random_texts(count, seed):
         yield "".join(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_string_comes_back(trained, kind):
     tokenizer = trained[kind]

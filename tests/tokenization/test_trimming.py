@@ -163,6 +163,7 @@ def test_a_model_without_unused_pieces(reference):
     assert params["embed"]["embedding"].shape[0] == model.vocab_size, "input changed"
 
 
+@pytest.mark.slow
 def test_a_trimmed_model_is_saved_with_its_tokenizer(reference, tmp_path):
     trimmed = jc.models.trim_vocabulary(*reference, range(600))
     jc.models.save(tmp_path / "small.safetensors", *trimmed)
@@ -172,6 +173,7 @@ def test_a_trimmed_model_is_saved_with_its_tokenizer(reference, tmp_path):
     assert isinstance(text, str)
 
 
+@pytest.mark.slow
 def test_an_untied_head_is_trimmed_too():
     tokenizer = tokenization.train(DOMAIN, vocab_size=400)
     model = jc.models.Transformer(

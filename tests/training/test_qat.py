@@ -140,6 +140,7 @@ def latents(tree):
     return [x for x in nodes if isinstance(x, jc.FakeQuantized)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_latent_weight_reads_as_its_quantized_one_bit_for_bit(name):
     small, tree = both(name)

@@ -108,6 +108,7 @@ def test_public_name():
     assert jc.make_train_step is d.make_train_step
 
 
+@pytest.mark.slow
 def test_codes_stay_and_the_rest_trains():
     state, losses = start(), []
     for _ in range(12):
@@ -177,6 +178,7 @@ def quiet(teacher, params, batch, key):
     return loss_of(teacher, params, batch, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_whole_batch():
     """Though its parts have different numbers of tokens."""
     loss = jax.tree_util.Partial(quiet, *LOSS.args)
@@ -212,6 +214,7 @@ def test_mixed_precision_keeps_the_parameters_wide():
     assert (w != w.astype(jnp.bfloat16).astype(jnp.float32)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [None, "data"])
 def test_two_devices_give_the_same_losses(axis):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
@@ -273,6 +276,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_ends_with_the_same_bits(tmp_path):
     whole = d.train(stepper(), start(), batch_at, steps=7)
     tests = str(Path(__file__).parents[1])
@@ -354,6 +358,7 @@ def test_an_infinite_update_changes_nothing_and_stops_the_run(tmp_path):
     np.testing.assert_allclose(kept.params["w"], -0.2, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_mask_on_a_device_may_turn_out_empty(accumulate):
     batch = jax.tree.map(jnp.asarray, batch_at(0))
