@@ -160,3 +160,8 @@ def apply(method, params, scanned=False, moments=None):
     known = moments or moments_for(method, scanned)
     layouts = SCANNED if scanned else None
     return jc.compress(params, recipe, known, layouts=layouts)
+
+
+@functools.cache
+def compressed(method, scanned=False, dtype="float32"):
+    return apply(method, parameters(scanned, dtype), scanned)

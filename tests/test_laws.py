@@ -20,6 +20,7 @@ from laws import (
     Model,
     all_moments,
     apply,
+    compressed,
     driven_by_data,
     every,
     moments_for,
@@ -35,11 +36,6 @@ from jaxcompress.tree.methods import parse
 from jaxcompress.tree.paths import entries, is_float, map_entries
 
 KERNEL = "layer_0/up/kernel"
-
-
-@functools.cache
-def compressed(method, scanned=False, dtype="float32"):
-    return apply(method, parameters(scanned, dtype), scanned)
 
 
 @functools.cache

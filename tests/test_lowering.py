@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax import export
+from laws import METHODS, TRACEABLE, Model, apply, compressed, parameters
+from laws import TOKENS as WORDS
 from models_for_tests import TOKENS, language, layouts
-from test_laws import METHODS, TRACEABLE, Model, apply, compressed, parameters
-from test_laws import TOKENS as WORDS
 
 import jaxcompress as jc
 from jaxcompress.evaluation import Apply, LanguageModelMetrics
