@@ -44,6 +44,7 @@ PLACES = {
     "huggingface_hub": ["models"],
     "safetensors": ["storage", "models", "export"],
     "zstandard": ["coding/zstd"],
+    "matplotlib": ["plots"],
     "rich": ["progress", "reporting", "evaluation", "cli", "models"],
     "flax": [
         "tree/leaf",

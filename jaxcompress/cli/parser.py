@@ -1,13 +1,15 @@
-"""`python -m jaxcompress`: the parser of all commands."""
+"""`python -m jaxcompress`: the parser of all commands, and what errors become."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from jaxcompress import __version__
-from jaxcompress.cli import commands
+from jaxcompress.cli import commands, compressing, paths
 from jaxcompress.cli.export_command import add_export
+from jaxcompress.cli.report import report_
 from jaxcompress.cli.text import add_text
 
 MODEL = (
@@ -16,23 +18,69 @@ MODEL = (
 )
 
 
+ABOUT = "Make a language model small, run it, and look into its file."
+EXAMPLES = """examples:
+  python -m jaxcompress compress model.gguf small.safetensors --size 60MB
+  python -m jaxcompress generate small.safetensors --prompt "def main():"
+  python -m jaxcompress COMMAND --help"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0, or 2 and one line on the standard error."""
-    options = parser().parse_args(arguments)
+    """Runs one command.
+
+    Returns:
+      0; 2 and one line on the standard error where something is wrong; 130 where it
+      was interrupted.
+    """
+    top = parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        top.print_help()
+        return 0
+    options = top.parse_args(arguments)
     try:
+        paths.check_all(options)
         options.run(options)
+    except KeyboardInterrupt:
+        print(f"jaxcompress: {_interrupted(options)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, KeyError, TypeError, OSError, ModuleNotFoundError) as error:
         if options.debug:
             raise
-        text = error.args[0] if isinstance(error, KeyError) else error
-        print(f"jaxcompress: {' '.join(str(text).split())}", file=sys.stderr)
+        print(f"jaxcompress: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
+def _interrupted(options: argparse.Namespace) -> str:
+    written = getattr(options, "written", None)
+    if written is not None:
+        return f"interrupted; {written} was written before"
+    if getattr(options, "writes_file", False):
+        return "interrupted, nothing was written"
+    return "interrupted"
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"no file at {error.filename}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    text = error.args[0] if isinstance(error, KeyError) else error
+    return " ".join(str(text).split())
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; each has an example in its help."""
-    top = argparse.ArgumentParser(prog="python -m jaxcompress", description=__doc__)
+    top = argparse.ArgumentParser(
+        prog="python -m jaxcompress",
+        description=ABOUT,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument(
         "--version", action="version", version=f"jaxcompress {__version__}"
     )
@@ -52,13 +100,16 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    add = command(
-        commands.compress_,
-        "compress a model into one file, and say what it cost",
-        'compress reference small.safetensors --recipe "symmetric(bits=4, block=64)"',
-    ).add_argument
+    made = command(
+        compressing.compress_,
+        "compress a model into one file, by size or by recipe, and say what it cost",
+        "compress model.gguf small.safetensors --size 60MB --calibrate text.txt",
+    )
+    made.set_defaults(writes_file=True)
+    add = made.add_argument
     add("model", help=MODEL)
-    add("out", help="the file to write")
+    add("out", help="the file to write; one that is there is replaced")
+    _goal_options(add, kl=True)
     add(
         "--recipe",
         action="append",
@@ -69,16 +120,41 @@ def parser() -> argparse.ArgumentParser:
         "decides; anything else is a stage of its own, working on what the one before "
         'left. Default: "symmetric(bits=8)"',
     )
+    add("--recipe-file", metavar="FILE", help="a recipe in JSON, as plan prints it")
+    add(
+        "--blockwise",
+        action="store_true",
+        help="with a recipe: block by block, on the inputs that the compressed blocks "
+        "before make; needs --calibrate, resumes with --store",
+    )
+    add(
+        "--coded-in-memory",
+        action="store_true",
+        help="keep codes and floats losslessly coded in memory too; the file is coded "
+        "in any case",
+    )
     add(
         "--no-coding",
         action="store_true",
-        help="leave out the lossless coding of codes and floats, which makes files "
-        "smaller and takes a moment when they are loaded, not when they run",
+        help="no lossless coding at all, of the file neither: any reader of "
+        ".safetensors sees its numbers",
     )
+    add("--no-clobber", action="store_true", help="never replace a file")
     add("--dry-run", action="store_true", help="only sizes, from shapes alone")
     add("--leaves", type=int, default=12, help="leaves to list one by one (12)")
     add("--json", metavar="FILE", help="append the result to a file of JSON lines")
     _text_options(add, required=False)
+
+    made = command(
+        compressing.plan,
+        "print the recipe that compress --size would try first, as JSON",
+        "plan model.gguf --size 60MB --out recipe.json",
+    )
+    made.set_defaults(writes_file=True)
+    add = made.add_argument
+    add("model", help=MODEL)
+    add("--out", metavar="FILE", help="write the recipe there instead")
+    _goal_options(add, kl=False)
 
     add = command(
         commands.evaluate,
@@ -89,6 +165,16 @@ def parser() -> argparse.ArgumentParser:
     add("--against", metavar="MODEL", help="compare with this model, same tokenizer")
     add("--json", metavar="FILE", help="append the result to a file of JSON lines")
     _text_options(add, required=True)
+
+    add = command(
+        report_,
+        "write a folder with the table and the pictures of a small model",
+        "report small.safetensors --against model.gguf -o folder",
+    ).add_argument
+    add("model", help="the small model: a file written by compress")
+    add("--against", metavar="MODEL", required=True, help="the model it was made from")
+    add("-o", "--out", metavar="DIR", required=True, help="the folder to write")
+    _text_options(add, required=False)
 
     add = command(
         commands.generate,
@@ -156,6 +242,32 @@ def parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", help="keep the files in this directory")
     add("--windows", type=int, default=32, help="windows of held-out text (32)")
     return top
+
+
+def _goal_options(add: Any, *, kl: bool) -> None:
+    add(
+        "--size",
+        metavar="BYTES",
+        help="of the finished file, as 60MB or 57MiB: never above, nearly reached",
+    )
+    add("--bits-per-weight", type=float, help="the same, over all weights")
+    if kl:
+        add("--kl", type=float, help="at most so many nats from the model, per token")
+    add(
+        "--calibrate",
+        metavar="FILE",
+        help="a UTF-8 text of the kind the model is to read; without one the model "
+        "writes its own (with --size), or nothing is measured (with --recipe)",
+    )
+    add(
+        "--effort",
+        choices=("quick", "good", "best"),
+        default="good",
+        help="quick: no data; good (default); best: trains steps and norms too",
+    )
+    add("--store", metavar="DIR", help="keep finished steps there, and resume")
+    add("--seed", type=int, default=0, help="of what is drawn (0)")
+    add("--quiet", action="store_true", help="no progress")
 
 
 def _text_options(add: Any, *, required: bool) -> None:

@@ -7,7 +7,7 @@ estimate.
 import dataclasses
 import json
 import math
-import shutil
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +20,9 @@ from jaxcompress.tree.compress import LeafReport
 from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.paths import roots
 from jaxcompress.types import Params
+
+NATURAL = 10_000  # characters: wider than any table
+WIDEST = 64  # characters of a method in a table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ def table(
     made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for key in columns:
         text = all(isinstance(row.get(key, ""), str) for row in rows)
-        made.add_column(key, justify="left" if text else "right", overflow="fold")
+        made.add_column(key, justify="left" if text else "right", no_wrap=True)
     for row in rows:
         cells = (
             "-" if row.get(key) is None else form(row[key])
@@ -96,7 +99,7 @@ def leaf_table(
     shown, rest = order[:largest], order[largest:]
     made = Table(box=None, pad_edge=False)
     for name in ("leaf", "shape", "method"):
-        made.add_column(name, overflow="fold")
+        made.add_column(name, no_wrap=True)
     columns = ("bytes before", "in memory", "bits/weight", "in file", "error")
     for name in columns if stored else columns[:3] + columns[4:]:
         made.add_column(name, justify="right", no_wrap=True)
@@ -105,7 +108,7 @@ def leaf_table(
         made.add_row(
             report.name,
             "x".join(map(str, report.shape)),
-            report.method or f"none: {report.reason}",
+            _brief_method(report.method) or f"none: {report.reason}",
             *_amounts([report], stored),
             "-" if error is None else f"{error:.4f}",
         )
@@ -116,10 +119,21 @@ def leaf_table(
     return made
 
 
+def _brief_method(method: str) -> str:
+    """A method in one column: a rate for each layer becomes its range."""
+
+    def shorten(match: re.Match[str]) -> str:
+        numbers = [float(x) for x in match[1].split(",") if x.strip()]
+        return f"({min(numbers):g} to {max(numbers):g})"
+
+    text = re.sub(r"\(([\d., ]+,[\d., ]*)\)", shorten, method)
+    return text if len(text) <= WIDEST else text[: WIDEST - 3] + "..."
+
+
 def _methods(reports: Sequence[LeafReport]) -> str:
     counts: dict[str, int] = {}
     for report in reports:
-        method = report.method or "none"
+        method = report.method.split("(")[0] or "none"
         counts[method] = counts.get(method, 0) + 1
     return ", ".join(f"{method} ({count})" for method, count in counts.items())
 
@@ -170,12 +184,12 @@ def grouped(value: int) -> str:
 
 
 def render(*tables: Table | str, width: int | None = None) -> str:
-    """Tables and lines as plain text, no colors, at most `width` characters wide.
+    """Tables and lines as plain text, no colors, one line a row.
 
-    By default that of the terminal, at least 80, or 120 where there is none.
+    Names are never folded: where a terminal is narrower it wraps the lines, and grep
+    finds what it looks for. `width` cuts off at so many characters.
     """
-    if width is None:
-        width = max(80, shutil.get_terminal_size((120, 24)).columns)
+    width = NATURAL if width is None else width
     console = Console(width=width, no_color=True, highlight=False, markup=False)
     with console.capture() as capture:
         for item in tables:

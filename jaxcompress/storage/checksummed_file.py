@@ -40,6 +40,17 @@ CHUNK = 1 << 22  # bytes read at a time where an array need not be held
 ADVICE = "; get the file again, or save it again"
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors package too
 
+MAGIC = {  # first bytes of files that are mistaken for ours
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a zip archive, such as a PyTorch checkpoint",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip file",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x28\xb5\x2f\xfd": "a zstandard file",
+}
+
 CODES = {
     "bool": "BOOL",
     "int8": "I8",
@@ -220,7 +231,15 @@ class TensorFile:
     def _read_header(self) -> tuple[dict[str, str], dict[str, Span], bytes]:
         if self.size < 8:
             raise self._damaged(f"it has {self.size} bytes")
-        length = int.from_bytes(self._bytes(0, 8), "little")
+        first = self._bytes(0, 8)
+        for magic, program in MAGIC.items():
+            if first.startswith(magic):
+                raise ValueError(
+                    f"{self.path} is {program}, not a file of jaxcompress.save; "
+                    "`python -m jaxcompress compress` and models.load read models of "
+                    "other programs (.gguf files, Hugging Face directories)"
+                )
+        length = int.from_bytes(first, "little")
         if length > min(self.size - 8, LONGEST_HEADER):
             raise self._damaged(
                 f"its header claims {length} bytes of {self.size}; either it is no "

@@ -6,12 +6,22 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import jax
 
 from jaxcompress.types import Method
+
+# Names of integer formats elsewhere, with their bits, and values of options to show.
+_FOREIGN = (
+    r"u?int(\d+)",
+    r"i?q(\d+)(?:_\w+)?",
+    r"w(\d+)(?:a\d+)?",
+    r"(?:bit|bits|b)(\d+)",
+)
+_EXAMPLES = {"bits": 4, "rate": 3.0, "sparsity": 0.5, "rank": 64}
 
 Selection = Literal["weights", "codes", "floats"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -168,7 +178,10 @@ def parse(text: str) -> Method:
         _import_public(target.id)
     if target.id not in _METHODS:
         _import_public()
-        raise ValueError(f"unknown method {target.id!r}; {_known(target.id, _METHODS)}")
+        near = _elsewhere(target.id)
+        hint = f"did you mean {near!r}? known: " if near else ""
+        known = ", ".join(sorted(_METHODS)) if near else _known(target.id, _METHODS)
+        raise ValueError(f"unknown method {target.id!r}; {hint}{known}")
     options: dict[str, Any] = {}
     for keyword in keywords:
         if keyword.arg in options:
@@ -177,7 +190,34 @@ def parse(text: str) -> Method:
             options[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{wrong}; {keyword.arg} is not a literal") from error
-    return functools.partial(_METHODS[target.id](), **_checked(target.id, options))
+    options = _checked(target.id, options)
+    missing = [
+        name
+        for name, parameter in _options(_METHODS[target.id]).items()
+        if parameter.default is parameter.empty and name not in options
+    ]
+    if missing:
+        example = ", ".join(f"{name}={_EXAMPLES.get(name, '...')}" for name in missing)
+        raise ValueError(
+            f"{target.id} needs {' and '.join(missing)}, for instance "
+            f"{target.id}({example})"
+        )
+    return functools.partial(_METHODS[target.id](), **options)
+
+
+def _elsewhere(name: str) -> str | None:
+    """The method that other programs call by a name such as int4, q4_0 or w4a16."""
+    text = name.lower()
+    bits = None
+    for pattern in _FOREIGN:
+        if match := re.fullmatch(pattern, text):
+            bits = int(match[1])
+            break
+    if bits is None or not 2 <= bits <= 8:
+        return None
+    if bits == 8:
+        return "symmetric(bits=8)"
+    return f"symmetric(bits={bits}, block=32)"
 
 
 def _import_public(name: str | None = None) -> None:

@@ -1,0 +1,309 @@
+"""`compress` and `plan`: a model into one file, by recipe or by size."""
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress import reporting, storage
+from jaxcompress.calibration.blockwise import compress_blockwise
+from jaxcompress.cli import running
+from jaxcompress.cli.recipes import DEFAULT, read_recipe, stages_of
+from jaxcompress.models.loading import load, shapes
+from jaxcompress.models.saved import save
+from jaxcompress.reporting import grouped
+from jaxcompress.shrinking import calibration
+from jaxcompress.shrinking.efforts import choose_effort
+from jaxcompress.shrinking.shrink import plan_recipe, shrink
+from jaxcompress.shrinking.store import Store, digest_arrays
+from jaxcompress.shrinking.subject import read_subject, stacked
+from jaxcompress.tracing.layouts import find_layouts
+from jaxcompress.tree.compress import chain, compress
+from jaxcompress.tree.leaf import nbytes
+from jaxcompress.tree.paths import roots
+from jaxcompress.tree.record import LeafReport
+
+CODING = ("entropy_code()", "code_floats()")
+GOALS = ("size", "bits_per_weight", "kl")
+
+
+def compress_(options: argparse.Namespace) -> None:
+    goal = goal_of(options)
+    if goal and (options.recipe or options.recipe_file or options.blockwise):
+        raise ValueError(
+            "--size, --bits-per-weight and --kl choose the recipe; leave out --recipe, "
+            "--recipe-file and --blockwise, or leave out the goal"
+        )
+    if options.recipe and options.recipe_file:
+        raise ValueError("give --recipe or --recipe-file, not both")
+    if goal:
+        _by_goal(options, goal)
+        return
+    if options.recipe_file:
+        stages, recipe = read_recipe(options.recipe_file)
+    else:
+        recipe = options.recipe or [DEFAULT]
+        stages = stages_of(recipe)
+    if options.dry_run:
+        _dry_run(options, stages, recipe)
+        return
+    _by_recipe(options, stages, recipe)
+
+
+def goal_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The goal that was given, by the keyword of `shrink`; empty without one."""
+    given = {name: getattr(options, name, None) for name in GOALS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"give one goal, not {names}")
+    return given
+
+
+def _by_goal(options: argparse.Namespace, goal: dict[str, Any]) -> None:
+    if options.dry_run:
+        found = shapes(options.model)
+        weights = sum(x.size for x in found.values())
+        row = {"model": options.model, "goal": goal, "weights": weights}
+        running.show(
+            f"{options.model}: {grouped(weights)} weights; the goal is "
+            + ", ".join(f"{key} {value}" for key, value in goal.items()),
+            "Nothing was read but shapes, and nothing was written. plan prints the "
+            "recipe.",
+        )
+        _append(options, row)
+        return
+    start = time.perf_counter()
+    small = shrink(
+        options.model,
+        **goal,
+        text=None if options.calibrate is None else Path(options.calibrate),
+        effort=options.effort,
+        store=options.store,
+        key=jax.random.key(options.seed),
+        progress=not options.quiet,
+        metadata={"source": str(options.model)},
+    )
+    small.save(options.out)
+    options.written = options.out
+    running.show(
+        reporting.leaf_table(
+            small.report.rows, small.report.file_bytes, largest=options.leaves
+        ),
+        "",
+        str(small),
+        _written(options, small.tokenizer),
+    )
+    row = {
+        "model": str(options.model),
+        "goal": goal,
+        "effort": options.effort,
+        "recipe": [list(rule) for rule in small.recipe],
+        "file_bytes": Path(options.out).stat().st_size,
+        "bits_per_weight": small.bits_per_weight,
+        "kl": small.kl,
+        "kl_standard_error": small.kl_standard_error,
+        "predicted_kl": small.predicted_kl,
+        "candidates": small.candidates,
+        "notes": list(small.notes),
+        "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": reporting.peak_memory(),
+    }
+    if options.text:
+        before = running.to_run(small.subject.model, small.subject.params)
+        after = running.to_run(small.model, small.params)
+        report = running.compare_on_text(options, *before, *after, small.tokenizer)
+        row["text"] = report.to_dict()
+    _append(options, row)
+
+
+def _by_recipe(
+    options: argparse.Namespace, stages: list[Any], recipe: list[Any]
+) -> None:
+    seconds = {}
+    clock = time.perf_counter()
+    model, params, tokenizer = load(options.model, scan=False)
+    layouts = None
+    if any(isinstance(x, list) and x[0].startswith("layers/") for x in recipe):
+        # A plan is of the stacked layers, which compile once.
+        model, params = stacked(model, params)
+        batch = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        layouts = find_layouts(model, params, batch)
+    seconds["load"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    progress = running.progress(options)
+    moments, batches = _moments(options, model, params, tokenizer)
+    reports: list[LeafReport] = []
+    try:
+        if options.blockwise:
+            small = compress_blockwise(
+                model,
+                params,
+                chain(*stages),
+                batches,
+                store=options.store,
+                record=reports,
+                progress=not options.quiet,
+            )
+        else:
+            small = compress(
+                params,
+                chain(*stages),
+                moments,
+                layouts=layouts,
+                record=reports,
+                progress=progress("compressing"),
+            )
+    except ValueError as error:
+        if "collect_moments" in str(error) and not options.calibrate:
+            text = str(error).split("; pass moments=")[0]
+            raise ValueError(
+                f"{text}; give a text to measure them on: --calibrate FILE"
+            ) from error
+        raise
+    stored = small
+    if options.coded_in_memory:
+        stored = compress(small, chain(*CODING), progress=progress("coding"))
+    seconds["compress"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    metadata = {"source": str(options.model), "recipe": recipe}
+    coding = "none" if options.no_coding else "size"
+    save(options.out, model, stored, tokenizer, metadata, coding=coding)
+    options.written = options.out
+    seconds["save"] = time.perf_counter() - clock
+    with storage.open_checkpoint(options.out) as file:
+        inside = {name: file.nbytes(name) for name in file.names}
+        files = [each.path for each in file.files()]
+    inside = {name.removeprefix("params/"): size for name, size in inside.items()}
+    size = reporting.measure(stored, *files)
+    row = {
+        "model": str(options.model),
+        "recipe": recipe,
+        "weights": size.weights,
+        "memory_bytes_before": nbytes(params),
+        "memory_bytes_after": size.memory_bytes,
+        "file_bytes": size.file_bytes,
+        "bits_per_weight": size.bits_per_weight,
+        "seconds": seconds,
+    }
+    running.show(
+        reporting.leaf_table(reports, inside, largest=options.leaves),
+        "",
+        f"{grouped(size.file_bytes)} bytes, {size.bits_per_weight:.3f} bits per weight",
+        _written(options, tokenizer),
+    )
+    if not options.recipe and not options.recipe_file:
+        running.show(
+            f"{DEFAULT} is the default; for less: --size 60MB, --bits-per-weight 3 or "
+            "--recipe"
+        )
+    if options.text:
+        before, after = running.to_run(model, params), running.to_run(model, small)
+        report = running.compare_on_text(options, *before, *after, tokenizer)
+        row["text"] = report.to_dict()
+    row["peak_memory_bytes"] = reporting.peak_memory()
+    spent = ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items())
+    peak = row["peak_memory_bytes"]
+    running.show(f"{spent}; peak memory {peak / 2**20:.0f} MiB" if peak else spent)
+    _append(options, row)
+
+
+def _written(options: argparse.Namespace, tokenizer: Any) -> str:
+    replaced = "replaced" if getattr(options, "replaced", False) else "written"
+    inside = "tokenizer included" if tokenizer is not None else "without a tokenizer"
+    return f"{options.out}: {replaced}, {inside}"
+
+
+def _append(options: argparse.Namespace, row: dict[str, Any]) -> None:
+    if options.json:
+        reporting.append_lines(options.json, [row])
+
+
+def _moments(
+    options: argparse.Namespace, model: Any, params: Any, tokenizer: Any
+) -> tuple[Any, Any]:
+    """What `--calibrate` measures, for recipes; batches alone for block by block."""
+    if not options.calibrate:
+        if options.blockwise:
+            raise ValueError("--blockwise needs a text: --calibrate FILE")
+        return None, None
+    effort = choose_effort("good" if options.effort == "quick" else options.effort)
+    subject, store = read_subject(model, params, tokenizer), Store(options.store)
+
+    def wrap(label: str, unit: str) -> Any:
+        return running.progress(options)(label, unit)
+
+    data = calibration.language_data(
+        subject, Path(options.calibrate), effort, store, "", wrap, jax.random.key(0)
+    )
+    if options.blockwise:
+        return None, list(data.batches)
+    known = digest_arrays(params) if options.store else ""
+    key = jax.random.key(options.seed)
+    return calibration.calibrate(
+        subject, data, {}, effort, store, known, wrap, key
+    ), data.batches
+
+
+def plan(options: argparse.Namespace) -> None:
+    goal = goal_of(options)
+    if not goal or "kl" in goal:
+        raise ValueError("plan needs --size or --bits-per-weight; --kl needs compress")
+    rules, about = plan_recipe(
+        options.model,
+        **goal,
+        text=None if options.calibrate is None else Path(options.calibrate),
+        effort=options.effort,
+        store=options.store,
+        key=jax.random.key(options.seed),
+        progress=not options.quiet,
+    )
+    text = json.dumps({"model": options.model, "goal": goal, **about, "recipe": rules})
+    if options.out:
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
+        options.written = options.out
+    else:
+        print(text)
+
+
+def _dry_run(options: argparse.Namespace, stages: list[Any], recipe: list[Any]) -> None:
+    params = shapes(options.model)
+    small = jax.eval_shape(functools.partial(compress, recipe=chain(*stages)), params)
+    after = dict(roots(small))
+    rows = [
+        {
+            "leaf": name,
+            "shape": "x".join(map(str, old.shape)),
+            "bytes before": nbytes(old),
+            "after": nbytes(after[name]),
+            "bits/weight": 8 * nbytes(after[name]) / max(1, old.size),
+        }
+        for name, old in roots(params)
+    ]
+    rows.sort(key=lambda row: -row["bytes before"])
+    before, later = nbytes(params), nbytes(small)
+    weights = reporting.weight_count(params)
+    running.show(
+        reporting.table(rows[: options.leaves]),
+        f"{max(0, len(rows) - options.leaves)} more leaves" if rows else "",
+        "",
+        f"memory {grouped(before)} bytes before, {grouped(later)} "
+        f"after: {8 * later / weights:.3f} bits per weight of "
+        f"{grouped(weights)}",
+        "The file holds as much and its header, or less with lossless coding, which "
+        "depends on values. Nothing was written.",
+    )
+    row = {
+        "model": str(options.model),
+        "recipe": recipe,
+        "weights": weights,
+        "memory_bytes_before": before,
+        "memory_bytes_after": later,
+        "dry_run": True,
+    }
+    _append(options, row)
