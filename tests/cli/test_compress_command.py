@@ -11,6 +11,7 @@ from jaxcompress.cli.recipes import read_recipe
 from jaxcompress.reporting import render, table
 
 
+@pytest.mark.slow
 def test_a_size_is_met_and_said(run, folder):
     out = run("compress", "dense.safetensors", "by_size", "--size", "70kB", *QUICK)
     size = (folder / "by_size").stat().st_size
@@ -41,6 +42,7 @@ def test_a_plan_is_a_recipe_file(run, folder):
         assert stored.metadata["recipe"] == recipe
 
 
+@pytest.mark.slow
 def test_methods_that_need_data_are_calibrated(run, folder):
     recipe = ("--recipe", ".*q_proj.*=gptq(bits=4, block=32)", "--quiet")
     message = run("compress", "dense.safetensors", "none", *recipe, code=2)

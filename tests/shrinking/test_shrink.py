@@ -56,6 +56,7 @@ def test_a_quick_file_is_at_most_so_large_and_nearly_so(params, tmp_path, limit)
     assert small.kl is None  # nothing was measured, and nothing is claimed
 
 
+@pytest.mark.slow
 def test_a_plan_is_measured_beside_the_uniform_recipe(params, brief, tmp_path):
     small = shrink(params, size="60kB", effort="good", store=tmp_path / "store")
     assert set(small.candidates) == {"plan", "uniform"}
