@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.coding import array_codecs, chunked_stream
+from jaxcompress.storage.other_files import check_ours
 from jaxcompress.storage.tree_json import FileDamaged, Slot
 
 ABOUT, SEAL = "__about__", "__checksums__"
@@ -39,17 +40,6 @@ DIGEST = 16  # bytes
 CHUNK = 1 << 22  # bytes read at a time where an array need not be held
 ADVICE = "; get the file again, or save it again"
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors package too
-
-MAGIC = {  # first bytes of files that are mistaken for ours
-    b"GGUF": "a GGUF file",
-    b"PK\x03\x04": "a zip archive, such as a PyTorch checkpoint",
-    b"\x89HDF": "an HDF5 file",
-    b"\x1f\x8b": "a gzip file",
-    b"\x80\x02": "a pickle",
-    b"\x80\x04": "a pickle",
-    b"\x93NUMPY": "a NumPy array",
-    b"\x28\xb5\x2f\xfd": "a zstandard file",
-}
 
 CODES = {
     "bool": "BOOL",
@@ -232,13 +222,7 @@ class TensorFile:
         if self.size < 8:
             raise self._damaged(f"it has {self.size} bytes")
         first = self._bytes(0, 8)
-        for magic, program in MAGIC.items():
-            if first.startswith(magic):
-                raise ValueError(
-                    f"{self.path} is {program}, not a file of jaxcompress.save; "
-                    "`python -m jaxcompress compress` and models.load read models of "
-                    "other programs (.gguf files, Hugging Face directories)"
-                )
+        check_ours(self.path, first)
         length = int.from_bytes(first, "little")
         if length > min(self.size - 8, LONGEST_HEADER):
             raise self._damaged(

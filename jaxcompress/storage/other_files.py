@@ -1,0 +1,27 @@
+"""Files of other programs, told from ours by their first bytes."""
+
+MAGIC = {  # first bytes of files that are mistaken for ours
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a zip archive, such as a PyTorch checkpoint",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip file",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x28\xb5\x2f\xfd": "a zstandard file",
+}
+
+
+def check_ours(path: str, first: bytes) -> None:
+    """Names what a file is, where its first eight bytes are those of another program.
+
+    Raises:
+      ValueError: such a file; says what reads it.
+    """
+    for magic, program in MAGIC.items():
+        if first.startswith(magic):
+            raise ValueError(
+                f"{path} is {program}, not a file of jaxcompress.save; "
+                "`python -m jaxcompress compress` and models.load read models of "
+                "other programs (.gguf files, Hugging Face directories)"
+            )
