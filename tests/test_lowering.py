@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax import export
-from laws import METHODS, TRACEABLE, Model, apply, compressed, parameters
+from laws import METHODS, TRACEABLE, Model, apply, compressed, moments_for, parameters
 from laws import TOKENS as WORDS
 from models_for_tests import TOKENS, language, layouts
 
@@ -42,7 +42,8 @@ def lowered(function, *arguments):
 
 @pytest.mark.parametrize("method", TRACEABLE)
 def test_methods(method):
-    lowered(lambda params: apply(method, params), parameters())
+    known = moments_for(method)  # collected before anything is traced
+    lowered(lambda params: apply(method, params, moments=known), parameters())
 
 
 @pytest.mark.parametrize("method", sorted(SECOND))
@@ -56,7 +57,10 @@ def test_methods_with_moments(method):
 def test_materialize_and_plain_runs(method):
     if method in TRACEABLE:
         params = parameters(scanned=True)
-        small = jax.eval_shape(lambda p: apply(method, p, scanned=True), params)
+        known = moments_for(method, scanned=True)
+        small = jax.eval_shape(
+            lambda p: apply(method, p, scanned=True, moments=known), params
+        )
     else:
         small = compressed(method, scanned=True)
     model = Model(scanned=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jaxcompress.storage import static_json
 from jaxcompress.storage.orbax import restore_orbax, save_orbax
 from jaxcompress.training.steps import Metrics, TrainState, check_batch
 from jaxcompress.tree.leaf import data_fields, is_leaf, static_fields
@@ -177,7 +178,7 @@ def _leaf_kinds(tree: Any) -> np.ndarray:
         return [kind(x) for x in leaves if is_leaf(x)]
 
     def kind(x: Any) -> list[Any]:
-        fixed = {name: getattr(x, name) for name in static_fields(x)}
+        fixed = {n: static_json.to_json(getattr(x, n)) for n in static_fields(x)}
         inner = [kinds(getattr(x, name)) for name in data_fields(x)]
         return [type(x).__name__, fixed, inner]
 

@@ -324,7 +324,7 @@ def test_parts_of_a_layer_leave_joint_curvatures_behind():
 
 def test_files_without_groups_are_read():
     """Those written before there were any."""
-    node = {"static": {"places": 64, "trellis": 8, "kind": "int8"}}
+    node = {"static": {"places": 64, "trellis": 8, "dtype": {"dtype": "int8"}}}
     found = tree_json._static_of(coded_levels.CodedLevels, node, ())
     assert "groups" not in found and coded_levels.CodedLevels.groups == 1
 

@@ -386,6 +386,10 @@ class Letters:
     bos_id: int | None = 1
     eos_id: int | None = None
 
+    @property
+    def end_ids(self):
+        return () if self.eos_id is None else (self.eos_id,)
+
     def encode(self, text):
         return [ord(letter) - 94 for letter in text]
 
