@@ -73,7 +73,7 @@ def layers(report: Iterable[Any], *, title: str = "Bits and errors by leaf") -> 
       ValueError: no leaf that was compressed.
     """
     stored = getattr(report, "file_bytes", {})
-    rows = [row for row in report if row.relative_error is not None]
+    rows = [row for row in report if row.relative_error]  # those that changed
     if not rows:
         raise ValueError(
             "no leaf of the report was compressed; there is nothing to plot"
@@ -227,8 +227,8 @@ def masks(
             _pooled(alive), cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
         )
         axes.set_title(f"{name}\n{alive.mean():.1%} nonzero", fontsize=7)
-        axes.set_xlabel("outputs", fontsize=7)
-        axes.set_ylabel("inputs", fontsize=7)
+        axes.set_xlabel("columns", fontsize=7)
+        axes.set_ylabel("rows", fontsize=7)
         axes.set_xticks([])
         axes.set_yticks([])
     for axes in grid[len(chosen) :]:

@@ -14,7 +14,7 @@ from jaxcompress.reporting.leaves import report
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import roots
 
-PRUNED = 0.1  # share of zeros in a matrix from which masks are drawn
+PRUNED = 0.3  # share of zeros from which masks are drawn; coarse codes have fewer
 
 
 def report_(options: argparse.Namespace) -> None:
