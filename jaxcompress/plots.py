@@ -54,7 +54,8 @@ def size_quality(points: Iterable[Any], *, title: str = "Size and quality") -> A
     axes.set(xscale="log", yscale="log", title=title)
     axes.set_xlabel("file, MB")
     axes.set_ylabel("KL(model || small), nats per token")
-    _plain_ticks(axes.xaxis)
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain_ticks(axis)
     axes.grid(which="both", alpha=0.25)
     if any(groups):
         axes.legend(frameon=False)
@@ -293,8 +294,8 @@ def _figure(
 
 def _plain_ticks(axis: Any) -> None:
     """Ticks of a logarithmic axis as plain numbers, few enough to be read."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(ScalarFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
