@@ -24,6 +24,7 @@ import shutil
 import struct
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ from safetensors.numpy import save_file
 import jaxcompress as jc
 from jaxcompress import storage
 from jaxcompress.reporting import append_lines
-from jaxcompress.storage.checksummed_file import digest, inflated, to_json
+from jaxcompress.storage.checksummed_file import ABOUT, digest, to_json
 
 NAME = "x.safetensors"
 INDEX = f"{NAME}.index.json"
@@ -189,6 +190,8 @@ def _altered(data: bytes, way: str, random: np.random.Generator) -> bytes:
         text = with_odd_value(data[start:head], random)
         if whole:
             return text
+        if b"__about__" in data[8:head] and random.integers(0, 2):
+            return with_odd_about(data, random)
         text = text.ljust(head - 8)
         out = struct.pack("<Q", len(text)) + text + data[head:]
     elif way == "length" and not whole:
@@ -211,7 +214,7 @@ def with_odd_value(text: bytes, random: np.random.Generator) -> bytes:
     inner = []
     for key, value in about.items():
         with contextlib.suppress(TypeError, ValueError, AttributeError):
-            about[key] = json.loads(inflated(value))
+            about[key] = json.loads(value)
             inner.append(key)
     places = list(_places(whole))
     holder, key = places[int(random.integers(0, len(places)))]
@@ -223,6 +226,25 @@ def with_odd_value(text: bytes, random: np.random.Generator) -> bytes:
     if isinstance(about, dict):
         about.update({key: to_json(about[key]) for key in inner if key in about})
     return to_json(whole).encode()
+
+
+def with_odd_about(data: bytes, random: np.random.Generator) -> bytes:
+    """A file with one value replaced or gone in the object that describes its tree."""
+    head = _head(data)
+    header = json.loads(data[8:head])
+    first, last = header[ABOUT]["data_offsets"]
+    about = zlib.decompress(data[head + first : head + last])
+    new = zlib.compress(with_odd_value(about, random))
+    for entry in header.values():
+        if "data_offsets" in entry and entry["data_offsets"][0] >= last:
+            entry["data_offsets"] = [
+                at + len(new) - (last - first) for at in entry["data_offsets"]
+            ]
+    header[ABOUT] |= {"shape": [len(new)], "data_offsets": [first, first + len(new)]}
+    text = to_json(header).encode()
+    text = text.ljust(-8 * (-len(text) // 8))
+    body = data[head : head + first] + new + data[head + last :]
+    return struct.pack("<Q", len(text)) + text + body
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
