@@ -221,9 +221,9 @@ class TensorFile:
     def _read_header(self) -> tuple[dict[str, str], dict[str, Span], bytes]:
         if self.size < 8:
             raise self._damaged(f"it has {self.size} bytes")
-        first = self._bytes(0, 8)
+        first = self._bytes(0, min(9, self.size))
         check_ours(self.path, first)
-        length = int.from_bytes(first, "little")
+        length = int.from_bytes(first[:8], "little")
         if length > min(self.size - 8, LONGEST_HEADER):
             raise self._damaged(
                 f"its header claims {length} bytes of {self.size}; either it is no "
