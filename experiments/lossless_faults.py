@@ -138,7 +138,7 @@ def sources(folder: Path) -> dict[str, Source]:
     add("rows", functools.partial(storage.save, params=some), load_rows, rows)
     save = functools.partial(storage.save, params=plain)
     for kind, options in {
-        "fast": {"coded": "fast"},
+        "fast": {"coding": "decode"},
         "shards": {"max_shard_bytes": 100_000},
     }.items():
         add(kind, functools.partial(save, **options), load, plain)
@@ -210,7 +210,7 @@ def _altered(data: bytes, way: str, random: np.random.Generator) -> bytes:
 def with_odd_value(text: bytes, random: np.random.Generator) -> bytes:
     """JSON with one value replaced or gone, also in the texts that are JSON again."""
     whole = json.loads(text)
-    about = whole.get("__metadata__") or whole["metadata"]
+    about = whole.get("__metadata__") or whole.get("metadata") or {}
     inner = []
     for key, value in about.items():
         with contextlib.suppress(TypeError, ValueError, AttributeError):
