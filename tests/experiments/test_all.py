@@ -1,4 +1,4 @@
-"""Every experiment: what a notebook and the command line need of it, and a small run."""
+"""Every experiment has what the command line needs of it, and runs in small."""
 
 import dataclasses
 import importlib
