@@ -77,7 +77,12 @@ def _rule(rule: Any) -> tuple[re.Pattern[str], Method | None]:
         raise ValueError(f"{pattern!r} is not a pattern: {error}") from error
     if not (f is None or isinstance(f, str) or callable(f)):
         raise ValueError(f"{pattern!r}: {f!r} is not a method, a string or None")
-    return compiled, parse(f) if isinstance(f, str) else f
+    if not isinstance(f, str):
+        return compiled, f
+    try:
+        return compiled, parse(f)
+    except ValueError as error:
+        raise ValueError(f"the rule of {pattern!r}: {error}") from error
 
 
 def _refused(entry: Entry, selects: str) -> str:

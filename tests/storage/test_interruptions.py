@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_the_old_archive(given):
     found = run(FULL, "pack", given / "in", given / "x")
     assert found.returncode == 2
     error = found.stderr.splitlines()[-1]
-    assert "File too large" in error and str(given / "x") in error
+    assert "file too large" in error and str(given / "x") in error
     assert "Traceback" not in found.stderr
     assert (given / "x").read_bytes() == old and left(given) == []
 
@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_no_directory(given):
     found = run(FULL, "unpack", given / "x", target)
     assert found.returncode == 2
     error = found.stderr.splitlines()[-1]
-    assert "File too large" in error and str(target / "sub" / "d") in error
+    assert "file too large" in error and str(target / "sub" / "d") in error
     assert "Traceback" not in found.stderr
     assert left(given) == []
 

@@ -252,7 +252,7 @@ def test_wrong_recipes_are_explained(params, recipe, message):
 
 
 def test_missing_options_name_the_leaf(params):
-    with pytest.raises(TypeError, match=r"block/up/kernel.*bits"):
+    with pytest.raises(ValueError, match=r"block/up/kernel.* needs bits"):
         jc.compress(params, [("block/up/kernel", "symmetric()")])
 
 
