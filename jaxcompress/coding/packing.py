@@ -35,6 +35,7 @@ class Packed(Leaf):
     dtype: np.dtype = static(default=np.dtype("uint8"))
 
     lossless: ClassVar[bool] = True
+    integers: ClassVar[tuple[str, ...]] = ("packed",)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from jaxcompress.factorization.svd import (
     nearest,
     statistics,
 )
-from jaxcompress.tree.leaf import Sum, dense
+from jaxcompress.tree.generic_leaves import Sum
+from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.methods import describe, method, parse, traits
 from jaxcompress.types import Method
 

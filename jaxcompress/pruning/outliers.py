@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.pruning.choices import Choice, select
 from jaxcompress.pruning.scores import check_weights, input_norms, kept_weights
-from jaxcompress.tree.leaf import Sum
+from jaxcompress.tree.generic_leaves import Sum
 from jaxcompress.tree.methods import method
 
 SCORES = ("weight", "activation")

@@ -34,6 +34,7 @@ class Sparse(Leaf):
     block: tuple[int, int] = static(default=(1, 1))
 
     weights: ClassVar[tuple[str, ...]] = ("values",)
+    integers: ClassVar[tuple[str, ...]] = ("mask",)
 
     @property
     def shape(self) -> tuple[int, ...]:

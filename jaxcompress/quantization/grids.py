@@ -8,7 +8,7 @@ of it with that row's steps.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,9 +215,19 @@ class Quantized(Leaf):
     block: Block = static()
     dtype: np.dtype = static()
 
+    integers: ClassVar[tuple[str, ...]] = ("codes",)
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
+
+    def description(self) -> str:
+        width = (
+            "+".join(map(str, self.bits)) if isinstance(self.bits, tuple) else self.bits
+        )
+        steps = "one scale" if self.block == "tensor" else f"blocks of {self.block}"
+        steps = "a scale per output" if self.block is None else steps
+        return f"{self.grid} {width} bits, {steps}"
 
     @property
     def steps(self) -> Steps:

@@ -10,7 +10,7 @@ from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.quantization.gptq import NEAREST
 from jaxcompress.quantization.grids import Block
 from jaxcompress.quantization.nearest import check_bits
-from jaxcompress.tree.leaf import Mixed
+from jaxcompress.tree.generic_leaves import Mixed
 from jaxcompress.tree.methods import method
 
 SCORES = ("weight", "activation", "second_order")

@@ -12,16 +12,9 @@ from jaxcompress.quantization.awq import Scaled
 from jaxcompress.quantization.grids import Quantized
 from jaxcompress.training.qat_leaf import FakeQuantized, fake_quantize, quantize
 from jaxcompress.tree.compress import Chain, compress
+from jaxcompress.tree.generic_leaves import Mixed, Sum
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaf import (
-    Leaf,
-    Mixed,
-    Reshaped,
-    Sum,
-    data_fields,
-    dense,
-    is_leaf,
-)
+from jaxcompress.tree.leaf import Leaf, Reshaped, data_fields, dense, is_leaf
 from jaxcompress.types import Params
 
 Transform = Callable[[Params], Params]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from jaxcompress.tree.array_access import ArrayAccess, one_line
 from jaxcompress.tree.decoding import decoding
 
 _REGISTRY: dict[str, type["Leaf"]] = {}
@@ -53,17 +54,27 @@ class _Materialized:
         return getattr(jax.eval_shape(lambda x: x.materialize(), leaf), self.name)
 
 
-class Leaf(meta.AxisMetadata):
+class Leaf(ArrayAccess, meta.AxisMetadata):
     """What every compressed weight owes: `shape`, `dtype` and `materialize()`.
 
-    Subclassing Flax's `AxisMetadata` makes an unmodified Linen layer materialize the
-    weight where it asks for it (`Scope.param` unboxes), also inside `nn.scan`,
-    `nn.remat` and `nn.vmap`.
+    Array access (`.T`, `@`, indexing, `np.asarray`) makes the dense array. Subclassing
+    Flax's `AxisMetadata` makes an unmodified Linen layer materialize the weight where
+    it asks for it (`Scope.param` unboxes), also inside `nn.scan`, `nn.remat` and
+    `nn.vmap`.
     """
 
     lossless: ClassVar[bool] = False  # one array, bit for bit; names stop here
     entropy_coded: ClassVar[bool] = False  # nothing more to gain from coding it
     weights: ClassVar[tuple[str, ...]] = ()  # fields that are weights themselves
+    integers: ClassVar[tuple[str, ...]] = ()  # fields that arithmetic must not change
+
+    def __repr__(self) -> str:
+        return one_line(self, self.description())
+
+    def description(self) -> str:
+        """What `repr` says between shape and bytes: static fields, by default."""
+        named = ((name, getattr(self, name, None)) for name in static_fields(self))
+        return ", ".join(f"{name}={value}" for name, value in named)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,7 +146,7 @@ class Leaf(meta.AxisMetadata):
     def unbox(self) -> jax.Array:
         """The dense array for the layer that asks: Flax calls it, through `param`."""
         prepare = before_use.get()
-        return (self if prepare is None else prepare(self)).materialize()
+        return dense(self if prepare is None else prepare(self))
 
     def replace_boxed(self, val: Any) -> Any:
         """A transformation that writes a value back gets a dense weight."""
@@ -167,7 +178,7 @@ def static(**options: Any) -> Any:
 
 def leaf(cls: type) -> type:
     """Makes a class a frozen dataclass and a pytree node, known to files by name."""
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     known = _REGISTRY.get(cls.__name__)
     if known is not None and known.__qualname__ + known.__module__ != (
         cls.__qualname__ + cls.__module__
@@ -211,8 +222,22 @@ def static_fields(cls: type[Leaf] | Leaf) -> tuple[str, ...]:
 
 
 def dense(x: Any) -> jax.Array:
-    """The dense array of a leaf; an array is returned as it is."""
-    return x.materialize() if isinstance(x, Leaf) else x
+    """The dense array of a leaf; an array is returned as it is.
+
+    Raises TypeError where arithmetic over the tree made numbers of integer codes.
+    """
+    if not isinstance(x, Leaf):
+        return x
+    for name in x.integers:
+        dtype = getattr(getattr(x, name), "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{type(x).__name__}.{name} holds {dtype}, not integers: arithmetic "
+                "over the tree (an average, a penalty, a cast) reached the parts of a "
+                "leaf. Use jc.tree.average or jc.tree.norm, or materialize(params) "
+                "first"
+            )
+    return x.materialize()
 
 
 def contract(x: jax.Array, weight: Any, how: Arithmetic) -> jax.Array:
@@ -302,99 +327,3 @@ def take_columns(x: Any, indices: jax.Array) -> jax.Array:
     if hasattr(x, "take_columns"):
         return x.take_columns(indices)
     return jnp.take(dense(x), indices, axis=1)
-
-
-@leaf
-class Mixed(Leaf):
-    """Some channels of a kernel kept finer than the others.
-
-    Invariant: `order` `[..., channels]` is a permutation along `axis`: -1 for outputs,
-    -2 for inputs. Channel `order[i]` is slice i of `[kept, rest]`, two weights of any
-    leaf type, `[..., inputs, *]` or `[..., *, outputs]`.
-    """
-
-    kept: Any
-    rest: Any
-    order: jax.Array
-    axis: int = static(default=-1)
-
-    weights: ClassVar[tuple[str, ...]] = ("kept", "rest")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *stack, inputs, outputs = self.rest.shape
-        channels = self.order.shape[-1]
-        if self.axis == -1:
-            return (*stack, inputs, channels)
-        return (*stack, channels, outputs)
-
-    @property
-    def dtype(self) -> Any:
-        return self.rest.dtype
-
-    def inner_moments(self, field: str, moments: Any) -> Any:
-        """Those of the whole layer for a part of its outputs; none for some inputs."""
-        if self.axis != -1:
-            return None
-        counts = getattr(moments, "curvatures", None)
-        if counts is None:
-            return moments
-        moments = dataclasses.replace(moments, joint_curvatures=None)
-        counts = jnp.take_along_axis(counts, self.order.astype(jnp.int32), axis=-1)
-        cut = self.kept.shape[-1]
-        part = counts[..., :cut] if field == "kept" else counts[..., cut:]
-        return dataclasses.replace(moments, curvatures=part)
-
-    def materialize(self) -> jax.Array:
-        rest = dense(self.rest)
-        kept = dense(self.kept).astype(rest.dtype)
-        both = jnp.concatenate([kept, rest], axis=self.axis)
-        where = jnp.argsort(self.order, axis=-1).astype(jnp.int32)
-        where = where[..., None, :] if self.axis == -1 else where[..., :, None]
-        return jnp.take_along_axis(both, where, axis=self.axis)
-
-
-@leaf
-class Sum(Leaf):
-    """A weight that is the sum of its terms, accumulated in float32 or wider.
-
-    Each term multiplies the layer's inputs, and what changes one changes the output by
-    as much as if it stood alone: it has the moments of the whole.
-    """
-
-    terms: tuple[Any, ...]
-
-    weights: ClassVar[tuple[str, ...]] = ("terms",)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.terms[0].shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.terms[0].dtype
-
-    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """Terms that are cheaper to multiply than to add up apart, the rest as one."""
-        rows = math.prod(x.shape[:-1])
-        apart = [t for t in self.terms if product_cost(t, rows) < dense_cost(t)]
-        rest = tuple(t for t in self.terms if all(t is not other for other in apart))
-        total = sum(contract(x, term, how) for term in apart)
-        if len(rest) > 1:
-            return total + contract(x, Sum(rest).unbox(), how)
-        return total + contract(x, rest[0], how) if rest else total
-
-    def product_cost(self, rows: int) -> int:
-        dense_product = rows * math.prod(self.shape[-2:])
-        costs = [(product_cost(t, rows), dense_cost(t)) for t in self.terms]
-        joined = any(apart >= build for apart, build in costs)
-        return sum(map(min, costs)) + joined * dense_product
-
-    def dense_cost(self) -> int:
-        return sum(map(dense_cost, self.terms))
-
-    def materialize(self) -> jax.Array:
-        first, *rest = (dense(term) for term in self.terms)
-        wide = jnp.promote_types(first.dtype, jnp.float32)
-        total = sum((term.astype(wide) for term in rest), first.astype(wide))
-        return total.astype(first.dtype)

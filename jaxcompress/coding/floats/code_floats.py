@@ -42,6 +42,7 @@ class CodedFloats(Leaf):
     power: int | None = static(default=None)
 
     lossless: ClassVar[bool] = True
+    integers: ClassVar[tuple[str, ...]] = ("bits",)
 
     @property
     def shape(self) -> tuple[int, ...]:

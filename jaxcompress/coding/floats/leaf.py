@@ -65,6 +65,7 @@ class CodedWords(Leaf):
 
     lossless: ClassVar[bool] = True
     entropy_coded: ClassVar[bool] = True
+    integers: ClassVar[tuple[str, ...]] = ("frames", "starts", "rests")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -79,6 +79,7 @@ class Coded(Leaf):
 
     lossless: ClassVar[bool] = True
     entropy_coded: ClassVar[bool] = True
+    integers: ClassVar[tuple[str, ...]] = ("words", "offsets", "states", "frequencies")
 
     @property
     def shape(self) -> tuple[int, ...]:

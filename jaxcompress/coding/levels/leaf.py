@@ -45,6 +45,8 @@ class RateCoded(Leaf):
     scales: Any
     dtype: np.dtype = static()
 
+    integers: ClassVar[tuple[str, ...]] = ("levels", "scales")
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.levels.shape
@@ -97,6 +99,7 @@ class CodedLevels(Leaf):
 
     lossless: ClassVar[bool] = True
     entropy_coded: ClassVar[bool] = True
+    integers: ClassVar[tuple[str, ...]] = ("words", "offsets", "states", "frequencies")
 
     @property
     def shape(self) -> tuple[int, ...]:
