@@ -12,7 +12,7 @@ from jaxcompress.calibration.collect import averages, row_sums
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.tracing.blocks import Segment, cut
 from jaxcompress.tracing.interpreter import run_uses
-from jaxcompress.tracing.layouts import model_function
+from jaxcompress.tracing.modules import model_function
 from jaxcompress.tracing.uses import Use
 from jaxcompress.tree.layouts import Layout, check_layout
 

@@ -1,9 +1,7 @@
 """`collect_moments`: the moments of every kernel's inputs, over real batches."""
 
-import difflib
 import functools
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,15 +12,14 @@ import jax.numpy as jnp
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.progress import each_item
 from jaxcompress.tracing.interpreter import Sums, trace_uses
-from jaxcompress.tracing.layouts import flat_weights, model_function
+from jaxcompress.tracing.layouts import Where, flat_weights, matching, warn_unseen
+from jaxcompress.tracing.modules import model_function
 from jaxcompress.tracing.uses import Use
 from jaxcompress.tree.layouts import Layout, check_layout, trailing
 from jaxcompress.tree.leaf import dense
-from jaxcompress.tree.paths import EMBEDDING, KERNEL, is_float, roots
+from jaxcompress.tree.paths import is_float, roots
 from jaxcompress.tree.selection import SMALLEST
 from jaxcompress.types import Params
-
-Select = str | Callable[[str], bool] | None
 
 
 def collect_moments(
@@ -30,7 +27,8 @@ def collect_moments(
     params: Params,
     batches: Iterable[Any],
     *,
-    where: Select = None,
+    where: Where = None,
+    variables: Mapping[str, Any] | None = None,
     progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
 ) -> dict[str, Moments]:
     """The `Moments` of the inputs of each selected kernel, by the kernel's name.
@@ -52,12 +50,14 @@ def collect_moments(
         are masked by position, likewise where both axes are merged into one; inputs of
         whole examples (pooled, or one step of a recurrent layer) count where any
         position of the example is real.
-      where: pattern that fully matches names, or a function of a name; by default
-        floating-point kernels and embeddings of 4 096 weights or more. Only arrays of
-        two axes or more have inputs.
+      where: pattern that fully matches names, or a function of a name; by default all
+        floating-point arrays of 4 096 weights or more that the model multiplies or
+        looks up. Only arrays of two axes or more have inputs.
+      variables: further collections of a Linen module, as `{"batch_stats": ...}`.
       progress: as in `compress`, of the batches.
 
-    Warns with the number of tokens needed where they are fewer than a kernel's inputs.
+    Warns with the number of tokens needed where they are fewer than a kernel's inputs,
+    and of large arrays that are not seen (`find_layouts`).
 
     Raises:
       ValueError: nothing selected, no batches, a selected weight whose inputs were
@@ -66,7 +66,7 @@ def collect_moments(
     """
     if isinstance(batches, Mapping):
         raise TypeError("batches is one dict; pass an iterable of them: [batch]")
-    function = model_function(model)
+    function = model_function(model, variables)
     names = selected(params, where)
     shapes, rebuild = flat_weights(params)
 
@@ -97,7 +97,8 @@ def collect_moments(
     for batch in each_item(batches, progress, label="calibrating", unit="batches"):
         if total is None:
             found = jax.eval_shape(sums, params, batch)
-            check_seen(names, found)
+            check_seen(names if where is not None or not found else [], found)
+            warn_unseen({n: shapes[n] for n in names if n not in found}, shapes)
             empty = jax.eval_shape(lambda x: averages(x, layouts), found)
             total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
         total = add(total, params, batch)
@@ -111,30 +112,19 @@ def collect_moments(
     return {name: total[name] for name in layouts}
 
 
-def selected(params: Params, where: Select = None) -> list[str]:
+def selected(params: Params, where: Where = None) -> list[str]:
     """Names of the weights whose moments are wanted, as `collect_moments` says.
 
     Raises ValueError where there are none.
     """
     arrays = {name: x for name, x in roots(params) if x.ndim > 1 and is_float(x)}
-    if where is None:
-        kinds = {KERNEL, EMBEDDING}
-        names = [
-            name
-            for name, x in arrays.items()
-            if kinds & set(name.split("/")) and x.size >= SMALLEST
-        ]
-    elif callable(where):
-        names = [name for name in arrays if where(name)]
-    else:
-        names = [name for name in arrays if re.fullmatch(where, name)]
+    if where is not None:
+        return matching(list(arrays), where)
+    names = [name for name, x in arrays.items() if x.size >= SMALLEST]
     if not names:
-        wanted = where if isinstance(where, str) else "kernel"
-        near = difflib.get_close_matches(wanted, arrays, n=3, cutoff=0.0)
         raise ValueError(
-            f"no weight is selected by {where!r} (None: kernels and embeddings of "
-            f"{SMALLEST} weights or more); the nearest of the {len(arrays)} arrays of "
-            f"two axes or more are {', '.join(near)}"
+            f"no array of two axes or more has {SMALLEST} weights; the largest are "
+            f"{', '.join(list(arrays)[:3])}. Name what you want with where="
         )
     return names
 
@@ -148,7 +138,9 @@ def row_sums(
     """
     x, stack = use.inputs, use.inputs.shape[: use.stack]
     rows = x.shape[use.stack :] if use.lookup else x.shape[use.stack : -1]
-    real = _real_rows(use.name, rows, mask)
+    real = _real_rows(use.name, rows, mask if use.ordered else None)
+    if use.real is not None:
+        real = real & jnp.broadcast_to(use.real, rows).reshape(-1)
     if use.lookup:
         size = shape[use.layout.outputs[0]]
         count = functools.partial(_count_rows, real=real, size=size)
@@ -159,7 +151,7 @@ def row_sums(
     def flat(x: jax.Array) -> jax.Array:
         x = x.reshape(*stack, -1, x.shape[-1])
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if mask is None:
+        if mask is None and use.real is None:
             return x
         # where, not a product: padding may hold NaN
         return jnp.where(jnp.expand_dims(real, (*range(len(stack)), -1)), x, 0)
@@ -233,7 +225,7 @@ def check_seen(names: list[str], found: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the inputs of {', '.join(missing)} were never seen: the model does not "
             "use them on these batches, or not by a plain product, convolution or "
-            "lookup (a weight that is normalized, scaled or sliced first is not "
+            "lookup (a weight that another weight multiplies first is not "
             "recognized). Leave them out with where="
         )
 

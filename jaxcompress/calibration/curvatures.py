@@ -82,7 +82,8 @@ def measure_curvatures(
     2505.22988) use it.
     """
     check_concrete(params, "measure_curvatures")
-    layouts, planned = layouts or {}, planned_entries(params, moments, where)
+    layouts = layouts or {}
+    planned = planned_entries(params, moments, where, layouts)
     kinds = {entry.name: default_layout(entry, layouts) for entry in planned}
     factors = {
         entry.name: _factors(entry, damping)

@@ -20,15 +20,18 @@ def moments_to_arrays(moments: Moments) -> dict[str, Any]:
         slice_ = trailing(moments.layout)
         arrays["input_axes"] = np.asarray(slice_.inputs, np.int32)
         arrays["output_axes"] = np.asarray(slice_.outputs, np.int32)
+        if slice_.stack:
+            arrays["stack_axes"] = np.asarray(slice_.stack, np.int32)
     return arrays
 
 
 def moments_from_arrays(arrays: Mapping[str, Any]) -> Moments:
     """The moments of a dict of `moments_to_arrays`."""
     fields = dict(arrays)
-    axes = [fields.pop(key, None) for key in ("input_axes", "output_axes")]
+    keys = "stack_axes", "input_axes", "output_axes"
+    axes = [fields.pop(key, None) for key in keys]
     layout = None
-    if axes[0] is not None and axes[1] is not None:
-        inputs, outputs = (tuple(np.asarray(x).tolist()) for x in axes)
-        layout = Layout((), inputs, outputs)
+    if axes[1] is not None and axes[2] is not None:
+        each = (() if x is None else tuple(np.asarray(x).tolist()) for x in axes)
+        layout = Layout(*each)
     return Moments(**fields, layout=layout)

@@ -107,7 +107,7 @@ def plan_bits(
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"plan_bits takes a list of candidates, not {candidates!r}")
     layouts, candidates = layouts or {}, list(candidates)
-    planned = planned_entries(params, moments, where)
+    planned = planned_entries(params, moments, where, layouts)
     curved = sensitivities is None and check_curvatures(
         {entry.name: entry.moments for entry in planned}
     )

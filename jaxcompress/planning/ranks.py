@@ -86,8 +86,10 @@ def plan_ranks(
             "scan; plan outside and use the recipe inside"
         )
     stage = svd(rank=1) if where is None else [(where, svd(rank=1))]
-    chosen, _ = choose(params, stage)
-    found = [entry for entry in entries(params, moments) if entry.name in chosen]
+    traced = {*(layouts or {}), *(moments or {})}
+    chosen, _ = choose(params, stage, traced=traced)
+    every = entries(params, moments, traced)
+    found = [entry for entry in every if entry.name in chosen]
     weighted = moments is not None
     relative = not weighted if relative is None else relative
     check_curvatures({entry.name: entry.moments for entry in found})

@@ -72,7 +72,7 @@ def plan_rates(
         information.
     """
     check_concrete(params, "plan_rates")
-    layouts, planned = layouts or {}, planned_entries(params, moments, where)
+    layouts, planned = layouts or {}, planned_entries(params, moments, where, layouts)
     limit = byte_limit(
         "plan_rates",
         bits_per_weight=bits_per_weight,

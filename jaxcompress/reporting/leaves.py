@@ -176,7 +176,7 @@ def explain(
     reasons: dict[str, str] = {}
     stages, small, note = chain(recipe).stages, shapes, ""
     for number, stage in enumerate(stages):
-        choices, why = choose(small, stage)
+        choices, why = choose(small, stage, traced=layouts or ())
         owner = {entry.name: entry.root for entry in entries(small)}
         for name, reason in why.items():
             reasons.setdefault(owner[name], reason)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxcompress.tracing.interpreter import CALLS, bind, called, closed_of, scan_sizes
+from jaxcompress.tracing.interpreter import CALLS
+from jaxcompress.tracing.jaxpr_compat import bind, called, closed_of, scan_sizes
 from jaxcompress.tracing.provenance import SAME
 
 Shapes = Mapping[str, Any]  # by weight name: anything with a shape and a dtype

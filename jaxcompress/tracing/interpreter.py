@@ -6,6 +6,7 @@ weight through casts, transposes, reshapes and calls, to the products that consu
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,24 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxcompress.tracing.provenance import Weight, moved, sliced, tag
+from jaxcompress.tracing.jaxpr_compat import (
+    bind,
+    called,
+    closed_of,
+    is_vmapped,
+    scan_sizes,
+)
+from jaxcompress.tracing.movements import moved
+from jaxcompress.tracing.provenance import (
+    CONSTANT,
+    Tag,
+    Weight,
+    is_weight,
+    sliced,
+    tag,
+)
+from jaxcompress.tracing.sharded import run_sharded
+from jaxcompress.tracing.stack_sums import stacked_sums
 from jaxcompress.tracing.uses import Use, uses_of
 from jaxcompress.tree.layouts import Layout
 
@@ -60,8 +78,7 @@ def trace_uses(
       visit: function of a `Use`; stack axes lead in each array that it returns.
       tagged: names of the weights to follow; all by default.
 
-    Raises:
-      ValueError: a weight used in two ways that no one layout describes.
+    Warns of a weight used in two ways that no one layout describes: the first counts.
     """
     return run_uses(function, weights, arguments, visit, tagged=tagged)[1]
 
@@ -80,12 +97,17 @@ def run_uses(
     )
     names = sorted(weights)  # the order in which a dict is flattened
     follow = set(names if tagged is None else tagged)
-    tags: list[Weight | None] = [
-        tag(name, weights[name].shape) if name in follow else None for name in names
+    tags: list[Tag] = [
+        tag(name, weights[name].shape) if name in follow else CONSTANT for name in names
     ]
     values = [weights[name] for name in names] + jax.tree.leaves(arguments)
     tags += [None] * (len(values) - len(tags))
-    results, _, sums = _Reader(visit, {}).run(closed, values, tags)
+    experts: set[str] = set()
+    if any(isinstance(t, Weight) and len(t.axes) > 2 for t in tags):
+        # What is multiplied decides whether a gather picks experts or rows of a table.
+        probe = _Reader(lambda use: {}, {}, experts, probing=True)
+        jax.eval_shape(lambda *values: probe.run(closed, values, tags)[0], *values)
+    results, _, sums = _Reader(visit, {}, experts).run(closed, values, tags)
     return jax.tree.unflatten(jax.tree.structure(shapes), results), sums
 
 
@@ -93,59 +115,87 @@ def run_uses(
 class _Reader:
     visit: Visit
     layouts: dict[str, Layout]  # of the weights met so far
+    experts: set[str]  # weights whose gathered slices are multiplied
+    probing: bool = False  # finding them
     looped: bool = False
+    mapped: bool = False  # inside a call that `vmap` made
 
     def run(self, closed: Any, values: Sequence, tags: Sequence) -> tuple:
         """Results, their tags, and sums of a program on tagged values."""
         jaxpr, consts = closed.jaxpr, closed.consts
         value_of: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         value_of.update(zip(jaxpr.invars, values, strict=True))
-        tag_of: dict[Any, Weight | None] = dict(zip(jaxpr.invars, tags, strict=True))
+        tag_of: dict[Any, Tag] = dict.fromkeys(jaxpr.constvars, CONSTANT)
+        tag_of.update(zip(jaxpr.invars, tags, strict=True))
         sums: Sums = {}
 
         def read(v: Any) -> Any:
             return v.val if isinstance(v, core.Literal) else value_of[v]
 
-        def read_tag(v: Any) -> Weight | None:
-            return None if isinstance(v, core.Literal) else tag_of.get(v)
+        def read_tag(v: Any) -> Tag:
+            return CONSTANT if isinstance(v, core.Literal) else tag_of.get(v)
 
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
             found = [read_tag(v) for v in eqn.invars]
-            if any(found):
+            if any(map(is_weight, found)) or eqn.primitive.name in CALLS:
                 results, after, more = self.step(eqn, inputs, found)
                 _add(sums, more)
-                tag_of.update(zip(eqn.outvars, after, strict=True))
             else:
                 results = bind(eqn, inputs)
+                after = moved(eqn, inputs, found, results)
+            tag_of.update(zip(eqn.outvars, after, strict=True))
             value_of.update(zip(eqn.outvars, results, strict=True))
         results = [read(v) for v in jaxpr.outvars]
         return results, [read_tag(v) for v in jaxpr.outvars], sums
 
     def step(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         """Results, their tags, and sums of one operation that reads a weight."""
-        name = eqn.primitive.name
+        name, mapped = eqn.primitive.name, self.mapped or is_vmapped(eqn)
+        inside = dataclasses.replace(self, mapped=mapped)
         if name in CALLS and (inner := called(eqn)) is not None:
-            return self.run(inner, values, tags)
-        if name in ("scan", "while", "cond"):
-            inside = dataclasses.replace(self, looped=True)
-            kinds = {"scan": inside.scan, "while": inside.loop, "cond": inside.branch}
-            return kinds[name](eqn, values, tags)
+            return inside.run(inner, values, tags)
+        if any(map(is_weight, tags)):
+            if name in ("scan", "while", "cond"):
+                inside = dataclasses.replace(inside, looped=True)
+                kinds = {
+                    "scan": inside.scan,
+                    "while": inside.loop,
+                    "cond": inside.branch,
+                }
+                return kinds[name](eqn, values, tags)
+            if name == "shard_map":
+                return run_sharded(inside.run, eqn, values, tags)
         sums: Sums = {}
-        for use in uses_of(eqn, values, tags):
-            first = self.layouts.setdefault(use.name, use.layout)
-            if first != use.layout:
-                raise ValueError(
-                    f"{use.name}: one use of this weight has {first}, another has "
-                    f"{use.layout}, and no one matrix serves both; give each use a "
-                    "weight of its own, or leave this one dense"
-                )
-            use = dataclasses.replace(use, looped=self.looped)
-            _add(sums, {use.name: self.visit(use)})
+        for use in uses_of(eqn, values, tags, mapped=mapped, experts=self.experts):
+            self.note(use, sums)
         results = bind(eqn, values)
         if name in _EACH and len(results) == len(tags):
             return results, list(tags), sums
-        return results, [moved(eqn, tags[0], results[0])] * len(results), sums
+        after = moved(eqn, values, tags, results)
+        table = name == "gather" and not self.probing
+        if table and isinstance(tags[0], Weight) and tags[0].name not in self.experts:
+            after = [None]
+        return results, after, sums
+
+    def note(self, use: Use, sums: Sums) -> None:
+        """Adds what `visit` returns for a use to the sums."""
+        if self.probing:
+            if use.chosen is not None:
+                self.experts.add(use.name)
+            return
+        first = self.layouts.setdefault(use.name, use.layout)
+        if first == use.layout:
+            use = dataclasses.replace(use, looped=self.looped)
+            _add(sums, {use.name: stacked_sums(use, self.visit)})
+            return
+        warnings.warn(
+            f"{use.name}: one use of this weight has {first}, another has "
+            f"{use.layout}, and no one matrix serves both; the first counts. To "
+            f"compress it along the other, pass layouts={{{use.name!r}: jc.{use.layout}"
+            "}, or leave it dense",
+            stacklevel=2,
+        )
 
     def scan(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         params, inner = eqn.params, closed_of(eqn.params["jaxpr"])
@@ -154,7 +204,7 @@ class _Reader:
         # A carry may change; one that does not, JAX has made a constant.
         below = tags[:consts] + [None] * carries
         below += map(sliced, tags[consts + carries :])
-        stacked = {t.name for t in tags[consts + carries :] if t is not None}
+        stacked = {t.name for t in tags[consts + carries :] if isinstance(t, Weight)}
 
         def body(state: Any, x: Any) -> Any:
             carry, totals = state
@@ -166,7 +216,7 @@ class _Reader:
         carry = values[consts : consts + carries]
         first = [jax.tree.map(_first, x) for x in xs]
         totals: Sums = {}
-        if any(t is not None and t.name not in stacked for t in below):
+        if any(map(is_weight, below)):
             shapes = jax.eval_shape(lambda c, x: body((c, {}), x)[0][1], carry, first)
             totals = _zeros(shapes)
         (carry, totals), (ys, each) = jax.lax.scan(
@@ -243,38 +293,3 @@ def _zeros(shapes: Any) -> Any:
 
 def _first(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-
-
-# What differs between versions of JAX.
-
-
-def bind(eqn: Any, values: Sequence) -> list:
-    """The results of one operation."""
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    # Older versions (0.7.2) return functions to call beside the parameters.
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    results = eqn.primitive.bind(*functions, *values, **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
-
-
-def closed_of(jaxpr: Any) -> Any:
-    """An inner program with its constants: remat holds it without."""
-    if isinstance(jaxpr, core.ClosedJaxpr):
-        return jaxpr
-    return core.ClosedJaxpr(jaxpr, ())
-
-
-def called(eqn: Any) -> Any:
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if key in eqn.params:
-            return closed_of(eqn.params[key])
-    return None
-
-
-def scan_sizes(params: Mapping[str, Any], count: int) -> tuple[int, int]:
-    """How many operands of a scan are constants and carries; the rest is scanned."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    # From jax 0.12 the operands' structure stands in their place.
-    consts, carry, _ = params["ft_in"].update(range(count)).unpack()
-    return len(list(consts)), len(list(carry))

@@ -1,63 +1,133 @@
-"""`layout`: which axes of each kernel a model contracts, found without computing."""
+"""`find_layouts`: which axes of each kernel a model contracts, without computing."""
 
+import difflib
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxcompress.tracing.interpreter import Use, trace_uses
-from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaf import is_leaf
-from jaxcompress.tree.paths import roots
+from jaxcompress.tracing.modules import model_function
+from jaxcompress.tree.compress import NAMED, SMALLEST
+from jaxcompress.tree.layouts import Layout, suggestion
+from jaxcompress.tree.leaf import is_leaf, nbytes
+from jaxcompress.tree.paths import check_names, check_tree, roots
 from jaxcompress.types import Params
 
-NOT_INPUTS = ("mask", "labels", "targets")  # keys of a batch no Linen module is given
+Where = str | Callable[[str], bool] | None
 
 
-def find_layouts(model: Any, params: Params, batch: Any) -> dict[str, Layout]:
+def find_layouts(
+    model: Any,
+    params: Params,
+    batch: Any,
+    *,
+    where: Where = None,
+    variables: Mapping[str, Any] | None = None,
+) -> dict[str, Layout]:
     """The `Layout` of every kernel and embedding that the model multiplies or reads.
 
     Traces the model abstractly: nothing is computed, and `params` and `batch` may hold
-    `jax.ShapeDtypeStruct`. A weight that is changed first (normalized, scaled, sliced)
-    is not found.
+    `jax.ShapeDtypeStruct`. Weights are followed through casts, slices, gathers,
+    reversals, concatenations, arithmetic with constants, loops and `shard_map`.
+
+        layouts = jc.find_layouts(model, params, batch)
+        small = jc.compress(params, "symmetric(bits=4)", layouts=layouts)
 
     Args:
-      model: a Linen module, called as `model.apply({"params": params}, inputs)`; or any
-        function of `(params, batch)`, for instance one that merges an NNX model.
+      model: a Linen module, called as `model.apply({"params": params}, inputs)`; an NNX
+        module, called with the inputs; or any function of `(params, batch)`.
       params: pytree of arrays and leaves; a leaf counts as the array it stands for.
-      batch: what the function takes. For a Linen module an array, or a dict whose keys
-        "mask", "labels" and "targets" are dropped; one remaining entry is passed by
-        position, several by name.
+      batch: what the function takes. For a module an array, or a dict of arguments: one
+        is passed by position, several by name. The keys "mask", "labels" and "targets"
+        are passed only where the module has arguments of these names.
+      where: pattern that fully matches names, or a function of a name: which weights
+        are wanted. None: all.
+      variables: further collections of a Linen module, as `{"batch_stats": ...}`.
 
     Returns:
       Layouts by leaf name, in the order in which the model uses the weights.
 
+    Warns of a weight used in two ways that no one layout describes (the first counts),
+    and of large arrays of two axes or more that are not seen in a product, with the
+    `Layout` to write.
+
     Raises:
-      ValueError: a weight used in two ways that no one layout describes.
       TypeError: a model or a batch of another kind.
+      ValueError: `where` matches no array of two axes or more.
     """
-    function = model_function(model)
-    found: dict[str, Layout] = {}
+    function = model_function(model, variables)
+    layouts: dict[str, Layout] = {}
 
     def note(use: Use) -> dict[str, jax.Array]:
-        found[use.name] = use.layout
+        layouts[use.name] = use.layout
         return {}
 
     weights, rebuild = flat_weights(params)
     matrices = [name for name, value in weights.items() if value.ndim > 1]
+    if where is not None:
+        matrices = matching(matrices, where)
 
     def run(weights: Any, batch: Any) -> Any:
         call = lambda weights, batch: function(rebuild(weights), batch)  # noqa: E731
         return trace_uses(call, weights, batch, note, tagged=matrices)
 
     jax.eval_shape(run, weights, batch)
-    return found
+    warn_unseen({n: weights[n] for n in matrices if n not in layouts}, weights)
+    return layouts
+
+
+def matching(names: list[str], where: Where) -> list[str]:
+    """The names that a pattern fully matches, or for which a function is true.
+
+    Raises ValueError where there are none.
+    """
+    if callable(where):
+        chosen = [name for name in names if where(name)]
+    else:
+        chosen = [name for name in names if re.fullmatch(where, name)]
+    if not chosen:
+        pattern = where if isinstance(where, str) else "kernel"
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+        raise ValueError(
+            f"no weight is selected by where={where!r}; the nearest of the "
+            f"{len(names)} arrays of two axes or more are {', '.join(near)}"
+        )
+    return chosen
+
+
+def warn_unseen(unseen: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """Warns of large arrays that the trace did not see in a product."""
+    large = {
+        name: x
+        for name, x in unseen.items()
+        if x.size >= SMALLEST and jnp.issubdtype(x.dtype, jnp.inexact)
+    }
+    share = nbytes(large) / max(1, nbytes(weights))
+    if share < NAMED:
+        return
+    name, first = max(large.items(), key=lambda item: item[1].size)
+    warnings.warn(
+        f"{share:.0%} of the bytes are in arrays that the trace does not see in a "
+        f"product or a lookup: {', '.join(list(large)[:5])}"
+        f"{', ...' if len(large) > 5 else ''}. If one is a weight, add its layout by "
+        f"hand, as {suggestion(name, first.shape)}",
+        stacklevel=3,
+    )
 
 
 def flat_weights(params: Params) -> tuple[dict[str, Any], Callable[..., Params]]:
     """Shapes of the dense weights by name, and what puts weights back into the tree."""
+    check_tree(params)
     named = list(roots(params))
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named}
+    check_names([name for name, _ in named])
+    shapes = {
+        name: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+        for name, x in named
+    }
     treedef = jax.tree.structure(params, is_leaf=is_leaf)
     names = [name for name, _ in named]
 
@@ -65,36 +135,3 @@ def flat_weights(params: Params) -> tuple[dict[str, Any], Callable[..., Params]]
         return jax.tree.unflatten(treedef, [weights[name] for name in names])
 
     return shapes, rebuild
-
-
-def model_function(model: Any) -> Callable[[Params, Any], Any]:
-    """The function `(params, batch) -> anything` that runs a model."""
-    if hasattr(model, "apply"):
-        return lambda params, batch: _apply(model, params, batch)
-    if not callable(model):
-        raise TypeError(
-            f"a model is a Linen module or a function of (params, batch), not a "
-            f"{type(model).__name__}; wrap it in a function"
-        )
-    return model
-
-
-def _apply(model: Any, params: Params, batch: Any) -> Any:
-    variables = {"params": params}
-    if not isinstance(batch, Mapping):
-        if not hasattr(batch, "shape"):
-            raise TypeError(
-                f"a batch of a Linen module is an array or a dict of arrays, not a "
-                f"{type(batch).__name__}; for other calls pass a function of "
-                "(params, batch) as the model"
-            )
-        return model.apply(variables, batch)
-    inputs = {key: x for key, x in batch.items() if key not in NOT_INPUTS}
-    if not inputs:
-        raise TypeError(
-            f"the batch has only {sorted(batch)}, and none of these is given to a "
-            "Linen module; add the inputs, or pass a function of (params, batch)"
-        )
-    if len(inputs) == 1:
-        return model.apply(variables, *inputs.values())
-    return model.apply(variables, **inputs)

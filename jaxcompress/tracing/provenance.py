@@ -25,11 +25,29 @@ SAME = {
 
 
 class Atom(NamedTuple):
-    """A stretch of one axis of the original weight: indices `stride * (0 .. size)`."""
+    """Indices `start + stride * (0 .. size)` of one axis of the original weight.
+
+    `whole`: the atoms of the axis cover all of it. A part whose start is unknown
+    (sharded, or sliced at a computed place) has `start` None. `flipped`: backwards.
+    A negative axis `-1 - i` is axis i of the indices by which slices were gathered.
+    """
 
     axis: int
     stride: int
     size: int
+    start: int | None = 0
+    whole: bool = True
+    flipped: bool = False
+
+
+class Picked(NamedTuple):
+    """One slice of the weight along the axis of `atom`: `index` is a scalar.
+
+    An array of indices where slices were gathered, one for each row of the inputs.
+    """
+
+    atom: Atom
+    index: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +55,44 @@ class Weight:
     """The tag of a value that is a weight with its axes cast, moved, split or merged.
 
     `axes` has, for each axis of the value, the atoms it holds, slowest first; none for
-    an axis along which the weight repeats. `stack` holds axes sliced off by scans.
+    an axis along which the weight repeats. `stack` holds axes sliced off by scans,
+    `picked` those of which one slice was taken.
     """
 
     name: str
     shape: tuple[int, ...]  # of the original
     axes: tuple[tuple[Atom, ...], ...]
     stack: tuple[Atom, ...] = ()
+    picked: tuple[Picked, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """The tag of weights side by side along `axis`; None: of their sum.
+
+    `parts` have a tag (None: no weight), and the first index and size along the axis.
+    """
+
+    axis: int | None
+    parts: tuple[tuple[Weight | None, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """The tag of a value that follows from weights and constants alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneHot:
+    """The tag of integers compared with constants, as `jax.nn.one_hot` makes them."""
+
+
+CONSTANT, ONE_HOT = Constant(), OneHot()
+Tag = Weight | Joined | Constant | OneHot | None  # None: depends on the batch
+
+
+def is_weight(tag: Tag) -> bool:
+    return isinstance(tag, Weight | Joined)
 
 
 def tag(name: str, shape: Sequence[int]) -> Weight:
@@ -52,45 +101,26 @@ def tag(name: str, shape: Sequence[int]) -> Weight:
     return Weight(name, tuple(shape), axes)
 
 
-def sliced(weight: Weight | None) -> Weight | None:
+def sliced(tag: Tag) -> Tag:
     """The tag of one slice along axis 0."""
-    if weight is None or len(weight.axes[0]) != 1:
+    if isinstance(tag, Joined):
+        if not tag.axis:
+            return None
+        parts = tuple((sliced(t), start, size) for t, start, size in tag.parts)
+        return Joined(tag.axis - 1, parts)
+    if not isinstance(tag, Weight):
+        return tag
+    if len(tag.axes[0]) != 1:
         return None
-    stack = weight.stack + weight.axes[0]
-    return dataclasses.replace(weight, axes=weight.axes[1:], stack=stack)
-
-
-def moved(eqn: Any, weight: Weight | None, result: jax.Array) -> Weight | None:
-    """The tag of an operation's result, None where it is no longer the weight."""
-    name, params = eqn.primitive.name, eqn.params
-    if weight is None:
-        return None
-    if name in SAME:
-        return weight if jnp.issubdtype(result.dtype, jnp.floating) else None
-    if name == "transpose":
-        axes = tuple(weight.axes[axis] for axis in params["permutation"])
-    elif name == "squeeze":
-        dropped = params["dimensions"]
-        axes = tuple(a for i, a in enumerate(weight.axes) if i not in dropped)
-    elif name == "broadcast_in_dim":
-        spread: list[tuple[Atom, ...]] = [()] * len(result.shape)
-        for atoms, axis in zip(
-            weight.axes, params["broadcast_dimensions"], strict=True
-        ):
-            spread[axis] = atoms if held_size(atoms) == result.shape[axis] else ()
-        axes = tuple(spread)
-    elif name == "reshape" and params.get("dimensions") is None:
-        axes = _reshaped(weight, result.shape)
-    else:
-        return None
-    return None if axes is None else dataclasses.replace(weight, axes=axes)
+    stack = tag.stack + tag.axes[0]
+    return dataclasses.replace(tag, axes=tag.axes[1:], stack=stack)
 
 
 def held_size(atoms: Sequence[Atom]) -> int:
     return math.prod(atom.size for atom in atoms)
 
 
-def _reshaped(weight: Weight, shape: Sequence[int]) -> tuple | None:
+def reshaped(weight: Weight, shape: Sequence[int]) -> tuple | None:
     """What the axes hold after a reshape; None where it cuts across an axis."""
     left = [atom for atoms in weight.axes for atom in atoms if atom.size > 1]
     if held_size(left) != math.prod(shape):
@@ -104,8 +134,10 @@ def _reshaped(weight: Weight, shape: Sequence[int]) -> tuple | None:
             if atom.size > missing:
                 if rest:
                     return None
-                left.insert(0, Atom(atom.axis, atom.stride, inner))
-                atom = Atom(atom.axis, atom.stride * inner, missing)
+                if not atom.whole or atom.flipped:
+                    atom = atom._replace(start=None)
+                left.insert(0, atom._replace(size=inner))
+                atom = atom._replace(stride=atom.stride * inner, size=missing)
             elif missing % atom.size:
                 return None
             held.append(atom)
@@ -113,25 +145,64 @@ def _reshaped(weight: Weight, shape: Sequence[int]) -> tuple | None:
     return tuple(axes)
 
 
+def part(atoms: Sequence[Atom], start: int | None, size: int) -> tuple | None:
+    """What an axis holds after a slice; None where the slice cuts across atoms."""
+    atoms = [atom for atom in atoms if atom.size > 1]
+    if size == held_size(atoms):
+        return tuple(atoms)
+    if not atoms:
+        return None
+    first, inner = atoms[0], held_size(atoms[1:])
+    if size % inner or (start or 0) % inner:
+        return None
+    known = start is not None and first.start is not None and not first.flipped
+    place = first.start + first.stride * (start // inner) if known else None
+    return (first._replace(size=size // inner, start=place, whole=False), *atoms[1:])
+
+
 def original_layout(
-    weight: Weight, stack: Sequence[int], inputs: Sequence[int], outputs: Sequence[int]
+    weight: Weight,
+    stack: Sequence[int],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    *,
+    shared: bool = False,
 ) -> Layout | None:
-    """The original axes of those of a value; None where one has two roles."""
+    """The original axes of those of a value; None where one has two roles.
+
+    `shared`: the product was mapped over slices of the weight with one input for all,
+    so that the axes of outputs before the inputs' are stack axes.
+    """
     role: dict[int, str] = {}
     order = [atom.axis for atom in weight.stack]
+    chosen = sorted(weight.picked, key=lambda picked: jnp.ndim(picked.index))
+    order += [picked.atom.axis for picked in chosen]
     role.update(dict.fromkeys(order, "stack"))
+    batched: list[int] = []
     for name, axes in (("stack", stack), ("inputs", inputs), ("outputs", outputs)):
         for axis in axes:
             for atom in weight.axes[axis]:
                 if name == "stack" and atom.axis not in role:
-                    order.append(atom.axis)
+                    batched.append(atom.axis)
                 if role.setdefault(atom.axis, name) != name:
                     return None
     for axis in reversed(range(len(weight.shape))):  # of size 1, lost in a reshape
         if axis not in role:
             role[axis] = role.get(axis + 1, "inputs")
-            order += [axis] * (role[axis] == "stack")
+            if role[axis] == "stack":
+                order.append(axis)
     named = {n: tuple(a for a in sorted(role) if role[a] == n) for n in role.values()}
     if "inputs" not in named or "outputs" not in named:
         return None
-    return Layout(tuple(order), named["inputs"], named["outputs"])
+    if shared:
+        ahead = [a for a in named["outputs"] if a < named["inputs"][0]]
+        if len(ahead) < len(named["outputs"]):
+            order += ahead
+            named["outputs"] = named["outputs"][len(ahead) :]
+    return Layout((*order, *batched), named["inputs"], named["outputs"])
+
+
+def covers(weight: Weight, axes: Sequence[int], value: jax.Array) -> bool:
+    """Whether these axes of a value hold nothing but what their atoms say."""
+    sizes = [value.shape[axis] for axis in axes]
+    return [held_size(weight.axes[axis]) for axis in axes] == sizes

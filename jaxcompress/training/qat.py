@@ -114,6 +114,8 @@ def _originals(original: jax.Array, small: Leaf) -> dict[str, Any]:
     """What each weight inside a generic leaf stands for; nothing for other leaves."""
     if isinstance(small, Reshaped):
         stack, axes = original.ndim - len(small.order), range(-len(small.order), 0)
+        if small.stack:
+            original = jnp.moveaxis(original, small.stack, range(stack))
         back = [stack + small.order.index(axis) for axis in axes]
         matrix = original.transpose((*range(stack), *back))
         return {"inner": matrix.reshape(small.inner.shape)}

@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,14 +16,17 @@ from jaxcompress.tree.layouts import (
     choose_layout,
     matricize,
     restore,
+    suggestion,
     with_layout,
 )
 from jaxcompress.tree.leaf import Leaf, dense, is_leaf, nbytes
-from jaxcompress.tree.methods import describe, traits, with_default
-from jaxcompress.tree.paths import Entry, is_float, map_entries, roots
+from jaxcompress.tree.methods import describe, parse, traits, with_default
+from jaxcompress.tree.paths import Entry, entries, is_float, map_entries, roots
 from jaxcompress.tree.record import LeafReport, leaf_reports
 from jaxcompress.tree.selection import choose, with_data
 from jaxcompress.types import Method, Params
+
+NAMED = 0.01  # of all bytes: what is left alone and larger is named in a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +66,13 @@ def compress(
     Args:
       params: pytree of arrays and leaves, nested dicts as Flax makes them.
       recipe: a method (`symmetric(bits=4)`), or its string, for the leaves it takes by
-        default; or an ordered list of `(pattern, method | string | None)`: the first
-        pattern that fully matches a leaf's name (`leaf_names`) decides, None keeps it;
-        or a `chain` of recipes. An embedding that is only looked up has no inputs to
-        go by: where one method that needs them is the recipe, such a leaf takes a rule
-        of the same width without data, and the report says so.
+        default (those of `layouts` and `moments`, and those called "kernel" or
+        "embedding", of 4 096 weights or more); or an ordered list of `(pattern,
+        method | string | None)`: the first pattern that fully matches a leaf's name
+        (`leaf_names`) decides, None keeps it; or a `chain` of recipes. An embedding
+        that is only looked up has no inputs to go by: where one method that needs them
+        is the recipe, such a leaf takes a rule of the same width without data, and the
+        report says so.
       moments: `Moments` by kernel name, for methods that need them.
       layouts: `Layout` by kernel name, from `find_layouts(model, params, batch)`. By
         default that under which the moments were collected, and of a matrix the one
@@ -85,20 +91,27 @@ def compress(
         rules = [(".*embedding", None), (".*kernel", "gptq(bits=4, block=64)")]
         small = jc.compress(params, rules, moments)
 
+    Warns of large leaves that a method leaves alone by default, with their share of
+    the bytes.
+
     Raises:
       ValueError: a pattern that matches nothing, an unknown method or option, a kernel
         whose layout is unknown or contradicts the moments', NaN or Inf in a selected
-        weight or its moments, moments of another model; names the leaf.
-      TypeError: a host method under a trace.
+        weight or its moments, moments of another model, two leaves of one name; names
+        the leaf.
+      TypeError: a host method under a trace, a `TrainState`.
     """
     stages = chain(recipe).stages
     _check_moments(params, moments)
+    traced = {*(layouts or {}), *(moments or {})}
     done: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
     instead: dict[str, str] = {}
     small = params
-    for stage in stages:
-        choices, why = choose(small, stage, part=part)
+    for number, stage in enumerate(stages):
+        choices, why = choose(small, stage, part=part, traced=traced)
+        if not part and not number:
+            _name_large(small, stage, choices, traced)
         if isinstance(stage, str) or callable(stage):
             choices = with_data(small, choices, moments, instead)
         small = _run(
@@ -159,12 +172,49 @@ def _run(
         done.setdefault(entry.root, []).append(describe(f))
         return new
 
-    small = map_entries(replace, params, moments)
+    small = map_entries(replace, params, moments, {*layout, *(moments or {})})
     for _ in turns:
         pass
     for name, methods in done.items():
         done[name] = list(dict.fromkeys(methods))
     return small
+
+
+def _name_large(
+    params: Params, stage: Any, choices: Mapping[str, Method], traced: Collection[str]
+) -> None:
+    """Warns of large leaves that a method leaves alone by default."""
+    if not (isinstance(stage, str) or callable(stage)):
+        return
+    f = parse(stage) if isinstance(stage, str) else stage
+    left = {
+        entry.name: entry.value
+        for entry in entries(params)
+        if not entry.depth
+        and entry.name not in choices
+        and is_float(entry.value)
+        and not isinstance(entry.value, Leaf)
+        and entry.value.ndim > 1
+        and entry.value.size >= SMALLEST
+    }
+    share = nbytes(left) / max(1, nbytes(params))
+    if traits(f).selects != "weights" or share < NAMED:
+        return
+    names = ", ".join(list(left)[:5]) + (", ..." if len(left) > 5 else "")
+    name, first = max(left.items(), key=lambda item: item[1].size)
+    advice = (
+        "Without a trace only leaves called kernel or embedding are taken; pass "
+        "layouts=find_layouts(model, params, batch), or a list of (pattern, method)"
+    )
+    if traced:
+        advice = (
+            "Neither layouts nor moments name them; if one is a weight, add "
+            f"{suggestion(name, first.shape)}"
+        )
+    warnings.warn(
+        f"{describe(f)} leaves {share:.0%} of the bytes alone: {names}. {advice}",
+        stacklevel=3,
+    )
 
 
 def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:

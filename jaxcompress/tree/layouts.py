@@ -34,21 +34,23 @@ def check_layout(name: str, shape: tuple[int, ...], layout: Layout) -> None:
             f"{name}: {layout} does not cover the axes of shape {shape} once each; "
             "make it with find_layouts(model, params, batch)"
         )
-    if layout.stack != tuple(range(len(layout.stack))):
-        raise ValueError(
-            f"{name}: stack axes {layout.stack}; stacked layers must lie along axis 0. "
-            "Use variable_axes={'params': 0} in nn.scan or nn.vmap"
-        )
 
 
 def trailing(layout: Layout) -> Layout:
     """The layout of one slice of the stack, with negative axes.
 
     It stays true when stack axes are added, or sliced by `vmap`, `scan` or indexing.
+    Stack axes that do not lead are part of it.
     """
     count = len(layout.stack) + len(layout.inputs) + len(layout.outputs)
     negative = lambda axes: tuple(a if a < 0 else a - count for a in axes)  # noqa: E731
-    return Layout((), negative(layout.inputs), negative(layout.outputs))
+    stack = () if is_leading(layout.stack) else negative(layout.stack)
+    return Layout(stack, negative(layout.inputs), negative(layout.outputs))
+
+
+def is_leading(stack: tuple[int, ...]) -> bool:
+    """Whether stack axes precede all others, in order."""
+    return stack == tuple(range(len(stack)))
 
 
 def leading(layout: Layout, ndim: int) -> Layout:
@@ -57,9 +59,10 @@ def leading(layout: Layout, ndim: int) -> Layout:
     Axes before those that the layout names are stack axes.
     """
     slice_ = trailing(layout)
-    stack = range(ndim - len(slice_.inputs) - len(slice_.outputs))
+    count = len(slice_.stack) + len(slice_.inputs) + len(slice_.outputs)
     positive = lambda axes: tuple(a + ndim for a in axes)  # noqa: E731
-    return Layout(tuple(stack), positive(slice_.inputs), positive(slice_.outputs))
+    stack = (*range(ndim - count), *positive(slice_.stack))
+    return Layout(stack, positive(slice_.inputs), positive(slice_.outputs))
 
 
 def choose_layout(
@@ -101,11 +104,18 @@ def choose_layout(
     if layout is None:
         raise ValueError(
             f"{name}: shape {shape} has {len(shape)} axes, and which are inputs, "
-            "outputs or stacked layers is unknown; pass "
-            "layouts=find_layouts(model, params, batch)"
+            "outputs or stacked layers is unknown; pass layouts=find_layouts(model, "
+            f"params, batch), or {suggestion(name, shape)}"
         )
     check_layout(name, shape, layout)
     return layout
+
+
+def suggestion(name: str, shape: tuple[int, ...]) -> str:
+    """The `layouts=` to write for a weight whose inputs precede its outputs."""
+    axes = range(len(shape))
+    guess = Layout(tuple(axes[:-2]), (axes[-2],), (axes[-1],))
+    return f"layouts={{{name!r}: jc.{guess}}} if its axes are those"
 
 
 def leaf_layout(leaf: Any) -> Layout:
@@ -117,7 +127,13 @@ def leaf_layout(leaf: Any) -> Layout:
         count += 1
     axis = {place: i - len(leaf.order) for i, place in enumerate(leaf.order)}
     each = tuple(axis[i - len(leaf.sizes)] for i in range(len(leaf.sizes)))
-    return Layout((), each[:count], each[count:])
+    if not leaf.stack or leaf.inner.ndim - 2 != len(leaf.stack):
+        return Layout((), each[:count], each[count:])
+    ndim = len(leaf.shape)
+    others = [axis for axis in range(ndim) if axis not in leaf.stack]
+    place = lambda axes: tuple(others[axis] - ndim for axis in axes)  # noqa: E731
+    stack = tuple(axis - ndim for axis in leaf.stack)
+    return Layout(stack, place(each[:count]), place(each[count:]))
 
 
 def with_layout(moments: Any, layout: Layout | None) -> Any:
@@ -138,11 +154,13 @@ def matricize(x: jax.Array, layout: Layout) -> jax.Array:
 def restore(leaf: Any, shape: tuple[int, ...], layout: Layout) -> Leaf | jax.Array:
     """The leaf of a matricized array of `shape`, standing in its original shape."""
     order = layout.inputs + layout.outputs
-    stacked = len(layout.stack)
-    if len(order) == 2 and order == (stacked, stacked + 1):
+    if len(order) == 2 and layout.stack + order == tuple(range(len(shape))):
         return leaf
-    back = tuple(order.index(axis) - len(order) for axis in range(stacked, len(shape)))
-    return Reshaped(leaf, sizes=tuple(shape[axis] for axis in order), order=back)
+    others = [axis for axis in range(len(shape)) if axis not in layout.stack]
+    back = tuple(order.index(axis) - len(order) for axis in others)
+    sizes = tuple(shape[axis] for axis in order)
+    stack = () if is_leading(layout.stack) else layout.stack
+    return Reshaped(leaf, sizes=sizes, order=back, stack=stack)
 
 
 class Product(NamedTuple):

@@ -166,8 +166,9 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
 def _leading_only(leaf: Leaf, index: int) -> None:
     if index != 0:
         raise ValueError(
-            f"a {type(leaf).__name__} can be stacked along axis 0 only, not {index}; "
-            "use variable_axes={'params': 0} in nn.scan or nn.vmap"
+            f"a {type(leaf).__name__} of shape {leaf.shape} is sliced along axis "
+            f"{index}, but was compressed as if layers lay along axis 0; compress it "
+            "with layouts=find_layouts(model, params, batch)"
         )
 
 
@@ -207,6 +208,12 @@ def is_leaf(x: Any) -> bool:
 def is_box(x: Any) -> bool:
     """Whether it is Flax's own metadata around a parameter, as `nn.Partitioned`."""
     return isinstance(x, meta.AxisMetadata) and not isinstance(x, Leaf)
+
+
+def is_variable(x: Any) -> bool:
+    """Whether it is an NNX variable, which adds no step to names as a box does."""
+    cls = type(x)
+    return hasattr(cls, "get_metadata") and hasattr(cls, "raw_value")
 
 
 def data_fields(cls: type[Leaf] | Leaf) -> tuple[str, ...]:
@@ -292,18 +299,29 @@ class Reshaped(Leaf):
     """A matricized weight in the shape its layer wants.
 
     Invariant: `inner` is `[..., inputs, outputs]`; its last two axes unfold to the
-    `sizes` of inputs then outputs, which `order` (negative axes) transposes.
+    `sizes` of inputs then outputs, which `order` (negative axes) transposes. Where
+    `inner` has its stack axes, they are the axes `stack` of the whole; where it lost
+    them, sliced by `scan`, `stack` means nothing.
     """
 
     inner: Any
     sizes: tuple[int, ...] = static()  # unfolded input sizes, then output sizes
     order: tuple[int, ...] = static()  # axis of the unfolded array, per final axis
+    stack: tuple[int, ...] = static(default=())  # axes; (): those in front
 
     weights: ClassVar[tuple[str, ...]] = ("inner",)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.inner.shape[:-2] + tuple(self.sizes[axis] for axis in self.order)
+        stack = self.inner.shape[:-2]
+        shape = [self.sizes[axis] for axis in self.order]
+        for axis, size in sorted(zip(self._stack(), stack, strict=True)):
+            shape.insert(axis, size)
+        return tuple(shape)
+
+    def _stack(self) -> tuple[int, ...]:
+        count = len(self.inner.shape) - 2
+        return self.stack if len(self.stack) == count else tuple(range(count))
 
     @property
     def dtype(self) -> Any:
@@ -314,12 +332,41 @@ class Reshaped(Leaf):
         stack = matrix.shape[:-2]
         unfolded = matrix.reshape(stack + self.sizes)
         axes = tuple(range(len(stack)))
-        return unfolded.transpose(axes + tuple(unfolded.ndim + a for a in self.order))
+        x = unfolded.transpose(axes + tuple(unfolded.ndim + a for a in self.order))
+        return jnp.moveaxis(x, axes, self._stack())
+
+    def add_axis(self, index: int, params: dict) -> Leaf:
+        """Undoes `remove_axis`: the stack axis is stored first."""
+        if index == 0:
+            return super().add_axis(index, params)
+        return dataclasses.replace(_moved(self, index, 0), stack=(index,))
+
+    def remove_axis(self, index: int, params: dict) -> Leaf:
+        """The parts as `scan` or `vmap` along axis `index` will slice them."""
+        if index == 0 and not self.stack:
+            return super().remove_axis(index, params)
+        if self.stack != (index,):
+            raise ValueError(
+                f"a weight stacked along axes {self.stack or (0,)} is sliced along "
+                f"axis {index}; compress it with layouts=find_layouts(model, params, "
+                "batch) of the model that slices it"
+            )
+        return dataclasses.replace(_moved(self, 0, index), stack=())
 
     def take_rows(self, indices: jax.Array) -> jax.Array:
         if self.order != (-1, -2):
             return super().take_rows(indices)
         return jnp.moveaxis(take_columns(self.inner, indices), 0, -1)
+
+
+def _moved(leaf: Leaf, source: int, to: int) -> Leaf:
+    """The leaf with axis `source` of each part moved; what is coded is decoded first.
+
+    Codes of a coded array have parts with fewer axes, which have no such axis.
+    """
+    few = lambda x: is_leaf(x) and x.entropy_coded  # noqa: E731
+    parts = jax.tree.map(dense, leaf, is_leaf=few)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, source, to), parts)
 
 
 def take_columns(x: Any, indices: jax.Array) -> jax.Array:

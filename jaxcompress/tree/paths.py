@@ -4,14 +4,15 @@ import dataclasses
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxcompress.tree.layouts import leaf_layout, trailing, with_layout
-from jaxcompress.tree.leaf import Leaf, data_fields, is_box
+from jaxcompress.tree.leaf import Leaf, data_fields, is_box, is_variable
 
 KERNEL, EMBEDDING = "kernel", "embedding"
 VECTORS = ("bias", "scale", "mean", "var")  # one axis in a layer that is not stacked
@@ -57,21 +58,28 @@ def children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
     flat, treedef = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda x: x is not node
     )
-    if is_box(node):
+    if is_box(node) or is_variable(node):
         return [("", child) for _, child in flat], treedef
     named = [("/".join(key_name(key) for key in path), child) for path, child in flat]
     return named, treedef
 
 
 def map_entries(
-    function: Callable[[Entry], Any], params: Any, moments: Any = None
+    function: Callable[[Entry], Any],
+    params: Any,
+    moments: Any = None,
+    traced: Collection[str] = (),
 ) -> Any:
     """The tree with every entry's value replaced by `function(entry)`.
 
     `moments` maps names of dense kernels to their `Moments`; inside a leaf they follow
-    where they still mean something (`Leaf.inner_moments`).
+    where they still mean something (`Leaf.inner_moments`). `traced` names weights that
+    a model multiplies, whatever they are called. Python numbers and strings stay.
+
+    Raises TypeError for a `TrainState`.
     """
     moments = moments or {}
+    check_tree(params)
     seen: Memo = {}
 
     def walk(
@@ -85,6 +93,7 @@ def map_entries(
         if isinstance(node, Leaf) and not node.lossless:
             root = name if root is None else root
             if depth == 0:
+                place["weight"] = place["weight"] or name in traced
                 place["moments"] = _of_leaf(node, moments.get(name))
             stack = place["stack"] if is_transparent(node) else len(node.shape) - 2
             changed = {}
@@ -105,14 +114,17 @@ def map_entries(
             return dataclasses.replace(node, **changed)
         named, treedef = ([], None) if isinstance(node, Leaf) else children(node)
         if treedef is None or (len(named) == 1 and named[0][1] is node):
+            if not hasattr(node, "dtype"):
+                return node
             if depth == 0:
+                place["weight"] = place["weight"] or name in traced
                 place["moments"] = moments.get(name)
                 place["stack"] = _stack_axes(node, name, above, seen)
             return function(Entry(name, node, depth, root=root or name, **place))
         rebuilt = []
         for key, child in named:
             inner = dict(place)
-            if depth == 0 and not is_box(node):
+            if depth == 0 and not (is_box(node) or is_variable(node)):
                 last = key.rsplit("/", 1)[-1]
                 inner["embedding"] = last == EMBEDDING
                 inner["weight"] = last in (KERNEL, EMBEDDING)
@@ -168,7 +180,9 @@ def _shared_axes(node: Any, seen: Memo) -> Shared:
     return result
 
 
-def entries(params: Any, moments: Any = None) -> list[Entry]:
+def entries(
+    params: Any, moments: Any = None, traced: Collection[str] = ()
+) -> list[Entry]:
     """Every addressable array of the tree, in order."""
     found: list[Entry] = []
 
@@ -176,8 +190,29 @@ def entries(params: Any, moments: Any = None) -> list[Entry]:
         found.append(entry)
         return entry.value
 
-    map_entries(keep, params, moments)
+    map_entries(keep, params, moments, traced)
     return found
+
+
+def check_tree(params: Any) -> None:
+    """Raises TypeError for a `TrainState`, whose optimizer holds kernels too."""
+    if hasattr(params, "params") and hasattr(params, "opt_state"):
+        raise TypeError(
+            f"a {type(params).__name__} is not a tree of parameters: its optimizer "
+            "holds arrays of the same names. Pass state.params, and put the result "
+            "back by state.replace(params=...)"
+        )
+
+
+def check_names(names: list[str]) -> None:
+    """Raises ValueError where two leaves of a tree have one name."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{twice[0]}: {len(twice)} names stand for two leaves each, because a key "
+            f"contains '/' (as {{'a/b': ...}} beside {{'a': {{'b': ...}}}}); rename "
+            "the keys"
+        )
 
 
 def leaf_names(params: Any) -> list[str]:
@@ -253,12 +288,18 @@ def is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def is_inexact(x: Any) -> bool:
+    """Whether an array trains: floating point or complex."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
 def partition(params: Any, where: str | None = None) -> tuple[Any, Any]:
     """Splits a tree into `(trainable, frozen)`, each with None in the other's places.
 
-    Floating-point arrays train (dense weights, scales, factors); integer and boolean
-    arrays (codes, masks, tables) and whatever lossless leaves hold are frozen, so that
-    no optimizer sees them. `combine(trainable, frozen)` gives the tree back.
+    Floating-point and complex arrays train (dense weights, scales, factors); integer
+    and boolean arrays (codes, masks, tables) and whatever lossless leaves hold are
+    frozen, so that no optimizer sees them. `combine(trainable, frozen)` gives the tree
+    back.
 
     Args:
       params: pytree of arrays and leaves.
@@ -272,7 +313,7 @@ def partition(params: Any, where: str | None = None) -> tuple[Any, Any]:
 
     def trains(entry: Entry) -> bool:
         named = wanted is None or wanted.fullmatch(entry.name) is not None
-        return named and not isinstance(entry.value, Leaf) and is_float(entry.value)
+        return named and not isinstance(entry.value, Leaf) and is_inexact(entry.value)
 
     if wanted is not None and not any(map(trains, entries(params))):
         names = [entry.name for entry in entries(params)]

@@ -70,6 +70,8 @@ def leaf_reports(
     measured = {e.root: e for e in entries(before, moments) if not e.depth}
     reports = []
     for name, old in roots(before):
+        if not hasattr(old, "dtype"):
+            continue
         new, count = later[name], max(1, old.size)
         changed = new is not old
         entry = measured.get(name)

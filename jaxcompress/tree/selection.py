@@ -2,34 +2,37 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxcompress.tree.layouts import suggestion
 from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.methods import describe, parse, traits
-from jaxcompress.tree.paths import Entry, entries, is_float
+from jaxcompress.tree.paths import Entry, check_names, entries, is_float
 from jaxcompress.types import Method, Params
 
 SMALLEST = 4096  # elements; below it a kernel is not worth a method by default
 
 
 def choose(
-    params: Params, stage: Any, *, part: bool = False
+    params: Params, stage: Any, *, part: bool = False, traced: Collection[str] = ()
 ) -> tuple[dict[str, Method], dict[str, str]]:
     """The method of each selected entry, and why each other entry is left alone.
 
+    By default a method takes the weights that are `traced`, and those known by name.
     Raises ValueError where the stage says something of leaves that are not there,
     unless `params` are a `part` of a tree.
     """
-    found = entries(params)
+    found = entries(params, traced=traced)
+    check_names([entry.name for entry in found])
     choices: dict[str, Method] = {}
     why: dict[str, str] = {}
     if isinstance(stage, str) or callable(stage):
         f = parse(stage) if isinstance(stage, str) else stage
         for entry in found:
-            why[entry.name] = _refused(entry, traits(f).selects)
+            why[entry.name] = _refused(entry, traits(f).selects, traced)
             if not why[entry.name]:
                 choices[entry.name] = f
         if not choices and not part and traits(f).selects == "weights":
@@ -85,7 +88,7 @@ def _rule(rule: Any) -> tuple[re.Pattern[str], Method | None]:
         raise ValueError(f"the rule of {pattern!r}: {error}") from error
 
 
-def _refused(entry: Entry, selects: str) -> str:
+def _refused(entry: Entry, selects: str, traced: Collection[str]) -> str:
     """Why a method leaves an entry alone by default; empty where it takes it."""
     if selects == "codes":
         whole = jnp.issubdtype(entry.value.dtype, jnp.integer) and entry.depth > 0
@@ -99,6 +102,8 @@ def _refused(entry: Entry, selects: str) -> str:
         return "not a kernel or an embedding"
     if entry.value.ndim < 2 or entry.value.size < SMALLEST:
         return f"fewer than {SMALLEST} weights"
+    if traced and entry.root not in traced and not entry.depth and entry.value.ndim > 2:
+        return f"not seen in the trace; {suggestion(entry.name, entry.value.shape)}"
     return ""
 
 
@@ -134,7 +139,12 @@ def _weight(x: Any, moments: Any = None) -> Any:
     return x
 
 
-def planned_entries(params: Params, moments: Any, where: str | None) -> list[Entry]:
+def planned_entries(
+    params: Params, moments: Any, where: str | None, layouts: Any = None
+) -> list[Entry]:
     """The leaves whose names the pattern matches, or that a method takes by default."""
-    chosen, _ = choose(params, _weight if where is None else [(where, _weight)])
-    return [entry for entry in entries(params, moments) if entry.name in chosen]
+    traced = {*(layouts or {}), *(moments or {})}
+    stage = _weight if where is None else [(where, _weight)]
+    chosen, _ = choose(params, stage, traced=traced)
+    found = entries(params, moments, traced)
+    return [entry for entry in found if entry.name in chosen]

@@ -1,0 +1,81 @@
+"""Models of any kind as functions of `(params, batch)`."""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxcompress.types import Params
+
+# Keys of a batch that a module is given only if it has an argument of that name.
+NOT_INPUTS = ("mask", "labels", "targets")
+
+
+def model_function(
+    model: Any, variables: Mapping[str, Any] | None = None
+) -> Callable[[Params, Any], Any]:
+    """The function `(params, batch) -> anything` that runs a model.
+
+    Args:
+      model: a Linen module, an NNX module, or such a function.
+      variables: further collections of a Linen module, by name.
+    """
+    if is_nnx(model):
+        return lambda params, batch: _call_nnx(model, params, batch)
+    if hasattr(model, "apply"):
+        return lambda params, batch: _apply(model, params, batch, variables or {})
+    if not callable(model):
+        raise TypeError(
+            f"a model is a Linen or an NNX module, or a function of (params, batch), "
+            f"not a {type(model).__name__}; wrap it in a function"
+        )
+    return model
+
+
+def is_nnx(model: Any) -> bool:
+    """Whether a model is an NNX module; imports nothing."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(model, nnx.Module)
+
+
+def _call_nnx(model: Any, params: Params, batch: Any) -> Any:
+    from jaxcompress.tracing.modules_nnx import with_params
+
+    positional, named = _arguments(batch, type(model).__call__)
+    return with_params(model, params)(*positional, **named)
+
+
+def _apply(model: Any, params: Params, batch: Any, variables: Mapping[str, Any]) -> Any:
+    positional, named = _arguments(batch, type(model).__call__)
+    try:
+        return model.apply({**variables, "params": params}, *positional, **named)
+    except Exception as error:
+        if type(error).__name__ == "ScopeCollectionNotFound":
+            raise TypeError(
+                f"{type(model).__name__} reads other collections than params: {error}. "
+                "Pass them as variables={'batch_stats': ...}, or a function of "
+                "(params, batch) as the model"
+            ) from error
+        raise
+
+
+def _arguments(batch: Any, call: Any) -> tuple[tuple, dict[str, Any]]:
+    """The positional and the named arguments of a module for a batch."""
+    if not isinstance(batch, Mapping):
+        if not hasattr(batch, "shape"):
+            raise TypeError(
+                f"a batch of a module is an array or a dict of arrays, not a "
+                f"{type(batch).__name__}; for other calls pass a function of "
+                "(params, batch) as the model"
+            )
+        return (batch,), {}
+    taken = inspect.signature(call).parameters
+    inputs = {k: x for k, x in batch.items() if k not in NOT_INPUTS or k in taken}
+    if not inputs:
+        raise TypeError(
+            f"the batch has only {sorted(batch)}, and none of these is given to a "
+            "module; add the inputs, or pass a function of (params, batch)"
+        )
+    if len(inputs) == 1:
+        return tuple(inputs.values()), {}
+    return (), dict(inputs)

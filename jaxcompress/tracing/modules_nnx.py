@@ -1,0 +1,167 @@
+"""Parameters of NNX modules as trees, and modules that run on such trees."""
+
+import difflib
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from jaxcompress.tree.leaf import Leaf, nbytes, unboxed
+from jaxcompress.tree.paths import roots
+from jaxcompress.types import Params
+
+LARGE = 4096  # weights in an array that is worth a warning
+
+
+class CompressedParam(nnx.Param):
+    """A `Param` that stores a leaf and gives the layers its dense array.
+
+    `nnx.state`, `split`, `merge` and `nnx.jit` carry the stored arrays;
+    `nnx.to_pure_dict` and `param[...]` give dense ones: read the stored ones with
+    `params_of`.
+    """
+
+    def get_value(self, *, index: Any = ...) -> jax.Array:
+        value = stored(self)
+        if not all(
+            isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value)
+        ):
+            return value  # a description of the module, as it is printed
+        value = unboxed(value)
+        return value if index is ... else value[index]
+
+
+if not hasattr(nnx.Param, "get_value"):  # flax 0.11 reads the property
+    CompressedParam.value = property(CompressedParam.get_value, nnx.Param.value.fset)
+
+
+def stored(variable: nnx.Variable) -> Any:
+    """What an NNX variable really holds: a leaf, an array, or its abstract shape."""
+    if hasattr(variable, "get_raw_value"):
+        return variable.get_raw_value()
+    return variable.raw_value
+
+
+def params_of(module: nnx.Module, of: Any = nnx.Param) -> Params:
+    """The `Param`s of a module as nested dicts of stored values: what `compress` takes.
+
+    Keys are strings, list indices too. A parameter that several layers share appears
+    once, under one of its paths.
+
+    Args:
+      module: an NNX module.
+      of: the type of the variables, or a tuple of types.
+
+    Warns where large arrays are in variables of other types, which stay dense.
+    """
+    others = _variables(module, nnx.Variable)
+    known = _variables(module, of)
+    large = {
+        "/".join(path): x
+        for path, variable in others.items()
+        if path not in known and _is_large(x := stored(variable))
+    }
+    if large and of is nnx.Param:
+        warnings.warn(
+            f"{', '.join(large)}: {nbytes(large)} bytes in variables that are no "
+            "nnx.Param, and are left out; pass of=(nnx.Param, their type) to "
+            "params_of",
+            stacklevel=2,
+        )
+    return unflatten_dict({path: stored(variable) for path, variable in known.items()})
+
+
+def _is_large(x: Any) -> bool:
+    floating = hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, np.floating)
+    return floating and len(x.shape) > 1 and x.size >= LARGE
+
+
+def with_params(module: nnx.Module, params: Params) -> nnx.Module:
+    """A copy of the module that runs on these parameters, compressed or not.
+
+    The module itself is untouched, and may be abstract (`nnx.eval_shape`). Variables
+    that are not `Param`s (batch statistics, random streams) are copied.
+
+    Args:
+      module: an NNX module.
+      params: nested dicts as `params_of` makes them, each array or leaf in the shape
+        its parameter has.
+
+    Raises:
+      ValueError: a parameter is missing, surplus or of another shape; names it.
+    """
+    copy = nnx.clone(module)
+    given = dict(roots(params))
+    variables = {"/".join(path): v for path, v in _variables(copy, nnx.Param).items()}
+    others = {"/".join(p): v for p, v in _variables(copy, nnx.Variable).items()}
+    variables |= {name: others[name] for name in given if name in others}
+    for name in sorted(given.keys() ^ variables.keys()):
+        where, other = ("module", variables) if name in given else ("tree", given)
+        near = difflib.get_close_matches(name, other, n=3, cutoff=0.0)
+        raise ValueError(
+            f"{name}: the {where} has no such parameter; nearest: {', '.join(near)}. "
+            "Start from params_of(module)"
+        )
+    linen = _inside_linen(copy)
+    new: dict[int, nnx.Variable] = {}
+    for name, variable in variables.items():
+        value, shape = given[name], tuple(stored(variable).shape)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name}: shape {tuple(value.shape)}, the module wants {shape}"
+            )
+        new[id(variable)] = _holding(variable, value, name in linen)
+    for _, node in list(nnx.iter_graph(copy)):
+        _replace(node, new)
+    for path, variable in _variables(copy, nnx.Variable).items():
+        if id(variable) in new:
+            raise ValueError(
+                f"{'/'.join(path)}: its container can't be written to; hold parameters "
+                "in modules, lists or dicts"
+            )
+    return copy
+
+
+def _variables(module: nnx.Module, of: Any) -> dict[tuple[str, ...], nnx.Variable]:
+    """Every variable of these types once, by its path."""
+    found: dict[int, tuple[tuple[str, ...], nnx.Variable]] = {}
+    for path, node in nnx.iter_graph(module):
+        if isinstance(node, of):
+            found.setdefault(id(node), (tuple(map(str, path)), node))
+    return dict(found.values())
+
+
+def _inside_linen(module: nnx.Module) -> set[str]:
+    """Names of the parameters of Linen modules that `nnx.bridge.ToNNX` wraps."""
+    paths = [
+        tuple(map(str, path))
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.bridge.ToNNX)
+    ]
+    names = _variables(module, nnx.Param)
+    return {"/".join(n) for n in names for path in paths if n[: len(path)] == path}
+
+
+def _holding(variable: nnx.Variable, value: Any, linen: bool) -> nnx.Variable:
+    """A variable like this one that stores `value`; Linen modules unbox it."""
+    if linen or not isinstance(value, Leaf):
+        return variable.replace(value)
+    return CompressedParam.from_metadata(value, dict(variable.get_metadata()))
+
+
+def _replace(node: Any, new: dict[int, nnx.Variable]) -> None:
+    """Puts the new variables where a module, list or dict holds the old ones."""
+    if isinstance(node, nnx.Variable):
+        return
+    if isinstance(node, dict):
+        items, put = node.items(), node.__setitem__
+    elif isinstance(node, list):
+        items, put = enumerate(node), node.__setitem__
+    else:
+        items, put = getattr(node, "__dict__", {}).items(), node.__setattr__
+    for key, value in list(items):
+        if id(value) in new:
+            put(key, new[id(value)])
