@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from jaxcompress.tracing.interpreter import Use, trace_uses
 from jaxcompress.tracing.modules import model_function
-from jaxcompress.tree.compress import NAMED, SMALLEST
+from jaxcompress.tree.compress import NAMED
 from jaxcompress.tree.layouts import Layout, suggestion
 from jaxcompress.tree.leaf import is_leaf, nbytes
 from jaxcompress.tree.paths import check_names, check_tree, roots
+from jaxcompress.tree.selection import SMALLEST
 from jaxcompress.types import Params
 
 Where = str | Callable[[str], bool] | None

@@ -23,7 +23,7 @@ from jaxcompress.tree.leaf import Leaf, dense, is_leaf, nbytes
 from jaxcompress.tree.methods import describe, parse, traits, with_default
 from jaxcompress.tree.paths import Entry, entries, is_float, map_entries, roots
 from jaxcompress.tree.record import LeafReport, leaf_reports
-from jaxcompress.tree.selection import choose, with_data
+from jaxcompress.tree.selection import SMALLEST, choose, with_data
 from jaxcompress.types import Method, Params
 
 NAMED = 0.01  # of all bytes: what is left alone and larger is named in a warning
