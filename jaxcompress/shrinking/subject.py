@@ -13,7 +13,7 @@ from jaxcompress.models import saved
 from jaxcompress.models.loading import load
 from jaxcompress.models.transformer import Transformer, stack_layers
 from jaxcompress.storage import checkpoint
-from jaxcompress.tracing.layouts import NOT_INPUTS, model_function
+from jaxcompress.tracing.modules import NOT_INPUTS, model_function
 from jaxcompress.tree.paths import roots
 from jaxcompress.types import Params
 

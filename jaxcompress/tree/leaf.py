@@ -339,13 +339,14 @@ class Reshaped(Leaf):
         """Undoes `remove_axis`: the stack axis is stored first."""
         if index == 0:
             return super().add_axis(index, params)
-        return dataclasses.replace(_moved(self, index, 0), stack=(index,))
+        stack = (index % (len(self.order) + 1),)
+        return dataclasses.replace(_moved(self, index, 0), stack=stack)
 
     def remove_axis(self, index: int, params: dict) -> Leaf:
         """The parts as `scan` or `vmap` along axis `index` will slice them."""
         if index == 0 and not self.stack:
             return super().remove_axis(index, params)
-        if self.stack != (index,):
+        if self.stack != (index % len(self.shape),):
             raise ValueError(
                 f"a weight stacked along axes {self.stack or (0,)} is sliced along "
                 f"axis {index}; compress it with layouts=find_layouts(model, params, "
