@@ -40,6 +40,7 @@ _NAMES = {
     "quantization.rate_distortion": "rate_distortion",
     "reporting.leaves": "explain report",
     "reporting.versions": "show_versions",
+    "running.check": "check",
     "running.compressed_matmul": "compressed_matmul",
     "running.low_memory": "low_memory",
     "shrinking.shrink": "shrink",

@@ -19,9 +19,16 @@ from jaxcompress.tree.layouts import (
     suggestion,
     with_layout,
 )
-from jaxcompress.tree.leaf import Leaf, dense, is_leaf, nbytes
+from jaxcompress.tree.leaf import Leaf, dense, is_box, is_leaf, nbytes
 from jaxcompress.tree.methods import describe, parse, traits, with_default
-from jaxcompress.tree.paths import Entry, entries, is_float, map_entries, roots
+from jaxcompress.tree.paths import (
+    Entry,
+    entries,
+    is_float,
+    key_name,
+    map_entries,
+    roots,
+)
 from jaxcompress.tree.record import LeafReport, leaf_reports
 from jaxcompress.tree.selection import SMALLEST, choose, with_data
 from jaxcompress.types import Method, Params
@@ -117,9 +124,24 @@ def compress(
         small = _run(
             small, choices, why, moments, layouts or {}, progress, done, reasons
         )
+    _check_boxes(small)
     if record is not None:
         record += leaf_reports(params, small, done, reasons, moments, layouts, instead)
     return small
+
+
+def _check_boxes(params: Params) -> None:
+    """Raises ValueError where a box of Flax would hide a stack axis from its leaf.
+
+    `scan` asks the outermost box alone to give up an axis.
+    """
+    for path, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]:
+        if is_box(x) and getattr(x.value, "stack", ()):
+            name = "/".join(map(key_name, path))
+            raise ValueError(
+                f"{name}: a {type(x).__name__} around a weight whose layers lie along "
+                f"axes {x.value.stack}; remove Flax's boxes first, by jc.tree.unbox"
+            )
 
 
 def _check_moments(params: Params, moments: Mapping[str, Any] | None) -> None:
