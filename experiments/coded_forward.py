@@ -1,7 +1,7 @@
 """What does it take to run a model whose weights stay coded in memory?
 
 One forward pass with the weights as they are, with coded weights, and with coded
-weights inside `streaming()`, which decodes each layer where it is used: time, bytes of
+weights inside `low_memory()`, which decodes each layer where it is used: time, bytes of
 the weights held, and the temporaries that XLA reserves. The logits must be the same
 bit for bit.
 

@@ -1,7 +1,7 @@
 """How much memory does a compressed model need to run, plainly and streaming?
 
 Compiles one forward pass of a Llama-like model with float32 parameters, with compressed
-ones, and with compressed ones inside `streaming()`, looped and scanned, and reads the
+ones, and with compressed ones inside `low_memory()`, looped and scanned, and reads the
 sizes that XLA reserves: parameters, and temporaries (activations, dequantized weights).
 Nothing is run and no weight is made: all of it works on shapes. The largest weight, in
 float32, is the least that a model with dense matrix products can do with.

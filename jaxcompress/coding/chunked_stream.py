@@ -1,8 +1,8 @@
-"""A flat array as bytes: chunks that stand alone, and behind them where they lie.
+"""Chunked byte stream: independent chunks, then an index of offsets and CRCs.
 
-    chunks     as `planes` writes them, each of about 2^20 words but the last; or of as
-               many words, where the coding is "palette", what `palettes` writes, where
-               it is "zstd", Zstandard's frames
+    chunks     as `floats.chunks` writes them, each of about 2^20 words but the last;
+               or of as many words, where the coding is "palette", what
+               `palette_codec` writes, where it is "zstd", Zstandard's frames
     index      numbers: words, words of a block, chunks, bytes of each chunk; then four
                bytes of the CRC-32 of each chunk
     4 bytes    length of the index, little-endian; and zeros to a multiple of 8 bytes

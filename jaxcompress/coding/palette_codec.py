@@ -2,7 +2,7 @@
 
 For integers kept as floating-point numbers, levels of a lattice, masks. A place takes
 8, 4, 2 or 1 bits, and the bytes that places side by side make up are coded as those of
-the split "bytes" are (`planes`): a mask costs less than a bit for each number then, and
+the split "bytes" are (`chunks`): a mask costs less than a bit for each number then, and
 so does what neighbours have in common.
 
 A chunk as bytes: number of distinct words less one, a byte; places in a byte, another;

@@ -1,7 +1,7 @@
 """Parameters in one `.safetensors` file, or in shards with an index, bit for bit.
 
-The arrays lie in the file as `tensors` says; the tree (`manifest`), the user's
-metadata and the versions are JSON texts in its `__metadata__`.
+`checksummed_file` describes the bytes. The tree (`tree_json`), the user's metadata and
+the versions are one JSON object, the array `__about__`.
 """
 
 import contextlib
@@ -50,8 +50,8 @@ def save(
     error leaves an old file as it was. One array is on the host at a time, or 64 MiB
     of small ones.
 
-    Arrays are coded without loss where that makes them smaller (`entropy.arrays`): the
-    coding belongs to the file, and the tree that `load` gives is the one that was
+    Arrays are coded without loss where that makes them smaller (`coding.array_codecs`):
+    the coding belongs to the file, and the tree that `load` gives is the one that was
     saved.
 
     Args:

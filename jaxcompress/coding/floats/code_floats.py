@@ -103,7 +103,7 @@ def code_floats(
       TypeError: `x` is not a floating-point array.
 
     Source: ZipNN (arXiv:2411.05239) codes the exponent plane by itself; top bits of
-    mantissas and classes of blocks are added here, see `planes`.
+    mantissas and classes of blocks are added here, see `chunks`.
     """
     del moments
     array = np.asarray(x)

@@ -22,7 +22,7 @@ TOGETHER = 2048  # blocks decoded at a time on a CPU, whose caches hold their st
 
 @leaf
 class CodedWords(Leaf):
-    """Unsigned words `[..., *trailing]`; each slice coded by `planes`, on its own.
+    """Unsigned words `[..., *trailing]`; each slice coded by `chunks`, on its own.
 
     Invariant: every data array has the stack axes in front, and a slice of all of them
     is the `CodedWords` of a slice. Words of a slice are blocks of `width` words in
