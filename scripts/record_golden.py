@@ -4,7 +4,7 @@ Writes, for each, a Hugging Face directory of random weights with `golden.npz` (
 [batch, tokens] and float32 logits [batch, tokens, vocabulary]) into `--output`; the
 tests load them and must agree. Needs torch and transformers:
 
-    python experiments/record_golden.py --output tests/data/golden
+    python scripts/record_golden.py --output tests/data/golden
 """
 
 import argparse

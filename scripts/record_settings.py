@@ -6,7 +6,7 @@ model with weights that depend on names and shapes alone, and writes the logits 
 positions, float32 [2, vocabulary], to `--output`/FAMILY.npz (hidden states for an
 encoder). The tests build the same weights and must agree. Needs torch and transformers:
 
-    python experiments/record_settings.py --output tests/data/settings
+    python scripts/record_settings.py --output tests/data/settings
 """
 
 import argparse

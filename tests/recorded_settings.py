@@ -1,6 +1,6 @@
 """Configurations whose logits were recorded with transformers, and their weights.
 
-`experiments/record_settings.py` recorded them, on weights that depend on names and
+`scripts/record_settings.py` recorded them, on weights that depend on names and
 shapes alone.
 """
 
@@ -19,7 +19,7 @@ RECORDED = TESTS / "data" / "settings"
 
 
 def _record_settings():
-    path = TESTS.parent / "experiments" / "record_settings.py"
+    path = TESTS.parent / "scripts" / "record_settings.py"
     spec = importlib.util.spec_from_file_location("record_settings", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look it up

@@ -4,7 +4,7 @@ Error feedback on every linear layer of a model, calibration included, with its 
 read from the file as their block comes. Run it in a process of its own, so that the
 peak is that of this work:
 
-    python experiments/blockwise.py SmolLM2.gguf text.txt
+    python -m experiments.calibration.blockwise SmolLM2.gguf text.txt
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from command import commit, parse
 
 import jaxcompress as jc
+from experiments.common.command import commit, parse
 from jaxcompress import reporting
 from jaxcompress.models.bundled_text import heldout_text
 
@@ -31,7 +31,7 @@ class Config:
     tokens: int = 512  # in a window
     store: str = ""  # directory of finished blocks
     fast: bool = False  # the reference model, one window
-    results: str = "experiments/results/blockwise.jsonl"
+    results: str = "experiments/calibration/results/blockwise.jsonl"
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -5,8 +5,8 @@ weights inside `low_memory()`, which decodes each layer where it is used: time, 
 the weights held, and the temporaries that XLA reserves. The logits must be the same
 bit for bit.
 
-    python experiments/coded_forward.py reference
-    python experiments/coded_forward.py MODEL.gguf --tokens 512
+    python -m experiments.coding.coded_forward reference
+    python -m experiments.coding.coded_forward MODEL.gguf --tokens 512
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import about, parse
 
 import jaxcompress as jc
+from experiments.common.command import about, parse
 from jaxcompress.reporting import append_lines
 
 RECIPES = {
@@ -36,7 +36,7 @@ class Config:
     tokens: int = 256
     rounds: int = 7
     fast: bool = False  # one layer, two rounds of 32 tokens
-    results: str = "experiments/results/coded_forward.jsonl"
+    results: str = "experiments/coding/results/coded_forward.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:

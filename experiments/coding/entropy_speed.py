@@ -4,7 +4,7 @@ The same codes as bytes through zlib and lzma (and zstandard where it is install
 Coders take turns for several rounds, so that other work on the machine slows all
 alike; processor seconds, best of the rounds. Encoding is on the host, decoding in XLA.
 
-    python experiments/entropy_speed.py --fast
+    python -m experiments.coding.entropy_speed --fast
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from command import parse
 
+from experiments.common.command import parse
 from jaxcompress.coding import code_floats, entropy_code
 from jaxcompress.coding.integers.leaf import stored_bytes
 from jaxcompress.reporting import append_lines

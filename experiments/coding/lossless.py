@@ -10,8 +10,8 @@ keeps what it was given back, as other coders in the process, or a setting, make
 
     export MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000
 
-    python experiments/lossless.py MODEL.safetensors
-    python experiments/lossless.py MODEL.safetensors --sizes  # no clocks
+    python -m experiments.coding.lossless MODEL.safetensors
+    python -m experiments.coding.lossless MODEL.safetensors --sizes  # no clocks
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import parse
-from other_coders import Coder, peers, programs
 from safetensors.numpy import load_file
 
 import jaxcompress as jc
+from experiments.coding.other_coders import Coder, peers, programs
+from experiments.common.command import parse
 from jaxcompress.coding import array_codecs, chunked_stream, code_floats
 from jaxcompress.coding.floats import chunks as float_chunks
 from jaxcompress.coding.threads import in_order
@@ -53,7 +53,7 @@ class Config:
     only: str = ""  # peers to measure, separated by ","; all of them by default
     sizes: bool = False  # bits only, those of command lines on the path too
     fast: bool = False  # made-up weights of a fortieth of the size, two rounds
-    results: str = "experiments/results/lossless.jsonl"
+    results: str = "experiments/coding/results/lossless.jsonl"
 
 
 def weights(config: Config) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@ where codes are entropy-coded. Files hold codes and scales: packed, as `save` co
 by itself, and behind `entropy_code` and `code_floats`. With `--rates`, the levels of
 `rate_distortion` too (without moments), packed and as its leaves hold them.
 
-    python experiments/lossless_codes.py MODEL.safetensors
-    python experiments/lossless_codes.py SmolLM2.gguf --layers 4
+    python -m experiments.coding.quantized_codes MODEL.safetensors
+    python -m experiments.coding.quantized_codes SmolLM2.gguf --layers 4
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from command import about, parse
 from safetensors.numpy import load_file
 
 import jaxcompress as jc
+from experiments.common.command import about, parse
 from jaxcompress.coding import code_floats, entropy_code, pack_bits
 from jaxcompress.reporting import append_lines, track
 from jaxcompress.tree.paths import roots
@@ -34,7 +34,7 @@ class Config:
     layers: int = 0  # of a model with layers, the first so many; 0 for everything
     rates: tuple[float, ...] = (0.0,)  # of rate_distortion; 0 for none
     fast: bool = False  # two tensors
-    results: str = "experiments/results/lossless_codes.jsonl"
+    results: str = "experiments/coding/results/quantized_codes.jsonl"
 
 
 def tensors(config: Config) -> dict[str, np.ndarray]:

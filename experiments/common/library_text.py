@@ -4,8 +4,8 @@ import hashlib
 from typing import Any
 
 import numpy as np
-from train_reference import Config, library_files, long_lines
 
+from experiments.models.train_reference import Config, library_files, long_lines
 from jaxcompress.models.bundled_text import heldout_text
 
 

@@ -5,7 +5,7 @@ the teacher was trained on: with labels, with the teacher's predictions, with it
 states too, and with its attention maps besides; each the same batches in the same
 order. All are measured on the held-out text. One JSON line per row:
 
-    python experiments/distilled_depth.py --folder runs
+    python -m experiments.distillation.depth --folder runs
 
 A row that is interrupted resumes from its folder.
 """
@@ -19,10 +19,10 @@ from typing import Any
 
 import jax
 import optax
-from command import about, parse
-from library_text import batch_at, training_tokens
 
 import jaxcompress as jc
+from experiments.common.command import about, parse
+from experiments.common.library_text import batch_at, training_tokens
 from jaxcompress import distillation, reporting
 from jaxcompress.evaluation import Apply, windows
 from jaxcompress.models.bundled_text import heldout_text
@@ -46,7 +46,7 @@ class Config:
     seed: int = 0
     fast: bool = False  # two short rows
     folder: str = ""  # for checkpoints
-    results: str = "experiments/results/distilled_depth.jsonl"
+    results: str = "experiments/distillation/results/depth.jsonl"
 
 
 def inner_loss(

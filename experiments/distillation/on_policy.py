@@ -7,7 +7,7 @@ of that text (reverse), or on both by halves (Jensen-Shannon). Measured on held-
 text, and on texts that the student itself writes after held-out prompts, where the
 teacher's divergence says how far it strays. One JSON line per row:
 
-    python experiments/on_policy.py
+    python -m experiments.distillation.on_policy
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from command import about, parse
-from library_text import batch_at, training_tokens
 
 import jaxcompress as jc
+from experiments.common.command import about, parse
+from experiments.common.library_text import batch_at, training_tokens
 from jaxcompress import distillation, reporting
 from jaxcompress.evaluation import Apply, windows
 from jaxcompress.models.bundled_text import heldout_text
@@ -49,7 +49,7 @@ class Config:
     seed: int = 0
     fast: bool = False  # two steps, two rows
     folder: str = ""  # for checkpoints
-    results: str = "experiments/results/on_policy.jsonl"
+    results: str = "experiments/distillation/results/on_policy.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ have the teacher's hidden states, relations among tokens (MiniLMv2) and embeddin
 compares embeddings of other sentences with the teacher's: mean cosine, and how often a
 sentence's nearest neighbour among them is the teacher's. One JSON line per row:
 
-    python experiments/sentence_student.py all-MiniLM-L6-v2 text.txt
+    python -m experiments.distillation.sentences all-MiniLM-L6-v2 text.txt
 
 Without a text: docstrings of the standard library.
 """
@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command import commit, parse
-from nearest import docstrings
 
 import jaxcompress as jc
+from experiments.common.command import commit, parse
+from experiments.quantization.nearest import docstrings
 from jaxcompress import distillation, models, reporting
 
 HIDDEN = "layers/hidden"
@@ -46,7 +46,7 @@ class Config:
     seed: int = 0
     fast: bool = False  # two steps
     folder: str = ""  # for checkpoints
-    results: str = "experiments/results/sentence_student.jsonl"
+    results: str = "experiments/distillation/results/sentences.jsonl"
 
 
 def sentences(text: str) -> list[str]:

@@ -5,7 +5,7 @@ labels, with the teacher in the same step, with a cached teacher, with hidden st
 attention maps too, in turns in one process. Then the same steps on one device and on
 two fake ones, and how far their losses are apart. One JSON line per row:
 
-    python experiments/distillation_speed.py
+    python -m experiments.distillation.speed
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax
 import numpy as np
 import optax
-from command import about, parse
-from distilled_depth import Config as DepthConfig
-from distilled_depth import objective
 from jax.sharding import AxisType
-from library_text import batch_at, training_tokens
 
 import jaxcompress as jc
+from experiments.common.command import about, parse
+from experiments.common.library_text import batch_at, training_tokens
+from experiments.distillation.depth import Config as DepthConfig
+from experiments.distillation.depth import objective
 from jaxcompress import distillation, reporting
 from jaxcompress.evaluation import Apply
 
@@ -40,7 +40,7 @@ class Config:
     kept: int = 16  # of the cached teacher's tokens
     steps: int = 5  # on one and on two devices
     fast: bool = False  # one round, two kinds, short texts
-    results: str = "experiments/results/distillation_speed.jsonl"
+    results: str = "experiments/distillation/results/speed.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ Loads a model (SmolLM2's `.gguf` file, dequantized, or anything `models.load` ta
 writes it out as a Hugging Face directory, has transformers load that, and evaluates
 both on the same windows of tokens from the end of a text. Needs torch, transformers:
 
-    python experiments/smollm2_parity.py SmolLM2.gguf text.txt
+    python -m experiments.evaluation.parity SmolLM2.gguf text.txt
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Config:
     windows: int = 16
     tokens: int = 512  # in a window
     fast: bool = False  # two short windows
-    results: str = "experiments/results/smollm2_parity.jsonl"
+    results: str = "experiments/evaluation/results/parity.jsonl"
 
 
 def text_windows(tokenizer: Any, config: Config) -> np.ndarray:

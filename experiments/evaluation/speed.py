@@ -5,7 +5,7 @@ several rounds, so that other work on the machine slows both alike. Reports medi
 wall and processor time, and speed ratios (above 1: ours is faster), as medians of the
 rounds' ratios. Needs torch and transformers:
 
-    python experiments/evaluation_speed.py SmolLM2.gguf text.txt
+    python -m experiments.evaluation.speed SmolLM2.gguf text.txt
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from smollm2_parity import (
+
+from experiments.evaluation.parity import (
     in_transformers,
     parse,
     record,
@@ -24,7 +25,6 @@ from smollm2_parity import (
     torch_losses,
     window_losses,
 )
-
 from jaxcompress.models.loading import load
 
 
@@ -38,7 +38,7 @@ class Config:
     batch: int = 1  # windows at a time
     scan: bool = False
     fast: bool = False  # three rounds of short windows
-    results: str = "experiments/results/evaluation_speed.jsonl"
+    results: str = "experiments/evaluation/results/speed.jsonl"
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:

@@ -11,8 +11,8 @@ between the expected squared change of the output and the discarded singular val
 One JSON line per row, appended as it is done; rows that the results hold already are
 not run again:
 
-    python experiments/low_rank.py
-    python experiments/low_rank.py SmolLM2.gguf text.txt
+    python -m experiments.factorization.low_rank
+    python -m experiments.factorization.low_rank SmolLM2.gguf text.txt
 """
 
 import ast
@@ -28,10 +28,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import about, parse, rows_of
-from pruned import KERNELS, calibration, curved, cut, kernels, texts
 
 import jaxcompress as jc
+from experiments.common.command import about, parse, rows_of
+from experiments.pruning.pruned import KERNELS, calibration, curved, cut, kernels, texts
 from jaxcompress import reporting
 from jaxcompress.evaluation import Apply
 from jaxcompress.factorization import energies
@@ -72,7 +72,7 @@ class Config:
     tokens: int = 256  # in a window
     only: str = ""  # rows whose name holds this
     fast: bool = False  # the reference model, four windows of each text, two rows
-    results: str = "experiments/results/low_rank.jsonl"
+    results: str = "experiments/factorization/results/low_rank.jsonl"
 
 
 def names(config: Config) -> list[str]:

@@ -4,7 +4,7 @@ Takes what `train_reference.py` left in a folder (`params.npz`, `tokenizer.model
 `heldout.txt`), rounds the weights to bfloat16, codes them without loss, and writes the
 model file that `models.load("reference")` reads:
 
-    python experiments/pack_reference.py reference jaxcompress/models/data
+    python -m experiments.models.pack_reference reference jaxcompress/models/data
 """
 
 import argparse
@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from train_reference import Config as Training
-from train_reference import make_model
 
+from experiments.models.train_reference import Config as Training
+from experiments.models.train_reference import make_model
 from jaxcompress import tokenization
 from jaxcompress.coding import code_floats
 from jaxcompress.models.assembly import parameter_shapes
@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
     heldout = (source / "heldout.txt").read_bytes()
     metadata = {
         "name": "reference",
-        "trained_on": "Python's standard library, see experiments/train_reference.py",
+        "trained_on": "Python's standard library, see experiments/models",
         "heldout_sha256": hashlib.sha256(heldout).hexdigest(),
     }
     target.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ SKIPPED_FOLDERS = {
 @dataclasses.dataclass(frozen=True)
 class Config:
     output: str = "reference"
-    results: str = "experiments/results/train_reference.jsonl"
+    results: str = "experiments/models/results/train_reference.jsonl"
     minutes: float = 85.0  # of training, the last quarter with a falling rate
     steps: int = 0  # if given, the number of steps instead of minutes
     decay_steps: int = 0

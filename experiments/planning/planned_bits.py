@@ -6,7 +6,7 @@ the bits of every kernel within the bytes that uniform bits take; and compares b
 the original on the end of the text and on a second text. Sensitivities are kept in a
 file, so that plans can be made again without measuring. One JSON line per row:
 
-    python experiments/planned_bits.py SmolLM2.gguf text.txt
+    python -m experiments.planning.planned_bits SmolLM2.gguf text.txt
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import commit, parse
-from nearest import docstrings
-from pruned import curved
 
 import jaxcompress as jc
+from experiments.common.command import commit, parse
+from experiments.pruning.pruned import curved
+from experiments.quantization.nearest import docstrings
 from jaxcompress import reporting
 from jaxcompress.evaluation import Apply, divergence, windows
 from jaxcompress.models.bundled_text import heldout_text
@@ -51,7 +51,7 @@ class Config:
     curvatures: bool = False  # in place of noise
     sensitivities: str = ""  # file to read, or to write where there is none
     fast: bool = False  # the reference model, one rate, a few windows
-    results: str = "experiments/results/planned_bits.jsonl"
+    results: str = "experiments/planning/results/planned_bits.jsonl"
 
 
 def measured(

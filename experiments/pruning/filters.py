@@ -7,7 +7,7 @@ measured again, and after one epoch of training as well; and factorizes its kern
 Tucker-2 (channels in and out) and CP, before and after the norms are measured again.
 One JSON line per row:
 
-    python experiments/filters.py
+    python -m experiments.pruning.filters
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command import commit, parse
 
 import jaxcompress as jc
+from experiments.common.command import commit, parse
 from jaxcompress import reporting
 from jaxcompress.models import ConvNet, filter_groups, resized
 
@@ -36,7 +36,7 @@ class Config:
     tuned_epochs: int = 1
     seed: int = 0
     fast: bool = False  # fewer filters, two epochs
-    results: str = "experiments/results/filters.jsonl"
+    results: str = "experiments/pruning/results/filters.jsonl"
 
 
 def digits(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:

@@ -7,8 +7,9 @@ the moments of both texts. One JSON line per row, appended as it is done; rows t
 results hold already are not run again. A last row per setting says how often the order
 of the methods holds layer by layer, and where it does not:
 
-    python experiments/pruned.py
-    python experiments/pruned.py SmolLM2.gguf text.txt --kernels "layer_.?[05]/.*kernel"
+    python -m experiments.pruning.pruned
+    python -m experiments.pruning.pruned SmolLM2.gguf text.txt \\
+        --kernels "layer_.?[05]/.*kernel"
 """
 
 import dataclasses
@@ -20,9 +21,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from command import about, parse, rows_of
 
 import jaxcompress as jc
+from experiments.common.command import about, parse, rows_of
 from jaxcompress import reporting
 from jaxcompress.calibration.error_feedback import layer_loss
 from jaxcompress.evaluation import Apply, windows
@@ -44,7 +45,7 @@ class Config:
     only: str = ""  # rows whose recipe holds this
     kernels: str = KERNELS  # to be pruned; others stay dense
     fast: bool = False
-    results: str = "experiments/results/pruned.jsonl"
+    results: str = "experiments/pruning/results/pruned.jsonl"
 
 
 def texts(config: Config) -> tuple[str, str]:

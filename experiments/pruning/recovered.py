@@ -8,7 +8,7 @@ Four fifths: at once and then train; prune, train, repeat; and gradually while t
 all with the same number of steps. One JSON line per row, appended as it is done; rows
 that the results hold already are not run again:
 
-    python experiments/recovered.py
+    python -m experiments.pruning.recovered
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pruned
-import train_reference
-from command import about, parse, rows_of
 
 import jaxcompress as jc
+from experiments.common.command import about, parse, rows_of
+from experiments.models import train_reference
+from experiments.pruning import pruned
 from jaxcompress import reporting
 from jaxcompress.evaluation import Apply
 from jaxcompress.evaluation.language import divergence
@@ -53,7 +53,7 @@ class Config(pruned.Config):
     steps: int = 150
     batch: int = 4  # windows of `tokens` in a step
     rate: float = 1e-3
-    results: str = "experiments/results/recovered.jsonl"
+    results: str = "experiments/pruning/results/recovered.jsonl"
 
 
 def training_tokens(tokenizer: Any, config: Config) -> np.ndarray:

@@ -8,7 +8,7 @@ leaves without a pattern, N:M and in blocks, and of half the neurons and heads r
 One JSON line per row, appended as it is done; rows that the results hold already are
 not run again:
 
-    python experiments/sparse_cost.py
+    python -m experiments.pruning.sparse_cost
 """
 
 import dataclasses
@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import pruned
-import structured
-from command import about, parse, rows_of
 
 import jaxcompress as jc
+from experiments.common.command import about, parse, rows_of
+from experiments.pruning import pruned, structured
 from jaxcompress import models, reporting
 from jaxcompress.evaluation import Apply
 from jaxcompress.running.decode_once import decode_once
@@ -52,7 +51,7 @@ PATTERNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(pruned.Config):
-    results: str = "experiments/results/sparse_cost.jsonl"
+    results: str = "experiments/pruning/results/sparse_cost.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ rise of the loss on text that was not used for calibration, parameters, bytes, a
 processor time of a forward pass beside that of the dense model, in turns. One JSON line
 per row, appended as it is done; rows that the results hold already are not run again:
 
-    python experiments/structured.py
-    python experiments/structured.py SmolLM2.gguf text.txt
+    python -m experiments.pruning.structured
+    python -m experiments.pruning.structured SmolLM2.gguf text.txt
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import pruned
-from command import about, parse, rows_of
 
 import jaxcompress as jc
+from experiments.common.command import about, parse, rows_of
+from experiments.pruning import pruned
 from jaxcompress import models, reporting
 from jaxcompress.evaluation import Apply
 
@@ -31,7 +31,7 @@ READERS = r"layer_\d+/.*(down|o)_proj/kernel"
 @dataclasses.dataclass(frozen=True)
 class Config(pruned.Config):
     by: str = "loss"  # or "activation"
-    results: str = "experiments/results/structured.jsonl"
+    results: str = "experiments/pruning/results/structured.jsonl"
 
 
 def forward_seconds(runs: list[tuple[Any, Any]], tokens: Any, turns: int) -> list:

@@ -7,7 +7,7 @@ the compressed weights in the file, scales and zero points included, without los
 coding. One JSON line per method and text, appended as it is measured; rows that the
 results hold already are left out:
 
-    python experiments/calibrated.py SmolLM2.gguf text.txt --bits 3
+    python -m experiments.quantization.calibrated SmolLM2.gguf text.txt --bits 3
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from command import commit, parse
-from nearest import docstrings
 
 import jaxcompress as jc
+from experiments.common.command import commit, parse
+from experiments.quantization.nearest import docstrings
 from jaxcompress import reporting
 from jaxcompress.calibration.moment_files import moments_from_arrays, moments_to_arrays
 from jaxcompress.evaluation import Apply, windows
@@ -69,7 +69,7 @@ class Config:
     cache: str = ""  # directory for moments, which take longer than the rest
     moments: bool = False  # only make the cache of moments
     fast: bool = False  # the reference model and little text
-    results: str = "experiments/results/calibrated.jsonl"
+    results: str = "experiments/quantization/results/calibrated.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ The rival is the algorithm of the GPTQ repository (github.com/IST-DASLab/gptq, 2
 written here: blocks of 128 columns, a Cholesky factor of the inverse, in float32 as
 there, and the same in NumPy. Rounds are interleaved, the least is taken:
 
-    python experiments/gptq_speed.py
+    python -m experiments.quantization.gptq_speed
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import commit, parse
 
 import jaxcompress as jc
+from experiments.common.command import commit, parse
 from jaxcompress import reporting
 from jaxcompress.quantization.gptq import feed_codes
 from jaxcompress.quantization.grids import spread
@@ -34,7 +34,7 @@ class Config:
     widths: tuple[int, ...] = (576, 2048, 4096)
     rounds: int = 3
     fast: bool = False  # one small width, one round
-    results: str = "experiments/results/gptq_speed.jsonl"
+    results: str = "experiments/quantization/results/gptq_speed.jsonl"
 
 
 def case(width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ expected output error with each kind of rounding, and with the width found too; 
 all with the float model, on text that was not used for calibration. One JSON line per
 row; the reference model by default, or a model and a text whose end is measured on:
 
-    python experiments/learned_grids.py SmolLM2.gguf text.txt --block 128
+    python -m experiments.quantization.learned_grids SmolLM2.gguf text.txt --block 128
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from command import commit, parse
 
 import jaxcompress as jc
+from experiments.common.command import commit, parse
 from jaxcompress import reporting
 from jaxcompress.evaluation import Apply, windows
 from jaxcompress.models.bundled_text import heldout_text
@@ -39,7 +39,7 @@ class Config:
     tokens: int = 512  # in a window
     only: str = ""  # methods whose text holds this
     fast: bool = False  # one method, a few windows
-    results: str = "experiments/results/learned_grids.jsonl"
+    results: str = "experiments/quantization/results/learned_grids.jsonl"
 
 
 def methods(config: Config) -> list[str]:

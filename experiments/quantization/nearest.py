@@ -4,7 +4,7 @@ Compresses a model by each recipe, codes it without loss, saves it, loads it bac
 compares it with the original on the end of one text and on a second text: the
 docstrings of the running interpreter's standard library. One JSON line per row:
 
-    python experiments/nearest.py SmolLM2.gguf text.txt
+    python -m experiments.quantization.nearest SmolLM2.gguf text.txt
 """
 
 import ast
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from command import commit, parse
 
 import jaxcompress as jc
+from experiments.common.command import commit, parse
 from jaxcompress import reporting
 from jaxcompress.evaluation import Apply, windows
 from jaxcompress.running.decode_once import decode_once
@@ -48,7 +48,7 @@ class Config:
     tokens: int = 512  # in a window
     fast: bool = False  # the reference model, one recipe, two windows
     only: str = ""  # recipes whose text holds this
-    results: str = "experiments/results/nearest.jsonl"
+    results: str = "experiments/quantization/results/nearest.jsonl"
 
 
 def docstrings(count: int = 120_000) -> str:

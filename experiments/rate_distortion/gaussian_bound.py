@@ -4,7 +4,7 @@ Gaussian weights and three covariances of their inputs: bits per weight of the f
 beside those that reverse water-filling allows at the distortion reached. One JSON line
 per row:
 
-    python experiments/gaussian_bound.py
+    python -m experiments.rate_distortion.gaussian_bound
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from command import about, parse
 
 import jaxcompress as jc
+from experiments.common.command import about, parse
 from jaxcompress import reporting
 
 
@@ -31,7 +31,7 @@ class Config:
     inputs: int = 192
     outputs: int = 2048
     fast: bool = False
-    results: str = "experiments/results/gaussian_bound.jsonl"
+    results: str = "experiments/rate_distortion/results/gaussian_bound.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ File bytes and quality on the end of a text and on a second text, by rate and by
 is switched on; a variant that is a method is taken as it stands, at rate 0. One JSON
 line per row; rows that are there are left out:
 
-    python experiments/rate_distortion.py SmolLM2.gguf text.txt --rates 3.05,2.05
-    python experiments/rate_distortion.py SmolLM2.gguf text.txt --rates 0 \\
+    python -m experiments.rate_distortion.models SmolLM2.gguf text.txt --rates 3.05,2.05
+    python -m experiments.rate_distortion.models SmolLM2.gguf text.txt --rates 0 \\
         --variants "gptq(bits=3, block=128, grid='asymmetric')"
 """
 
@@ -17,14 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import calibrated
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command import about, parse, rows_of
 
 import jaxcompress as jc
+from experiments.common.command import about, parse, rows_of
+from experiments.quantization import calibrated
 from jaxcompress import distillation, reporting
 from jaxcompress.evaluation import Apply
 from jaxcompress.running.decode_once import code_again, decode_once
@@ -62,7 +62,7 @@ class Config:
     tuning_rate: float = 3e-3
     cache: str = ""  # directory for moments
     fast: bool = False  # the reference model and little text
-    results: str = "experiments/results/rate_distortion.jsonl"
+    results: str = "experiments/rate_distortion/results/models.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -9,20 +9,21 @@ some sequences, shrunk to its diagonal, and the shaped errors are counted on oth
 bits per weight that one would save at equal divergence, beside one weight per output.
 One JSON line per group of kernels and shrinkage, averaged over layers:
 
-    python experiments/output_metric.py SmolLM2.gguf text.txt --cache DIR
+    python -m experiments.rate_distortion.output_metric SmolLM2.gguf text.txt \\
+        --cache DIR
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import calibrated
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import about, parse
 
 import jaxcompress as jc
+from experiments.common.command import about, parse
+from experiments.quantization import calibrated
 from jaxcompress import reporting
 from jaxcompress.calibration.error_feedback import inverse_factor
 from jaxcompress.evaluation import Apply
@@ -44,7 +45,7 @@ class Config:
     windows: int = 1
     cache: str = ""  # directory for moments
     fast: bool = False
-    results: str = "experiments/results/output_metric.jsonl"
+    results: str = "experiments/rate_distortion/results/output_metric.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ tokens to calibrate on, linear layers only; bits are those of these layers' tens
 the peers' own files. llama.cpp is given as the folder of its programs, `llama-imatrix`
 and `llama-quantize`; AutoRound as packages beside this one, `pip install auto-round`:
 
-    python experiments/peers.py SmolLM2.gguf text.txt --llama llama.cpp/build/bin
-    python experiments/peers.py SmolLM2.gguf text.txt --bits 4 3 2
+    python -m experiments.rate_distortion.peers SmolLM2.gguf text.txt \\
+        --llama llama.cpp/build/bin
+    python -m experiments.rate_distortion.peers SmolLM2.gguf text.txt --bits 4 3 2
 """
 
 import dataclasses
@@ -17,13 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import calibrated
 import numpy as np
-import rate_distortion
-from command import parse
 from safetensors import safe_open
 
 import jaxcompress as jc
+from experiments.common.command import parse
+from experiments.quantization import calibrated
+from experiments.rate_distortion import models as rate_distortion
 
 BLOCK = 128  # of AutoRound's weights
 BATCH = 8  # windows in one of its steps
@@ -43,7 +44,7 @@ class Config:
     tokens: int = 512  # in a window
     threads: int = 2
     fast: bool = False  # does nothing: the peers have no fast form
-    results: str = "experiments/results/rate_distortion.jsonl"
+    results: str = "experiments/rate_distortion/results/models.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ of their outputs on inputs that were not calibrated on, at equal bits (a bit mor
 as a factor of four). One JSON line per way and rate: the geometric mean of the ratio to
 the defaults, its smallest and its largest:
 
-    python experiments/rate_distortion_layers.py SmolLM2.gguf text.txt --cache DIR
+    python -m experiments.rate_distortion.pieces SmolLM2.gguf text.txt --cache DIR
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import calibrated
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import about, parse
 
 import jaxcompress as jc
+from experiments.common.command import about, parse
+from experiments.quantization import calibrated
 from jaxcompress import reporting
 from jaxcompress.calibration.error_feedback import damped, descend
 from jaxcompress.coding.levels import contexts, trellis
@@ -51,7 +51,7 @@ class Config:
     tokens: int = 512  # in a window
     cache: str = ""  # directory for moments
     fast: bool = False
-    results: str = "experiments/results/rate_distortion_layers.jsonl"
+    results: str = "experiments/rate_distortion/results/pieces.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ so that other work on the machine slows both alike. Ratios are medians of the ro
 ratios, below 1 where the factors are faster; operations are those of the compiled
 programs.
 
-    python experiments/factor_speed.py
+    python -m experiments.running.factor_speed
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import commit, parse
 
 import jaxcompress as jc
+from experiments.common.command import commit, parse
 from jaxcompress import reporting
 
 
@@ -33,7 +33,7 @@ class Config:
     rows: tuple[int, ...] = (1, 8, 64, 512)
     rounds: int = 41
     fast: bool = False  # a narrower layer, three rounds
-    results: str = "experiments/results/factor_speed.jsonl"
+    results: str = "experiments/running/results/factor_speed.jsonl"
 
 
 def timed(functions: list[Callable[[], Any]], rounds: int) -> np.ndarray:

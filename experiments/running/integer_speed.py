@@ -8,7 +8,7 @@ rounds, so that other work on the machine slows all alike; speeds are tokens per
 of the median round, ratios medians of the rounds' ratios of time to float32's. Memory
 is what XLA reserves: parameters, and temporaries of the compiled call.
 
-    python experiments/integer_speed.py
+    python -m experiments.running.integer_speed
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import commit, parse
-from factor_speed import timed
 
 import jaxcompress as jc
+from experiments.common.command import commit, parse
+from experiments.running.factor_speed import timed
 from jaxcompress import reporting
 from jaxcompress.models.transformer import Transformer
 
@@ -58,7 +58,7 @@ class Config:
     length: int = 128  # of one example at the most, and of the cache
     rounds: int = 7
     fast: bool = False  # a small model, two rounds
-    results: str = "experiments/results/integer_speed.jsonl"
+    results: str = "experiments/running/results/integer_speed.jsonl"
 
 
 def weights(model: Transformer, dtype: str) -> Any:

@@ -6,7 +6,7 @@ sizes that XLA reserves: parameters, and temporaries (activations, dequantized w
 Nothing is run and no weight is made: all of it works on shapes. The largest weight, in
 float32, is the least that a model with dense matrix products can do with.
 
-    python experiments/streaming_memory.py --fast
+    python -m experiments.running.low_memory --fast
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-from command import parse
 
 import jaxcompress as jc
+from experiments.common.command import parse
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.reporting import append_lines
 
@@ -39,7 +39,7 @@ class Config:
     tokens: int = 128
     seed: int = 0
     fast: bool = False  # a smaller model of 6 layers
-    results: str = "experiments/results/streaming_memory.jsonl"
+    results: str = "experiments/running/results/low_memory.jsonl"
 
 
 def sizes(model: Any, params: Any, tokens: Any, context: Any) -> dict[str, float]:

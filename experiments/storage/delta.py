@@ -4,7 +4,7 @@ The reference model (bfloat16 weights) is trained a little by Adam, in float32, 
 docstrings; each checkpoint is packed alone and against the first, as float32 and as
 bfloat16. Every file is unpacked and compared.
 
-    python experiments/lossless_delta.py
+    python -m experiments.storage.delta
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command import parse
-from nearest import docstrings
 from safetensors.numpy import save_file
-from train_reference import make_step
 
 import jaxcompress as jc
+from experiments.common.command import parse
+from experiments.models.train_reference import make_step
+from experiments.quantization.nearest import docstrings
 from jaxcompress import storage
 from jaxcompress.reporting import append_lines
 from jaxcompress.tree.paths import roots
@@ -39,7 +39,7 @@ class Config:
     batch: int = 4
     kinds: str = "float32,bfloat16"
     fast: bool = False  # one step, one rate
-    results: str = "experiments/results/lossless_delta.jsonl"
+    results: str = "experiments/storage/results/delta.jsonl"
 
 
 def write(folder: Path, params: Any, kind: str) -> int:

@@ -10,7 +10,7 @@ written anew over what was altered.
 Each file must raise an error that names it or give back what was written; where digests
 were forged, it may give other numbers. Memory is bounded.
 
-    python experiments/lossless_faults.py
+    python -m experiments.storage.faults
 """
 
 import collections
@@ -32,10 +32,10 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
-from command import about, parse
 from safetensors.numpy import save_file
 
 import jaxcompress as jc
+from experiments.common.command import about, parse
 from jaxcompress import storage
 from jaxcompress.reporting import append_lines
 from jaxcompress.storage.checksummed_file import ABOUT, digest, to_json
@@ -54,7 +54,7 @@ class Config:
     seed: int = 0
     memory: int = 100  # megabytes of addresses beyond those in use at the start
     fast: bool = False  # three hundred
-    results: str = "experiments/results/lossless_faults.jsonl"
+    results: str = "experiments/storage/results/faults.jsonl"
 
 
 class Source(NamedTuple):

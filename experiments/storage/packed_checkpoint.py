@@ -4,7 +4,7 @@ Makes up directories like those of Hugging Face (bfloat16 shards, an index, sett
 packs and unpacks them in processes of their own, compares every file, and reports peak
 memory of each process. The weights are Gaussian with a scale for each row.
 
-    python experiments/lossless_checkpoint.py --folder FOLDER --sizes 0.75,1.5,3
+    python -m experiments.storage.packed_checkpoint --folder FOLDER --sizes 0.75,1.5,3
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from command import parse
 from safetensors.numpy import save_file
 
+from experiments.common.command import parse
 from jaxcompress.reporting import append_lines
 
 WIDTH = 4096
@@ -36,7 +36,7 @@ class Config:
     sizes: str = "0.75,1.5,3"  # gigabytes
     shard: float = 1.0  # gigabytes
     fast: bool = False  # one directory of 20 megabytes
-    results: str = "experiments/results/lossless_checkpoint.jsonl"
+    results: str = "experiments/storage/results/packed_checkpoint.jsonl"
 
 
 def make(folder: Path, size: float, shard: float) -> None:

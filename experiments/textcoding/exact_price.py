@@ -4,8 +4,8 @@ The same windows of text go through the float model and through `textcoding.exac
 integer logits of a shorter prefix, alone in its batch and step by step through a cache,
 are compared bit by bit with those of the batch.
 
-    python experiments/textcoding/exact_price.py reference
-    python experiments/textcoding/exact_price.py SmolLM2.gguf --text wikitext2-valid.txt
+    python -m experiments.textcoding.exact_price reference
+    python -m experiments.textcoding.exact_price SmolLM2.gguf --text wikitext2-valid.txt
 """
 
 import argparse

@@ -5,7 +5,7 @@ file in new processes: as this one, with XLA restricted to SSE4.2, with one thre
 with other Python environments (`--pythons`, separated by commas, each with its own
 version of JAX). Every process must give the same bytes, and encode to the same file.
 
-    python experiments/textcoding/portable.py --pythons old/bin/python,new/bin/python
+    python -m experiments.textcoding.portable --pythons old/bin/python,new/bin/python
 """
 
 import dataclasses
@@ -19,11 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.textcoding.exact_price import parse, record
 from jaxcompress import textcoding
 from jaxcompress.models.bundled_text import heldout_text
-
-sys.path.insert(0, str(Path(__file__).parent))
-from exact_price import parse, record
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """

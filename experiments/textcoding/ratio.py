@@ -5,8 +5,8 @@ numbers of lanes, beside other compressors on the same bytes. `--entropy` sums t
 integer model's own cross entropy over the same predictions, from its logits in
 float64. `--decode` decodes every file, and fails where the text does not come back.
 
-    python experiments/textcoding/ratio.py reference --settings 512/256/1,512/0/1
-    python experiments/textcoding/ratio.py SmolLM2.gguf --text wikitext2-valid.txt \\
+    python -m experiments.textcoding.ratio reference --settings 512/256/1,512/0/1
+    python -m experiments.textcoding.ratio SmolLM2.gguf --text wikitext2-valid.txt \\
         --settings 1024/512/1
 """
 
@@ -17,7 +17,6 @@ import importlib
 import lzma
 import math
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 import zstandard
 
+from experiments.textcoding.exact_price import parse, record
 from jaxcompress import textcoding
 from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.models.loading import load
 from jaxcompress.textcoding import pieces, windows
 from jaxcompress.tree.compress import compress
-
-sys.path.insert(0, str(Path(__file__).parent))
-from exact_price import parse, record
 
 
 @dataclasses.dataclass(frozen=True)

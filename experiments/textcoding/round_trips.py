@@ -4,22 +4,18 @@ Random and adversarial inputs are encoded by the reference model and decoded; a 
 never stored, so that the model codes all of them. Then single bits of files are
 flipped, and files are cut: each must raise an error.
 
-    python experiments/textcoding/round_trips.py --inputs 1000
+    python -m experiments.textcoding.round_trips --inputs 1000
 """
 
 import dataclasses
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.textcoding.exact_price import parse, record
 from jaxcompress import textcoding
 from jaxcompress.models.bundled_text import heldout_text
-
-sys.path.insert(0, str(Path(__file__).parent))
-from exact_price import parse, record
 
 FIXED = [
     b"",

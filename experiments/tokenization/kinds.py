@@ -6,7 +6,7 @@ SentencePiece with its defaults and Hugging Face's tokenizers. With `--fuzz`, ra
 strings and bytes are encoded and decoded too. One JSON line per row; rows that are
 there are not computed again:
 
-    python experiments/tokenizers_kinds.py text.txt
+    python -m experiments.tokenization.kinds text.txt
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
-from command import parse
-from nearest import docstrings
-from train_reference import commit
 
+from experiments.common.command import parse
+from experiments.models.train_reference import commit
+from experiments.quantization.nearest import docstrings
 from jaxcompress import reporting, tokenization
 
 KINDS = {
@@ -66,7 +66,7 @@ class Config:
     kinds: str = ",".join((*KINDS, *PEERS))
     fuzz: int = 100_000  # strings, for tokenizers without loss of the second size
     fast: bool = False
-    results: str = "experiments/results/tokenizers_kinds.jsonl"
+    results: str = "experiments/tokenization/results/kinds.jsonl"
 
 
 def fuzz_texts(count: int, seed: int) -> Iterator[str]:

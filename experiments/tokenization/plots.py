@@ -1,6 +1,6 @@
 """Draws what `tokenizers_vocabulary.py` measured: bits per byte of equal compute.
 
-python experiments/tokenizers_plots.py [--operations 1.2e12]
+python -m experiments.tokenization.plots [--operations 1.2e12]
 """
 
 import argparse
@@ -14,7 +14,7 @@ LOOKS = {"bpe": ("o-", "BPE"), "unigram": ("s--", "Unigram")}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    results: str = "experiments/results/tokenizers_vocabulary.jsonl"
+    results: str = "experiments/tokenization/results/vocabulary.jsonl"
     picture: str = "docs/tokenizers.svg"
     operations: float = 1.2e12  # of the models shown
 

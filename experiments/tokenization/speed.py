@@ -6,7 +6,7 @@ threads and processes; wall time depends on what else the machine does. Then one
 sentence of growing length: the best segmentation, found by dynamic programming, beside
 the greedy one. One JSON line per row:
 
-    python experiments/tokenizers_speed.py
+    python -m experiments.tokenization.speed
 """
 
 import argparse
@@ -23,9 +23,9 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
-from train_reference import Config as Training
-from train_reference import commit, library_files, sha256
 
+from experiments.models.train_reference import Config as Training
+from experiments.models.train_reference import commit, library_files, sha256
 from jaxcompress import reporting, tokenization
 from jaxcompress.tokenization import unigrams
 
@@ -38,7 +38,7 @@ class Config:
     repeats: int = 3  # of each measurement, interleaved; the median is kept
     lengths: str = "100,1000,10000,100000"  # characters of one sentence
     fast: bool = False
-    results: str = "experiments/results/tokenizers_speed.jsonl"
+    results: str = "experiments/tokenization/results/speed.jsonl"
 
 
 def seconds() -> float:

@@ -6,7 +6,7 @@ probability is cut off. Perplexity is measured on a part of that text, bits per 
 its end, which was not counted, and on docstrings of the standard library, which are out
 of the domain. One JSON line per row; rows that are there are not computed again:
 
-    python experiments/tokenizers_trimming.py SmolLM2.gguf text.txt
+    python -m experiments.tokenization.trimming SmolLM2.gguf text.txt
 """
 
 import argparse
@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nearest import docstrings
-from train_reference import commit
 
 import jaxcompress as jc
+from experiments.models.train_reference import commit
+from experiments.quantization.nearest import docstrings
 from jaxcompress import reporting, tokenization
 from jaxcompress.evaluation import Apply, LanguageModelMetrics, windows
 
@@ -39,7 +39,7 @@ class Config:
     calibrated: str = "measured"  # they begin with the measured ones; or "other"
     tokens: int = 512  # in a window
     fast: bool = False
-    results: str = "experiments/results/tokenizers_trimming.jsonl"
+    results: str = "experiments/tokenization/results/trimming.jsonl"
 
 
 def mean_probabilities(model: Any, params: Any, batches: list) -> np.ndarray:

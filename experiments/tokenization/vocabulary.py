@@ -6,7 +6,7 @@ vocabulary sees fewer tokens. Held-out files are scored in bits per byte, which 
 depend on the tokenizer. One JSON line per model is appended as it is finished, and
 lines that are there are not computed again:
 
-    python experiments/tokenizers_vocabulary.py
+    python -m experiments.tokenization.vocabulary
 """
 
 import argparse
@@ -20,8 +20,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from train_reference import Config as Training
-from train_reference import (
+
+import jaxcompress as jc
+from experiments.models.train_reference import Config as Training
+from experiments.models.train_reference import (
     batch_at,
     commit,
     initial_params,
@@ -32,8 +34,6 @@ from train_reference import (
     sha256,
     split,
 )
-
-import jaxcompress as jc
 from jaxcompress import reporting
 from jaxcompress.models.transformer import Transformer
 
@@ -51,7 +51,7 @@ class Config:
     context: int = 256
     tokens_per_step: int = 2048
     fast: bool = False  # a tiny model, two sizes, a few steps
-    results: str = "experiments/results/tokenizers_vocabulary.jsonl"
+    results: str = "experiments/tokenization/results/vocabulary.jsonl"
 
 
 def texts(config: Config) -> tuple[list[str], str]:

@@ -7,7 +7,7 @@ predictions: only the side parameters (scales and norms, codes frozen), or weigh
 steps together through the rounding. All are compared on the held-out text, by
 divergence from the float model and by bits per byte. One JSON line per row:
 
-    python experiments/quantization_aware.py
+    python -m experiments.training.quantization_aware
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command import about, parse
-from library_text import training_tokens
 
 import jaxcompress as jc
+from experiments.common.command import about, parse
+from experiments.common.library_text import training_tokens
 from jaxcompress import reporting
 from jaxcompress.evaluation import Apply, divergence, windows
 from jaxcompress.models.bundled_text import heldout_text
@@ -46,7 +46,7 @@ class Config:
     calibration: int = 64  # windows
     windows: int = 64  # of held-out text
     fast: bool = False  # few steps and windows
-    results: str = "experiments/results/quantization_aware.jsonl"
+    results: str = "experiments/training/results/quantization_aware.jsonl"
 
 
 def train(

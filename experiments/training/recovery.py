@@ -11,9 +11,9 @@ float model before and after, and the part of it that came back, for each seed o
 batches. One JSON line per row, appended as it is done; rows that the results hold
 already are not run again:
 
-    python experiments/recovery.py
-    python experiments/recovery.py SmolLM2.gguf text.txt --batch 1 --steps 64 \\
-        --only "2 bits coded, side"
+    python -m experiments.training.recovery
+    python -m experiments.training.recovery SmolLM2.gguf text.txt \\
+        --batch 1 --steps 64 --only "2 bits coded, side"
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pruned
-from command import about, parse, rows_of
-from library_text import batch_at, training_tokens
-from nearest import docstrings
 
 import jaxcompress as jc
+from experiments.common.command import about, parse, rows_of
+from experiments.common.library_text import batch_at, training_tokens
+from experiments.pruning import pruned
+from experiments.quantization.nearest import docstrings
 from jaxcompress import distillation, models, reporting
 from jaxcompress.evaluation import Apply
 from jaxcompress.running.decode_once import code_again, decode_once
@@ -68,7 +68,7 @@ class Config(pruned.Config):
     step_rate: float = 5e-5  # on scales and norms, while weights train
     seeds: int = 3
     folder: str = ""  # for checkpoints
-    results: str = "experiments/results/recovery.jsonl"
+    results: str = "experiments/training/results/recovery.jsonl"
 
 
 def start_of(

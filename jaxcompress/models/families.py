@@ -1,7 +1,7 @@
 """Hugging Face's model families: defaults, names of tensors, tables of settings.
 
 Every `affects` carries an alternative, recorded with transformers by
-`experiments/record_settings.py`: a change of `BASE` under which the key matters.
+`scripts/record_settings.py`: a change of `BASE` under which the key matters.
 """
 
 import dataclasses

@@ -1,31 +1,30 @@
 """Every experiment has what the command line needs of it, and runs in small."""
 
 import dataclasses
-import importlib
 import inspect
 import pathlib
 
 import pytest
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
-SHARED = {"command", "library_text", "other_coders"}
-# These write files that others read: data of the package and of the tests, a picture.
-MAKERS = {"pack_reference", "record_golden", "record_settings", "tokenizers_plots"}
+# These write files that others read: data of the package, a picture.
+MAKERS = {"models/pack_reference", "tokenization/plots"}
+SHARED = {"common", "coding/other_coders"}
 ALL = sorted(
-    str(path.relative_to(EXPERIMENTS).with_suffix(""))
-    for path in EXPERIMENTS.rglob("*.py")
-    if path.stem not in SHARED | MAKERS
+    ".".join(path.with_suffix("").parts)
+    for path in (path.relative_to(EXPERIMENTS) for path in EXPERIMENTS.rglob("*.py"))
+    if path.stem != "__init__"
+    and {path.parts[0], str(path.with_suffix(""))}.isdisjoint(SHARED | MAKERS)
 )
 
 
 @pytest.fixture
-def module(request, monkeypatch):
-    path = EXPERIMENTS / request.param
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    monkeypatch.syspath_prepend(str(path.parent))
+def module(request, experiment):
     try:
-        return importlib.import_module(path.name)
+        return experiment(request.param)
     except ModuleNotFoundError as error:  # a peer's package
+        if (error.name or "").partition(".")[0] in {"experiments", "jaxcompress"}:
+            raise
         pytest.skip(str(error))
 
 

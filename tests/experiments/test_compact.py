@@ -1,24 +1,14 @@
 """Experiments on pruning, low rank and distillation run, in small."""
 
 import dataclasses
-import importlib
 import json
-import pathlib
 
 import pytest
-
-EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture
-def experiment(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
 
 
 @pytest.mark.slow
 def test_low_rank(experiment, tmp_path):
-    module = experiment("low_rank")
+    module = experiment("factorization.low_rank")
     path = tmp_path / "rows.jsonl"
     config = module.Config(fast=True, only="weighted", results=str(path))
     rows = module.run(config)
@@ -30,7 +20,7 @@ def test_low_rank(experiment, tmp_path):
 
 @pytest.mark.slow
 def test_layers_removed(experiment, tmp_path):
-    module = experiment("structured")
+    module = experiment("pruning.structured")
     config = module.Config(
         fast=True, only="layers", results=str(tmp_path / "rows.jsonl")
     )
@@ -42,7 +32,7 @@ def test_layers_removed(experiment, tmp_path):
 
 @pytest.mark.slow
 def test_recovery(experiment, tmp_path, monkeypatch):
-    module = experiment("recovery")
+    module = experiment("training.recovery")
     monkeypatch.setitem(module.STARTS, "2 bits", module.STARTS["2 bits"][:1])
     path = tmp_path / "rows.jsonl"
     (row,) = module.run(module.Config(fast=True, results=str(path)))
@@ -53,7 +43,7 @@ def test_recovery(experiment, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_students_that_write(experiment, tmp_path):
-    module = experiment("on_policy")
+    module = experiment("distillation.on_policy")
     path = tmp_path / "rows.jsonl"
     rows = module.run(module.Config(fast=True, results=str(path)))
     assert [row["row"] for row in rows[1:]] == list(module.ROWS)[1:3]
@@ -62,7 +52,7 @@ def test_students_that_write(experiment, tmp_path):
 
 
 def test_the_command_line_is_made_of_a_config(experiment, monkeypatch):
-    command = experiment("command")
+    command = experiment("common.command")
 
     @dataclasses.dataclass(frozen=True)
     class Config:

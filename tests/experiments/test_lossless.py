@@ -1,27 +1,17 @@
 """Experiments on files without loss run, in small."""
 
-import importlib
-import pathlib
 import sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture
-def experiment(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
-
 
 @pytest.mark.slow
 def test_weights_beside_another_coder(experiment, monkeypatch):
     for peer in ("zipnn", "blosc2", "pcodec"):  # not installed everywhere
         monkeypatch.setitem(sys.modules, peer, None)
-    module = experiment("lossless")
+    module = experiment("coding.lossless")
     rows = module.run(module.Config(fast=True, only="zstd 3"))
     assert {row["kind"] for row in rows} == {"bfloat16"}
     bits = {row["coder"]: row["bits"] for row in rows}
@@ -39,7 +29,7 @@ def test_codes_and_levels(experiment, tmp_path):
     made = {x: scales * random.normal(0, 0.05, (256, 256)) for x in "ab"}
     path = tmp_path / "x.safetensors"
     save_file({name: x.astype(np.float32) for name, x in made.items()}, path)
-    module = experiment("lossless_codes")
+    module = experiment("coding.quantized_codes")
     rows = module.run(module.Config(model=str(path), fast=True, rates=(2.05,)))
     assert len(rows) == 4
     for row in rows:
@@ -53,7 +43,7 @@ def test_codes_and_levels(experiment, tmp_path):
 
 @pytest.mark.slow
 def test_altered_files(experiment):
-    module = experiment("lossless_faults")
+    module = experiment("storage.faults")
     (row,) = module.run(module.Config(fast=True))
     assert row["digests as written"] + row["forged digests"] == row["files"] == 300
     ends = {key: row[key] for key in row if key.startswith(("refused", "other "))}
@@ -67,7 +57,7 @@ def test_altered_files(experiment):
 
 @pytest.mark.slow
 def test_a_checkpoint_packed_and_unpacked_by_commands(experiment):
-    module = experiment("lossless_checkpoint")
+    module = experiment("storage.packed_checkpoint")
     (row,) = module.run(module.Config(fast=True))
     assert row["files"] == 2 and row["bytes"] > 19e6
     assert 0.6 < row["packed_share"] < 0.67  # 10.5 of 16 bits
@@ -77,7 +67,7 @@ def test_a_checkpoint_packed_and_unpacked_by_commands(experiment):
 
 @pytest.mark.slow
 def test_checkpoints_against_their_base(experiment):
-    module = experiment("lossless_delta")
+    module = experiment("storage.delta")
     (row,) = module.run(module.Config(fast=True, kinds="bfloat16"))
     assert row["differences"] > 0 and row["weights"] > 3e6
     assert 0 < row["bits_against_base"] < row["bits_alone"] / 4
@@ -86,7 +76,7 @@ def test_checkpoints_against_their_base(experiment):
 @pytest.mark.slow
 def test_a_model_runs_on_coded_weights(experiment, monkeypatch):
     """The experiment itself compares all logits, bit for bit."""
-    module = experiment("coded_forward")
+    module = experiment("coding.coded_forward")
     some = {"as they are": None, "code_floats()": "code_floats()"}
     monkeypatch.setattr(module, "RECIPES", some)
     dense, coded, streamed = module.run(module.Config(fast=True))

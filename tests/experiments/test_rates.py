@@ -1,23 +1,12 @@
 """The experiments on rate and distortion run, in small."""
 
-import importlib
-import pathlib
-
 import numpy as np
 import pytest
-
-EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture
-def experiment(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
 
 
 @pytest.mark.slow
 def test_gaussian_weights(experiment):
-    module = experiment("gaussian_bound")
+    module = experiment("rate_distortion.gaussian_bound")
     rows = module.run(module.Config(fast=True))
     gaps = {(row["covariance"], row["states"]): row["gap"] for row in rows}
     assert len(gaps) == len(rows) == 9
@@ -31,7 +20,7 @@ def test_gaussian_weights(experiment):
 )
 def test_the_gap_of_the_hardest_covariance(experiment, rate, states, most):
     """With half of its spectrum under the water at 2 bits; the full size, one seed."""
-    module = experiment("gaussian_bound")
+    module = experiment("rate_distortion.gaussian_bound")
     x = np.random.default_rng(1).standard_normal((192, 2048)).astype(np.float32)
     found = module.beside_the_bound(
         x,
@@ -47,7 +36,7 @@ def test_the_gap_of_the_hardest_covariance(experiment, rate, states, most):
 
 @pytest.mark.nightly
 def test_a_model(experiment, tmp_path):
-    module = experiment("rate_distortion")
+    module = experiment("rate_distortion.models")
     config = module.Config(fast=True, results=str(tmp_path / "rows.jsonl"))
     rows = module.run(config)
     found = {(row["variant"], row["text"]): row for row in rows}

@@ -1,23 +1,13 @@
 """The experiments on tokenizers run, in small, and find what they are there to find."""
 
-import importlib
 import json
-import pathlib
 
 import pytest
-
-EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture
-def experiment(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
 
 
 def test_kinds(experiment, tmp_path):
     pytest.importorskip("tokenizers")
-    module = experiment("tokenizers_kinds")
+    module = experiment("tokenization.kinds")
     path = tmp_path / "kinds.jsonl"
     config = module.Config(fast=True, results=str(path), kinds="bpe,word,HF bpe")
     rows = module.run(config)
@@ -31,7 +21,7 @@ def test_kinds(experiment, tmp_path):
 
 
 def test_fuzz_has_what_it_says(experiment):
-    module = experiment("tokenizers_kinds")
+    module = experiment("tokenization.kinds")
     texts = list(module.fuzz_texts(4000, seed=0))
     every = "".join(texts)
     assert not any(0xD800 <= ord(c) < 0xE000 for c in every)
@@ -43,7 +33,7 @@ def test_fuzz_has_what_it_says(experiment):
 @pytest.mark.slow
 def test_speed(experiment, tmp_path):
     pytest.importorskip("tokenizers")
-    module = experiment("tokenizers_speed")
+    module = experiment("tokenization.speed")
     rows = module.run(module.Config(fast=True))
     tokens = {row["engine"]: row["tokens"] for row in rows if "engine" in row}
     for kind in ("bpe", "unigram"):
@@ -59,7 +49,7 @@ def test_speed(experiment, tmp_path):
 
 @pytest.mark.slow
 def test_vocabulary(experiment, tmp_path):
-    module = experiment("tokenizers_vocabulary")
+    module = experiment("tokenization.vocabulary")
     path = tmp_path / "vocabulary.jsonl"
     config = module.Config(fast=True, kinds="bpe", results=str(path))
     rows = module.run(config)
@@ -70,7 +60,7 @@ def test_vocabulary(experiment, tmp_path):
     assert all(0 < row["bits_per_byte"] < 8 for row in rows)
     assert module.run(config) == []
     pytest.importorskip("matplotlib")
-    plots = experiment("tokenizers_plots")
+    plots = experiment("tokenization.plots")
     picture = tmp_path / "picture.svg"
     drawn = plots.Config(str(path), str(picture), operations=2e9)
     assert plots.run(drawn)["models"] == 2 and b"<svg" in picture.read_bytes()
@@ -80,7 +70,7 @@ def test_vocabulary(experiment, tmp_path):
 
 @pytest.mark.slow
 def test_trimming(experiment, tmp_path):
-    module = experiment("tokenizers_trimming")
+    module = experiment("tokenization.trimming")
     config = module.Config(fast=True, results=str(tmp_path / "trimming.jsonl"))
     full, used, likely = module.run(config)
     assert used["vocab_size"] < likely["vocab_size"] < full["vocab_size"]

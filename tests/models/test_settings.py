@@ -1,6 +1,6 @@
 """Tables of settings: what affects a model is read, what is unknown is refused.
 
-The logits were recorded with transformers by `experiments/record_settings.py`, on
+The logits were recorded with transformers by `scripts/record_settings.py`, on
 weights that depend on names and shapes alone.
 """
 

@@ -1,11 +1,7 @@
 """The experiments of text coding end quickly and say what they measured."""
 
-import importlib
-import pathlib
-
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "textcoding"
 WANTED = {
     "exact_price": {"price", "same_integers"},
     "ratio": {"bits_per_byte", "file_bytes"},
@@ -15,10 +11,9 @@ WANTED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WANTED)
-def test_experiment(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    experiment = importlib.import_module(name)
-    rows = experiment.run(experiment.Config(fast=True))
+def test_it_runs_in_small(name, experiment):
+    module = experiment(f"textcoding.{name}")
+    rows = module.run(module.Config(fast=True))
     rows = rows if isinstance(rows, list) else [rows]
     assert all(WANTED[name] <= set(row) for row in rows)
     if name == "exact_price":
