@@ -56,7 +56,7 @@ def score_units(
         by then, 1 for the last. `units * inputs**2` operations and more. "auto": by
         loss where `params` are given, else by activation. By loss costs a model less
         once the readers make up for what goes, several times less for heads
-        (`experiments/README.md`).
+        (`experiments/pruning`).
       damping: added to the diagonal of the second moment, as a fraction of its mean.
 
     Returns:
