@@ -41,7 +41,7 @@ ROWS: dict[str, str | None] = {
     "F32": None,
     "Q8_0": f"symmetric(bits=8, block=32, {HALF})",
     "Q4_0, nearest": f"symmetric(bits=4, block=32, full_range=True, {HALF})",
-    "Q4_0, gptq": f"gptq(bits=4, block=32, full_range=True, {HALF})",
+    "Q4_0, gptq": f"gptq(bits=4, block=32, {HALF})",
     "Q4_0, learned": f"learned(bits=4, block=32, {HALF})",
     "Q8_0 of llama.cpp": None,
     "Q4_0 of llama.cpp": None,
