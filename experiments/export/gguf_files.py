@@ -183,7 +183,7 @@ def same_text(
         padded[0, : len(ours)] = ours
         ours.append(int(apply(model, params, padded)[len(ours) - 1].argmax()))
     same = [a == b for a, b in zip(theirs, ours[len(ids) :], strict=True)]
-    return (same + [False]).index(False)
+    return [*same, False].index(False)
 
 
 def scores(

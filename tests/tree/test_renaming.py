@@ -54,8 +54,6 @@ def test_compressed_leaves_go_along():
     assert new["b"]["kernel"] is small["a"]["kernel"]
 
 
-
-
 @pytest.mark.parametrize(
     ("names", "match"),
     [
