@@ -49,8 +49,7 @@ class OutputFeedback(NamedTuple):
 def output_costs(
     moments: Any, x: jax.Array, method: str
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return the cost of an error of each output, and joint curvatures where they are
-    of use.
+    """What an error of each output costs, and joint curvatures where they are of use.
 
     Raises as `require`, and ValueError for joint curvatures that are not positive
     definite.
@@ -74,7 +73,7 @@ def output_costs(
 
 
 def count_groups(outputs: int) -> int:
-    """Return groups that outputs are split into; 1 where no split fits their walks."""
+    """Groups that outputs are split into; 1 where no split fits their walks."""
     count, places = trellis.walks(outputs)
     if count * places != outputs:
         return 1
@@ -87,8 +86,7 @@ _one_at_a_time = threading.Lock()  # the linear algebra has threads of its own
 
 
 def output_feedback(joint: np.ndarray) -> OutputFeedback:
-    """Return feedback for joint curvatures `[outputs, outputs]`, symmetric and not all
-    zero.
+    """Feedback for joint curvatures `[outputs, outputs]`, symmetric and not all zero.
 
     Raises ValueError where they are not positive definite.
     """
@@ -130,15 +128,13 @@ def _feedback(joint: np.ndarray) -> OutputFeedback:
 
 
 def shrunk(joint: np.ndarray, shrinkage: float) -> np.ndarray:
-    """Return joint curvatures `[..., outputs, outputs]` drawn towards their
-    diagonal.
-    """
+    """Joint curvatures `[..., outputs, outputs]` drawn towards their diagonal."""
     alone = np.eye(joint.shape[-1], dtype=bool)
     return np.where(alone, joint, (1 - shrinkage) * joint)
 
 
 def choose_shrinkage(halves: Sequence[np.ndarray]) -> float:
-    """Return the shrinkage with which the curvatures of one half serve the other best.
+    """The shrinkage with which the curvatures of one half serve the other best.
 
     1, no feedback at all, is among those that are tried: what was measured on too few
     tokens does no harm.
@@ -175,9 +171,7 @@ def choose_shrinkage(halves: Sequence[np.ndarray]) -> float:
 
 
 def stretched(feedback: OutputFeedback, factors: np.ndarray) -> OutputFeedback:
-    """Return the feedback for errors of `weights / factors`; factors `[outputs]`, in
-    order.
-    """
+    """The feedback for errors of `weights / factors`; factors `[outputs]`, in order."""
     groups = len(feedback.moves)
     by_group = factors.reshape(-1, groups).T
     flat = by_group.reshape(-1)

@@ -8,7 +8,7 @@ from jaxcompress.tokenization import read_text
 
 
 def check_out(path: str, *, clobber: bool = True, source: str | None = None) -> bool:
-    """Check that a file can be written; return whether one exists already.
+    """Checks that a file can be written; returns whether one is there already.
 
     Raises:
       FileNotFoundError: no such directory.
@@ -32,7 +32,7 @@ def check_out(path: str, *, clobber: bool = True, source: str | None = None) -> 
 
 
 def check_file(path: str, what: str) -> None:
-    """Check that a file is there to read.
+    """Checks that a file is there to read.
 
     Raises:
       FileNotFoundError: nothing at the path.
@@ -45,7 +45,7 @@ def check_file(path: str, what: str) -> None:
 
 
 def check_text(path: str, what: str) -> str:
-    """Return the text of a file, once it is known to be one.
+    """The text of a file, once it is known to be one.
 
     Raises:
       ValueError: not UTF-8, or empty; names the file.
@@ -58,7 +58,7 @@ def check_text(path: str, what: str) -> str:
 
 
 def check_model(name: str) -> None:
-    """Check what a path says without reading weights.
+    """Checks what a path says without reading weights.
 
     Raises:
       ValueError: a directory that holds no model.
@@ -71,7 +71,7 @@ def check_model(name: str) -> None:
 
 
 def check_all(options: argparse.Namespace) -> None:
-    """Check every path that the options of a command have."""
+    """Checks every path that the options of a command have."""
     for name in ("model", "against"):
         if getattr(options, name, None):
             check_model(getattr(options, name))

@@ -107,9 +107,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def _model(name: str) -> tuple[Any, ...]:
-    """Return what `encode` takes: nothing for the reference model, which it loads
-    itself.
-    """
+    """What `encode` takes: nothing for the reference model, which it loads itself."""
     if name == "reference":
         return ()
     model, params, tokenizer = load(name, scan=False)

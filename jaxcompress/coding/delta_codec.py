@@ -12,7 +12,7 @@ import numpy as np
 
 
 def difference(array: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Return the bytes of folded differences: uint8 `[bytes of a number, numbers]`.
+    """The bytes of folded differences: uint8 `[bytes of a number, numbers]`.
 
     Args:
       array, base: flat, of one dtype and size.
@@ -27,9 +27,7 @@ def difference(array: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 def restore(parts: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Return the array whose `difference` from `base` has these bytes; flat, of its
-    dtype.
-    """
+    """The array whose `difference` from `base` has these bytes; flat, of its dtype."""
     number = np.ascontiguousarray(parts.T).reshape(-1).view(_unsigned(base.dtype))
     one = number.dtype.type(1)
     odd = (number & one).astype(bool)
@@ -40,14 +38,12 @@ def restore(parts: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 def _ordered(array: np.ndarray) -> np.ndarray:
-    """Return bits as unsigned integers in the order of the numbers; a copy."""
+    """Bits as unsigned integers in the order of the numbers; a copy."""
     return _turned(array.view(_unsigned(array.dtype)).copy(), array.dtype)
 
 
 def _turned(words: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return magnitudes below zero counted from the other end, in place; its own
-    inverse.
-    """
+    """Magnitudes below zero counted from the other end, in place; its own inverse."""
     if jnp.issubdtype(dtype, jnp.floating):
         top = words.dtype.type(8 * words.dtype.itemsize - 1)
         negative = (words >> top).astype(bool)

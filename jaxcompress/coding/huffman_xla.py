@@ -17,8 +17,7 @@ AHEAD = 32  # bits in front of the first stream, so that no window begins before
 
 
 def lookup(alphabets: jax.Array, counts: jax.Array) -> jax.Array:
-    """Tabulate what the next 11 bits mean: uint32 `[tables * 2048]`, length above
-    symbol.
+    """What the next 11 bits mean: uint32 `[tables * 2048]`, length above symbol.
 
     Codes are given from zero on, the longest first.
 
@@ -47,7 +46,7 @@ def decode(
     entries: jax.Array,
     count: int,
 ) -> jax.Array:
-    """Return the symbols of lanes: uint8 `[lanes, count]`.
+    """The symbols of lanes: uint8 `[lanes, count]`.
 
     A damaged stream gives wrong symbols, never a read outside an array.
 

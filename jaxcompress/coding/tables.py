@@ -9,8 +9,7 @@ from jaxcompress.coding.rans import PRECISION, TOTAL
 
 
 def normalize(counts: np.ndarray) -> np.ndarray:
-    """Return frequencies uint16 `[columns]`, summing to 4096, that code the counts
-    cheapest.
+    """Frequencies uint16 `[columns]`, summing to 4096, that code the counts cheapest.
 
     Every counted column gets at least one. Rounded first; what is missing or over is
     then taken where it costs the fewest bits. Without counts column 0 gets all.
@@ -32,7 +31,7 @@ def normalize(counts: np.ndarray) -> np.ndarray:
     step = 1 if missing > 0 else -1
 
     def change(column: int) -> float:
-        """Return bits that one step more at this column costs."""
+        """Bits that one step more at this column costs."""
         size = int(sizes[column])
         if size + step <= 0:
             return np.inf
@@ -49,13 +48,13 @@ def normalize(counts: np.ndarray) -> np.ndarray:
 
 
 def cost(counts: np.ndarray, frequencies: np.ndarray) -> float:
-    """Return bits that so many symbols take with these frequencies."""
+    """Bits that so many symbols take with these frequencies."""
     seen = counts > 0
     return float(counts[seen] @ (PRECISION - np.log2(frequencies[seen])))
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Return bits of so many symbols at their order-0 entropy."""
+    """Bits of so many symbols at their order-0 entropy."""
     seen = counts[counts > 0].astype(np.float64)
     return float(seen @ np.log2(seen.sum() / seen)) if seen.size else 0.0
 
@@ -63,8 +62,7 @@ def entropy(counts: np.ndarray) -> float:
 def keep(
     values: np.ndarray, counts: np.ndarray, escape_bits: int
 ) -> tuple[np.ndarray, float]:
-    """Return which of the sorted values deserve a place in the table, the others
-    escaping.
+    """Which of the sorted values deserve a place in the table, the others escaping.
 
     Returns: a boolean mask, and the bits of all symbols, escapes and table included.
     """
@@ -85,9 +83,7 @@ def keep(
 
 
 def write_numbers(numbers: Iterable[int]) -> bytes:
-    """Return numbers >= 0, seven bits to a byte, lowest first; zeros as 0, their run -
-    1.
-    """
+    """Numbers >= 0, seven bits to a byte, lowest first; zeros as 0, their run - 1."""
     out = bytearray()
 
     def put(number: int) -> None:
@@ -111,7 +107,7 @@ def write_numbers(numbers: Iterable[int]) -> bytes:
 
 
 def read_numbers(data: memoryview, at: int, count: int) -> tuple[list[int], int]:
-    """Read `count` numbers that `write_numbers` wrote at `at`, and where they end.
+    """`count` numbers that `write_numbers` wrote at `at`, and where they end.
 
     Raises:
       ValueError: the data end early or hold something else.
@@ -142,10 +138,10 @@ def read_numbers(data: memoryview, at: int, count: int) -> tuple[list[int], int]
 
 
 def fold_sign(number: int) -> int:
-    """Fold signs: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
+    """0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
     return 2 * number if number >= 0 else -2 * number - 1
 
 
 def unfold_sign(number: int) -> int:
-    """Undo `fold_sign`."""
+    """Undoes `fold_sign`."""
     return -(number + 1) // 2 if number & 1 else number // 2

@@ -63,8 +63,7 @@ class Sampled:
 
 
 def top_k(logits: jax.Array, k: int, *, temperature: float = 1.0) -> TopK:
-    """Return what to keep of a teacher's logits `[..., vocabulary]`: `6 k + 4` bytes
-    each.
+    """What to keep of a teacher's logits `[..., vocabulary]`: `6 k + 4` bytes each.
 
     (`8 k + 4` bytes where the vocabulary is above 65 536.)
 
@@ -85,7 +84,7 @@ def top_k(logits: jax.Array, k: int, *, temperature: float = 1.0) -> TopK:
 def top_k_kl(
     student_logits: jax.Array, cached: TopK, *, mask: jax.Array | None = None
 ) -> jax.Array:
-    """Compute `T^2 KL` of the teacher's buckets against the student's, `[...]` in nats.
+    """`T^2 KL` of the teacher's buckets against the student's, `[...]` in nats.
 
     At most the KL over all tokens, and equal to it where the tail is one token or
     student and teacher share the tail out alike.
@@ -110,7 +109,7 @@ def sampled(
     power: float = 1.0,
     key: jax.Array,
 ) -> Sampled:
-    """Draw tokens in proportion to `softmax(logits / T) ** power`, with replacement.
+    """Draws tokens in proportion to `softmax(logits / T) ** power`, with replacement.
 
     The weight of a token drawn is its probability over `draws` times that of being
     drawn: 1 / draws each where `power` is 1.
@@ -139,8 +138,7 @@ def sampled(
 def sampled_kl(
     student_logits: jax.Array, cached: Sampled, *, mask: jax.Array | None = None
 ) -> jax.Array:
-    """Return an unbiased estimate of `T^2 KL(teacher / T || student / T)`, `[...]` in
-    nats.
+    """An unbiased estimate of `T^2 KL(teacher / T || student / T)`, `[...]` in nats.
 
     A single value may be negative. Raises ValueError on vocabularies or shapes that
     differ.
@@ -157,7 +155,7 @@ def cached_kl(
     *,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute `top_k_kl` or `sampled_kl`, by what was kept."""
+    """`top_k_kl` or `sampled_kl`, by what was kept."""
     function = top_k_kl if isinstance(cached, TopK) else sampled_kl
     return function(student_logits, cached, mask=mask)
 
@@ -170,8 +168,7 @@ def write_cache(
     *,
     source: str = "",
 ) -> TopK | Sampled:
-    """Return what the folder stores for this batch; computed and written if it is
-    missing.
+    """What the folder keeps for this batch; made and written there if it is not.
 
     The file is written beside its place and renamed, so that an interrupted run goes on
     where it stopped.
@@ -212,7 +209,7 @@ def write_cache(
 def read_cache(
     folder: str | os.PathLike, number: int, batch: Batch, *, source: str | None = None
 ) -> TopK | Sampled:
-    """Read what `write_cache` wrote for this batch; every byte of it is checked.
+    """What `write_cache` wrote for this batch; every byte of it is checked.
 
     `source` must be as it was written; None takes any.
 

@@ -27,8 +27,7 @@ def rollout(
     eos_id: int | None = None,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sample what the model writes after prompts, with its cache: one step a token;
-    traceable.
+    """What the model writes after prompts, with its cache: one step a token; traceable.
 
     Parameters are materialized once for all steps; no gradient passes.
 
@@ -90,7 +89,7 @@ def on_policy(
     temperature: float = 1.0,
     eos_id: int | None = None,
 ) -> LossFn:
-    """Return loss function on texts that, by `ratio`, the student goes on with itself.
+    """The loss function on texts that, by `ratio`, the student goes on with itself.
 
     In each example of a batch chosen with probability `ratio`, all but the first
     `prompt` tokens are replaced by what the student writes now, and its mask by what

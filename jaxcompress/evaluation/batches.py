@@ -28,7 +28,7 @@ def evaluate(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Return means over all examples of all batches, each the ratio of two sums.
+    """Means over all examples of all batches, each the ratio of two sums.
 
     Args:
       metrics_fn: `(params, batch) -> {name: (sum, weight)}`, both `[examples]`:
@@ -60,7 +60,7 @@ def totals(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Return the sums that `evaluate` divides: `{name: (sum, weight)}`, float64."""
+    """The sums that `evaluate` divides: `{name: (sum, weight)}`, float64."""
     sums: dict[str, np.ndarray] = {}
     for metrics in per_example(metrics_fn, params, batches, devices, mesh):
         for name, values in metrics.items():
@@ -82,9 +82,7 @@ def per_example(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Return sums and weights of each example, float64 `[2, examples]`, batch by
-    batch.
-    """
+    """Sums and weights of each example, float64 `[2, examples]`, batch by batch."""
     if mesh is not None and devices is not None:
         raise ValueError("pass devices or a mesh, not both; a mesh has its devices")
     if mesh is None:
@@ -159,7 +157,7 @@ def _masked(
 
 
 def _place(params: Params, mesh: Mesh) -> Params:
-    """Return parameters on every device of the mesh; those sharded over it stay so."""
+    """Parameters on every device of the mesh; those sharded over it stay so."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     wanted = set(mesh.devices.flat)
 

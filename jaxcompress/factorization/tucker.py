@@ -70,9 +70,7 @@ class Tucker(Leaf):
         return self.core.dtype
 
     def inner_moments(self, field: str, moments: Any) -> None:
-        """Return None: neither the core nor a factor meets the layer's inputs by
-        itself.
-        """
+        """Neither the core nor a factor meets the layer's inputs by itself: none."""
         del field, moments
 
     @property
@@ -81,9 +79,7 @@ class Tucker(Leaf):
         return self.core.shape[-len(self.factors) :]
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """Multiply by the input factors axis by axis, the core, and the output
-        factors.
-        """
+        """Into the core's coordinates axis by axis, through the core, and out again."""
         rows = math.prod(x.shape[:-1])
         if self._cost_apart(rows) > super().product_cost(rows):
             return super().contract(x, how)
@@ -95,7 +91,7 @@ class Tucker(Leaf):
     def convolve(
         self, x: jax.Array, convolution: Convolution, window: Sizes, how: Arithmetic
     ) -> jax.Array:
-        """Return convolution by the core, between products at each place (Tucker-2)."""
+        """A convolution by the core, between products at each place (Tucker-2)."""
         if self.sizes[: self.inputs] != window:
             return super().convolve(x, convolution, window, how)
         *places, channels = self.factors[: self.inputs]
@@ -109,9 +105,7 @@ class Tucker(Leaf):
         return self._outwards(convolution(x, kernel), x.dtype, how).astype(x.dtype)
 
     def _outwards(self, y: jax.Array, dtype: Any, how: Arithmetic) -> jax.Array:
-        """Multiply coordinates of the outputs, `[..., ranks]`, by the output
-        factors.
-        """
+        """From the coordinates of the outputs, `[..., ranks]`, to the outputs."""
         factors = [
             None if f is None else unboxed(f).T for f in self.factors[self.inputs :]
         ]
@@ -150,7 +144,7 @@ def tucker(
     weighted: Weighted = "auto",
     damping: float = 1e-3,
 ) -> Tucker:
-    """Return a core of the given ranks, and a factor with orthonormal columns per axis.
+    """A core of the given ranks, and a factor with orthonormal columns per axis.
 
     Starts from the leading singular vectors of each unfolding (the higher-order SVD,
     whose squared error is at most the sum over axes of the squared singular values left
@@ -206,7 +200,7 @@ def tucker(
 
 
 def unfolded(name: str, x: jax.Array, sizes: Any) -> tuple[Sizes, int]:
-    """Return the sizes, checked, and how many of the axes are inputs.
+    """The sizes, checked, and how many of the axes are inputs.
 
     Raises ValueError where there are none or they do not fit `x`, saying what would.
     """
@@ -239,7 +233,7 @@ def axis_statistics(
     inputs: int,
     damping: float,
 ) -> Statistics:
-    """Return `statistics` for a weight whose inputs unfold into `inputs` axes."""
+    """As `statistics`, for a weight whose inputs unfold into `inputs` axes."""
     if inputs > 1 and weighted == "auto":
         weighted = False
     if inputs > 1 and weighted:
@@ -296,7 +290,7 @@ def axis_whiten(
     sizes: Sizes,
     damping: float,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return unfolded weight in float64, and the factor by which axis 0 is whitened."""
+    """The unfolded weight in float64, and the factor by which axis 0 is whitened."""
     wide, root = x.astype(jnp.float64), None
     if second is not None:
         wide, root, _ = whiten(wide, second.astype(jnp.float64), damping)
@@ -304,21 +298,19 @@ def axis_whiten(
 
 
 def unfold(tensor: jax.Array, axis: int) -> jax.Array:
-    """Unfold an array along one axis: `[size of the axis, all others in order]`."""
+    """`[size of the axis, all others in order]`."""
     return jnp.moveaxis(tensor, axis, 0).reshape((tensor.shape[axis], -1))
 
 
 def leading_vectors(tensor: jax.Array, axis: int, rank: int) -> jax.Array:
-    """Return leading left singular vectors of an unfolding, `[size, rank]`,
-    orthonormal.
-    """
+    """Leading left singular vectors of an unfolding, `[size, rank]`, orthonormal."""
     matrix = unfold(tensor, axis)
     _, vectors = jnp.linalg.eigh(matrix @ matrix.T)
     return vectors[:, ::-1][:, :rank]
 
 
 def multiply_axis(tensor: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
-    """Apply `matrix` `[..., new, old]` along a negative axis of `[..., *axes]`.
+    """`matrix` `[..., new, old]` applied along a negative axis of `[..., *axes]`.
 
     The leading axes of both are the same stack.
     """
@@ -333,7 +325,7 @@ def multiply_axis(tensor: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
 def multiply_axes(
     x: jax.Array, sizes: Sizes, factors: Sequence[Any], how: Arithmetic
 ) -> jax.Array:
-    """Multiply each axis of a folded `x` `[..., *sizes]` by its `[size, new]`.
+    """`x` `[..., *sizes]`, folded, with each axis multiplied by its `[size, new]`.
 
     An axis whose factor is None stays. Every product is rounded to the dtype of `x`
     but for the last. Returns `[..., product of the new sizes]`.
@@ -348,9 +340,7 @@ def multiply_axes(
 
 
 def axes_cost(before: Sizes, after: Sizes, factors: Sequence[Any]) -> int:
-    """Return multiplications that taking one `[*before]` to `[*after]` by factors
-    needs.
-    """
+    """Multiplications that taking one `[*before]` to `[*after]` by factors needs."""
     total, sizes = 0, list(before)
     for axis, factor in enumerate(factors):
         if factor is not None:
@@ -360,7 +350,7 @@ def axes_cost(before: Sizes, after: Sizes, factors: Sequence[Any]) -> int:
 
 
 def _project(tensor: jax.Array, factors: dict[int, jax.Array]) -> jax.Array:
-    """Return the tensor in the coordinates of orthonormal factors, by axis."""
+    """The tensor in the coordinates of orthonormal factors, by axis."""
     for axis, factor in factors.items():
         tensor = multiply_axis(tensor, factor.T, axis - tensor.ndim)
     return tensor

@@ -37,9 +37,7 @@ class Place(NamedTuple):
 
 
 def stretched(start: Steps, theta: Steps, place: Place) -> Steps:
-    """Return the start's scales times e^theta, as stored; zero points `theta` off,
-    rounded.
-    """
+    """The start's scales times e^theta, as stored; zero points `theta` off, rounded."""
 
     def scale(base: jax.Array, log: jax.Array) -> jax.Array:
         size = jnp.abs(base) * jnp.exp(log)
@@ -59,9 +57,7 @@ def stretched(start: Steps, theta: Steps, place: Place) -> Steps:
 def descend_weights(
     x: jax.Array, start: Steps, *, place: Place
 ) -> tuple[jax.Array, Steps]:
-    """Return codes `[inputs, outputs]` and steps of least squared error of the
-    weights.
-    """
+    """Codes `[inputs, outputs]` and steps of least squared error of the weights."""
     start = jax.tree.map(lambda s: s.astype(jnp.float32), start)
     unit = jnp.square(start.scale)  # no square over- or underflows in these units
 
@@ -85,9 +81,7 @@ def descend_outputs(
     *values: jax.Array,
     place: Place,
 ) -> tuple[jax.Array, Steps]:
-    """Return codes and steps of least expected output error; `values` are where to
-    start.
-    """
+    """Codes and steps of least expected output error; `values` are where to start."""
     start = jax.tree.map(lambda s: s.astype(jnp.float32), start)
     wide = spread(start, place.block, x.shape[0])
     losses = jnp.stack([layer_loss(x, value, second) for value in values])
@@ -129,9 +123,7 @@ def descend_outputs(
 
 
 def output_error(x: jax.Array, second: jax.Array, value: jax.Array) -> jax.Array:
-    """Compute `tr(D^T S D)`, D the change; one product serves the value and its
-    gradient.
-    """
+    """tr(D^T S D), D the change; one product serves the value and its gradient."""
     change = value - x
     fixed = jax.lax.stop_gradient(change)
     moved = jax.lax.stop_gradient(second @ change)
@@ -142,8 +134,7 @@ def output_error(x: jax.Array, second: jax.Array, value: jax.Array) -> jax.Array
 def descend_gradients(
     x: jax.Array, start: Steps, loss: Callable[[jax.Array], jax.Array], place: Place
 ) -> tuple[jax.Array, Steps]:
-    """Return codes and steps of the least loss that gradients through the rounding
-    find.
+    """Codes and steps of the least loss that gradients through the rounding find.
 
     With `rounding="offsets"` every weight has one, in levels, of at most half a level.
 
@@ -175,14 +166,14 @@ def descend_gradients(
 
 
 def scale_of(x: jax.Array, wide: Steps) -> jax.Array:
-    """Return the scale of the side of each weight; `wide` broadcasts against `x`."""
+    """The scale of the side of each weight; `wide` broadcasts against `x`."""
     if wide.negative_scale is None:
         return jnp.broadcast_to(wide.scale, x.shape)
     return jnp.where(x > 0, wide.scale, wide.negative_scale)
 
 
 def _descent(loss: Callable, theta: Any, place: Place) -> Any:
-    """Return the auxiliary output at the best iterate, the initial one included.
+    """What `loss` returns beside the least error that is come across, start included.
 
     `loss(theta)` returns what is differentiated and `(error, what to keep)`; the errors
     of separate blocks are compared block by block. Adam on steps; where there are
@@ -214,7 +205,7 @@ def _descent(loss: Callable, theta: Any, place: Place) -> Any:
 
 
 def _moved(theta: Any, updates: Any, rates: Any) -> Any:
-    """Step against the updates; each part of a tuple at its own rate."""
+    """Against the updates; each part of a tuple at its own rate."""
     if isinstance(rates, tuple):
         return tuple(map(_moved, theta, updates, rates))
     return jax.tree.map(lambda t, u: t - rates * u, theta, updates)

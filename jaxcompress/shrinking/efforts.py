@@ -36,7 +36,7 @@ EFFORTS = {
 
 
 def choose_effort(effort: str) -> Effort:
-    """Return the effort of this name.
+    """The effort of this name.
 
     Raises:
       ValueError: an unknown name.

@@ -46,7 +46,7 @@ def pack(
     coding: str = "size",
     progress: bool | Progress = False,
 ) -> dict[str, int]:
-    """Pack a directory, such as a Hugging Face checkpoint, into one file.
+    """Packs a directory, such as a Hugging Face checkpoint, into one file.
 
     `unpack` gives the same bytes under the same names; permissions and times are not
     kept, links are followed, empty directories are left out. One part of a file is in
@@ -129,7 +129,7 @@ def unpack(
     base: str | os.PathLike | None = None,
     progress: bool | Progress = False,
 ) -> dict[str, int]:
-    """Write the files of an archive into a new directory; every byte is checked.
+    """Writes the files of an archive into a new directory; every byte is checked.
 
     The directory appears when it is complete; an error leaves nothing, a process that
     is killed `.name.*.tmp` beside it.
@@ -176,9 +176,7 @@ def unpack(
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Return errors of writing and reading say of which file; the system's own do
-    not.
-    """
+    """Errors of writing and reading say of which file; the system's own do not."""
     try:
         yield
     except OSError as error:
@@ -188,7 +186,7 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 
 def _names(root: Path) -> list[str]:
-    """Return paths of all files, sorted."""
+    """Paths of all files, sorted."""
     found = []
     for directory, folders, names in os.walk(root, followlinks=True):
         folders.sort()
@@ -209,7 +207,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _portable(name: str) -> bool:
-    """Return whether a path lies below the directory it is unpacked to, on any system.
+    """Whether a path lies below the directory it is unpacked to, on any system.
 
     Surrogates stand for bytes of a name that are not UTF-8.
     """
@@ -222,7 +220,7 @@ def _portable(name: str) -> bool:
 def _parts(
     root: Path, about: dict[str, Any], base: delta_base.Base | None
 ) -> Iterator[tuple[str, int, int, tuple[str, int] | None]]:
-    """Return dtype, numbers and first byte of the parts of a file, one behind another.
+    """Dtype, numbers and first byte of the parts of a file, one behind another.
 
     And, of parts to be kept as differences, file and first byte in the base.
     """
@@ -262,9 +260,7 @@ def _differences(
     rows: int,
     latest: dict[str, np.ndarray],
 ) -> list[Callable[[], np.ndarray]]:
-    """Return readers of the bytes of a difference, made once and kept till the next
-    is.
-    """
+    """Readers of the bytes of a difference, made once and kept till the next is."""
 
     def row(i: int) -> np.ndarray:
         if name not in latest:
@@ -276,7 +272,7 @@ def _differences(
 
 
 def _listed(stored: checkpoint.StoredParams) -> list[dict[str, Any]]:
-    """Return the files of an archive, checked against its tree."""
+    """The files of an archive, checked against its tree."""
     files = stored.metadata.get("archive")
     if files is None:
         raise ValueError(f"{stored.path} is no archive; load reads parameters")
@@ -316,7 +312,7 @@ def _listed(stored: checkpoint.StoredParams) -> list[dict[str, Any]]:
 
 
 def _checked(about: Any) -> Any:
-    """Return what is said of a file; ValueError where it has another type."""
+    """What is said of a file; ValueError where that is another thing."""
     match about:
         case {"path": str(path), "bytes": int(), "digest": str()} if _portable(path):
             return about
@@ -342,7 +338,7 @@ def _kind(
 def _base_of(
     stored: checkpoint.StoredParams, folder: str | os.PathLike | None
 ) -> Path | None:
-    """Return the base's directory, its files checked."""
+    """The base's directory, its files checked."""
     wanted = stored.metadata.get("base")
     if wanted is None and folder is not None:
         raise ValueError(f"{stored.path} was packed without a base; unpack it without")

@@ -73,14 +73,14 @@ class Span:
 
 
 def stored_as(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Return dtype code and shape under which the format holds an array."""
+    """Dtype code and shape under which the format holds an array."""
     if dtype in CODES:
         return CODES[dtype], shape
     return "U8", (math.prod(shape) * jnp.dtype(dtype).itemsize,)
 
 
 def count_bytes(slot: Slot) -> int:
-    """Return bytes of an array in a file."""
+    """Bytes of an array in a file."""
     return math.prod(slot.shape) * jnp.dtype(slot.dtype).itemsize
 
 
@@ -110,7 +110,7 @@ class TensorFile:
             raise
 
     def holds(self, name: str, dtype: str, shape: tuple[int, ...]) -> bool:
-        """Return whether an array is, or is coded as, what its header says."""
+        """Whether an array is, or is coded as, what its header says."""
         span = self.spans[name]
         if name in self.codings:
             return span.code == "U8" and len(span.shape) == 1
@@ -124,7 +124,7 @@ class TensorFile:
         *,
         threads: int | None = None,
     ) -> np.ndarray:
-        """Read an array, checked, into its own memory; in at most `threads` threads."""
+        """An array of its own memory, checked; `threads` at most decode its chunks."""
         self._check_kind(name, dtype, shape)
         span = self.spans[name]
         data = np.empty(span.stop - span.start, np.uint8)
@@ -140,7 +140,7 @@ class TensorFile:
     def read_rows(
         self, name: str, dtype: str, shape: tuple[int, ...], first: int, last: int
     ) -> np.ndarray:
-        """Read rows `first` to before `last` of an array's first axis, checked.
+        """Rows `first` to before `last` of an array's first axis, checked.
 
         Of a coded array, only the chunks that hold them are read.
         """
@@ -191,7 +191,7 @@ class TensorFile:
             raise self._damaged(f"{name}: {error}") from error
 
     def check(self, name: str) -> None:
-        """Check an array without holding it."""
+        """Checks an array without holding it."""
         span, state = self.spans[name], hashlib.blake2b(digest_size=DIGEST)
         buffer = memoryview(bytearray(min(CHUNK, span.stop - span.start)))
         for start in range(span.start, span.stop, CHUNK):
@@ -264,7 +264,7 @@ class TensorFile:
         return about
 
     def _read_codings(self, metadata: dict[str, str]) -> dict[str, str]:
-        """Group codings by name, from lists of positions in the data by coding."""
+        """By name, from lists of positions in the data by coding."""
         names = list(self.spans)
         try:
             found = json.loads(metadata.get("codings", "{}"))
@@ -280,9 +280,7 @@ class TensorFile:
             raise self._damaged("its codings are nested") from error
 
     def _spans(self, entries: dict[str, Any], start: int) -> dict[str, Span]:
-        """Yield the arrays in order, without the seal; each begins where the last
-        ended.
-        """
+        """The arrays in order, without the seal; each begins where the last ended."""
         for name, entry in entries.items():
             if not _is_entry(entry):
                 raise self._damaged(f"the header says of {name}: {str(entry)[:80]}")
@@ -321,7 +319,7 @@ class TensorFile:
         return spans
 
     def _explain(self, header: bytes) -> ValueError:
-        """Explain why a header that is not under the seal is wrong."""
+        """Why a header that is not under the seal is wrong, as far as can be told."""
         entries = _json_object(header) or {}
         metadata = entries.get("__metadata__")
         ours = type(metadata) is dict and metadata.get("format") == FORMAT
@@ -368,12 +366,12 @@ def digest(data: Any) -> bytes:
 
 
 def to_json(value: Any) -> str:
-    """Return the one way JSON is written here; ValueError for NaN and infinities."""
+    """The one way JSON is written here; ValueError for NaN and infinities."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def packed_about(about: Mapping[str, Any]) -> np.ndarray:
-    """Return the bytes of the `__about__` array."""
+    """The bytes of the `__about__` array."""
     return np.frombuffer(zlib.compress(to_json(about).encode(), 9), np.uint8)
 
 

@@ -32,7 +32,7 @@ Place = Callable[[str, tuple[int, ...]], Sharding]
 
 
 def save_orbax(path: str | os.PathLike, params: Params) -> None:
-    """Save parameters, sharded over any number of hosts, as an Orbax checkpoint.
+    """Saves parameters, sharded over any number of hosts, as an Orbax checkpoint.
 
     On several hosts every process calls it, with arrays sharded over all of them or
     with equal arrays of its own. Leaf types are kept field by field, without the
@@ -62,7 +62,7 @@ def save_orbax(path: str | os.PathLike, params: Params) -> None:
 
 
 def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
-    """Return the parameters that `save_orbax` saved; no target is needed.
+    """The parameters that `save_orbax` saved; no target is needed.
 
     64-bit arrays come back as NumPy arrays unless `jax_enable_x64` is set.
 
@@ -116,9 +116,7 @@ def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
 
 
 def is_orbax(path: str | os.PathLike) -> bool:
-    """Return whether a directory on this machine is, or has in it, an Orbax
-    checkpoint.
-    """
+    """Whether a directory on this machine is, or has in it, an Orbax checkpoint."""
     marks = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
     return any(set(marks) & set(names) for _, _, names in os.walk(path))
 
@@ -129,7 +127,7 @@ def _absolute(path: str | os.PathLike) -> str:
 
 
 def _tree(checkpointer: Any, path: str) -> Any:
-    """Return the JSON node of a checkpoint's tree."""
+    """The JSON node of a checkpoint's tree."""
     import orbax.checkpoint as ocp
 
     args = ocp.args.Composite(tree=ocp.args.JsonRestore())
@@ -152,7 +150,7 @@ def _tree(checkpointer: Any, path: str) -> Any:
 
 
 def _held(x: Any) -> Any:
-    """Return an array as Orbax takes it, in the same places."""
+    """An array as Orbax takes it, in the same places."""
     if isinstance(x, jax.Array) and x.is_fully_addressable and jax.process_count() > 1:
         x = np.asarray(x)  # every host has its own: process 0 writes it
     held = _HELD_AS.get(x.dtype.name)
@@ -165,7 +163,7 @@ def _held(x: Any) -> Any:
 
 
 def _freed(x: Any, dtype: str) -> Any:
-    """Return the array that `_held` changed."""
+    """The array that `_held` changed."""
     if x.dtype.name == dtype:
         return x
     if dtype == "float8_e4m3":
@@ -174,7 +172,7 @@ def _freed(x: Any, dtype: str) -> Any:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return names joined by "/" as dicts in dicts."""
+    """Names joined by "/" as dicts in dicts."""
     root: dict[str, Any] = {}
     for name, value in flat.items():
         *steps, last = name.split("/")
@@ -186,7 +184,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _place(node: Any, sharding: Any) -> Place:
-    """Choose the sharding of the array of a name and shape."""
+    """Where the array of a name and shape goes."""
     if sharding is None:
         everywhere = _everywhere()
         return lambda name, shape: everywhere
@@ -220,7 +218,7 @@ def _everywhere() -> Sharding:
 
 
 def _spread(node: Any, tree: Any) -> dict[str, Sharding]:
-    """Return sharding of each array by its name, from a prefix of the parameters."""
+    """The sharding of each array by its name, from a prefix of the parameters."""
     names: dict[int, str] = {}
     held = []
 

@@ -13,8 +13,7 @@ MAGIC = {  # first bytes of files that are mistaken for ours
 
 
 def check_ours(path: str, first: bytes) -> None:
-    """Return names what a file is, where its first nine bytes are those of another
-    program.
+    """Names what a file is, where its first nine bytes are those of another program.
 
     Those of ours are the header's length, any number, and the "{" of the header: a
     length of 640 bytes begins as a pickle does.

@@ -20,7 +20,7 @@ class Pieces(NamedTuple):
 
 
 def to_pieces(tokenizer: Tokenizer, data: bytes) -> Pieces:
-    """Return tokens and escapes that `from_pieces` turns into the same bytes."""
+    """Tokens and escapes that `from_pieces` turns into the same bytes."""
     pieces = tokenizer.pieces
     single: dict[bytes, int] = {}
     for i, piece in enumerate(pieces):
@@ -60,7 +60,7 @@ def to_pieces(tokenizer: Tokenizer, data: bytes) -> Pieces:
 
 
 def from_pieces(tokenizer: Tokenizer, pieces: Pieces) -> bytes:
-    """Return the bytes of tokens and escapes."""
+    """The bytes of tokens and escapes."""
     spelled = tokenizer.pieces
     parts: list[bytes] = []
     start = 0
@@ -73,8 +73,7 @@ def from_pieces(tokenizer: Tokenizer, pieces: Pieces) -> bytes:
 
 
 def cut(pieces: Pieces, counts: list[int]) -> list[Pieces]:
-    """Return consecutive parts of so many tokens; escapes at an end belong to the later
-    part.
+    """Consecutive parts of so many tokens; escapes at an end belong to the later part.
 
     Those behind the last token belong to the last part.
     """

@@ -28,9 +28,7 @@ class Merge:
 
 
 def most_frequent(count: int, left: str, right: str) -> Any:
-    """Return the order of SentencePiece: among equals the shorter piece, then by its
-    text.
-    """
+    """The order of SentencePiece: among equals the shorter piece, then by its text."""
     return -count, len(left + right), left + right, len(left)
 
 
@@ -42,7 +40,7 @@ def learn_merges(
     allowed: Callable[[str], bool] = lambda piece: True,
     order: Order = most_frequent,
 ) -> list[Merge]:
-    """Return the merges of byte-pair encoding, first to last.
+    """The merges of byte-pair encoding, first to last.
 
     Start with characters; count pairs of neighbors; make the most frequent pair one
     piece wherever it stands; repeat. No piece arises twice: the merges inside a piece
@@ -98,7 +96,7 @@ def learn_merges(
 
 
 def replace(parts: Sequence[str], left: str, right: str) -> list[str]:
-    """Return the parts with each `left, right` made one, from left to right."""
+    """The parts with each `left, right` made one, from left to right."""
     out, i = [], 0
     while i < len(parts):
         if i + 1 < len(parts) and parts[i] == left and parts[i + 1] == right:
@@ -118,7 +116,7 @@ def segment(
     draw: random.Random | None = None,
     merged: list[str] | None = None,
 ) -> list[str]:
-    """Return the parts (characters, at first) after all merges, best rank first.
+    """The parts (characters, at first) after all merges, best rank first.
 
     Among equal ranks the leftmost is merged first. Neighbors are a linked list and
     possible merges a heap: O(n log n), which matters for words of thousands of letters.

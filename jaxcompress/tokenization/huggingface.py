@@ -56,19 +56,19 @@ class HuggingFaceTokenizer:
         self.digest = hashlib.sha256(self.to_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Return ids of the text, without begin or end marks."""
+        """Ids of the text, without begin or end marks."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return text of the ids, special tokens spelled out."""
+        """Text of the ids, special tokens spelled out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_bytes(self, ids: Sequence[int]) -> np.ndarray:
-        """Count UTF-8 bytes of the text of each id, int32; special tokens have none."""
+        """UTF-8 bytes of text each id stands for, int32; special tokens have none."""
         return self._lengths[np.asarray(ids, np.int64)]
 
     def to_bytes(self) -> bytes:
-        """Return file's text with the begin and end marks, which `from_bytes` reads."""
+        """The file's text with the begin and end marks, which `from_bytes` reads."""
         return json.dumps(self._contents, sort_keys=True).encode()
 
     @cached_property
@@ -107,7 +107,7 @@ class HuggingFaceTokenizer:
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     def _end_ids(self, ends: Sequence[str | int]) -> tuple[int, ...]:
-        """Return end mark and other ids at which texts end; kept by their spelling."""
+        """The end mark and other ids at which texts end; kept by their spelling."""
         ids = [] if self.eos_id is None else [self.eos_id]
         for end in ends:
             i = end if isinstance(end, int) else self._special("end", end)
@@ -165,9 +165,7 @@ def from_huggingface_json(
 
 
 def added_marks(text: str) -> list[str]:
-    """Return spellings of the tokens that a tokenizer.json's post-processor adds to a
-    text.
-    """
+    """Spellings of the tokens that a tokenizer.json's post-processor adds to a text."""
     import tokenizers  # only for models from elsewhere
 
     return tokenizers.Tokenizer.from_str(text).encode("").tokens
@@ -182,7 +180,7 @@ def _object(text: str) -> dict:
 
 
 def _types(part) -> set[str]:
-    """Return names of a decoder and of the decoders in it."""
+    """Names of a decoder and of the decoders in it."""
     if not part:
         return set()
     return {part["type"]}.union(*map(_types, part.get("decoders", ())))

@@ -22,8 +22,7 @@ def sample(
     dropout: float = 0.1,
     alpha: float = 0.2,
 ) -> list[int]:
-    """Return ids of the text in a random segmentation; decoding them gives the same
-    text.
+    """Ids of the text in a random segmentation; decoding them gives the same text.
 
     Args:
       tokenizer: of kind "bpe" or "unigram", from `train`.

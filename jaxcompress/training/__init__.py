@@ -1,3 +1,1 @@
 """Training steps, runs, optimizers and quantization-aware training."""
-
-__all__ = []

@@ -22,17 +22,6 @@ from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.paths import EMBEDDING, array_names
 from jaxcompress.types import Masks, Params
 
-__all__ = [
-    "by_name",
-    "cubic_sparsity",
-    "gradual_pruning",
-    "keep_masked_zero",
-    "layerwise_rates",
-    "project",
-    "relative",
-    "relative_adam",
-]
-
 
 class MaskedState(NamedTuple):
     """Boolean masks, None where dense."""
@@ -54,7 +43,7 @@ class ProjectionState(NamedTuple):
 
 
 def keep_masked_zero(masks: Masks) -> optax.GradientTransformation:
-    """Set weights to zero where a mask is false, and keeps them there; put it last.
+    """Sets weights to zero where a mask is false, and keeps them there; put it last.
 
     Args:
       masks: booleans like the parameters, None where dense (`masks.make`, `masks.of`).
@@ -86,7 +75,7 @@ def gradual_pruning(
     nm: str | None = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prune more and more weights while the others train; put it last.
+    """Prunes more and more weights while the others train; put it last.
 
     A weight that is pruned stays so, unless the schedule falls.
 
@@ -150,8 +139,7 @@ def gradual_pruning(
 def cubic_sparsity(
     final: float, *, start: int = 0, stop: int, initial: float = 0.0
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return fraction dropped at a step: `final - (final - initial) (1 - t)^3`, t from
-    0 to 1.
+    """Fraction dropped at a step: `final - (final - initial) (1 - t)^3`, t from 0 to 1.
 
     Fast where there is much to drop, slow towards the end; `initial` before step
     `start`, `final` from step `stop` on.
@@ -176,7 +164,7 @@ def cubic_sparsity(
 
 
 def _to_zero(updates: Any, masks: Masks, params: Params | None) -> Any:
-    """Update that leave exact zeros where a mask is false."""
+    """Updates that leave exact zeros where a mask is false."""
     if params is None:
         raise ValueError(
             "keeping weights at zero needs the parameters; call "
@@ -187,9 +175,7 @@ def _to_zero(updates: Any, masks: Masks, params: Params | None) -> Any:
 
 
 def _over(function: Callable, masks: Masks, first: Any, *others: Any) -> Any:
-    """Apply `function(mask, ...)` where there is a mask; return the first tree's part
-    elsewhere.
-    """
+    """`function(mask, ...)` where there is a mask; the first tree's part elsewhere."""
 
     def one(mask: jax.Array | None, x: Any, *rest: Any) -> Any:
         return x if mask is None else function(mask, x, *rest)
@@ -200,8 +186,7 @@ def _over(function: Callable, masks: Masks, first: Any, *others: Any) -> Any:
 def by_name(
     rules: Sequence[tuple[str, optax.GradientTransformation | None]],
 ) -> optax.GradientTransformation:
-    """Return an optimizer for each name: the first pattern that fully matches it
-    decides.
+    """An optimizer for each name: the first pattern that fully matches it decides.
 
     Names are those of arrays, inside leaves too (`mlp/kernel/scale`, `leaf_names`).
     None freezes: no update, and no state. End with `(".*", optimizer)` for the rest.
@@ -245,7 +230,7 @@ def by_name(
 
 
 def relative(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Train the logarithms of magnitudes: what `optimizer` returns is relative.
+    """Trains the logarithms of magnitudes: what `optimizer` returns is relative.
 
     For scales and steps, which differ by orders of magnitude within one array: with
     `relative(optax.adam(0.01))` each changes by about a percent per step. Zeros stay.
@@ -270,8 +255,7 @@ def relative(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
-    """Build Adam on relative changes (`relative`), its rate decayed by a cosine to
-    zero.
+    """Adam on relative changes (`relative`), its rate decayed by a cosine to zero.
 
     Args:
       rate: of the first step, relative to each number.
@@ -283,7 +267,7 @@ def relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
 def layerwise_rates(
     decay: float, *, looped: str = r"layer_(\d+)/.*", stacked: str = r"layers/.*"
 ) -> optax.GradientTransformation:
-    """Return scales updates by `decay` for every layer between an array and the head.
+    """Scales updates by `decay` for every layer between an array and the head.
 
     The last layer and what follows it keep their updates; what is in no layer and is an
     embedding is one layer below the first. Put it after the optimizer.
@@ -337,7 +321,7 @@ def layerwise_rates(
 def project(
     transform: Callable[[Params], Params], *, every: int = 1
 ) -> optax.GradientTransformation:
-    """Put the parameters back where `transform` puts them; last in a chain.
+    """Puts the parameters back where `transform` puts them; last in a chain.
 
     Onto a grid: `lambda p: materialize(compress(p, "symmetric(bits=4, block=64)"))`;
     onto fixed zeros: `lambda p: jc.masks.apply(p, masks)`. What arrives is right to the

@@ -49,9 +49,7 @@ class Mixed(Leaf):
         return self.rest.dtype
 
     def inner_moments(self, field: str, moments: Any) -> Any:
-        """Return the moments of the whole layer for a part of its outputs, None for a
-        part of its inputs.
-        """
+        """Those of the whole layer for a part of its outputs; none for some inputs."""
         if self.axis != -1:
             return None
         counts = getattr(moments, "curvatures", None)
@@ -93,9 +91,7 @@ class Sum(Leaf):
         return self.terms[0].dtype
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """Return terms that are cheaper to multiply than to add up apart, the rest as
-        one.
-        """
+        """Terms that are cheaper to multiply than to add up apart, the rest as one."""
         rows = math.prod(x.shape[:-1])
         apart = [t for t in self.terms if product_cost(t, rows) < dense_cost(t)]
         rest = tuple(t for t in self.terms if all(t is not other for other in apart))

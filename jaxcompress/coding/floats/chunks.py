@@ -69,8 +69,7 @@ class Chunk(NamedTuple):
 
 @functools.cache
 def block_width(shape: tuple[int, ...]) -> int:
-    """Return words of a block of an array: a part of a row where that is near 512, else
-    512.
+    """Words of a block of an array: a part of a row where that is near 512, else 512.
 
     A row of a matrix has one scale, as a rule, so blocks do well not to lie across two.
     """
@@ -81,14 +80,14 @@ def block_width(shape: tuple[int, ...]) -> int:
 
 
 def chunk_words(width: int) -> int:
-    """Return words of a chunk of whole blocks."""
+    """Words of a chunk of whole blocks."""
     return CHUNK // width * width
 
 
 def encode(
     words: np.ndarray, split: Split, width: int, *, plain: bool = False
 ) -> Chunk | None:
-    """Return one chunk, coded; None where too many words fall outside the window.
+    """One chunk, coded; None where too many words fall outside the window.
 
     The chunk is to be used at once: its rests lie in an array that is used again.
 
@@ -141,7 +140,7 @@ def encode(
 
 
 def estimate(words: np.ndarray, split: Split) -> float | None:
-    """Estimate the bytes of flat words; None as `encode`.
+    """About the bytes of flat words; None as `encode`.
 
     By the entropy of symbols, of which each takes a bit or more.
     """
@@ -162,7 +161,7 @@ def estimate(words: np.ndarray, split: Split) -> float | None:
 
 
 def decode(chunk: Chunk, split: Split, out: np.ndarray) -> None:
-    """Write the words of a chunk to `out`; ValueError where it is damaged."""
+    """Writes the words of a chunk to `out`; ValueError where it is damaged."""
     blocks, width = chunk.classes.size, chunk.width
     symbols = _symbols(chunk, split)
     rows = PIECE // width
@@ -189,16 +188,14 @@ def decode(chunk: Chunk, split: Split, out: np.ndarray) -> None:
 
 
 def _join(upper: np.ndarray, tails: np.ndarray, out: np.ndarray) -> None:
-    """Return words of four bytes of their halves."""
+    """Words of four bytes of their halves."""
     np.copyto(out, upper)
     np.left_shift(out, np.uint32(16), out=out)
     np.bitwise_or(out, tails, out=out)
 
 
 def _symbols(chunk: Chunk, split: Split) -> np.ndarray:
-    """Return symbols of blocks in order, uint8 `[blocks, bytes]`, to be used at
-    once.
-    """
+    """Symbols of blocks in order, uint8 `[blocks, bytes]`, to be used at once."""
     shape = chunk.classes.size, split.symbol_bytes(chunk.width)
     by_class, first = room("by class", shape, np.uint8), 0
     for frame, held in chunk.frames:
@@ -214,7 +211,7 @@ def _symbols(chunk: Chunk, split: Split) -> np.ndarray:
 
 
 def write(chunk: Chunk) -> memoryview:
-    """Return a chunk as bytes."""
+    """A chunk as bytes."""
     classes = b""
     if chunk.classes.any():
         classes = zstd.pack(chunk.classes.tobytes())
@@ -232,7 +229,7 @@ def write(chunk: Chunk) -> memoryview:
 
 
 def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Chunk:
-    """Undo `write`, for `count` words of so many bytes, in blocks of `width`.
+    """Undoes `write`, for `count` words of so many bytes, in blocks of `width`.
 
     Raises:
       ValueError: these are not the bytes of such a chunk.
@@ -273,7 +270,7 @@ def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Ch
 
 
 def symbols_of(chunk: Chunk, split: Split) -> Iterator[np.ndarray]:
-    """Return symbols of one frame after another, decoded: uint8 `[blocks, bytes]`."""
+    """The symbols of one frame after another, decoded: uint8 `[blocks, bytes]`."""
     size = split.symbol_bytes(chunk.width)
     for frame, held in chunk.frames:
         data = zstd.decompress(frame, held * size)
@@ -290,19 +287,19 @@ def split_for(kind: str, *, fast: bool = False) -> str | None:
 
 
 def _counts(words: np.ndarray, split: Split) -> np.ndarray:
-    """Return how often each high part occurs."""
+    """How often each high part occurs."""
     return np.bincount(split.high_part(words), minlength=split.high_parts)
 
 
 @functools.cache
 def _windows(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return bases that there may be, and the last high part of the window of each."""
+    """Bases that there may be, and the last high part of the window of each."""
     bases = np.arange(0, split.high_parts, split.step)
     return bases, np.minimum(bases + split.window, split.high_parts - 1)
 
 
 def _base(counts: np.ndarray, split: Split) -> int:
-    """Choose the number below the window that holds most of what was counted."""
+    """Below the window that holds most of what was counted."""
     if not split.window:
         return 0
     sums = np.cumsum(counts)
@@ -311,9 +308,7 @@ def _base(counts: np.ndarray, split: Split) -> int:
 
 
 def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:
-    """Return blocks as frames: one, or more where only halves are free of
-    repetitions.
-    """
+    """Blocks as frames: one, or more where only halves are free of repetitions."""
     frame = zstd.pack(symbols.data)
     blocks = symbols.shape[0]
     if plain and blocks >= 8 and parse(frame) is None:
@@ -325,9 +320,7 @@ def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:
 
 
 def _write_tails(given: np.ndarray | None) -> tuple[Any, Any, Any]:
-    """Return flags of segments with fewer bits, their bytes, then the other segments
-    raw.
-    """
+    """Flags of segments with fewer bits, their bytes, then the other segments raw."""
     if given is None:
         return b"", b"", b""
     tails = room("tails", given.shape, np.uint16)
@@ -378,6 +371,6 @@ def _little(x: np.ndarray) -> np.ndarray:
 
 
 def require(fits: bool, found: str) -> None:
-    """Raise ValueError where what was found does not fit a coded chunk."""
+    """Raises ValueError where what was found does not fit a coded chunk."""
     if not fits:
         raise ValueError(f"not a coded chunk: {found}; the file is damaged")
