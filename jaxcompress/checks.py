@@ -6,7 +6,7 @@ import jax
 
 
 def check_concrete(params: Any, name: str) -> None:
-    """Raises TypeError under a trace."""
+    """Raise TypeError under a trace."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
         raise TypeError(
             f"{name} reads values on the host, so it can't run under jit, vmap or "

@@ -12,6 +12,8 @@ import numpy as np
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import roots
 
+__all__ = ["histograms", "layers", "masks", "size_quality", "spectra"]
+
 # Okabe and Ito's palette, which colour-blind readers tell apart; markers help in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -22,7 +24,7 @@ PIXELS = 256  # of a mask's sides, at most
 
 
 def size_quality(points: Iterable[Any], *, title: str = "Size and quality") -> Any:
-    """Plots KL against the size of the file, both on logarithmic axes.
+    """Plot KL against the size of the file, both on logarithmic axes.
 
     Args:
       points: with `name`, `file_bytes`, `kl`, `kl_standard_error`, `group`: those of
@@ -63,7 +65,7 @@ def size_quality(points: Iterable[Any], *, title: str = "Size and quality") -> A
 
 
 def layers(report: Iterable[Any], *, title: str = "Bits and errors by leaf") -> Any:
-    """Plots bits per weight in the file, and the relative error, of each leaf.
+    """Plot bits per weight in the file, and the relative error, of each leaf.
 
     Args:
       report: of `jc.report`, or `Shrunk.report`; the leaves with most weights are
@@ -125,7 +127,7 @@ def spectra(
     *,
     title: str = "Singular values",
 ) -> Any:
-    """Plots the energy that the first singular values of each matrix leave out.
+    """Plot the energy that the first singular values of each matrix leave out.
 
     Args:
       params: a tree; of a stacked weight the first slice is taken.
@@ -162,7 +164,7 @@ def histograms(
     *,
     title: str = "Weights",
 ) -> Any:
-    """Plots the distribution of weights, before and after, leaf by leaf.
+    """Plot the distribution of weights, before and after, leaf by leaf.
 
     Args:
       params: the tree before.
@@ -207,7 +209,7 @@ def histograms(
 def masks(
     small: Any, names: Sequence[str] | None = None, *, title: str = "Nonzero weights"
 ) -> Any:
-    """Plots where weights are not zero, as densities of small squares.
+    """Plot where weights are not zero, as densities of small squares.
 
     Args:
       small: a pruned tree, dense or `Sparse`.
@@ -267,7 +269,7 @@ def _sampled(x: jax.Array) -> np.ndarray:
 
 
 def _pooled(alive: np.ndarray) -> np.ndarray:
-    """Means over rectangles, so that no side has more than `PIXELS`."""
+    """Return means over rectangles, so that no side has more than `PIXELS`."""
     rows, columns = (-(-side // PIXELS) for side in alive.shape)
     padded = np.pad(
         alive.astype(np.float32),
@@ -281,7 +283,7 @@ def _pooled(alive: np.ndarray) -> np.ndarray:
 def _figure(
     width: float, height: float, *, rows: int = 1, columns: int = 1, share: bool = False
 ) -> Any:
-    """A figure and its axes, without a window."""
+    """Return a figure and its axes, without a window."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -293,7 +295,7 @@ def _figure(
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Ticks of a logarithmic axis as plain numbers, few enough to be read."""
+    """Write ticks of a logarithmic axis as plain numbers, few enough to read."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -16,7 +16,7 @@ def each_item(
     total: int | None = None,
     unit: str = "leaves",
 ) -> Iterable[Any]:
-    """Iterates over items with the progress that a caller asked for.
+    """Iterate over items with the progress that a caller asked for.
 
     Args:
       items: what to iterate over.
@@ -48,7 +48,7 @@ def track(
     amount: Callable[[Any], int] = lambda item: 1,
     stream: TextIO | None = None,
 ) -> Iterator[Any]:
-    """Passes items on and shows how far their user is, at what rate, for how long yet.
+    """Pass items on and show position, rate and the time left.
 
     The first item, whose use usually compiles, is shown as compiling and is no part
     of the rate. On a terminal it is a bar; elsewhere a line every 10 seconds.
@@ -102,7 +102,7 @@ def _state(done: int, total: int | None, rate: float, unit: str) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as `m:ss` or `h:mm:ss`."""
+    """Return seconds as `m:ss` or `h:mm:ss`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,8 +1,11 @@
 """Strict JAX for every test: two fake devices, no silent rank promotion.
 
 Each file has a budget of processor time, compilation included; files over it are named
-at the end of a run. All processes of a run share what they compile, and forget it after
-each file, so that a process stays small.
+at the end of a run. All processes of a run share what they compile. A process that has
+grown forgets its programs after a file.
+
+Most of the time is compilation of small programs, so that the compiler's optimization
+is off, unless XLA_FLAGS names a level: `.ci/nightly` runs everything again with it.
 """
 
 import atexit
@@ -18,8 +21,14 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
-if "host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"
+for flag, value in {
+    "xla_force_host_platform_device_count": 2,
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}.items():
+    if flag not in flags:
+        flags += f" --{flag}={value}"
+os.environ["XLA_FLAGS"] = flags
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="jaxcompress-tests-")
@@ -32,6 +41,7 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 BUDGET = 60.0  # processor seconds per file, on both cores together
+GROWN = 1.8e9  # resident bytes at which a process forgets its programs
 spent = collections.Counter()  # by test
 largest = collections.Counter()  # resident bytes, by process
 last = time.process_time()
@@ -51,8 +61,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Programs that no later file runs are freed."""
-    if nextitem is None or nextitem.path != item.path:
+    """Programs are freed between files, where they have become many."""
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if memory > GROWN and (nextitem is None or nextitem.path != item.path):
         jax.clear_caches()
 
 

@@ -32,7 +32,7 @@ class Streams:
     compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def start(self) -> list[Values]:
-        """What each batch's first segment reads."""
+        """Return what the first segment reads of each batch."""
         return [
             dict(zip(inputs, jax.tree.leaves(batch), strict=True))
             for batch, (_, inputs) in zip(self.batches, self.programs, strict=True)
@@ -46,7 +46,7 @@ class Streams:
     def forward(
         self, number: int, weights: dict[str, Any], values: list[Values]
     ) -> list[Values]:
-        """The values behind segment `number`."""
+        """Return the values behind segment `number`."""
         after, ready = [], {}
         for (segments, _), held in zip(self.programs, values, strict=True):
             segment = segments[number]
@@ -65,7 +65,8 @@ class Streams:
         names: Sequence[str],
         changed: dict[str, Any] | None = None,
     ) -> tuple[list[Values], dict[str, Moments], dict[str, Layout]]:
-        """Values behind a segment, and moments and layouts of the weights `names`.
+        """Return values behind a segment, and moments and layouts of the weights
+        `names`.
 
         Names are those that the segment's `weights` have; layouts come in the order of
         first use. `drifted` are the values of the compressed model, where its moments
@@ -100,7 +101,7 @@ class Streams:
 def streams(
     model: Any, shapes: Mapping[str, Any], rebuild: Any, batches: Any, pattern: str
 ) -> Streams:
-    """The batches at the start of the model, cut by `pattern` as in `segments.cut`.
+    """Return batches at the start of the model, cut by `pattern` as in `segments.cut`.
 
     Raises ValueError where batches of unlike shapes use the weights in unlike ways.
     """
@@ -124,7 +125,7 @@ def streams(
 
 
 def _run(segment: Segment) -> Callable[[dict[str, Any], list], list]:
-    """The segment as a function of one name, which is part of the compiled text."""
+    """Return segment as a function of one name, which is part of the compiled text."""
 
     def run(weights: dict[str, Any], read: list) -> list:
         return segment(weights, read)
@@ -142,7 +143,9 @@ def _measured(
     names: Sequence[str],
     layouts: dict[str, Layout],
 ) -> tuple[list[jax.Array], dict[str, Moments]]:
-    """Results on the first of one or two lists of values, and moments over both."""
+    """Return results on the first of one or two lists of values, and moments over
+    both.
+    """
     seen: dict[str, list[Use]] = {}
 
     def note(use: Use) -> dict[str, jax.Array]:

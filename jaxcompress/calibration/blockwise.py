@@ -54,7 +54,8 @@ def compress_blockwise(
     record: list[LeafReport] | None = None,
     progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
 ) -> Any:
-    """`compress` with the moments that each block meets behind the compressed ones.
+    """Compute `compress` with the moments that each block meets behind the compressed
+    ones.
 
     The traced program is cut into blocks by the weights that they read, so that the
     model needs nothing: looped or scanned, remat, any call in between. Every batch runs
@@ -160,7 +161,7 @@ def compress_blockwise(
 
 
 def _shown(parts: Iterator[Part], count: int, show: bool) -> Iterator[Part]:
-    """Passes parts on; shows how far they are, their errors and the time left."""
+    """Pass parts on and show progress: their errors and the time left."""
     start = time.monotonic()
     for number, part in enumerate(parts, start=1):
         errors = {r.name: r.output_error for r in part.reports if r.output_error}
@@ -175,7 +176,7 @@ def _shown(parts: Iterator[Part], count: int, show: bool) -> Iterator[Part]:
 
 
 def _wanted(source: Source, recipe: Any) -> set[str]:
-    """Names of the outermost leaves that a recipe takes; checks its first stage."""
+    """List names of the outermost leaves that a recipe takes; check its first stage."""
     root = {entry.name: entry.root for entry in entries(source.tree)}
     taken: set[str] = set()
     for i, stage in enumerate(chain(recipe).stages):
@@ -213,7 +214,7 @@ class _Job:
         return len(self.streams.segments) + bool(self.shared) + bool(self.unused)
 
     def run(self) -> Iterator[Part]:
-        """Part after part, in the order of the model."""
+        """Return part after part, in the order of the model."""
         done: dict[str, Any] = {}  # leaves outside the blocks
         first = bool(self.shared)
         if first:
@@ -255,7 +256,7 @@ class _Job:
             yield part
 
     def fetch(self, segment: Segment, key: str) -> Any:
-        """The leaf that a segment calls `key`: its slice, where it is stacked."""
+        """Return leaf that a segment calls `key`: its slice, where it is stacked."""
         name = _full_names(segment)[key]
         if key.startswith("/") or segment.block.index is None:
             return self.source.fetch(name)
@@ -274,7 +275,8 @@ class _Job:
         original: list[Values],
         drifted: list[Values],
     ) -> tuple[list[Values] | None, Part]:
-        """Values of the original model behind a segment, and its compressed leaves.
+        """Return values of the original model behind a segment, and its compressed
+        leaves.
 
         Where targets make up for drift, leaves are compressed in the order in which
         they are used, those of one input together, and moments measured anew behind
@@ -310,7 +312,7 @@ class _Job:
         drifted: list[Values],
         changed: dict[str, Any] | None = None,
     ) -> tuple[list[Values] | None, dict[str, Moments], dict[str, Layout]]:
-        """Values of the original model behind a segment, moments and layouts."""
+        """Return values of the original model behind a segment, moments and layouts."""
         keys = [k for k, n in new.items() if n in self.wanted and weights[k].ndim > 1]
         if self.drift:
             measured = self.streams.measure(
@@ -330,7 +332,7 @@ class _Job:
         return after if self.drift else None, moments, layouts
 
     def shared_moments(self) -> tuple[dict[str, Moments], dict[str, Layout]]:
-        """Of the shared leaves, over all their uses in the original model."""
+        """Measure the shared leaves over all their uses in the original model."""
         total: dict[str, Moments] = {}
         layouts: dict[str, Layout] = {}
         values = self.streams.start()
@@ -380,7 +382,7 @@ class _Job:
 
 
 def _full_names(segment: Segment) -> dict[str, str]:
-    """Full names of the weights of a segment, by the names that it has for them."""
+    """Map a segment's names of its weights to their full names."""
     block, outer = segment.block, {f"/{name}": name for name in segment.outer}
     own = {name: f"{block.path}/{name}" for name in block.names} if block else {}
     return own | outer

@@ -43,7 +43,7 @@ class Store:
     digest: str
 
     def load(self, number: int) -> Part | None:
-        """Part `number`, None where it is not there.
+        """Return part `number`, None where it is not there.
 
         Raises ValueError where it is one of another run.
         """
@@ -87,7 +87,7 @@ def digest(
     shapes: Mapping[str, Any],
     batches: Sequence,
 ) -> str:
-    """What tells one run from another: recipe, options, weights' names, batches."""
+    """Hash what distinguishes runs: recipe, options, weights' names, batches."""
     about = {
         "recipe": [_described(stage) for stage in chain(recipe).stages],
         "options": dict(options),
@@ -111,7 +111,7 @@ def _described(stage: Any) -> Any:
 
 
 def one_part(parts: list[Part]) -> Part:
-    """What was compressed in several goes, of one segment, as if in one."""
+    """Merge the parts of one segment that were compressed in several steps."""
     first, *_ = parts
     leaves = {name: leaf for part in parts for name, leaf in part.leaves.items()}
     return Part(
@@ -124,7 +124,7 @@ def one_part(parts: list[Part]) -> Part:
 
 
 def joined(parts: list[Part], fetch: Callable[[str], Any]) -> dict[str, Any]:
-    """All leaves by name; slices of a stack are stacked again."""
+    """Return all leaves by name; slices of a stack are stacked again."""
     found: dict[str, Any] = {}
     slices: dict[str, list[tuple[int, Any]]] = {}
     changed = {row.name for part in parts for row in part.reports if row.method}
@@ -157,7 +157,7 @@ def joined(parts: list[Part], fetch: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def reports_of(part: Part) -> list[LeafReport]:
-    """Its reports; those of a stack name the slice."""
+    """Return its reports; those of a stack name the slice."""
     if part.index is None:
         return part.reports
     path = part.label.rsplit("[", 1)[0]

@@ -31,7 +31,7 @@ def collect_moments(
     variables: Mapping[str, Any] | None = None,
     progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
 ) -> dict[str, Moments]:
-    """The `Moments` of the inputs of each selected kernel, by the kernel's name.
+    """Return the `Moments` of the inputs of each selected kernel, by the kernel's name.
 
     Reads the traced program, so it needs nothing of the model: looped, scanned and
     rematerialized layers, attention, NNX, convolutions (windows are the inputs; groups
@@ -113,7 +113,7 @@ def collect_moments(
 
 
 def selected(params: Params, where: Where = None) -> list[str]:
-    """Names of the weights whose moments are wanted, as `collect_moments` says.
+    """Return names of the weights whose moments are wanted, as `collect_moments` says.
 
     Raises ValueError where there are none.
     """
@@ -132,7 +132,7 @@ def selected(params: Params, where: Where = None) -> list[str]:
 def row_sums(
     use: Use, shape: tuple[int, ...], mask: Any, drifted: Use | None = None
 ) -> dict[str, jax.Array]:
-    """Sums over the rows of one use, stack axes first.
+    """Return sums over the rows of one use, stack axes first.
 
     `drifted` is the same use in the compressed model, where that is wanted too.
     """
@@ -176,7 +176,7 @@ def _count_rows(rows: jax.Array, real: jax.Array, size: int) -> jax.Array:
 
 
 def _real_rows(name: str, rows: tuple[int, ...], mask: Any) -> jax.Array:
-    """Whether each row is real, flat; `rows` are the axes before the inputs."""
+    """Return whether each row is real, flat; `rows` are the axes before the inputs."""
     if mask is None:
         return jnp.ones(math.prod(rows), bool)
     mask = mask > 0
@@ -200,7 +200,7 @@ def _real_rows(name: str, rows: tuple[int, ...], mask: Any) -> jax.Array:
 
 
 def averages(sums: Sums, layouts: Mapping[str, Layout]) -> dict[str, Moments]:
-    """The moments of sums over rows, each with the layout of its weight."""
+    """Return the moments of sums over rows, each with the layout of its weight."""
     found = {}
     for name, named in sums.items():
         tokens, layout = named.get("tokens"), trailing(layouts[name])
@@ -240,7 +240,7 @@ def check_finite(name: str, moments: Moments) -> None:
 
 
 def warn_few(moments: Mapping[str, Moments]) -> None:
-    """Warns where a second moment cannot have full rank, naming the worst kernel."""
+    """Warn where a second moment cannot have full rank, naming the worst kernel."""
     few = {
         name: (int(jnp.min(m.count)), m.second.shape[-1])
         for name, m in moments.items()

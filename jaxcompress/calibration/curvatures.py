@@ -37,7 +37,8 @@ def measure_curvatures(
     key: jax.Array,
     progress: bool | Callable[[list[Any]], Iterable[Any]] = False,
 ) -> dict[str, Moments]:
-    """How fast the divergence from the model grows with the error of each output.
+    """Return how fast the divergence from the model grows with the error of each
+    output.
 
     An error E of a leaf `[inputs, outputs]` that is white in the metric of its inputs'
     second moment (column `o` of `E^T S E` has variance `v[o]` in every direction, as
@@ -170,14 +171,16 @@ def default_layout(entry: Entry, layout: Mapping[str, Layout]) -> Layout:
 
 
 def _factors(entry: Entry, damping: float) -> jax.Array:
-    """`[slices, inputs, inputs]`."""
+    """Return a factor of each slice's second moment, `[slices, inputs, inputs]`."""
     second = jnp.asarray(entry.moments.second)
     flat = second.reshape(-1, *second.shape[-2:])
     return jnp.stack([inverse_factor(each, damping=damping) for each in flat])
 
 
 def _pairs(matrix: jax.Array) -> bool:
-    """Whether joint curvatures are worth their memory, and can be made use of."""
+    """Return whether joint curvatures are worth their memory, and can be made use
+    of.
+    """
     inputs, outputs = matrix.shape[-2:]
     return outputs <= inputs and count_groups(outputs) > 1
 
@@ -186,7 +189,7 @@ def _pairs(matrix: jax.Array) -> bool:
 def _products(
     gradient: jax.Array, factors: jax.Array | None, *, pairs: bool
 ) -> jax.Array:
-    """Products of a gradient's columns in its inputs' metric.
+    """Return products of a gradient's columns in its inputs' metric.
 
     `[slices, outputs]`, those of each with itself, or `[slices, outputs, outputs]`.
 

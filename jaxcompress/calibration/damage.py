@@ -20,7 +20,8 @@ def entry_layout(entry: Entry, layout: Mapping[str, Layout]) -> dict[str, Layout
 
 
 def relative_square(entry: Entry, value: Any, layout: Mapping[str, Layout]) -> float:
-    """Squared error over squared size, of the layer's outputs where moments are known.
+    """Return squared error over squared size, of the layer's outputs where moments are
+    known.
 
     Measured in float64 sums of float32 products; 0 for an all-zero leaf.
     """
@@ -29,7 +30,7 @@ def relative_square(entry: Entry, value: Any, layout: Mapping[str, Layout]) -> f
 
 
 def divergence(entry: Entry, value: Any, layout: Mapping[str, Layout]) -> float:
-    """Nats per token that an error costs, by the curvatures of its outputs."""
+    """Return nats per token that an error costs, by the curvatures of its outputs."""
     error, _ = _output_squares(entry, value, layout)
     return float(np.sum(error * np.asarray(entry.moments.curvatures, np.float64)))
 
@@ -37,7 +38,7 @@ def divergence(entry: Entry, value: Any, layout: Mapping[str, Layout]) -> float:
 def _output_squares(
     entry: Entry, value: Any, layout: Mapping[str, Layout]
 ) -> list[np.ndarray]:
-    """Squares of error and weights, `[..., outputs]`, as `_squares` has them."""
+    """Return squares of error and weights, `[..., outputs]`, as `_squares` has them."""
     second = getattr(entry.moments, "second", None)
     if second is None and getattr(entry.moments, "curvatures", None) is None:
         kind = Layout((), tuple(range(entry.value.ndim - 1)), (entry.value.ndim - 1,))

@@ -24,7 +24,7 @@ else:
 
 
 def damped(second: jax.Array, damping: float) -> jax.Array:
-    """The second moment made safe to factor: `[inputs, inputs]`, any dtype.
+    """Return the second moment made safe to factor: `[inputs, inputs]`, any dtype.
 
     Adds `damping` times the mean of its diagonal to the diagonal. An input that is
     always zero (a dead one) gets that mean instead: its row costs nothing, and must
@@ -39,7 +39,8 @@ def damped(second: jax.Array, damping: float) -> jax.Array:
 
 
 def inverse_factor(second: jax.Array, *, damping: float = 0.01) -> jax.Array:
-    """Upper triangular U, float32: `U^T U` is the inverse of the damped second moment.
+    """Return upper triangular U, float32: `U^T U` is the inverse of the damped second
+    moment.
 
     Computed in float64 without forming the inverse: the reversed Cholesky factor R of
     the damped moment, `R R^T` with R upper triangular, has `R^-1 = U`. NaN where the
@@ -62,7 +63,7 @@ def feed_back(
     prepare: Callable[[jax.Array, jax.Array, jax.Array], Any] | None = None,
     block: int = BLOCK,
 ) -> Any:
-    """Replaces row after row, feeding each row's error into the rows behind it.
+    """Replace row after row, feeding each row's error into the rows behind it.
 
     Args:
       x: float32 weights `[inputs, outputs]`, in the order of replacement.
@@ -123,7 +124,8 @@ def descend(
     *,
     block: int = BLOCK,
 ) -> jax.Array:
-    """One sweep of cyclic coordinate descent on the layer's expected squared error.
+    """Return one sweep of cyclic coordinate descent on the layer's expected squared
+    error.
 
     Row after row moves to `replace(j, row)`, `row` `[outputs]` being what would be best
     for row `j` with all others as they stand. Where `replace` takes the nearest of the
@@ -171,7 +173,8 @@ def descend(
 
 
 def layer_loss(x: jax.Array, value: jax.Array, second: jax.Array) -> jax.Array:
-    """Expected squared change of the layer's output, summed over outputs: tr(D^T S D).
+    """Return expected squared change of the layer's output, summed over outputs: tr(D^T
+    S D).
 
     Args:
       x: weights `[..., inputs, outputs]`.
@@ -187,7 +190,7 @@ def layer_loss(x: jax.Array, value: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def each_slice(function: Callable[..., Any], *arrays: Any, trailing: int = 2) -> Any:
-    """`function` of every slice over the stack axes, one at a time; traceable.
+    """Apply `function` to every slice over the stack axes, one at a time; traceable.
 
     Every array is `[..., a, b]` with the same stack axes; so is every array returned.
     One at a time, because a factor of a whole stack at once would fill the memory; also

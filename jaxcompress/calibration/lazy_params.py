@@ -28,7 +28,7 @@ class Source(NamedTuple):
 
 @contextlib.contextmanager
 def source_of(params: Any) -> Iterator[Source]:
-    """The source of a tree, of a path, or of an open checkpoint.
+    """Return the source of a tree, of a path, or of an open checkpoint.
 
     An open checkpoint has a `tree` with a name in the place of each leaf,
     `describe(name) -> (type, shape, dtype)` and `[name]`, as `storage.open` gives it.

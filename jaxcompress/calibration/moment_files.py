@@ -10,7 +10,7 @@ from jaxcompress.tree.layouts import Layout, trailing
 
 
 def moments_to_arrays(moments: Moments) -> dict[str, Any]:
-    """The moments as a dict of arrays, which `save` can write.
+    """Return the moments as a dict of arrays, which `save` can write.
 
     `moments_from_arrays` gives them back, layout included.
     """
@@ -26,7 +26,7 @@ def moments_to_arrays(moments: Moments) -> dict[str, Any]:
 
 
 def moments_from_arrays(arrays: Mapping[str, Any]) -> Moments:
-    """The moments of a dict of `moments_to_arrays`."""
+    """Return the moments of a dict of `moments_to_arrays`."""
     fields = dict(arrays)
     keys = "stack_axes", "input_axes", "output_axes"
     axes = [fields.pop(key, None) for key in keys]

@@ -62,7 +62,7 @@ class Moments:
         return self.second - self.mean[..., :, None] * self.mean[..., None, :]
 
     def __add__(self, other: "Moments") -> "Moments":
-        """The moments of both sets of tokens; traceable.
+        """Return the moments of both sets of tokens; traceable.
 
         A side without a layout takes that of the other. Raises ValueError where one
         side knows another field that the other does not, or where layouts differ.
@@ -99,7 +99,8 @@ class Moments:
     def target_problem(
         self, x: jax.Array, method: str, *, damping: float | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """What every method that goes by data minimizes: target and second moment.
+        """Return what every data-driven method minimizes over: target and second
+        moment.
 
         The error of weights W is `tr((W - target)^T second (W - target))`. `second` is
         that of the inputs which the compressed layer will see: those behind the
@@ -129,7 +130,8 @@ class Moments:
         return target, known.drifted
 
     def checked(self, name: str) -> "Moments":
-        """The moments, finite, with slices that saw no token as `fill_unseen` has them.
+        """Return the moments, finite, with slices that saw no token as `fill_unseen`
+        has them.
 
         Traced moments are not looked at, only filled.
 
@@ -155,7 +157,7 @@ class Moments:
         return dataclasses.replace(self, **fill_unseen(moments))
 
     def psum(self, axis_name: Any) -> "Moments":
-        """The moments of all devices of a mapped axis (`shard_map`, `pmap`, `vmap`)."""
+        """Sum the moments over a mapped axis (`shard_map`, `pmap`, `vmap`)."""
         total = jax.lax.psum(self.count, axis_name)
         share = self.count / jnp.where(total > 0, total, 1)  # all may be empty
         merged: dict[str, Any] = {"count": total, "layout": self.layout}
@@ -168,7 +170,7 @@ class Moments:
         return Moments(**merged)
 
     def project(self, weight: jax.Array) -> "Moments":
-        """The moments of `x @ weight`, for a `weight` `[..., inputs, outputs]`.
+        """Return the moments of `x @ weight`, for a `weight` `[..., inputs, outputs]`.
 
         They have no layout: their inputs are no axis of the kernel any more.
         """
@@ -187,7 +189,7 @@ class Moments:
         return dataclasses.replace(self, **changed)
 
     def stretch(self, factors: jax.Array) -> "Moments":
-        """The moments of `x * factors`, for factors `[..., inputs]`."""
+        """Return the moments of `x * factors`, for factors `[..., inputs]`."""
         wide = factors.astype(jnp.promote_types(factors.dtype, jnp.float32))
         changed: dict[str, Any] = {}
         if self.mean is not None:
@@ -212,7 +214,7 @@ AVERAGED = (
 
 
 def _common_layout(a: Moments, b: Moments) -> Layout | None:
-    """The layout of both; raises ValueError where they know different ones."""
+    """Return the layout of both; raises ValueError where they know different ones."""
     if a.layout is None or b.layout is None:
         return a.layout or b.layout
     if trailing(a.layout) != trailing(b.layout):
@@ -230,7 +232,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 def empty_moments(
     inputs: int, *, stack: tuple[int, ...] = (), dtype: Any = jnp.float32
 ) -> Moments:
-    """The moments of no tokens: the identity of `+` for those of one kernel."""
+    """Return the moments of no tokens: the identity of `+` for those of one kernel."""
     return Moments(
         count=jnp.zeros(stack, dtype),
         mean=jnp.zeros((*stack, inputs), dtype),
@@ -239,7 +241,7 @@ def empty_moments(
 
 
 def moments_from_covariance(covariance: jax.Array, *, count: float = 1.0) -> Moments:
-    """The moments of inputs of mean zero and this covariance; for synthetic studies.
+    """Return moments of inputs of mean zero and this covariance; for synthetic studies.
 
     Args:
       covariance: `[..., inputs, inputs]`, symmetric; kept in float32 or wider.
@@ -273,7 +275,8 @@ def moments_from_covariance(covariance: jax.Array, *, count: float = 1.0) -> Mom
 
 
 def check_curvatures(moments: Mapping[str, Any]) -> bool:
-    """Whether leaves have curvatures that they can be weighed by, one against another.
+    """Return whether leaves have curvatures that they can be weighed by, one against
+    another.
 
     Raises ValueError, naming a leaf, where only some have them, or where those of a
     slice are all zero or not finite.
@@ -295,7 +298,7 @@ def check_curvatures(moments: Mapping[str, Any]) -> bool:
 def require(
     moments: Any, x: jax.Array, method: str, *, fields: tuple[str, ...] = ("second",)
 ) -> Moments:
-    """The moments, `checked`, once they are known to be there and to fit `x`.
+    """Return the moments, `checked`, once they are known to be there and to fit `x`.
 
     Args:
       moments: what the method was given.
@@ -359,7 +362,7 @@ _ABSENT = {
 
 
 def partly_drifted(moments: Moments, drift: float) -> Moments:
-    """Moments that make up for a part of the drift: the target moves in proportion."""
+    """Interpolate the drift: a part of it is compensated, targets in proportion."""
     if moments.cross is None or drift == 1:
         return moments
     cross = (1 - drift) * moments.drifted + drift * moments.cross
@@ -367,7 +370,7 @@ def partly_drifted(moments: Moments, drift: float) -> Moments:
 
 
 def both_uses(a: Moments | None, b: Moments) -> Moments:
-    """The moments of one weight used in two ways: looked up, and as a head."""
+    """Return the moments of one weight used in two ways: looked up, and as a head."""
     if a is None:
         return b
     if (a.second is None) != (b.second is None):
@@ -378,7 +381,7 @@ def both_uses(a: Moments | None, b: Moments) -> Moments:
 
 
 def by_input(moments: Mapping[str, Moments], order: Iterable[str]) -> list[set[str]]:
-    """Names in the order given, those that follow each other on one input together."""
+    """Group names that follow each other on one input, in the order given."""
     groups: list[set[str]] = []
     last = None
     for name in order:

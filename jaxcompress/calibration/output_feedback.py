@@ -49,7 +49,8 @@ class OutputFeedback(NamedTuple):
 def output_costs(
     moments: Any, x: jax.Array, method: str
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """What an error of each output costs, and joint curvatures where they are of use.
+    """Return the cost of an error of each output, and joint curvatures where they are
+    of use.
 
     Raises as `require`, and ValueError for joint curvatures that are not positive
     definite.
@@ -73,7 +74,7 @@ def output_costs(
 
 
 def count_groups(outputs: int) -> int:
-    """Groups that outputs are split into; 1 where no split fits their walks."""
+    """Return groups that outputs are split into; 1 where no split fits their walks."""
     count, places = trellis.walks(outputs)
     if count * places != outputs:
         return 1
@@ -86,7 +87,8 @@ _one_at_a_time = threading.Lock()  # the linear algebra has threads of its own
 
 
 def output_feedback(joint: np.ndarray) -> OutputFeedback:
-    """Feedback for joint curvatures `[outputs, outputs]`, symmetric and not all zero.
+    """Return feedback for joint curvatures `[outputs, outputs]`, symmetric and not all
+    zero.
 
     Raises ValueError where they are not positive definite.
     """
@@ -128,13 +130,15 @@ def _feedback(joint: np.ndarray) -> OutputFeedback:
 
 
 def shrunk(joint: np.ndarray, shrinkage: float) -> np.ndarray:
-    """Joint curvatures `[..., outputs, outputs]` drawn towards their diagonal."""
+    """Return joint curvatures `[..., outputs, outputs]` drawn towards their
+    diagonal.
+    """
     alone = np.eye(joint.shape[-1], dtype=bool)
     return np.where(alone, joint, (1 - shrinkage) * joint)
 
 
 def choose_shrinkage(halves: Sequence[np.ndarray]) -> float:
-    """The shrinkage with which the curvatures of one half serve the other best.
+    """Return the shrinkage with which the curvatures of one half serve the other best.
 
     1, no feedback at all, is among those that are tried: what was measured on too few
     tokens does no harm.
@@ -171,7 +175,9 @@ def choose_shrinkage(halves: Sequence[np.ndarray]) -> float:
 
 
 def stretched(feedback: OutputFeedback, factors: np.ndarray) -> OutputFeedback:
-    """The feedback for errors of `weights / factors`; factors `[outputs]`, in order."""
+    """Return the feedback for errors of `weights / factors`; factors `[outputs]`, in
+    order.
+    """
     groups = len(feedback.moves)
     by_group = factors.reshape(-1, groups).T
     flat = by_group.reshape(-1)

@@ -28,7 +28,8 @@ def measure_sensitivities(
     key: jax.Array,
     progress: bool | Callable[[list[str]], Iterable[str]] = False,
 ) -> dict[str, float]:
-    """How much a loss grows per relative squared error of each leaf, the others exact.
+    """Return how much a loss grows per relative squared error of each leaf, the others
+    exact.
 
     Gaussian noise is added to one leaf at a time, and the growth of the loss regressed
     on the squared relative size of the noise, through zero. It calls `loss_fn`

@@ -14,7 +14,8 @@ from jaxcompress.calibration.error_feedback import damped, each_slice, float64
 def corrected_target(
     x: jax.Array, drifted: jax.Array, cross: jax.Array, *, damping: float
 ) -> jax.Array:
-    """Weights that, on the drifted inputs, best give the original layer's outputs.
+    """Return weights that, on the drifted inputs, best give the original layer's
+    outputs.
 
     `(drifted + D)^-1 (cross^T + D) x`, D being the damping, so that without drift the
     target is `x` itself. All `[inputs, *]`; float64 inside, float32 out.
@@ -32,27 +33,30 @@ def corrected_target(
 def corrected_targets(
     x: jax.Array, drifted: jax.Array, cross: jax.Array, *, damping: float
 ) -> jax.Array:
-    """`corrected_target` of every slice of a stack, one at a time."""
+    """Compute `corrected_target` of every slice of a stack, one at a time."""
     one = functools.partial(corrected_target, damping=damping)
     return each_slice(one, x, drifted, cross)
 
 
 @jax.jit
 def _count_not_finite(arrays: dict[str, Any]) -> dict[str, jax.Array]:
-    """How many entries of each array are NaN or infinite."""
+    """Return how many entries of each array are NaN or infinite."""
     count = lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)  # noqa: E731
     return jax.tree.map(count, arrays)
 
 
 @jax.jit
 def _unseen(second: jax.Array) -> jax.Array:
-    """Which slices of `[..., inputs, inputs]` are all zero: no token reached them."""
+    """Return which slices of `[..., inputs, inputs]` are all zero: no token reached
+    them.
+    """
     return jnp.trace(second, axis1=-2, axis2=-1) <= 0
 
 
 @jax.jit
 def fill_unseen(matrices: dict[str, Any]) -> dict[str, Any]:
-    """Second moments with a multiple of the identity for slices that are all zero.
+    """Return second moments with a multiple of the identity for slices that are all
+    zero.
 
     All inputs of such a slice count alike, as much as the mean input of the others: a
     method that goes by them does what it would do without data. The cross moment of a
@@ -78,7 +82,7 @@ def fill_unseen(matrices: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_zero_slice(matrices: jax.Array) -> bool:
-    """Whether a slice of `[..., inputs, inputs]` is all zero."""
+    """Return whether a slice of `[..., inputs, inputs]` is all zero."""
     with jax.ensure_compile_time_eval():
         return not bool(jnp.all(jnp.any(matrices != 0, axis=(-2, -1))))
 
@@ -92,7 +96,7 @@ _AGAIN = {
 
 
 def refuse_not_finite(name: str, arrays: dict[str, Any]) -> None:
-    """Raises ValueError where a field of the moments of `name` is not finite."""
+    """Raise ValueError where a field of the moments of `name` is not finite."""
     with jax.ensure_compile_time_eval():  # the weights may be traced
         counts = {key: int(bad) for key, bad in _count_not_finite(arrays).items()}
     for key, bad in counts.items():
@@ -106,7 +110,7 @@ def refuse_not_finite(name: str, arrays: dict[str, Any]) -> None:
 
 
 def warn_unseen(name: str, second: jax.Array) -> bool:
-    """Warns with the slices that no token reached; whether there are any."""
+    """Warn with the slices that no token reached; whether there are any."""
     with jax.ensure_compile_time_eval():
         empty = np.asarray(_unseen(second))
     if not empty.any():

@@ -102,7 +102,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def _shown_name(name: str, metadata: dict[str, Any]) -> str:
-    """The name that recipes take, or, of a packed file, its path and part."""
+    """Return the name that recipes take, or, of a packed file, its path and part."""
     if ARCHITECTURE in metadata:
         return name.removeprefix("params/")
     if "archive" in metadata and name.startswith("files/"):

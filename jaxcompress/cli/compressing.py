@@ -56,7 +56,7 @@ def compress_(options: argparse.Namespace) -> None:
 
 
 def goal_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The goal that was given, by the keyword of `shrink`; empty without one."""
+    """Return the goal that was given, by the keyword of `shrink`; empty without one."""
     given = {name: getattr(options, name, None) for name in GOALS}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1:
@@ -227,7 +227,9 @@ def _append(options: argparse.Namespace, row: dict[str, Any]) -> None:
 def _moments(
     options: argparse.Namespace, model: Any, params: Any, tokenizer: Any
 ) -> tuple[Any, Any]:
-    """What `--calibrate` measures, for recipes; batches alone for block by block."""
+    """Measure what `--calibrate` asks for, for recipes; return batches alone for block
+    by block.
+    """
     if not options.calibrate:
         if options.blockwise:
             raise ValueError("--blockwise needs a text: --calibrate FILE")

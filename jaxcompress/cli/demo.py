@@ -33,7 +33,7 @@ def run(
     limit: int = 32,
     recipes: tuple[str, ...] = RECIPES,
 ) -> list[dict[str, Any]]:
-    """Compresses the reference model by each recipe, saves, loads, checks and compares.
+    """Compress the reference model by each recipe, save, load, check and compare.
 
     Args:
       folder: where the files are written; it must exist.
@@ -94,7 +94,7 @@ def _say(*items: Any) -> None:
 
 
 def row(recipe: str, path: Path, params: Params, report: Report) -> dict[str, Any]:
-    """A row of the table: what one recipe's file takes, and what it costs."""
+    """Return a row of the table: what one recipe's file takes, and what it costs."""
     size = reporting.measure(params, path)
     return {
         "recipe": recipe,
@@ -108,5 +108,5 @@ def row(recipe: str, path: Path, params: Params, report: Report) -> dict[str, An
 
 
 def sample(model: Any, params: Params, tokenizer: Any) -> str:
-    """What the model writes after the prompt."""
+    """Return what the model writes after the prompt."""
     return generate(model, params, tokenizer, PROMPT, max_tokens=24)

@@ -26,7 +26,7 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Returns:
       0; 2 and one line on the standard error where something is wrong; 130 where it
@@ -74,7 +74,7 @@ def _one_line(error: Exception) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each has an example in its help."""
+    """Return the parser of all commands; each has an example in its help."""
     top = argparse.ArgumentParser(
         prog="python -m jaxcompress",
         description=ABOUT,

@@ -8,7 +8,7 @@ from jaxcompress.tokenization import read_text
 
 
 def check_out(path: str, *, clobber: bool = True, source: str | None = None) -> bool:
-    """Checks that a file can be written; returns whether one is there already.
+    """Check that a file can be written; return whether one exists already.
 
     Raises:
       FileNotFoundError: no such directory.
@@ -32,7 +32,7 @@ def check_out(path: str, *, clobber: bool = True, source: str | None = None) -> 
 
 
 def check_file(path: str, what: str) -> None:
-    """Checks that a file is there to read.
+    """Check that a file is there to read.
 
     Raises:
       FileNotFoundError: nothing at the path.
@@ -45,7 +45,7 @@ def check_file(path: str, what: str) -> None:
 
 
 def check_text(path: str, what: str) -> str:
-    """The text of a file, once it is known to be one.
+    """Return the text of a file, once it is known to be one.
 
     Raises:
       ValueError: not UTF-8, or empty; names the file.
@@ -58,7 +58,7 @@ def check_text(path: str, what: str) -> str:
 
 
 def check_model(name: str) -> None:
-    """Checks what a path says without reading weights.
+    """Check what a path says without reading weights.
 
     Raises:
       ValueError: a directory that holds no model.
@@ -71,7 +71,7 @@ def check_model(name: str) -> None:
 
 
 def check_all(options: argparse.Namespace) -> None:
-    """Checks every path that the options of a command have."""
+    """Check every path that the options of a command have."""
     for name in ("model", "against"):
         if getattr(options, name, None):
             check_model(getattr(options, name))

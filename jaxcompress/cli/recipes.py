@@ -13,7 +13,7 @@ DEFAULT = "symmetric(bits=8)"
 
 
 def stages_of(texts: Sequence[str]) -> list[Any]:
-    """The stages of a chain that `--recipe` options say; see its help."""
+    """Return the stages of a chain that `--recipe` options say; see its help."""
     stages: list[Any] = []
     rules: list[Any] | None = None
     for text in texts:
@@ -34,7 +34,7 @@ def stages_of(texts: Sequence[str]) -> list[Any]:
 
 
 def read_recipe(path: str | Path) -> tuple[list[Any], list[Any]]:
-    """Reads what `plan` prints, or a list as `--recipe` takes it.
+    """Read what `plan` prints, or a list as `--recipe` takes it.
 
     Returns:
       The stages, and the recipe as JSON values.

@@ -54,7 +54,7 @@ def report_(options: argparse.Namespace) -> None:
 
 
 def _is_pruned(small: Any) -> bool:
-    """Whether a large matrix has many zeros."""
+    """Return whether a large matrix has many zeros."""
     matrices = [x for _, x in roots(small) if x.ndim > 1]
     if not matrices:
         return False

@@ -18,7 +18,7 @@ PER_LAYER = ("heads", "kv_heads", "mlp_width", "sliding_window")
 
 
 def progress(options: argparse.Namespace) -> Callable[..., Any]:
-    """Makes wrappers of iterables by label; quiet ones with `--quiet`."""
+    """Make wrappers of iterables by label; quiet ones with `--quiet`."""
 
     def wrap(label: str, unit: str = "leaves") -> Any:
         if getattr(options, "quiet", False):
@@ -29,12 +29,12 @@ def progress(options: argparse.Namespace) -> Callable[..., Any]:
 
 
 def show(*items: Any) -> None:
-    """Prints tables and lines on the standard output."""
+    """Print tables and lines on the standard output."""
     print(reporting.render(*items), flush=True)
 
 
 def load_to_run(name: str) -> tuple[Any, Any, Any]:
-    """A loaded model with its layers stacked where they are alike: compiled once.
+    """Return loaded model with its layers stacked where they are alike: compiled once.
 
     Losslessly coded arrays are decoded, so that running does not decode them again.
     """
@@ -43,7 +43,9 @@ def load_to_run(name: str) -> tuple[Any, Any, Any]:
 
 
 def to_run(model: Any, params: Any) -> tuple[Any, Any]:
-    """A model with its layers stacked where they are alike, lossless arrays decoded."""
+    """Return a model with its layers stacked where they are alike, lossless arrays
+    decoded.
+    """
     params = decode_once(params)
     layers = [getattr(model, field) for field in PER_LAYER]
     alike = not any(isinstance(x, tuple) and len(set(x)) > 1 for x in layers)

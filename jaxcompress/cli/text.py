@@ -107,7 +107,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def _model(name: str) -> tuple[Any, ...]:
-    """What `encode` takes: nothing for the reference model, which it loads itself."""
+    """Return what `encode` takes: nothing for the reference model, which it loads
+    itself.
+    """
     if name == "reference":
         return ()
     model, params, tokenizer = load(name, scan=False)

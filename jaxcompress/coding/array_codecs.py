@@ -26,7 +26,7 @@ CODINGS = len((*SPLITS, "halves", chunked_stream.PALETTE, chunked_stream.ZSTD))
 
 
 def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
-    """The coding that shrinks samples of an array most; None where none does.
+    """Return the coding that shrinks samples of an array most; None where none does.
 
     `fast` prefers the splits that decode sooner, see `code_floats`.
     """
@@ -36,14 +36,14 @@ def choose(array: np.ndarray, *, fast: bool = False) -> str | None:
 
 
 def estimate(array: np.ndarray) -> float:
-    """About the bytes that an array takes in a file."""
+    """Estimate the bytes that an array takes in a file."""
     raw, sizes = _tried(array, False)
     share = min([raw, *sizes.values()]) / max(1, raw)
     return share * array.nbytes
 
 
 def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, float]]:
-    """Bytes of a sample, as it is and, about, by each coding that holds it."""
+    """Return bytes of a sample, as it is and, about, by each coding that holds it."""
     if array.nbytes < LEAST or array.dtype.itemsize not in (1, 2, 4, 8):
         return array.nbytes, {}
     whole = np.ascontiguousarray(array).reshape(-1)
@@ -67,7 +67,9 @@ def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, float]]:
 
 
 def _sample(flat: np.ndarray, size: int) -> np.ndarray:
-    """So many numbers at each of some places; all where there are no more."""
+    """Sample so many numbers at each of several positions; all where there are no
+    more.
+    """
     if flat.size <= PLACES * size:
         return flat
     places = [(flat.size - size) * i // (PLACES - 1) for i in range(PLACES)]
@@ -77,7 +79,7 @@ def _sample(flat: np.ndarray, size: int) -> np.ndarray:
 def encode(
     array: np.ndarray, coding: str, *, threads: int | None = None
 ) -> Iterator[chunked_stream.Buffer]:
-    """An array as the bytes of a stream, a few million at a time.
+    """Return an array as the bytes of a stream, a few million at a time.
 
     Raises:
       ValueError: the coding does not hold these numbers, though a sample did.
@@ -96,7 +98,7 @@ def open_stream(
     dtype: Any,
     shape: tuple[int, ...],
 ) -> chunked_stream.Stream:
-    """The stream of an array of this dtype and shape.
+    """Return the stream of an array of this dtype and shape.
 
     Raises:
       ValueError: it is none, or the dtype has no such coding.
@@ -120,7 +122,8 @@ def decode(
     check: bool = False,
     threads: int | None = None,
 ) -> np.ndarray:
-    """Numbers `first` to before `last` of an array, flat; `check` as for `Stream`.
+    """Return numbers `first` to before `last` of an array, flat; `check` as for
+    `Stream`.
 
     Raises:
       ValueError: the bytes are damaged.
@@ -134,7 +137,7 @@ def decode(
 
 
 def _candidates(dtype: np.dtype, fast: bool) -> tuple[str, ...]:
-    """Codings that numbers of this type may have."""
+    """Return codings that numbers of this type may have."""
     dtype = jnp.dtype(dtype)
     split = float_chunks.split_for(dtype.name, fast=fast)
     if split is None:
@@ -144,7 +147,7 @@ def _candidates(dtype: np.dtype, fast: bool) -> tuple[str, ...]:
 
 
 def _words(flat: np.ndarray, coding: str) -> np.ndarray | None:
-    """The words that a coding codes; None where it does not hold the numbers."""
+    """Return the words that a coding codes; None where it does not hold the numbers."""
     words = _bits(flat)
     if coding != "halves":
         return words

@@ -34,7 +34,7 @@ Read = Callable[[int, int], bytes]  # from one byte to another
 def encode(
     words: np.ndarray, coding: str, width: int, *, threads: int | None = None
 ) -> Iterator[Buffer]:
-    """Flat unsigned words as the bytes of a stream, chunk by chunk.
+    """Return flat unsigned words as the bytes of a stream, chunk by chunk.
 
     Args:
       words: of the size that the coding takes.
@@ -61,7 +61,7 @@ def encode(
 
 
 def encode_chunk(words: np.ndarray, coding: str, width: int) -> Buffer | None:
-    """The bytes of one chunk; None where the coding does not hold its words."""
+    """Return the bytes of one chunk; None where the coding does not hold its words."""
     if coding == ZSTD:
         return zstd.compress(words)
     if coding == PALETTE:
@@ -71,7 +71,7 @@ def encode_chunk(words: np.ndarray, coding: str, width: int) -> Buffer | None:
 
 
 def decode_chunk(data: bytes, coding: str, width: int, out: np.ndarray) -> None:
-    """Undoes `encode_chunk`: fills `out` with words; ValueError for anything else."""
+    """Undo `encode_chunk`: fills `out` with words; ValueError for anything else."""
     if coding == ZSTD:
         zstd.decompress_into(data, out)
     elif coding == PALETTE:
@@ -83,7 +83,7 @@ def decode_chunk(data: bytes, coding: str, width: int, out: np.ndarray) -> None:
 
 
 def estimate(words: np.ndarray, coding: str, width: int) -> float | None:
-    """About the bytes that words take; None where the coding does not hold them."""
+    """Estimate the bytes that words take; None where the coding does not hold them."""
     if coding in (PALETTE, ZSTD):
         return len(encode_chunk(words, coding, width))
     return float_chunks.estimate(words, _split(coding))
@@ -94,7 +94,7 @@ def _split(coding: str) -> Split:
 
 
 def bind(chunks: Iterable[Buffer], count: int, width: int) -> Iterator[Buffer]:
-    """Chunks of `count` words in all, and their index."""
+    """Return chunks of `count` words in all, and their index."""
     sizes, checksums = [], []
     for chunk in chunks:
         sizes.append(len(chunk))
@@ -144,12 +144,12 @@ class Stream:
         self._ends = ends.astype(np.int64).tolist()
 
     def chunks(self) -> Iterator[float_chunks.Chunk]:
-        """All chunks of a split, taken apart."""
+        """Return all chunks of a split, taken apart."""
         for number in range(len(self._ends) - 1):
             yield self._chunk(self._bytes(number, False), self._held(number))
 
     def _held(self, number: int) -> int:
-        """Words of a chunk."""
+        """Return words of a chunk."""
         return min(self._step, self._count - number * self._step)
 
     def _bytes(self, number: int, check: bool) -> bytes:
@@ -170,7 +170,7 @@ class Stream:
         check: bool = False,
         threads: int | None = None,
     ) -> np.ndarray:
-        """The words from `first` to before `last`; reads the chunks that hold them.
+        """Return words from `first` to before `last`; reads the chunks that hold them.
 
         `check` compares the digest of each chunk, where its bytes were not checked
         otherwise.
@@ -199,7 +199,7 @@ class Stream:
 
 
 def from_bytes(data: Any, coding: str, itemsize: int, count: int) -> Stream:
-    """A stream in memory."""
+    """Return a stream in memory."""
     view = memoryview(data)
 
     def read(start: int, stop: int) -> bytes:

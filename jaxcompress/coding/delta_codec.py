@@ -12,7 +12,7 @@ import numpy as np
 
 
 def difference(array: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """The bytes of folded differences: uint8 `[bytes of a number, numbers]`.
+    """Return the bytes of folded differences: uint8 `[bytes of a number, numbers]`.
 
     Args:
       array, base: flat, of one dtype and size.
@@ -27,7 +27,9 @@ def difference(array: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 def restore(parts: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """The array whose `difference` from `base` has these bytes; flat, of its dtype."""
+    """Return the array whose `difference` from `base` has these bytes; flat, of its
+    dtype.
+    """
     number = np.ascontiguousarray(parts.T).reshape(-1).view(_unsigned(base.dtype))
     one = number.dtype.type(1)
     odd = (number & one).astype(bool)
@@ -38,12 +40,14 @@ def restore(parts: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 def _ordered(array: np.ndarray) -> np.ndarray:
-    """Bits as unsigned integers in the order of the numbers; a copy."""
+    """Return bits as unsigned integers in the order of the numbers; a copy."""
     return _turned(array.view(_unsigned(array.dtype)).copy(), array.dtype)
 
 
 def _turned(words: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Magnitudes below zero counted from the other end, in place; its own inverse."""
+    """Return magnitudes below zero counted from the other end, in place; its own
+    inverse.
+    """
     if jnp.issubdtype(dtype, jnp.floating):
         top = words.dtype.type(8 * words.dtype.itemsize - 1)
         negative = (words >> top).astype(bool)

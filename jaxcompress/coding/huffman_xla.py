@@ -17,7 +17,8 @@ AHEAD = 32  # bits in front of the first stream, so that no window begins before
 
 
 def lookup(alphabets: jax.Array, counts: jax.Array) -> jax.Array:
-    """What the next 11 bits mean: uint32 `[tables * 2048]`, length above symbol.
+    """Tabulate what the next 11 bits mean: uint32 `[tables * 2048]`, length above
+    symbol.
 
     Codes are given from zero on, the longest first.
 
@@ -46,7 +47,7 @@ def decode(
     entries: jax.Array,
     count: int,
 ) -> jax.Array:
-    """The symbols of lanes: uint8 `[lanes, count]`.
+    """Return the symbols of lanes: uint8 `[lanes, count]`.
 
     A damaged stream gives wrong symbols, never a read outside an array.
 

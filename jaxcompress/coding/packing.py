@@ -48,7 +48,7 @@ class Packed(Leaf):
 
 
 def pack_bits(codes: jax.Array, bits: int) -> Packed:
-    """Packs codes `[..., inputs, outputs]` (or `[inputs]`) of `bits` bits into bytes.
+    """Pack codes `[..., inputs, outputs]` (or `[inputs]`) of `bits` bits into bytes.
 
     Traceable. Codes are unsigned: values in `[0, 2^bits - 1]`, whatever the dtype.
     They are packed along inputs; where these are fewer than 8, along outputs if that
@@ -80,7 +80,7 @@ def pack_bits(codes: jax.Array, bits: int) -> Packed:
 
 
 def field_widths(bits: int) -> tuple[int, ...]:
-    """Widths, whole bytes first, of the fields that `bits` is split into.
+    """Return widths, whole bytes first, of the fields that `bits` is split into.
 
     Raises:
       ValueError: more bits than codes have, as a file may claim.
@@ -91,18 +91,18 @@ def field_widths(bits: int) -> tuple[int, ...]:
 
 
 def packed_rows(bits: int, length: int) -> int:
-    """Byte rows that `length` codes of `bits` bits take."""
+    """Return byte rows that `length` codes of `bits` bits take."""
     return sum(-(-length * width // 8) for width in field_widths(bits))
 
 
 def packed_bytes(shape: tuple[int, ...], bits: int) -> int:
-    """Bytes that codes of this shape take when packed."""
+    """Return bytes that codes of this shape take when packed."""
     axis = packing_axis(shape, bits)
     return packed_rows(bits, shape[axis]) * math.prod(shape) // max(1, shape[axis])
 
 
 def packing_axis(shape: tuple[int, ...], bits: int) -> int:
-    """The axis along which codes of this shape are packed."""
+    """Return the axis along which codes of this shape are packed."""
     if len(shape) == 1:
         return -1
     inputs, outputs = shape[-2:]
@@ -112,7 +112,7 @@ def packing_axis(shape: tuple[int, ...], bits: int) -> int:
 
 
 def pack_fields(codes: jax.Array, bits: int, *, axis: int = -2) -> jax.Array:
-    """The bytes of `pack`; a NumPy array is packed by NumPy, on the host."""
+    """Return the bytes of `pack`; a NumPy array is packed by NumPy, on the host."""
     xp: ModuleType = np if isinstance(codes, np.ndarray) else jnp
     if axis == -1:
         return pack_fields(codes[..., None], bits)[..., 0]
@@ -138,7 +138,7 @@ def pack_fields(codes: jax.Array, bits: int, *, axis: int = -2) -> jax.Array:
 def unpack_fields(
     packed: jax.Array, bits: int, length: int, *, axis: int = -2, dtype: Any = "uint8"
 ) -> jax.Array:
-    """The codes in `packed`; shifts of unsigned bytes only."""
+    """Return the codes in `packed`; shifts of unsigned bytes only."""
     xp: ModuleType = np if isinstance(packed, np.ndarray) else jnp
     if axis == -1:
         return unpack_fields(packed[..., None], bits, length, dtype=dtype)[..., 0]
@@ -161,7 +161,7 @@ def unpack_fields(
 
 
 def bits_needed(largest: int) -> int:
-    """Bits of the widest code in `[0, largest]`, at least one."""
+    """Return bits of the widest code in `[0, largest]`, at least one."""
     return max(1, int(largest).bit_length())
 
 

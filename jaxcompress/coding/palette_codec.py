@@ -26,7 +26,7 @@ FACTORS = tuple(0x9E3779B97F4A7C15 * (2 * i + 1) for i in range(10))
 
 
 def fits(words: np.ndarray) -> bool:
-    """Whether flat words are few enough distinct ones."""
+    """Return whether flat words are few enough distinct ones."""
     # Weights show within the first words that they are not.
     first = np.sort(words[:1024])
     few = np.count_nonzero(first[1:] != first[:-1]) < MOST
@@ -34,7 +34,7 @@ def fits(words: np.ndarray) -> bool:
 
 
 def encode(words: np.ndarray, width: int) -> bytes:
-    """Flat words of a chunk as bytes, coded in blocks of `width`."""
+    """Return flat words of a chunk as bytes, coded in blocks of `width`."""
     found = _places(words)
     if found is None:
         return bytes(2) + zstd.compress(words)
@@ -50,7 +50,7 @@ def encode(words: np.ndarray, width: int) -> bytes:
 
 
 def decode(data: bytes, width: int, out: np.ndarray) -> None:
-    """Fills `out` with the words of a chunk; ValueError where it is damaged."""
+    """Fill `out` with the words of a chunk; ValueError where it is damaged."""
     float_chunks.require(len(data) > 2, f"a chunk of {len(data)} bytes")
     size, share = data[0] + 1, data[1]
     if data[:2] == bytes(2):
@@ -84,7 +84,7 @@ def decode(data: bytes, width: int, out: np.ndarray) -> None:
 
 
 def _places(words: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """The distinct words, ascending, and uint8 places of all; None for too many.
+    """Return the distinct words, ascending, and uint8 places of all; None for too many.
 
     Words are told apart by their slots, which a product gives that mixes their bits;
     that no two distinct ones share a slot is seen by looking them up.
@@ -127,7 +127,7 @@ def _slots(words: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _side_by_side(places: np.ndarray, share: int) -> np.ndarray:
-    """So many places in a byte, the first in the lowest bits."""
+    """Pack so many positions into a byte, the first in the lowest bits."""
     if share == 1:
         return places
     places = np.append(places, np.zeros(-places.size % share, np.uint8))

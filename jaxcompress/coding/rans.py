@@ -51,7 +51,7 @@ class Stream(NamedTuple):
 
 
 def count_lanes(symbols: int, coded_bytes: int | None = None) -> int:
-    """Lanes for so many symbols: one in 8192, at least 1 and at most 4096.
+    """Return lanes for so many symbols: one in 8192, at least 1 and at most 4096.
 
     A lane costs about four bytes more than its symbols; where these take less than a
     quarter of a byte each, the number of lanes follows `coded_bytes` instead.
@@ -71,7 +71,7 @@ def encode(
     raw: np.ndarray | None = None,
     escape: int = 0,
 ) -> Stream:
-    """Codes columns of the tables; on the host, vectorized over lanes.
+    """Return codes columns of the tables; on the host, vectorized over lanes.
 
     Args:
       columns: integers `[steps, lanes]`; the frequency of each must not be zero.
@@ -128,7 +128,9 @@ def encode(
 def follow(
     symbols: np.ndarray, memory: Memory, contexts: np.ndarray | None = None
 ) -> np.ndarray:
-    """Tables `[steps, lanes]` that a decoder with this memory uses on these symbols."""
+    """Return tables `[steps, lanes]` that a decoder with this memory uses on these
+    symbols.
+    """
     step, state, tables = memory
 
     def advance(carry: Any, row: jax.Array) -> tuple[Any, jax.Array]:
@@ -144,7 +146,7 @@ def follow(
 def lookup(
     frequencies: jax.Array, symbols: jax.Array | None = None, escape: int = 0
 ) -> tuple[jax.Array, jax.Array | None]:
-    """What each of the 4096 slots of each table means; NumPy in, NumPy out.
+    """Tabulate what each of the 4096 slots of each table means; NumPy in, NumPy out.
 
     An entry holds, from the lowest bit, eight bits of symbol (the column; or, when
     values are given as `symbols`, one if the slot escapes), twelve of frequency less
@@ -178,7 +180,9 @@ def lookup(
 
 
 def _count_until(ends: jax.Array, slots: jax.Array) -> jax.Array:
-    """How many of each row's ends, which never fall, a slot has reached: bisection."""
+    """Return how many of each row's ends, which never fall, a slot has reached:
+    bisection.
+    """
     width = ends.shape[-1]
 
     def halve(i: jax.Array, count: jax.Array) -> jax.Array:
@@ -203,7 +207,7 @@ def decode(
     lane_tables: jax.Array | None = None,
     memory: Memory | None = None,
 ) -> jax.Array:
-    """The coded symbols `[steps, lanes]`; traceable.
+    """Return the coded symbols `[steps, lanes]`; traceable.
 
     uint8 columns without `symbols`; with `symbols` int32 `[tables, columns]`, the
     values found there, int32. The other arguments as they were given to `encode`.
@@ -301,7 +305,7 @@ def decode_on_host(
     lane_tables: np.ndarray | None = None,
     memory: Memory | None = None,
 ) -> np.ndarray:
-    """`decode` in NumPy, for checks and for loading where XLA is not wanted.
+    """Decode in NumPy, for checks and for loading where XLA is not wanted.
 
     Raises:
       ValueError: the lanes do not end where they must, so the stream is damaged.

@@ -9,7 +9,8 @@ from jaxcompress.coding.rans import PRECISION, TOTAL
 
 
 def normalize(counts: np.ndarray) -> np.ndarray:
-    """Frequencies uint16 `[columns]`, summing to 4096, that code the counts cheapest.
+    """Return frequencies uint16 `[columns]`, summing to 4096, that code the counts
+    cheapest.
 
     Every counted column gets at least one. Rounded first; what is missing or over is
     then taken where it costs the fewest bits. Without counts column 0 gets all.
@@ -31,7 +32,7 @@ def normalize(counts: np.ndarray) -> np.ndarray:
     step = 1 if missing > 0 else -1
 
     def change(column: int) -> float:
-        """Bits that one step more at this column costs."""
+        """Return bits that one step more at this column costs."""
         size = int(sizes[column])
         if size + step <= 0:
             return np.inf
@@ -48,13 +49,13 @@ def normalize(counts: np.ndarray) -> np.ndarray:
 
 
 def cost(counts: np.ndarray, frequencies: np.ndarray) -> float:
-    """Bits that so many symbols take with these frequencies."""
+    """Return bits that so many symbols take with these frequencies."""
     seen = counts > 0
     return float(counts[seen] @ (PRECISION - np.log2(frequencies[seen])))
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Bits of so many symbols at their order-0 entropy."""
+    """Return bits of so many symbols at their order-0 entropy."""
     seen = counts[counts > 0].astype(np.float64)
     return float(seen @ np.log2(seen.sum() / seen)) if seen.size else 0.0
 
@@ -62,7 +63,8 @@ def entropy(counts: np.ndarray) -> float:
 def keep(
     values: np.ndarray, counts: np.ndarray, escape_bits: int
 ) -> tuple[np.ndarray, float]:
-    """Which of the sorted values deserve a place in the table, the others escaping.
+    """Return which of the sorted values deserve a place in the table, the others
+    escaping.
 
     Returns: a boolean mask, and the bits of all symbols, escapes and table included.
     """
@@ -83,7 +85,9 @@ def keep(
 
 
 def write_numbers(numbers: Iterable[int]) -> bytes:
-    """Numbers >= 0, seven bits to a byte, lowest first; zeros as 0, their run - 1."""
+    """Return numbers >= 0, seven bits to a byte, lowest first; zeros as 0, their run -
+    1.
+    """
     out = bytearray()
 
     def put(number: int) -> None:
@@ -107,7 +111,7 @@ def write_numbers(numbers: Iterable[int]) -> bytes:
 
 
 def read_numbers(data: memoryview, at: int, count: int) -> tuple[list[int], int]:
-    """`count` numbers that `write_numbers` wrote at `at`, and where they end.
+    """Read `count` numbers that `write_numbers` wrote at `at`, and where they end.
 
     Raises:
       ValueError: the data end early or hold something else.
@@ -138,10 +142,10 @@ def read_numbers(data: memoryview, at: int, count: int) -> tuple[list[int], int]
 
 
 def fold_sign(number: int) -> int:
-    """0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
+    """Fold signs: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
     return 2 * number if number >= 0 else -2 * number - 1
 
 
 def unfold_sign(number: int) -> int:
-    """Undoes `fold_sign`."""
+    """Undo `fold_sign`."""
     return -(number + 1) // 2 if number & 1 else number // 2

@@ -16,7 +16,7 @@ TOGETHER = 1 << 26  # bytes of such arrays in memory at a time, at most
 def in_order(
     function: Callable[[Any], Any], items: Iterable[Any], *, threads: int | None = None
 ) -> Iterator[Any]:
-    """`function` of each item, in their order, some items ahead of what is asked for.
+    """Apply `function` to each item in threads and yield in order, some items ahead.
 
     Args:
       threads: at most; as many as there are processors, 8 at most, if None.
@@ -47,7 +47,8 @@ def in_order(
 def in_groups(
     names: Iterable[str], sizes: Mapping[str, int]
 ) -> Iterator[tuple[bool, Iterator[str]]]:
-    """Arrays in their order: small ones, to be worked on together, or one large one.
+    """Return arrays in their order: small ones, to be worked on together, or one large
+    one.
 
     Args:
       names: of the arrays, gone through as groups are.
@@ -71,7 +72,7 @@ def of_arrays(
     items: Iterable[Any],
     size: Callable[[Any], int],
 ) -> Iterator[Any]:
-    """`in_order` for a group of small arrays: this thread sees to tiny ones by itself.
+    """Apply `in_order` to groups of small arrays; this thread handles tiny ones itself.
 
     Threads would only take turns at those. `size` tells the bytes of an item.
     """

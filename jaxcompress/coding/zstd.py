@@ -13,7 +13,9 @@ import zstandard
 
 @functools.cache
 def _parameters() -> zstandard.ZstdCompressionParameters:
-    """Literals only, as far as the library can be told: hardly a table of matches."""
+    """Return literals only, as far as the library can be told: hardly a table of
+    matches.
+    """
     return zstandard.ZstdCompressionParameters(
         window_log=17,
         hash_log=6,
@@ -39,17 +41,17 @@ _local = _Local()
 
 
 def pack(data: Any) -> bytes:
-    """Bytes as a frame of literals, Huffman-coded."""
+    """Return bytes as a frame of literals, Huffman-coded."""
     return _local.compressor.compress(data)
 
 
 def compress(words: np.ndarray) -> bytes:
-    """Words as a frame that makes use of repetitions."""
+    """Return words as a frame that makes use of repetitions."""
     return _local.general.compress(np.ascontiguousarray(words).data)
 
 
 def decompress_into(frame: bytes, out: np.ndarray) -> None:
-    """Fills a contiguous array with what `compress` made; ValueError if it does not."""
+    """Fill a contiguous array with what `compress` made; ValueError if it does not."""
     room = memoryview(out).cast("B") if out.size else memoryview(b"")
     try:
         with _local.decompressor.stream_reader(frame) as reader:
@@ -65,7 +67,7 @@ def decompress_into(frame: bytes, out: np.ndarray) -> None:
 
 
 def decompress(frame: bytes | memoryview, size: int) -> bytes:
-    """The `size` bytes of a frame; ValueError for anything else."""
+    """Return the `size` bytes of a frame; ValueError for anything else."""
     try:
         # The library makes room for what a frame claims, whatever it may give.
         claimed = zstandard.frame_content_size(frame)
@@ -80,12 +82,12 @@ def decompress(frame: bytes | memoryview, size: int) -> bytes:
 
 
 def compress_text(data: bytes) -> bytes:
-    """Bytes as a small frame: level 19."""
+    """Return bytes as a small frame: level 19."""
     return zstandard.ZstdCompressor(level=19).compress(data)
 
 
 def decompress_text(frame: bytes, most: int) -> bytes:
-    """The contents of a frame; ValueError where it is damaged or holds over `most`.
+    """Return contents of a frame; ValueError where it is damaged or holds over `most`.
 
     Memory grows with what the frame holds, not with what it claims.
     """

@@ -33,7 +33,7 @@ class Streams(NamedTuple):
 
 
 def parse(frame: bytes) -> list[Streams] | None:
-    """The blocks of a frame; None where one holds more than Huffman-coded literals.
+    """Return blocks of a frame; None where one holds more than Huffman-coded literals.
 
     Positions are relative to the frame. What the library accepts is understood; a
     damaged frame gives None or an error of ours, as any ValueError.
@@ -67,7 +67,7 @@ def parse(frame: bytes) -> list[Streams] | None:
 def _literals(
     frame: bytes, at: int, end: int, lengths: np.ndarray | None
 ) -> Streams | None:
-    """The literals of a compressed block, if there is nothing else in it."""
+    """Return the literals of a compressed block, if there is nothing else in it."""
     if end > len(frame) or end - at < 6:
         return None
     kind, form = frame[at] & 3, frame[at] >> 2 & 3
@@ -96,7 +96,9 @@ def _literals(
 
 
 def lengths_of(data: bytes, at: int) -> tuple[np.ndarray, int]:
-    """Lengths of the codes that a tree description at `at` gives, and where it ends."""
+    """Return lengths of the codes that a tree description at `at` gives, and where it
+    ends.
+    """
     size = data[at]
     at += 1
     if size < 128:
@@ -121,7 +123,7 @@ def lengths_of(data: bytes, at: int) -> tuple[np.ndarray, int]:
 
 
 def _fse_weights(data: bytes) -> list[int]:
-    """Weights coded with a finite state entropy table of their own."""
+    """Return weights coded with a finite state entropy table of their own."""
     bits = int.from_bytes(data, "little")
     accuracy, at = (bits & 15) + 5, 4
     if accuracy > 7:
@@ -161,7 +163,7 @@ def _fse_weights(data: bytes) -> list[int]:
     value &= (1 << left) - 1
 
     def take(width: int) -> int:
-        """The next bits, from the end; zeros behind the last."""
+        """Return the next bits, from the end; zeros behind the last."""
         nonlocal left
         left -= width
         found = value >> left if left >= 0 else value << -left

@@ -19,7 +19,7 @@ Layers = Literal["uniform", "last"] | Mapping[int, int]
 
 
 def layer_pairs(students: int, teachers: int, layers: Layers) -> list[tuple[int, int]]:
-    """Pairs (student's layer, teacher's layer), counted from 0.
+    """Return pairs (student's layer, teacher's layer), counted from 0.
 
     Args:
       students, teachers: how many layers each has.
@@ -64,7 +64,7 @@ def over_layers(
     layers: Layers = "uniform",
     **options: Any,
 ) -> jax.Array:
-    """The mean of `loss(student, teacher, **options)` over pairs of layers.
+    """Return the mean of `loss(student, teacher, **options)` over pairs of layers.
 
     Args:
       loss: of this module, or any function that returns `[batch, tokens]`.
@@ -97,7 +97,7 @@ def hidden_states(
     kind: Literal["squared", "relative", "cosine"] = "squared",
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """How far hidden states are apart, `[batch, tokens]`.
+    """Return how far hidden states are apart, `[batch, tokens]`.
 
     Args:
       student: `[batch, tokens, width]`.
@@ -141,7 +141,7 @@ def hidden_states(
 
 
 def initial_projection(width: int, teacher_width: int, *, key: jax.Array) -> jax.Array:
-    """A matrix `[width, teacher's width]` with orthonormal rows or columns."""
+    """Return a matrix `[width, teacher's width]` with orthonormal rows or columns."""
     return jax.nn.initializers.orthogonal()(key, (width, teacher_width))
 
 
@@ -153,7 +153,7 @@ def attention_maps(
     kind: Literal["kl", "squared"] = "kl",
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """How far attention maps are apart, a mean over heads, `[batch, tokens]`.
+    """Return how far attention maps are apart, a mean over heads, `[batch, tokens]`.
 
     Args:
       student: `[batch, heads, tokens, keys]`, rows that add up to 1.
@@ -212,7 +212,8 @@ def relations(
     heads: int,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """KL of how tokens of a text relate, teacher against student, `[batch, tokens]`.
+    """Compute the KL of how tokens of a text relate, teacher against student, `[batch,
+    tokens]`.
 
     For states A, split into heads: `softmax(A A^T / sqrt(size of a head))` over the
     other tokens; needs neither maps nor equal widths or head numbers. Give it queries,
@@ -238,7 +239,7 @@ def relations(
 
 
 def _related(states: jax.Array, heads: int, mask: jax.Array | None) -> jax.Array:
-    """Logits of the relations, `[batch, heads, tokens, tokens]`."""
+    """Return logits of the relations, `[batch, heads, tokens, tokens]`."""
     batch, tokens, width = states.shape
     if heads < 1 or width % heads:
         raise ValueError(
@@ -255,7 +256,7 @@ def _related(states: jax.Array, heads: int, mask: jax.Array | None) -> jax.Array
 
 
 def _wide(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """In float32 or wider, and zero where masked, so that gradients stay clean."""
+    """Cast to float32 or wider, zero where masked, so that gradients stay clean."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if mask is None:
         return x

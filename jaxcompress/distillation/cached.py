@@ -63,7 +63,8 @@ class Sampled:
 
 
 def top_k(logits: jax.Array, k: int, *, temperature: float = 1.0) -> TopK:
-    """What to keep of a teacher's logits `[..., vocabulary]`: `6 k + 4` bytes each.
+    """Return what to keep of a teacher's logits `[..., vocabulary]`: `6 k + 4` bytes
+    each.
 
     (`8 k + 4` bytes where the vocabulary is above 65 536.)
 
@@ -84,7 +85,7 @@ def top_k(logits: jax.Array, k: int, *, temperature: float = 1.0) -> TopK:
 def top_k_kl(
     student_logits: jax.Array, cached: TopK, *, mask: jax.Array | None = None
 ) -> jax.Array:
-    """`T^2 KL` of the teacher's buckets against the student's, `[...]` in nats.
+    """Compute `T^2 KL` of the teacher's buckets against the student's, `[...]` in nats.
 
     At most the KL over all tokens, and equal to it where the tail is one token or
     student and teacher share the tail out alike.
@@ -109,7 +110,7 @@ def sampled(
     power: float = 1.0,
     key: jax.Array,
 ) -> Sampled:
-    """Draws tokens in proportion to `softmax(logits / T) ** power`, with replacement.
+    """Draw tokens in proportion to `softmax(logits / T) ** power`, with replacement.
 
     The weight of a token drawn is its probability over `draws` times that of being
     drawn: 1 / draws each where `power` is 1.
@@ -138,7 +139,8 @@ def sampled(
 def sampled_kl(
     student_logits: jax.Array, cached: Sampled, *, mask: jax.Array | None = None
 ) -> jax.Array:
-    """An unbiased estimate of `T^2 KL(teacher / T || student / T)`, `[...]` in nats.
+    """Return an unbiased estimate of `T^2 KL(teacher / T || student / T)`, `[...]` in
+    nats.
 
     A single value may be negative. Raises ValueError on vocabularies or shapes that
     differ.
@@ -155,7 +157,7 @@ def cached_kl(
     *,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`top_k_kl` or `sampled_kl`, by what was kept."""
+    """Compute `top_k_kl` or `sampled_kl`, by what was kept."""
     function = top_k_kl if isinstance(cached, TopK) else sampled_kl
     return function(student_logits, cached, mask=mask)
 
@@ -168,7 +170,8 @@ def write_cache(
     *,
     source: str = "",
 ) -> TopK | Sampled:
-    """What the folder keeps for this batch; made and written there if it is not.
+    """Return what the folder stores for this batch; computed and written if it is
+    missing.
 
     The file is written beside its place and renamed, so that an interrupted run goes on
     where it stopped.
@@ -209,7 +212,7 @@ def write_cache(
 def read_cache(
     folder: str | os.PathLike, number: int, batch: Batch, *, source: str | None = None
 ) -> TopK | Sampled:
-    """What `write_cache` wrote for this batch; every byte of it is checked.
+    """Read what `write_cache` wrote for this batch; every byte of it is checked.
 
     `source` must be as it was written; None takes any.
 

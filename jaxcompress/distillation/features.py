@@ -20,7 +20,7 @@ _CALL = "__call__"
 
 
 def capture(model: nn.Module, names: Iterable[str]) -> Callable[..., Any]:
-    """A function `(params, *args, **options) -> (output, {name: array})`.
+    """Return a function `(params, *args, **options) -> (output, {name: array})`.
 
     Runs `model.apply({"params": params}, *args, **options)` and keeps what the names
     stand for; traceable, and the names are checked whenever it is traced. A module that
@@ -77,7 +77,7 @@ def _run(
     options: dict[str, Any],
     names: tuple[str, ...] | None,
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """The output, and features by name: all of them, or those of certain modules."""
+    """Return output, and features by name: all of them, or those of certain modules."""
 
     def wanted(module: nn.Module, method: str) -> bool:
         path = "/".join(module.path)

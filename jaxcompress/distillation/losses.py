@@ -25,7 +25,8 @@ def loss(
     soft_weight: float = 0.5,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`(1 - a) CE(labels, student) + a T^2 KL(teacher / T || student / T)`, `[...]`.
+    """Compute `(1 - a) CE(labels, student) + a T^2 KL(teacher / T || student / T)`,
+    `[...]`.
 
     Args:
       student_logits, teacher_logits: `[..., vocabulary]`.
@@ -52,7 +53,8 @@ def loss(
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
-    """`-log softmax(logits)[label]`, `[...]`; NaN where a label is out of range.
+    """Compute `-log softmax(logits)[label]`, `[...]`; NaN where a label is out of
+    range.
 
     Raises ValueError where labels are not integers of shape `[...]`.
     """
@@ -78,7 +80,8 @@ def forward_kl(
     temperature: float = 1.0,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`T^2 KL(teacher / T || student / T)`, `[...]`: cover all that the teacher says.
+    """Compute `T^2 KL(teacher / T || student / T)`, `[...]`: cover all that the teacher
+    says.
 
     Raises ValueError on vocabularies or shapes that differ, or a temperature not
     above 0.
@@ -93,7 +96,8 @@ def reverse_kl(
     temperature: float = 1.0,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`T^2 KL(student / T || teacher / T)`, `[...]`: say nothing the teacher would not.
+    """Compute `T^2 KL(student / T || teacher / T)`, `[...]`: say nothing the teacher
+    would not.
 
     Errors as `forward_kl`. Source: Gu et al. 2024, MiniLLM (arXiv 2306.08543).
     """
@@ -107,7 +111,7 @@ def soft_cross_entropy(
     temperature: float = 1.0,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`-T^2 sum softmax(teacher / T) log softmax(student / T)`, `[...]`.
+    """Compute `-T^2 sum softmax(teacher / T) log softmax(student / T)`, `[...]`.
 
     `forward_kl` plus what the student cannot change, the entropy of the teacher. Errors
     as `forward_kl`.
@@ -126,7 +130,8 @@ def jensen_shannon(
     temperature: float = 1.0,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`T^2 (b KL(p || m) + (1 - b) KL(q || m))`, `m = b p + (1 - b) q`, `[...]`.
+    """Compute `T^2 (b KL(p || m) + (1 - b) KL(q || m))`, `m = b p + (1 - b) q`,
+    `[...]`.
 
     p is the teacher, q the student. Divided by b it tends to the forward KL for b near
     0, divided by 1 - b to the reverse KL for b near 1.
@@ -150,7 +155,7 @@ def skewed_kl(
     temperature: float = 1.0,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`T^2 KL(p || a p + (1 - a) q)`, `[...]`: bounded by `-T^2 log a`.
+    """Compute `T^2 KL(p || a p + (1 - a) q)`, `[...]`: bounded by `-T^2 log a`.
 
     p is the teacher, q the student. Errors as `forward_kl`, and `alpha` not inside
     (0, 1). Source: Ko et al. 2024, DistiLLM (arXiv 2402.03898, equation 4).
@@ -167,7 +172,9 @@ def skewed_reverse_kl(
     temperature: float = 1.0,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`T^2 KL(q || a q + (1 - a) p)`, `[...]`: the student's side of `skewed_kl`."""
+    """Compute `T^2 KL(q || a q + (1 - a) p)`, `[...]`: the student's side of
+    `skewed_kl`.
+    """
     _check_fraction("alpha", alpha)
     return _kl(
         student_logits, teacher_logits, temperature, mask, alpha=alpha, reverse=True
@@ -175,7 +182,7 @@ def skewed_reverse_kl(
 
 
 def mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The mean of a loss `[...]` over the positions that count; 0 where none does.
+    """Return mean of a loss `[...]` over the positions that count; 0 where none does.
 
     Raises ValueError on an empty batch.
     """
@@ -188,7 +195,7 @@ def mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def count(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """How many positions of a loss `[...]` count, float32."""
+    """Return how many positions of a loss `[...]` count, float32."""
     if mask is None:
         return jnp.float32(values.size)
     return check_mask(mask, values.shape).sum(dtype=jnp.float32)
@@ -197,7 +204,7 @@ def count(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 def log_probs(
     logits: jax.Array, *, temperature: float = 1.0, mask: jax.Array | None = None
 ) -> jax.Array:
-    """`log softmax(logits / T)` in float32 or wider; uniform where masked.
+    """Compute `log softmax(logits / T)` in float32 or wider; uniform where masked.
 
     Masked logits are replaced before anything is computed from them: a product with
     zero afterwards would leave the NaN of padding in the gradients.
@@ -212,7 +219,7 @@ def log_probs(
 
 
 def check_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The mask as booleans; ValueError where it is not one per position."""
+    """Return the mask as booleans; ValueError where it is not one per position."""
     if jnp.shape(mask) != shape:
         raise ValueError(
             f"the mask has shape {jnp.shape(mask)}; it needs one entry per position, "
@@ -229,12 +236,12 @@ def only(values: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def take(values: jax.Array, indices: jax.Array) -> jax.Array:
-    """`values [..., V]` at `indices [..., n]` of the last axis."""
+    """Take `values [..., V]` at `indices [..., n]` of the last axis."""
     return jnp.take_along_axis(values, indices.astype(jnp.int32), axis=-1)
 
 
 def check_vocabulary(student: int, teacher: int) -> None:
-    """ValueError, with both sizes, where they differ."""
+    """Raise ValueError, with both sizes, where they differ."""
     if student != teacher:
         raise ValueError(
             f"the student's vocabulary has {student} entries, the teacher's {teacher}; "
@@ -246,7 +253,7 @@ def check_vocabulary(student: int, teacher: int) -> None:
 def _both(
     student: jax.Array, teacher: jax.Array, temperature: float, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of student and teacher."""
+    """Return log-probabilities of student and teacher."""
     check_vocabulary(student.shape[-1], teacher.shape[-1])
     if student.shape != teacher.shape:
         raise ValueError(
@@ -268,7 +275,9 @@ def _kl(
     alpha: float = 0.0,
     reverse: bool = False,
 ) -> jax.Array:
-    """`T^2 KL(p || a p + (1 - a) q)`, `[...]`; p is the teacher, or reversed q."""
+    """Compute `T^2 KL(p || a p + (1 - a) q)`, `[...]`; p is the teacher, or reversed
+    q.
+    """
     q, p = _both(student_logits, teacher_logits, temperature, mask)
     if reverse:
         p, q = q, p

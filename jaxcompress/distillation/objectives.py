@@ -20,7 +20,7 @@ Soft = Callable[..., jax.Array]
 
 
 def hard_labels(apply_fn: ApplyFn) -> LossFn:
-    """The loss function of plain training: the next token, in nats."""
+    """Return the loss function of plain training: the next token, in nats."""
     return functools.partial(_labels, apply_fn)
 
 
@@ -32,7 +32,7 @@ def soft_labels(
     soft: Soft = forward_kl,
     soft_weight: float = 1.0,
 ) -> LossFn:
-    """The loss function of distillation from a teacher that runs in the same step.
+    """Return loss function of distillation from a teacher that runs in the same step.
 
     Args:
       apply_fn: of the student, `(params, tokens [B, T]) -> logits [B, T, V]`.
@@ -50,7 +50,8 @@ def soft_labels(
 
 
 def cached_labels(apply_fn: ApplyFn, *, soft_weight: float = 1.0) -> LossFn:
-    """The same from a teacher that ran before: `batch["teacher"]` is a cache's entry.
+    """Return the same from a teacher that ran before: `batch["teacher"]` is a cache's
+    entry.
 
     Its positions are those of `tokens[:, 1:]`, as of logits `[:, :-1]`.
     """

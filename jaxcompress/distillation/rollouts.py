@@ -27,7 +27,8 @@ def rollout(
     eos_id: int | None = None,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """What the model writes after prompts, with its cache: one step a token; traceable.
+    """Sample what the model writes after prompts, with its cache: one step a token;
+    traceable.
 
     Parameters are materialized once for all steps; no gradient passes.
 
@@ -89,7 +90,7 @@ def on_policy(
     temperature: float = 1.0,
     eos_id: int | None = None,
 ) -> LossFn:
-    """The loss function on texts that, by `ratio`, the student goes on with itself.
+    """Return loss function on texts that, by `ratio`, the student goes on with itself.
 
     In each example of a batch chosen with probability `ratio`, all but the first
     `prompt` tokens are replaced by what the student writes now, and its mask by what

@@ -28,7 +28,7 @@ def evaluate(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Means over all examples of all batches, each the ratio of two sums.
+    """Return means over all examples of all batches, each the ratio of two sums.
 
     Args:
       metrics_fn: `(params, batch) -> {name: (sum, weight)}`, both `[examples]`:
@@ -60,7 +60,7 @@ def totals(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """The sums that `evaluate` divides: `{name: (sum, weight)}`, float64."""
+    """Return the sums that `evaluate` divides: `{name: (sum, weight)}`, float64."""
     sums: dict[str, np.ndarray] = {}
     for metrics in per_example(metrics_fn, params, batches, devices, mesh):
         for name, values in metrics.items():
@@ -82,7 +82,9 @@ def per_example(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Sums and weights of each example, float64 `[2, examples]`, batch by batch."""
+    """Return sums and weights of each example, float64 `[2, examples]`, batch by
+    batch.
+    """
     if mesh is not None and devices is not None:
         raise ValueError("pass devices or a mesh, not both; a mesh has its devices")
     if mesh is None:
@@ -157,7 +159,7 @@ def _masked(
 
 
 def _place(params: Params, mesh: Mesh) -> Params:
-    """Parameters on every device of the mesh; those sharded over it stay so."""
+    """Return parameters on every device of the mesh; those sharded over it stay so."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     wanted = set(mesh.devices.flat)
 

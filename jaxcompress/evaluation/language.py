@@ -25,7 +25,7 @@ def windows(
     token_bytes: Sequence[int] | np.ndarray | None = None,
     limit: int | None = None,
 ) -> list[dict[str, np.ndarray]]:
-    """Cuts a text into windows in which every token but the first is scored once.
+    """Cut a text into windows in which every token but the first is scored once.
 
     Window `i` holds tokens `i * (length - 1)` up to `length` more: its first token is
     the last of the window before, given as context and not scored there. So each token
@@ -129,7 +129,7 @@ def _in_parts(
     batch: Batch,
     limit: int,
 ) -> Metrics:
-    """The metrics of a batch, window by window where its logits exceed the limit."""
+    """Return metrics of a batch, window by window where its logits exceed the limit."""
     logits = jax.eval_shape(apply_fn, params, batch["tokens"])
     if len(batch["tokens"]) == 1 or 4 * math.prod(logits.shape) <= limit:
         return metrics(params, batch)
@@ -153,7 +153,7 @@ def _check_tokens(apply_fn: ApplyFn, batch: Batch, number: int) -> None:
 
 
 def _scores(logits: jax.Array, batch: Batch) -> Metrics:
-    """Metrics of next-token logits `[B, T - 1, V]`."""
+    """Return metrics of next-token logits `[B, T - 1, V]`."""
     targets, mask = batch["tokens"][:, 1:], batch["mask"][:, 1:]
     tokens = mask.sum(axis=1, dtype=jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -202,7 +202,7 @@ class Report:
     windows: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dicts of numbers, ready for JSON."""
+        """Return nested dicts of numbers, ready for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -216,7 +216,7 @@ def compare(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> Report:
-    """Loss, perplexity, bits per byte of two models, and how far they are apart.
+    """Return loss, perplexity, bits per byte of two models, and how far they are apart.
 
     One pass over the text, both models in one compiled step. It holds a few arrays
     `[batch, length, vocabulary]` of float32: keep batches of large vocabularies small.
@@ -271,7 +271,7 @@ def compare(
 
 
 def perplexity(loss: float) -> float:
-    """`exp` of a loss in nats per token; infinite where that overflows."""
+    """Compute `exp` of a loss in nats per token; infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -317,7 +317,8 @@ class _Comparison:
 
 
 def divergence(logits: jax.Array, others: jax.Array) -> jax.Array:
-    """KL(softmax(logits) || softmax(others)) in nats over the last axis `[..., V]`.
+    """Compute `KL(softmax(logits) || softmax(others))` in nats over the last axis
+    `[..., V]`.
 
     Summed as `p (d + exp(-d) - 1)`, d the difference of log-probabilities: no term is
     negative, so that a small divergence does not drown in the rounding of float32.

@@ -52,7 +52,7 @@ def sweep(
     layouts: Mapping[str, Layout] | None = None,
     progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
 ) -> list[Point]:
-    """Compresses by each recipe, writes the file, reads it again, and compares.
+    """Compress by each recipe, writes the file, reads it again, and compares.
 
         points = jc.sweep(model, params, ["nf4()", "symmetric(bits=3)"], batches)
         jc.plots.size_quality(points).savefig("sizes.svg")

@@ -25,7 +25,7 @@ def _as_traceable_as_its_base(options: Mapping[str, Any]) -> bool:
 
 
 def _without_data(options: Mapping[str, Any]) -> Any:
-    """Itself, with a base that needs no data."""
+    """Return the method itself, with a base that needs no data."""
     base = _method(options["base"]) if "base" in options else None
     rule = None if base is None else traits(base).without_data
     return corrected(
@@ -43,7 +43,7 @@ def corrected(
     weighted: Weighted = "auto",
     damping: float = 1e-3,
 ) -> Sum:
-    """Another method's weights, plus a thin product fitted to the error they make.
+    """QERA: Compress by another method, and add a low-rank product fitted to its error.
 
     The product is the one of this rank that leaves least of the error, in squared
     weights or, weighted, in the layer's expected squared output (with drifted moments,

@@ -82,11 +82,11 @@ class CP(Leaf):
         return self.factors[0].shape[-1]
 
     def inner_moments(self, field: str, moments: Any) -> None:
-        """No factor meets the layer's inputs by itself: none."""
+        """Return None: no factor meets the layer's inputs by itself."""
         del field, moments
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """Two thin products, with the products of the columns of either side."""
+        """Return two thin products, with the products of the columns of either side."""
         left, right = self.factors[: self.inputs], self.factors[self.inputs :]
         first = left[0] if self.inputs == 1 else self._columns(left)
         pair = LowRank(first, jnp.swapaxes(self._columns(right), -1, -2))
@@ -95,7 +95,7 @@ class CP(Leaf):
     def convolve(
         self, x: jax.Array, convolution: Convolution, window: Sizes, how: Arithmetic
     ) -> jax.Array:
-        """A convolution of each term by itself, between products at each place."""
+        """Return convolution of each term by itself, between products at each place."""
         if self.sizes[: self.inputs] != window or len(window) < 2:
             return super().convolve(x, convolution, window, how)
         *places, channels = self.factors[: self.inputs]
@@ -139,7 +139,7 @@ def cp(
     damping: float = 1e-3,
     seed: int = 0,
 ) -> CP:
-    """A sum of `rank` outer products, fitted by alternating least squares.
+    """Return a sum of `rank` outer products, fitted by alternating least squares.
 
     A tensor may have no best approximation of its rank: terms then grow without bound
     and cancel. The ridge bounds them, by at most `1 / sqrt(ridge)` times the norm of
@@ -197,7 +197,7 @@ def cp(
 
 
 def column_products(factors: list[jax.Array]) -> jax.Array:
-    """Products of matching columns over all rows of `[..., size, rank]` factors.
+    """Return products of matching columns over all rows of `[..., size, rank]` factors.
 
     Returns:
       `[..., product of the sizes, rank]`, the last factor's rows varying fastest.
@@ -222,7 +222,7 @@ def _fit(
     tolerance: float,
     ridge: float,
 ) -> tuple[jax.Array, ...]:
-    """Factors of one slice, every term shared evenly among them."""
+    """Return factors of one slice, every term shared evenly among them."""
     # Drawn out here: inside, the keys would be lowered outside the context.
     random = _random_columns(sizes, start.rank, start.seed)
     with float64(True):
@@ -280,7 +280,7 @@ def _product(grams: list[jax.Array]) -> jax.Array:
 
 
 def _random_columns(sizes: Sizes, rank: int, seed: int) -> list[jax.Array]:
-    """Float32 `[size, rank]` of each axis, columns of norm one."""
+    """Draw float32 `[size, rank]` for each axis, columns of norm one."""
     key = jax.random.key(seed)
     columns = []
     for axis, size in enumerate(sizes):

@@ -47,7 +47,8 @@ class LowRank(Leaf):
         return self.right.shape[-2]
 
     def inner_moments(self, field: str, moments: Moments) -> Moments:
-        """`left` has the inputs of the whole; those of `right` are `x @ left`.
+        """Return the moments of the whole for `left`, None for `right`, whose inputs
+        are `x @ left`.
 
         An error of one of `left`'s outputs is spread by `right` over those of the
         whole, and counts as often as they do then, together.
@@ -70,7 +71,9 @@ class LowRank(Leaf):
         return multiply(dense(self.left), dense(self.right))
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """Two thin products, unless making the array first takes fewer operations."""
+        """Return two thin products, unless making the array first takes fewer
+        operations.
+        """
         rows = math.prod(x.shape[:-1])
         if self._cost_apart(rows) > super().product_cost(rows):
             return super().contract(x, how)
@@ -80,7 +83,9 @@ class LowRank(Leaf):
     def convolve(
         self, x: jax.Array, convolution: Convolution, window: tuple[int, ...], how: Any
     ) -> jax.Array:
-        """A convolution with fewer features, and a product at each of its places."""
+        """Return a convolution with fewer features, and a product at each of its
+        places.
+        """
         inputs, outputs = self.shape
         if self.rank * (inputs + outputs) > inputs * outputs:
             return super().convolve(x, convolution, window, how)
@@ -98,7 +103,9 @@ class LowRank(Leaf):
         return inside + self.rank * math.prod(self.shape[-2:])
 
     def take_columns(self, indices: jax.Array) -> jax.Array:
-        """`materialize()[:, indices]` of a 2-D leaf, from those columns of `right`."""
+        """Compute `materialize()[:, indices]` of a 2-D leaf, from those columns of
+        `right`.
+        """
         columns = take_columns(self.right, indices)
         flat = columns.reshape((columns.shape[0], -1))
         product = multiply(dense(self.left), flat)
@@ -106,7 +113,7 @@ class LowRank(Leaf):
 
 
 def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
-    """`left @ right` in float32 or wider, in the dtype of `left`."""
+    """Compute `left @ right` in float32 or wider, in the dtype of `left`."""
     wide = jnp.promote_types(left.dtype, jnp.float32)
     product = jnp.matmul(
         left.astype(wide), right.astype(wide), precision=jax.lax.Precision.HIGHEST

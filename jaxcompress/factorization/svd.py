@@ -54,7 +54,7 @@ def svd(
     power_iterations: int = 4,
     seed: int = 0,
 ) -> LowRank:
-    """The product of two thin matrices nearest to the weights.
+    """Return the product of two thin matrices nearest to the weights.
 
     Nearest in squared weights, or, weighted, in the layer's expected squared output
     `tr(D^T S D)`, `D` the change and `S` the damped second moment of the inputs; with
@@ -127,7 +127,7 @@ def energies(
     weighted: Weighted = "auto",
     damping: float = 1e-3,
 ) -> jax.Array:
-    """What each rank is worth: squared singular values, largest first; traceable.
+    """Return energy of each rank: squared singular values, largest first; traceable.
 
     The sum of the last ones is the loss of `svd` without them: in squared weights, in
     the layer's expected squared output or, with curvatures, in nats per token of
@@ -151,7 +151,7 @@ def nearest(
     damping: float,
     sketch: Sketch | None = None,
 ) -> LowRank:
-    """The product that, added to `base`, comes nearest to the weights; traceable.
+    """Return product that, added to `base`, comes nearest to the weights; traceable.
 
     Args:
       x: `[..., inputs, outputs]`.
@@ -170,7 +170,7 @@ def statistics(
     weighted: Weighted,
     damping: float,
 ) -> Statistics:
-    """What to weight by; nothing where the loss is that of the weights.
+    """Return second moment to weight by, None where the loss is that of the weights.
 
     Raises ValueError where the moments do not fit or are needed and missing.
     """
@@ -193,7 +193,8 @@ def statistics(
 def whiten(
     x: jax.Array, second: jax.Array, damping: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Coordinates in which the layer's loss is a sum of squares; float64 throughout.
+    """Return coordinates in which the layer's loss is a sum of squares; float64
+    throughout.
 
     Returns:
       `(target, factor, unit)`: weights W lose `unit * |factor^T W - target|^2` plus
@@ -207,7 +208,7 @@ def whiten(
 
 
 def unwhiten(factor: jax.Array, x: jax.Array) -> jax.Array:
-    """`factor^-T x`: back from the coordinates of `whiten`, `[inputs, *]`."""
+    """Compute `factor^-T x`: the inverse of `whiten`, `[inputs, *]`."""
     return jax.scipy.linalg.solve_triangular(factor, x, lower=True, trans=1)
 
 
@@ -223,7 +224,7 @@ def _factors(
     damping: float,
     sketch: Sketch | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Left and right factors of one slice."""
+    """Return left and right factors of one slice."""
     probes = None
     if sketch is not None:
         # Drawn out here: inside, the keys would be lowered outside the context.
@@ -259,7 +260,8 @@ def _widen(*arrays: jax.Array | None) -> list[jax.Array | None]:
 
 
 def _triples(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Singular vectors and values in float64, by the Gram matrix of the smaller side.
+    """Return singular vectors and values in float64, by the Gram matrix of the smaller
+    side.
 
     Vectors of values below 1e-8 of the largest are a basis of what is left, no more;
     their products are exact all the same, which is what a factorization needs. Unlike
@@ -278,7 +280,9 @@ def _triples(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _sketched(
     x: jax.Array, probes: jax.Array, power_iterations: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Singular triples of `x` within the images of random `probes` `[outputs, *]`."""
+    """Return singular triples of `x` within the images of random `probes` `[outputs,
+    *]`.
+    """
     basis, _ = jnp.linalg.qr(x @ probes)
 
     def towards_the_leading(_: int, basis: jax.Array) -> jax.Array:
@@ -340,7 +344,7 @@ def _is_randomized(option: Weighted, dimensions: int, shape: tuple[int, ...]) ->
 
 
 def check_weights(name: str, x: jax.Array) -> None:
-    """Raises where `x` is not floating-point `[..., inputs, outputs]`, not empty."""
+    """Raise where `x` is not floating-point `[..., inputs, outputs]`, not empty."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} takes floating-point weights, not {x.dtype}")
     if x.ndim < 2 or not x.size:
@@ -356,7 +360,7 @@ def check_damping(name: str, damping: float) -> None:
 
 
 def check_fraction(name: str, option: str, value: Any) -> None:
-    """Raises ValueError where `value` is not above 0 and at most 1."""
+    """Raise ValueError where `value` is not above 0 and at most 1."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value <= 1:
         raise ValueError(
@@ -367,7 +371,7 @@ def check_fraction(name: str, option: str, value: Any) -> None:
 def check_count(
     name: str, option: str, value: Any, most: int, *, least: int = 1
 ) -> None:
-    """Raises ValueError where `value` is not an integer from `least` to `most`."""
+    """Raise ValueError where `value` is not an integer from `least` to `most`."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or not least <= value <= most:
         raise ValueError(f"{name} takes {option}={least} to {most} here, not {value!r}")

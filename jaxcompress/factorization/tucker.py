@@ -70,7 +70,9 @@ class Tucker(Leaf):
         return self.core.dtype
 
     def inner_moments(self, field: str, moments: Any) -> None:
-        """Neither the core nor a factor meets the layer's inputs by itself: none."""
+        """Return None: neither the core nor a factor meets the layer's inputs by
+        itself.
+        """
         del field, moments
 
     @property
@@ -79,7 +81,9 @@ class Tucker(Leaf):
         return self.core.shape[-len(self.factors) :]
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """Into the core's coordinates axis by axis, through the core, and out again."""
+        """Multiply by the input factors axis by axis, the core, and the output
+        factors.
+        """
         rows = math.prod(x.shape[:-1])
         if self._cost_apart(rows) > super().product_cost(rows):
             return super().contract(x, how)
@@ -91,7 +95,7 @@ class Tucker(Leaf):
     def convolve(
         self, x: jax.Array, convolution: Convolution, window: Sizes, how: Arithmetic
     ) -> jax.Array:
-        """A convolution by the core, between products at each place (Tucker-2)."""
+        """Return convolution by the core, between products at each place (Tucker-2)."""
         if self.sizes[: self.inputs] != window:
             return super().convolve(x, convolution, window, how)
         *places, channels = self.factors[: self.inputs]
@@ -105,7 +109,9 @@ class Tucker(Leaf):
         return self._outwards(convolution(x, kernel), x.dtype, how).astype(x.dtype)
 
     def _outwards(self, y: jax.Array, dtype: Any, how: Arithmetic) -> jax.Array:
-        """From the coordinates of the outputs, `[..., ranks]`, to the outputs."""
+        """Multiply coordinates of the outputs, `[..., ranks]`, by the output
+        factors.
+        """
         factors = [
             None if f is None else unboxed(f).T for f in self.factors[self.inputs :]
         ]
@@ -144,7 +150,7 @@ def tucker(
     weighted: Weighted = "auto",
     damping: float = 1e-3,
 ) -> Tucker:
-    """A core of the given ranks, and a factor with orthonormal columns per axis.
+    """Return a core of the given ranks, and a factor with orthonormal columns per axis.
 
     Starts from the leading singular vectors of each unfolding (the higher-order SVD,
     whose squared error is at most the sum over axes of the squared singular values left
@@ -200,7 +206,7 @@ def tucker(
 
 
 def unfolded(name: str, x: jax.Array, sizes: Any) -> tuple[Sizes, int]:
-    """The sizes, checked, and how many of the axes are inputs.
+    """Return the sizes, checked, and how many of the axes are inputs.
 
     Raises ValueError where there are none or they do not fit `x`, saying what would.
     """
@@ -233,7 +239,7 @@ def axis_statistics(
     inputs: int,
     damping: float,
 ) -> Statistics:
-    """As `statistics`, for a weight whose inputs unfold into `inputs` axes."""
+    """Return `statistics` for a weight whose inputs unfold into `inputs` axes."""
     if inputs > 1 and weighted == "auto":
         weighted = False
     if inputs > 1 and weighted:
@@ -290,7 +296,7 @@ def axis_whiten(
     sizes: Sizes,
     damping: float,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The unfolded weight in float64, and the factor by which axis 0 is whitened."""
+    """Return unfolded weight in float64, and the factor by which axis 0 is whitened."""
     wide, root = x.astype(jnp.float64), None
     if second is not None:
         wide, root, _ = whiten(wide, second.astype(jnp.float64), damping)
@@ -298,19 +304,21 @@ def axis_whiten(
 
 
 def unfold(tensor: jax.Array, axis: int) -> jax.Array:
-    """`[size of the axis, all others in order]`."""
+    """Unfold an array along one axis: `[size of the axis, all others in order]`."""
     return jnp.moveaxis(tensor, axis, 0).reshape((tensor.shape[axis], -1))
 
 
 def leading_vectors(tensor: jax.Array, axis: int, rank: int) -> jax.Array:
-    """Leading left singular vectors of an unfolding, `[size, rank]`, orthonormal."""
+    """Return leading left singular vectors of an unfolding, `[size, rank]`,
+    orthonormal.
+    """
     matrix = unfold(tensor, axis)
     _, vectors = jnp.linalg.eigh(matrix @ matrix.T)
     return vectors[:, ::-1][:, :rank]
 
 
 def multiply_axis(tensor: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
-    """`matrix` `[..., new, old]` applied along a negative axis of `[..., *axes]`.
+    """Apply `matrix` `[..., new, old]` along a negative axis of `[..., *axes]`.
 
     The leading axes of both are the same stack.
     """
@@ -325,7 +333,7 @@ def multiply_axis(tensor: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
 def multiply_axes(
     x: jax.Array, sizes: Sizes, factors: Sequence[Any], how: Arithmetic
 ) -> jax.Array:
-    """`x` `[..., *sizes]`, folded, with each axis multiplied by its `[size, new]`.
+    """Multiply each axis of a folded `x` `[..., *sizes]` by its `[size, new]`.
 
     An axis whose factor is None stays. Every product is rounded to the dtype of `x`
     but for the last. Returns `[..., product of the new sizes]`.
@@ -340,7 +348,9 @@ def multiply_axes(
 
 
 def axes_cost(before: Sizes, after: Sizes, factors: Sequence[Any]) -> int:
-    """Multiplications that taking one `[*before]` to `[*after]` by factors needs."""
+    """Return multiplications that taking one `[*before]` to `[*after]` by factors
+    needs.
+    """
     total, sizes = 0, list(before)
     for axis, factor in enumerate(factors):
         if factor is not None:
@@ -350,7 +360,7 @@ def axes_cost(before: Sizes, after: Sizes, factors: Sequence[Any]) -> int:
 
 
 def _project(tensor: jax.Array, factors: dict[int, jax.Array]) -> jax.Array:
-    """The tensor in the coordinates of orthonormal factors, by axis."""
+    """Return the tensor in the coordinates of orthonormal factors, by axis."""
     for axis, factor in factors.items():
         tensor = multiply_axis(tensor, factor.T, axis - tensor.ndim)
     return tensor

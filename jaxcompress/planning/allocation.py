@@ -19,7 +19,7 @@ class Curve:
 
 
 def allocate(curves: Sequence[Curve], limit: int) -> list[int]:
-    """The index of each curve's size: least total loss of the sizes on the hulls.
+    """Return index of each curve's size: least total loss of the sizes on the hulls.
 
     Every part starts at its smallest size. The next units of cost always go to the
     step along a lower convex hull that saves most loss for its cost, which is the exact
@@ -64,14 +64,18 @@ def allocate(curves: Sequence[Curve], limit: int) -> list[int]:
 
 
 def _largest_saving(curve: Curve, pick: int, left: int) -> tuple[float, int]:
-    """What the largest size that `left` still pays for saves, and its index."""
+    """Find the option that saves most at the largest size that `left` still pays for;
+    return the saving and its index.
+    """
     reach = curve.costs[pick] + left
     index = int(np.searchsorted(curve.costs, reach, side="right")) - 1
     return float(curve.losses[pick] - curve.losses[index]), index
 
 
 def hull(curve: Curve) -> list[int]:
-    """Indices of the lower convex hull: the sizes worth taking, from the smallest."""
+    """Return indices of the lower convex hull: the sizes worth taking, from the
+    smallest.
+    """
     costs, losses = curve.costs, curve.losses
     kept: list[int] = []
     for i in range(len(costs)):
@@ -87,14 +91,14 @@ def hull(curve: Curve) -> list[int]:
 
 
 def total_loss(curves: Sequence[Curve], picks: Sequence[int]) -> float:
-    """The losses of these sizes, summed."""
+    """Return the losses of these sizes, summed."""
     return sum(float(c.losses[p]) for c, p in zip(curves, picks, strict=True))
 
 
 def choose_candidates(
     costs: np.ndarray, losses: np.ndarray, limit: int, weights: int
 ) -> list[int]:
-    """Chooses a candidate for each leaf: least total loss within the limit.
+    """Choose a candidate for each leaf: least total loss within the limit.
 
     The same candidate everywhere is considered too.
 
@@ -141,7 +145,7 @@ def prefer_candidates(
     allowed: np.ndarray,
     picks: Sequence[int],
 ) -> list[int]:
-    """Chooses among the allowed candidates, if that is no worse than one for all.
+    """Choose among the allowed candidates, if that is no worse than one for all.
 
     Args:
       costs, losses, limit: as for `choose_candidates`.

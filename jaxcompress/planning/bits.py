@@ -47,7 +47,7 @@ def plan_bits(
     coded: bool = False,
     progress: bool | Callable[[list[str]], Iterable[str]] = False,
 ) -> Any:
-    """Plans a recipe that gives each leaf the candidate of least damage in a budget.
+    """Plan a recipe that gives each leaf the candidate of least damage in a budget.
 
     Every candidate is tried on every leaf, and its bytes and its relative squared error
     are measured. The damage is that error times the leaf's sensitivity, and damages add
@@ -154,7 +154,7 @@ def plan_bits(
 
 
 def _sizes(params: Params, planned: list[Entry]) -> dict[str, float]:
-    """Returns numbers of weights by name, times the uses of each; see `plan_bits`."""
+    """Count weights by name, times the uses of each; see `plan_bits`."""
     widest = max((_rows(e) for e in planned if e.embedding), default=0)
     axes = [(e.name, e.value.shape) for e in entries(params) if e.value.ndim > 1]
     sizes = {}

@@ -9,7 +9,7 @@ _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 def parse_bytes(size: int | str) -> int:
-    """Reads a number of bytes: an integer, or a string with a unit.
+    """Read a number of bytes: an integer, or a string with a unit.
 
     1 MB is 10^6 bytes, 1 MiB 2^20.
 
@@ -46,7 +46,7 @@ def byte_limit(
     weights: int,
     total: int,
 ) -> int:
-    """Converts the one budget that was given to bytes.
+    """Convert the one budget that was given to bytes.
 
     Args:
       planner: its name, for the message.

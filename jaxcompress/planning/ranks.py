@@ -46,7 +46,7 @@ def plan_ranks(
     relative: bool | None = None,
     damping: float = 1e-3,
 ) -> list[Rule]:
-    """A recipe with the rank of each leaf that loses least within a budget.
+    """Return a recipe with the rank of each leaf that loses least within a budget.
 
     The next bytes always go where they save most loss; the loss of a leaf being convex
     in its rank, that is the best there is but for the last few bytes. A leaf that no
@@ -165,7 +165,7 @@ def _spectrum(
 
 
 def _matrix(entry: Entry, layout: Mapping[str, Layout]) -> jax.Array:
-    """The entry as a method sees it, `[..., inputs, outputs]`."""
+    """Return the entry as a method sees it, `[..., inputs, outputs]`."""
     x = dense(entry.value)
     if x.ndim < 2:
         raise ValueError(
@@ -184,7 +184,7 @@ def _matrix(entry: Entry, layout: Mapping[str, Layout]) -> jax.Array:
 
 
 def _uniform(leaves: list[_Spectrum], limit: int) -> list[int]:
-    """The same fraction for every leaf; the smallest ranks where those cost more."""
+    """Return same fraction for every leaf; the smallest ranks where those cost more."""
     fixed = sum(int(leaf.costs[0]) for leaf in leaves if leaf.dense == 0)
     total = sum(int(leaf.costs[-1]) for leaf in leaves) - fixed
     share = (limit - fixed) / total if total else 1

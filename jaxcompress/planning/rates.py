@@ -45,7 +45,8 @@ def plan_rates(
     order: str = "pivoted",
     damping: float = 0.01,
 ) -> list[Rule]:
-    """A recipe of `rate_distortion` whose rates average to one, of least divergence.
+    """Return a recipe of `rate_distortion` whose rates average to one, of least
+    divergence.
 
     At a variance `v` of a leaf's error each weight costs `log2(1 / v) / 2` bits and
     adds `curvature * v` to the divergence, which is least where that is the same for
@@ -139,7 +140,7 @@ def plan_rates(
 def _spreads(
     x: jax.Array, moments: Any, order: str, damping: float
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each slice, the sizes that its levels have at a scale of one, as log2.
+    """Return the sizes that each slice's levels have at a scale of one, as log2.
 
     Returns:
       Sizes, and the share of the levels that has each.

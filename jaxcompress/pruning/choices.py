@@ -30,7 +30,7 @@ class Choice(NamedTuple):
         return self.among in ("row", "group")
 
     def count(self, inputs: int) -> int:
-        """Weights that stay, of each output if `by_output`, else of a matrix."""
+        """Return weights that stay, of each output if `by_output`, else of a matrix."""
         if self.among == "group":
             return self.kept * (inputs // self.size[0])
         return self.kept * (self.size[0] * self.size[1])
@@ -44,7 +44,7 @@ def choice(
     nm: str | None,
     scope: str = "leaf",
 ) -> Choice:
-    """What the options of a method mean for weights of this shape.
+    """Resolve the options of a method for weights of this shape.
 
     Raises ValueError where they are out of range, contradict each other, or do not
     divide the weights; the message calls the method by `name`.
@@ -95,7 +95,7 @@ def choice(
 
 
 def _pattern(nm: str, name: str) -> tuple[str, int, int]:
-    """Separator and the two numbers of "2:4" or "16x16"."""
+    """Return separator and the two numbers of "2:4" or "16x16"."""
     found = re.fullmatch(r"(\d+)([:x])(\d+)", str(nm))
     first, separator, second = found.groups() if found else (0, "", 0)
     first, second = int(first), int(second)
@@ -110,7 +110,8 @@ def _pattern(nm: str, name: str) -> tuple[str, int, int]:
 
 @functools.partial(jax.jit, static_argnames=("axis",))
 def keep_largest(score: jax.Array, kept: Any, *, axis: int = -1) -> jax.Array:
-    """Boolean: exactly the `kept` largest along an axis; of equal ones the first.
+    """Return boolean: exactly the `kept` largest along an axis; of equal ones the
+    first.
 
     The value of the last one to stay is found bit by bit: 31 passes over the scores,
     and no sort. `kept` may be traced. Scores are float32 and not negative; a negative
@@ -133,7 +134,8 @@ def keep_largest(score: jax.Array, kept: Any, *, axis: int = -1) -> jax.Array:
 
 
 def select(score: jax.Array, chosen: Choice, kept: Any = None) -> jax.Array:
-    """Where weights stay, boolean like the scores `[..., inputs, outputs]`; traceable.
+    """Mark the weights that stay, boolean like the scores `[..., inputs, outputs]`;
+    traceable.
 
     The score of a block is the root of its sum of squares. `kept`, possibly traced,
     overrules the choice's.

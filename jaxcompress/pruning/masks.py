@@ -43,7 +43,7 @@ def make(
     nm: str | None = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> Masks:
-    """Masks of the weights of highest score over a whole tree; traceable.
+    """Mask of the weights of highest score over a whole tree; traceable.
 
     Scores of different leaves must be comparable where they compete ("global"):
     magnitudes are not, if layers differ in scale. Equal scores: the first stays.
@@ -131,7 +131,9 @@ def _one_mask(
 def _choice(
     shape: tuple[int, ...], name: str, sparsity: Any, nm: str | None, scope: str
 ) -> Choice:
-    """The choice where the sparsity may be an array, whose value is not looked at."""
+    """Return the choice where the sparsity may be an array, whose value is not looked
+    at.
+    """
     grouped = nm is not None and ":" in nm
     if isinstance(sparsity, jax.Array):
         sparsity = None if grouped else 0.0
@@ -142,7 +144,9 @@ def _choice(
 
 
 def _kept(chosen: Choice, sparsity: Any) -> Any:
-    """How many stay where the sparsity is an array, or goes towards a pattern."""
+    """Return how many stay where the sparsity is an array, or goes towards a
+    pattern.
+    """
     if sparsity is None:
         return chosen.kept
     if isinstance(sparsity, jax.Array):
@@ -155,7 +159,8 @@ def _kept(chosen: Choice, sparsity: Any) -> Any:
 
 
 def of(params: Params) -> Masks:
-    """Where the `Sparse` leaves of a tree keep weights: booleans, None elsewhere.
+    """Read the masks of a tree's `Sparse` leaves: booleans where weights stay, None
+    elsewhere.
 
     A dense array has no mask, zeros or not: a kernel that starts at zero is to train.
 
@@ -183,7 +188,7 @@ def of(params: Params) -> Masks:
 
 
 def apply(params: Params, masks: Masks) -> Params:
-    """The tree with zeros where a mask is false; leaves without a mask untouched.
+    """Return tree with zeros where a mask is false; leaves without a mask untouched.
 
     Raises:
       ValueError: a mask of another shape, or on a compressed leaf.
@@ -203,7 +208,7 @@ def apply(params: Params, masks: Masks) -> Params:
 
 
 def check_mask(mask: jax.Array, x: Any) -> None:
-    """Raises ValueError where a mask does not fit an array."""
+    """Raise ValueError where a mask does not fit an array."""
     if mask.shape != jnp.shape(x):
         raise ValueError(
             f"a mask of shape {mask.shape} on an array of shape {jnp.shape(x)}; make "

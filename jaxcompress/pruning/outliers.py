@@ -22,7 +22,7 @@ def outliers(
     score: Literal["weight", "activation"] | None = None,
     scope: Literal["leaf", "row"] = "leaf",
 ) -> Sum:
-    """Splits a weight into its outliers, `Sparse`, and the rest, dense and still exact.
+    """Split a weight into its outliers, `Sparse`, and the rest, dense and still exact.
 
     The rest, `terms/0`, has zeros where the outliers stood, so that a later stage
     rounds it with finer steps; its moments are those of the whole layer:

@@ -39,7 +39,7 @@ def sparsegpt(
     damping: float = 0.01,
     block: int = 128,
 ) -> Sparse:
-    """Prunes input row after input row, each row's error fed into those still to come.
+    """Prune input row after input row, each row's error fed into those still to come.
 
     Which weights go is decided as a block of rows is reached, on the weights as they
     stand: those that cost the layer's output least once the rows behind make up for
@@ -88,7 +88,7 @@ def alps(
     nm: str | None = None,
     damping: float = 0.01,
 ) -> Sparse:
-    """Finds the support by ADMM, then the best weights on it by conjugate gradients.
+    """Find the support by ADMM, then the best weights on it by conjugate gradients.
 
     Every weight competes with all others of the matrix, in the scale of its input.
     Slower than `sparsegpt`: some hundred products of the second moment's size with the
@@ -132,7 +132,7 @@ def _problem(
 def _prune_rows(
     x: jax.Array, second: jax.Array, *, chosen: Choice, damping: float, block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """New weights, float32, and their mask, of one slice `[inputs, outputs]`."""
+    """Return new weights, float32, and their mask, of one slice `[inputs, outputs]`."""
     inputs = x.shape[0]
     factor = inverse_factor(second, damping=damping)
     seen = jnp.pad(jnp.diagonal(second) > 0, (0, -inputs % block))
@@ -168,7 +168,7 @@ def _prune_rows(
 def _alternate(
     x: jax.Array, second: jax.Array, *, chosen: Choice, damping: float
 ) -> tuple[jax.Array, jax.Array]:
-    """New weights, float32, and their mask, of one slice `[inputs, outputs]`."""
+    """Return new weights, float32, and their mask, of one slice `[inputs, outputs]`."""
     matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     with float64(True):
         wide = damped(second.astype(jnp.float64), damping)
@@ -210,7 +210,8 @@ def _alternate(
 def _conjugate_gradients(
     normal: jax.Array, pull: jax.Array, value: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """Nearer to `normal @ value = pull` on the mask, each output by itself.
+    """Improve the solution of `normal @ value = pull` on the mask, each output by
+    itself.
 
     No step raises the layer's error. `normal` has a diagonal of ones: the
     preconditioner is in its scale already.
@@ -223,7 +224,7 @@ def _conjugate_gradients(
     total = functools.partial(jnp.sum, axis=0, keepdims=True)  # per output
 
     def safe(top: jax.Array, bottom: jax.Array) -> jax.Array:
-        """The quotient; 0 where an output has arrived and nothing is left."""
+        """Return the quotient; 0 where an output has arrived and nothing is left."""
         return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1), 0)
 
     def step(_: int, state: tuple) -> tuple:

@@ -34,7 +34,7 @@ def magnitude(
     nm: str | None = None,
     scope: Literal["leaf", "row"] = "leaf",
 ) -> Sparse:
-    """Keeps the weights of largest magnitude; of equal ones the first.
+    """Keep the weights of largest magnitude; of equal ones the first.
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
@@ -76,7 +76,7 @@ def magnitude(
 
 
 def magnitude_instead(options: Mapping[str, Any], **defaults: Any) -> Any:
-    """Magnitude pruning to the same sparsity or pattern: what needs no data."""
+    """Return magnitude pruning to the same sparsity or pattern: what needs no data."""
     return magnitude(**only(dict(options), "sparsity", "nm", "scope", **defaults))
 
 
@@ -89,7 +89,7 @@ def wanda(
     nm: str | None = None,
     scope: Literal["leaf", "row"] = "row",
 ) -> Sparse:
-    """Keeps the weights of largest magnitude times root mean square of their input.
+    """Keep the weights of largest magnitude times root mean square of their input.
 
     Those of one output compete, as published. An input that is always zero makes its
     weights worth nothing. Drifted moments, if known, are the inputs.
@@ -113,17 +113,19 @@ def wanda(
 
 
 def second_of(x: jax.Array, moments: Any, name: str) -> jax.Array:
-    """Second moment of the inputs the pruned layer will see, drifted if known."""
+    """Return second moment of the inputs the pruned layer will see, drifted if
+    known.
+    """
     return require(moments, x, name, fields=()).target_problem(x, name)[1]
 
 
 def input_norms(x: jax.Array, moments: Any, name: str) -> jax.Array:
-    """Root mean square of each input of the pruned layer, `[..., inputs, 1]`."""
+    """Return root mean square of each input of the pruned layer, `[..., inputs, 1]`."""
     return _norms(second_of(x, moments, name))
 
 
 def check_weights(x: jax.Array, name: str) -> None:
-    """Raises where `x` is not floating point, or not `[..., inputs, outputs]`."""
+    """Raise where `x` is not floating point, or not `[..., inputs, outputs]`."""
     if not is_float(x):
         raise TypeError(f"{name} takes floating-point weights, not {x.dtype}")
     if x.ndim < 2 or not x.size:
@@ -135,7 +137,7 @@ def check_weights(x: jax.Array, name: str) -> None:
 
 @functools.partial(jax.jit, static_argnames=("chosen",))
 def kept_weights(x: jax.Array, mask: jax.Array, chosen: Choice) -> Sparse:
-    """The leaf of the weights `x` that a choice's mask keeps; traceable."""
+    """Return the leaf of the weights `x` that a choice's mask keeps; traceable."""
     return sparse(
         x,
         mask,
@@ -156,7 +158,7 @@ def _magnitudes(x: jax.Array, name: str) -> jax.Array:
 
 
 def _norms(second: jax.Array) -> jax.Array:
-    """Root mean square of each input, `[..., inputs, 1]`."""
+    """Return root mean square of each input, `[..., inputs, 1]`."""
     diagonal = jnp.diagonal(second, axis1=-2, axis2=-1)
     return jnp.sqrt(jnp.maximum(diagonal, 0)).astype(jnp.float32)[..., :, None]
 
@@ -167,7 +169,7 @@ def _norms(second: jax.Array) -> jax.Array:
 def magnitude_scores(
     params: Params, gradients: Any = None, *, where: str | None = None
 ) -> Any:
-    """The magnitude of each weight, float32; traceable.
+    """Return the magnitude of each weight, float32; traceable.
 
     Args:
       params: the tree; what is compressed already is not scored.
@@ -188,7 +190,8 @@ def magnitude_scores(
 def taylor_scores(
     params: Params, gradients: Any = None, *, where: str | None = None
 ) -> Any:
-    """How much the loss moves, to first order, if a weight goes: |weight * gradient|.
+    """Return how much the loss moves, to first order, if a weight goes: |weight *
+    gradient|.
 
     Args:
       params: the tree.
@@ -226,7 +229,8 @@ def wanda_scores(
     layouts: Mapping[str, Layout] | None = None,
     where: str | None = None,
 ) -> Any:
-    """Magnitude times root mean square of the input; None where no inputs are known.
+    """Return magnitude times root mean square of the input; None where no inputs are
+    known.
 
     Args:
       params: the tree.

@@ -46,7 +46,7 @@ class Sparse(Leaf):
         return self.values.dtype
 
     def inner_moments(self, field: str, moments: Any) -> None:
-        """None: row i of the values belongs to another input in every column."""
+        """Return None: row i of the values belongs to another input in every column."""
         del field, moments
 
     @property
@@ -69,7 +69,7 @@ def sparse(
     by_output: bool | None = None,
     block: tuple[int, int] = (1, 1),
 ) -> Sparse:
-    """The leaf of the weights `x` where `mask`, `[..., inputs, outputs]`, is true.
+    """Return leaf of the weights `x` where `mask`, `[..., inputs, outputs]`, is true.
 
     Traceable where `kept` and `by_output` are given.
 
@@ -107,7 +107,7 @@ def sparse(
 
 
 def _by_output(x: jax.Array) -> jax.Array:
-    """`[..., inputs, outputs]` as one column `[..., outputs * inputs, 1]`."""
+    """Reshape `[..., inputs, outputs]` to one column `[..., outputs * inputs, 1]`."""
     *stack, inputs, outputs = x.shape
     return jnp.swapaxes(x, -1, -2).reshape((*stack, inputs * outputs, 1))
 
@@ -118,7 +118,9 @@ def _places(mask: jax.Array) -> jax.Array:
 
 @jax.jit
 def _filled(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Values `[..., kept, outputs or 1]` where the mask has them, zeros elsewhere."""
+    """Return values `[..., kept, outputs or 1]` where the mask has them, zeros
+    elsewhere.
+    """
     *stack, inputs, outputs = mask.shape
     if not values.shape[-2]:
         return jnp.zeros(mask.shape, values.dtype)
@@ -129,13 +131,15 @@ def _filled(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _spread_out(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Each column of `[..., kept, columns]` to the places of `[..., rows, columns]`."""
+    """Return each column of `[..., kept, columns]` to the places of `[..., rows,
+    columns]`.
+    """
     where = jnp.maximum(_places(mask), 0)
     return jnp.where(mask, jnp.take_along_axis(values, where, axis=-2), 0)
 
 
 def _closed_up(x: jax.Array, mask: jax.Array, kept: int) -> jax.Array:
-    """The inverse: `[..., kept, columns]`; the gap at the end, if any, is zeros."""
+    """Return inverse: `[..., kept, columns]`; the gap at the end, if any, is zeros."""
     where = jnp.where(mask, _places(mask), kept)
     empty = jnp.zeros((*x.shape[:-2], kept, x.shape[-1]), x.dtype)
     rest = [

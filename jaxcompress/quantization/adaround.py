@@ -19,7 +19,8 @@ OUTER = 0.1  # how far the sigmoid reaches beyond 0 and 1, so that it gets there
 def descend_relaxed(
     x: jax.Array, start: Steps, loss: Callable[[jax.Array], jax.Array], place: Place
 ) -> tuple[jax.Array, Steps]:
-    """Codes and steps: up or down is learned for every weight, softly, then settled.
+    """Return codes and steps: up or down is learned for every weight, softly, then
+    settled.
 
     It begins at the weights themselves, where nothing is rounded; a regularizer pushes
     every weight to one of its two levels as the descent goes on. Rounding to nearest

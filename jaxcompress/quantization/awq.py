@@ -49,12 +49,12 @@ class Scaled(Leaf):
         return self.weight.shape
 
     def inner_moments(self, field: str, moments: Any) -> Any:
-        """Those of the inputs times the factors."""
+        """Return the moments of the inputs times the factors."""
         del field
         return moments.stretch(dense(self.factors))
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """The inputs are scaled instead of the rows."""
+        """Return the inputs are scaled instead of the rows."""
         factors = unboxed(self.factors).astype(jnp.float32)
         factors = factors.reshape((1,) * (x.ndim - 1) + factors.shape)
         scaled = (x.astype(jnp.float32) * factors).astype(x.dtype)
@@ -73,7 +73,7 @@ class Scaled(Leaf):
 
 
 def _without_data(options: dict[str, Any]) -> Any:
-    """The nearest method of the grid, with the same width, blocks and steps."""
+    """Return the nearest method of the grid, with the same width, blocks and steps."""
     nearest = NEAREST.get(options.get("grid", "asymmetric"), asymmetric)
     search = options.get("search", True)
     return nearest(**only(options, "bits", "block", "scale_dtype", search=search))
@@ -91,7 +91,7 @@ def awq(
     search: bool = True,
     scale_dtype: str = "bfloat16",
 ) -> Scaled:
-    """Rounds to nearest after scaling each input row by a power of its inputs' size.
+    """Round to nearest after scaling each input row by a power of its inputs' size.
 
     Row j is multiplied by `s_j = rms_j^a`, rounded, and divided by `s_j` again when it
     is used: the errors of rows that large inputs meet shrink by `s_j`. The exponent is
@@ -164,7 +164,9 @@ def _best_scaling(
     searches: tuple[bool, ...],
     scale_dtype: str,
 ) -> tuple[jax.Array, Steps, jax.Array]:
-    """Codes, steps and factors `[1, inputs]` of least output error, of one slice."""
+    """Return codes, steps and factors `[1, inputs]` of least output error, of one
+    slice.
+    """
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(second), 0))
     largest = jnp.max(norms)
     norms = jnp.where(largest > 0, jnp.maximum(norms, SMALLEST * largest), 1)

@@ -81,7 +81,7 @@ def _float8(dtype: Any, largest: float) -> Levels:
 
 
 def _encode_exponent(ratio: jax.Array) -> jax.Array:
-    """The nearest power of two, by ratio; ratios are positive or NaN."""
+    """Return the nearest power of two, by ratio; ratios are positive or NaN."""
     _, exponent = jnp.frexp(ratio * np.float32(2**0.5))
     code = jnp.clip(exponent - 1, -126, 127) + 127
     return jnp.where(jnp.isfinite(ratio), code, 255)

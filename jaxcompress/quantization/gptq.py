@@ -31,7 +31,7 @@ NEAREST = {"symmetric": symmetric, "asymmetric": asymmetric, "sign_split": sign_
 
 
 def _without_data(options: dict[str, Any]) -> Any:
-    """The nearest method of the grid, with the same width, blocks and steps."""
+    """Return the nearest method of the grid, with the same width, blocks and steps."""
     grid, search = options.get("grid", "symmetric"), options.get("search", True)
     if grid in ("mxfp4", "nvfp4"):
         return FORMAT_METHODS[grid](search=search)
@@ -67,7 +67,7 @@ def gptq(
     damping: float = 0.01,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Rounds input row after input row, each row's error fed into those still to come.
+    """Round input row after input row, each row's error fed into those still to come.
 
     The steps are those that the grid's nearest method finds on the original weights
     and stay fixed ("static groups"): fitted to the moving weights they inflate. With
@@ -113,7 +113,7 @@ def gptq(
 
 
 def _start(x: jax.Array, grid: str, bits: Any, **options: Any) -> Quantized:
-    """The leaf of rounding to nearest, whose steps are kept."""
+    """Return the leaf of rounding to nearest, whose steps are kept."""
     if grid in NEAREST:
         return NEAREST[grid](x, bits=bits, **options)
     if grid not in FORMATS:
@@ -139,7 +139,7 @@ def feed_codes(
     order: str,
     damping: float,
 ) -> jax.Array:
-    """Codes uint8 `[inputs, outputs]` of one slice."""
+    """Return codes uint8 `[inputs, outputs]` of one slice."""
     first = jnp.arange(x.shape[0])
     if order == "activation":
         first = jnp.argsort(-jnp.diagonal(second))

@@ -119,7 +119,7 @@ def _decode_offset(codes: jax.Array, steps: Steps, bits: int) -> jax.Array:
 
 
 def _level_grid(name: str) -> Grid:
-    """The grid of a format's levels; its `bits` are those of the format."""
+    """Return the grid of a format's levels; its `bits` are those of the format."""
     levels = LEVELS[name]
     return Grid(
         lambda x, steps, bits: levels.encode(x / steps.scale),
@@ -146,7 +146,7 @@ REAL_ZEROS = ("affine", "offset")  # grids whose zero point is a real number
 
 
 def encode(x: jax.Array, steps: Steps, *, grid: str, bits: Bits) -> jax.Array:
-    """The unsigned codes, uint8, of the grid values nearest to `x`; traceable.
+    """Return the unsigned codes, uint8, of the grid values nearest to `x`; traceable.
 
     `steps` must broadcast against `x` (`spread`), and be what will be stored: codes of
     a step that is rounded afterwards are not the nearest any more.
@@ -156,7 +156,7 @@ def encode(x: jax.Array, steps: Steps, *, grid: str, bits: Bits) -> jax.Array:
 
 
 def decode(codes: jax.Array, steps: Steps, *, grid: str, bits: Bits) -> jax.Array:
-    """The values, float32, that codes stand for; traceable.
+    """Return the values, float32, that codes stand for; traceable.
 
     One product per value, so that `jit` cannot round differently.
     """
@@ -164,7 +164,7 @@ def decode(codes: jax.Array, steps: Steps, *, grid: str, bits: Bits) -> jax.Arra
 
 
 def spread(steps: Steps, block: Block, inputs: int) -> Steps:
-    """Steps `[..., blocks, outputs]` repeated to broadcast against all `inputs`.
+    """Return steps `[..., blocks, outputs]` repeated to broadcast against all `inputs`.
 
     Raises:
       ValueError: the steps are not those of so many inputs in such blocks.
@@ -247,7 +247,9 @@ class Quantized(Leaf):
         return round_to(values, self.dtype).astype(self.dtype)
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """Dequantized next to the product, or in integers where `how` allows it."""
+        """Return dequantized next to the product, or in integers where `how` allows
+        it.
+        """
         rows = math.prod(x.shape[:-1])
         wanted = how.activations == "int8" or (
             how.activations == "auto" and integers_pay(rows)
@@ -258,7 +260,9 @@ class Quantized(Leaf):
         return integer_product(x, self if prepare is None else prepare(self))
 
     def take_columns(self, indices: jax.Array) -> jax.Array:
-        """`materialize()[:, indices]` of a 2-D leaf, reading only those columns."""
+        """Compute `materialize()[:, indices]` of a 2-D leaf, reading only those
+        columns.
+        """
         flat = jnp.ravel(indices)
         columns = dataclasses.replace(
             self,
@@ -290,7 +294,7 @@ def quantized(
     dtype: Any,
     scale_dtype: Any = jnp.float32,
 ) -> Quantized:
-    """The leaf of codes `[..., inputs, outputs]` and steps `[..., blocks, outputs]`.
+    """Return leaf of codes `[..., inputs, outputs]` and steps `[..., blocks, outputs]`.
 
     Codes are packed; so are zero points where that saves bytes. The scales must be
     exact in `scale_dtype` (`round_to`), for the codes were chosen for them. Traceable.
@@ -328,7 +332,7 @@ def quantized(
 
 
 def round_to(x: jax.Array, dtype: Any) -> jax.Array:
-    """float32 values rounded to those of bfloat16 or float16, still float32.
+    """Round float32 values to those of bfloat16 or float16; the result is float32.
 
     A cast there and back need not do it under `jit`: XLA may drop the pair where excess
     precision is allowed. float16 is left to the cast, for rounding by

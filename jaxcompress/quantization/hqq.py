@@ -38,7 +38,7 @@ def hqq(
     steps: int = 20,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Rounds to even steps whose real-valued zero point minimizes a sparse norm.
+    """Round to even steps whose real-valued zero point minimizes a sparse norm.
 
     The step is the range over `2^bits - 1`; the zero point minimizes the sum of
     `|error|^norm`: the error is split into a sparse part (outliers, found by shrinking)
@@ -97,7 +97,7 @@ def _half_quadratic(
         return round_to(zero.astype(scale_dtype).astype(jnp.float32), scale_dtype)
 
     def errors(zero: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Codes, errors in steps, and the norm of a block's errors."""
+        """Return codes, errors in steps, and the norm of a block's errors."""
         codes = jnp.clip(jnp.round(ratio + zero), 0, most)
         error = jnp.where(real, ratio - (codes - zero), 0)
         return codes, error, jnp.sum(jnp.abs(error) ** norm, -2, keepdims=True)

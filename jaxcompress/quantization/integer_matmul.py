@@ -22,7 +22,7 @@ FEWEST_ROWS = 4  # on a CPU, below which the integer product was slower
 
 
 def has_integers(weight: Any) -> bool:
-    """Whether a `Quantized` weight can be multiplied in integers.
+    """Return whether a `Quantized` weight can be multiplied in integers.
 
     Its values must be integers times one step per output (or matrix); steps per block
     of inputs would need as many products as blocks, and were slower than dequantizing.
@@ -34,7 +34,7 @@ def has_integers(weight: Any) -> bool:
 
 
 def integers_pay(rows: int) -> bool:
-    """Whether integer products of so many rows were measured to be faster here.
+    """Return whether integer products of so many rows were measured to be faster here.
 
     On CPUs, since jax 0.8 (on 0.7.2 they take three times as long), and of four rows or
     more. Other devices were not measured.
@@ -44,7 +44,8 @@ def integers_pay(rows: int) -> bool:
 
 
 def round_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whole numbers up to 127 `[..., inputs]` and steps `[..., 1]`, both float32.
+    """Return whole numbers up to 127 `[..., inputs]` and steps `[..., 1]`, both
+    float32.
 
     The step of a row is its largest magnitude over 127, one for a row of zeros; a row
     that is not finite has a step that is not either.
@@ -57,7 +58,8 @@ def round_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def integer_product(x: jax.Array, weight: Any) -> jax.Array:
-    """`x @ weight`, float32, of a weight that `has_integers`, without stack axes.
+    """Compute `x @ weight`, float32, of a weight that `has_integers`, without stack
+    axes.
 
     Differentiable as if nothing were rounded: with respect to `x` and the steps.
     """
@@ -94,7 +96,7 @@ def _in_floats(x: jax.Array, codes: Any, zero: Any, half: int) -> jax.Array:
 
 
 def _sums(x: jax.Array, codes: jax.Array, zero: Any, kind: Any) -> jax.Array:
-    """`x @ (codes - zero)`, summed in this dtype; float32."""
+    """Compute `x @ (codes - zero)`, summed in this dtype; float32."""
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     sums = jax.lax.dot_general(x, codes, dimensions, preferred_element_type=kind)
     if zero is not None:

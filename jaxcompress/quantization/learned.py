@@ -38,7 +38,7 @@ def _shapes_known(options: Mapping[str, Any]) -> bool:
 
 
 def _without_data(options: dict[str, Any]) -> Any:
-    """Itself, on the squared error of the weights."""
+    """Return the method itself, on the squared error of the weights."""
     if callable(options.get("objective")):
         return learned(**options)
     return learned(**{**options, "objective": "weights", "rounding": None})
@@ -60,7 +60,7 @@ def learned(
     damping: float = 0.01,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Minimizes the quantization error by gradient descent over what defines the grid.
+    """Minimize the quantization error by gradient descent over what defines the grid.
 
     Steps (and with them clipping) and zero points descend, gradients passing the
     rounding straight through. The best is kept, so that the result is never worse than
@@ -168,12 +168,12 @@ def _check(
 
 
 def _sides(width: int, grid: str) -> Any:
-    """The bits of codes that take `width`; sign_split has two sides of one less."""
+    """Return bits of codes that take `width`; sign_split has two sides of one less."""
     return (width - 1, width - 1) if grid == "sign_split" else width
 
 
 def _target(x: jax.Array, moments: Any, damping: float) -> tuple[jax.Array, jax.Array]:
-    """The target weights and the damped second moment of what multiplies them."""
+    """Return target weights and the damped second moment of what multiplies them."""
     known = require(moments, x, "learned", fields=())
     target, second = known.target_problem(x, "learned", damping=damping)
     safe = each_slice(functools.partial(damped, damping=damping), second)
@@ -181,7 +181,7 @@ def _target(x: jax.Array, moments: Any, damping: float) -> tuple[jax.Array, jax.
 
 
 def _with_width(problem: _Problem, place: Place, cost: float) -> Quantized:
-    """The leaf of the width that is worth its cost; reads values."""
+    """Return the leaf of the width that is worth its cost; reads values."""
     error = _relative_error(problem)
     found = continuous_bits(
         problem.target,
@@ -205,7 +205,7 @@ def _with_width(problem: _Problem, place: Place, cost: float) -> Quantized:
 
 
 def _relative_error(problem: _Problem) -> Callable[[jax.Array], jax.Array]:
-    """The error of a dense weight, over what all-zero weights would make."""
+    """Return the error of a dense weight, over what all-zero weights would make."""
     target, second = problem.target, problem.second
 
     def loss(value: jax.Array) -> jax.Array:
@@ -231,7 +231,7 @@ def _nearest(x: jax.Array, place: Place) -> Quantized:
 
 
 def _with_bits(problem: _Problem, place: Place) -> Quantized:
-    """The leaf of a given width; traceable."""
+    """Return the leaf of a given width; traceable."""
     x, target, second, moments, objective, damping = problem
     nearest = _nearest(x, place)
     place = place._replace(bits=nearest.bits)
@@ -272,7 +272,7 @@ def _with_bits(problem: _Problem, place: Place) -> Quantized:
 def _by_gradients(
     target: jax.Array, second: jax.Array, start: Steps, *, place: Place
 ) -> tuple[jax.Array, Steps]:
-    """Codes and steps of one slice by the gradients of its output error."""
+    """Return codes and steps of one slice by the gradients of its output error."""
     descent = descend_relaxed if place.rounding == "relaxed" else descend_gradients
     loss = functools.partial(output_error, target, second)
     return descent(target, start, loss, place)

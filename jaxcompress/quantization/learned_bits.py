@@ -24,7 +24,7 @@ def continuous_bits(
     cost: float,
     steps: int,
 ) -> float:
-    """The width of least `error + cost * width`, between 2 and 8; reads the value.
+    """Return the width of least `error + cost * width`, between 2 and 8; reads values.
 
     The levels reach as far as the width says, `2^width` of them though it is no whole
     number: a step learns from rounding and clipping, the width from what is clipped.
@@ -79,7 +79,7 @@ def _descend(
 def _values(
     x: jax.Array, start: Steps, theta: tuple[Steps, jax.Array], grid: str, block: Block
 ) -> jax.Array:
-    """Grid values of `theta`: logs of scales and a width."""
+    """Return grid values of `theta`: logs of scales and a width."""
     logs, width = theta
     scale = start.scale * jnp.exp(logs.scale)
     if grid == "symmetric":

@@ -37,7 +37,9 @@ class Place(NamedTuple):
 
 
 def stretched(start: Steps, theta: Steps, place: Place) -> Steps:
-    """The start's scales times e^theta, as stored; zero points `theta` off, rounded."""
+    """Return the start's scales times e^theta, as stored; zero points `theta` off,
+    rounded.
+    """
 
     def scale(base: jax.Array, log: jax.Array) -> jax.Array:
         size = jnp.abs(base) * jnp.exp(log)
@@ -57,7 +59,9 @@ def stretched(start: Steps, theta: Steps, place: Place) -> Steps:
 def descend_weights(
     x: jax.Array, start: Steps, *, place: Place
 ) -> tuple[jax.Array, Steps]:
-    """Codes `[inputs, outputs]` and steps of least squared error of the weights."""
+    """Return codes `[inputs, outputs]` and steps of least squared error of the
+    weights.
+    """
     start = jax.tree.map(lambda s: s.astype(jnp.float32), start)
     unit = jnp.square(start.scale)  # no square over- or underflows in these units
 
@@ -81,7 +85,9 @@ def descend_outputs(
     *values: jax.Array,
     place: Place,
 ) -> tuple[jax.Array, Steps]:
-    """Codes and steps of least expected output error; `values` are where to start."""
+    """Return codes and steps of least expected output error; `values` are where to
+    start.
+    """
     start = jax.tree.map(lambda s: s.astype(jnp.float32), start)
     wide = spread(start, place.block, x.shape[0])
     losses = jnp.stack([layer_loss(x, value, second) for value in values])
@@ -123,7 +129,9 @@ def descend_outputs(
 
 
 def output_error(x: jax.Array, second: jax.Array, value: jax.Array) -> jax.Array:
-    """tr(D^T S D), D the change; one product serves the value and its gradient."""
+    """Compute `tr(D^T S D)`, D the change; one product serves the value and its
+    gradient.
+    """
     change = value - x
     fixed = jax.lax.stop_gradient(change)
     moved = jax.lax.stop_gradient(second @ change)
@@ -134,7 +142,8 @@ def output_error(x: jax.Array, second: jax.Array, value: jax.Array) -> jax.Array
 def descend_gradients(
     x: jax.Array, start: Steps, loss: Callable[[jax.Array], jax.Array], place: Place
 ) -> tuple[jax.Array, Steps]:
-    """Codes and steps of the least loss that gradients through the rounding find.
+    """Return codes and steps of the least loss that gradients through the rounding
+    find.
 
     With `rounding="offsets"` every weight has one, in levels, of at most half a level.
 
@@ -166,14 +175,14 @@ def descend_gradients(
 
 
 def scale_of(x: jax.Array, wide: Steps) -> jax.Array:
-    """The scale of the side of each weight; `wide` broadcasts against `x`."""
+    """Return the scale of the side of each weight; `wide` broadcasts against `x`."""
     if wide.negative_scale is None:
         return jnp.broadcast_to(wide.scale, x.shape)
     return jnp.where(x > 0, wide.scale, wide.negative_scale)
 
 
 def _descent(loss: Callable, theta: Any, place: Place) -> Any:
-    """What `loss` returns beside the least error that is come across, start included.
+    """Return the auxiliary output at the best iterate, the initial one included.
 
     `loss(theta)` returns what is differentiated and `(error, what to keep)`; the errors
     of separate blocks are compared block by block. Adam on steps; where there are
@@ -205,7 +214,7 @@ def _descent(loss: Callable, theta: Any, place: Place) -> Any:
 
 
 def _moved(theta: Any, updates: Any, rates: Any) -> Any:
-    """Against the updates; each part of a tuple at its own rate."""
+    """Step against the updates; each part of a tuple at its own rate."""
     if isinstance(rates, tuple):
         return tuple(map(_moved, theta, updates, rates))
     return jax.tree.map(lambda t, u: t - rates * u, theta, updates)

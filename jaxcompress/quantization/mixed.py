@@ -31,7 +31,7 @@ def mixed_channels(
     grid: Literal["symmetric", "asymmetric"] = "symmetric",
     scale_dtype: str = "bfloat16",
 ) -> Mixed:
-    """Quantizes a kernel to `bits`, but the channels that matter most to `fine_bits`.
+    """Quantize a kernel to `bits`, but the channels that matter most to `fine_bits`.
 
     A channel's score is the squared error that `bits` would make there. Outlier inputs
     (large activations) are why some matter much more than others.
@@ -119,7 +119,7 @@ def _count(fraction: float | None, channels: int | None, total: int) -> int:
 def _errors(
     x: jax.Array, coarse: jax.Array, moments: Any, score: str, where: int
 ) -> jax.Array:
-    """Squared error per channel, `[..., channels]`."""
+    """Return squared error per channel, `[..., channels]`."""
     change = coarse.astype(jnp.float32) - x.astype(jnp.float32)
     if score == "weight":
         return jnp.sum(jnp.square(change), axis=-3 - where)
@@ -135,7 +135,9 @@ def _errors(
 
 
 def _conditional(second: jax.Array) -> jax.Array:
-    """Mean square of each input that the others do not explain: 1 / diag(S^-1)."""
+    """Return mean square of each input that the others do not explain: 1 /
+    diag(S^-1).
+    """
 
     def one(matrix: jax.Array) -> jax.Array:
         factor = inverse_factor(matrix)

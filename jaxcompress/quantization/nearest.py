@@ -38,7 +38,7 @@ def symmetric(
     search: bool = False,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Rounds to multiples of a step, `2^bits` of them around zero.
+    """Round to multiples of a step, `2^bits` of them around zero.
 
     With `S = max|x|` of a block the step is `S / 2^(bits - 1)` and the code
     `round(x / step)`, clipped to `[-2^(bits - 1), 2^(bits - 1) - 1]`: the error is at
@@ -80,7 +80,7 @@ def asymmetric(
     search: bool = False,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Rounds to `2^bits` even steps from the smallest to the largest weight.
+    """Round to `2^bits` even steps from the smallest to the largest weight.
 
     The range of a block always includes zero, and the zero point is an integer code,
     so that zero is exact and the error at most half a step (a little more at the ends
@@ -103,7 +103,7 @@ def sign_split(
     search: bool = False,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Rounds positive and negative weights each to its own step; zero is exact.
+    """Round positive and negative weights each to its own step; zero is exact.
 
     With `S` the largest magnitude of a side and `N` its bits, the step is `S / 2^N`
     and magnitudes are clipped to `2^N - 1` steps. Codes take
@@ -132,7 +132,7 @@ def sign_split(
 
 
 def check_bits(name: str, bits: Any, most: int) -> None:
-    """Raises ValueError where `bits` is not an integer from 1 to `most`."""
+    """Raise ValueError where `bits` is not an integer from 1 to `most`."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= most:
         raise ValueError(f"{name} takes an integer of 1 to {most} bits, not {bits!r}")
 
@@ -230,7 +230,7 @@ def _asymmetric_steps(
 def _side_step(
     magnitudes: jax.Array, bits: int, search: bool, stored: Callable
 ) -> jax.Array:
-    """The step of one side `[..., blocks, columns]` of the sign-split grid."""
+    """Return the step of one side `[..., blocks, columns]` of the sign-split grid."""
     step = jnp.max(magnitudes, axis=-2, initial=0) / 2**bits
 
     def steps(factor: Any) -> Steps:
@@ -244,7 +244,7 @@ def _side_step(
 
 
 def _ends(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest and smallest weight per block, zero included."""
+    """Return largest and smallest weight per block, zero included."""
     high = jnp.max(blocks, axis=-2, initial=0)
     return high, jnp.min(blocks, axis=-2, initial=0)
 
@@ -252,7 +252,7 @@ def _ends(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 def best_factor(
     blocks: jax.Array, steps: Callable[[Any], Steps], grid: str, bits: Any
 ) -> jax.Array:
-    """The factor of least squared error per block; 1 where none is better.
+    """Return the factor of least squared error per block; 1 where none is better.
 
     One candidate at a time, so that no more than the weights themselves is held.
     """
@@ -275,7 +275,7 @@ def best_factor(
 
 
 def store_step(step: jax.Array, *, dtype: str) -> jax.Array:
-    """The nearest step above zero that `dtype` holds, in float32; 1 for zero.
+    """Return the nearest step above zero that `dtype` holds, in float32; 1 for zero.
 
     Steps too large for it, NaN and Inf become NaN: integer codes would hide them.
     """
@@ -287,7 +287,7 @@ def store_step(step: jax.Array, *, dtype: str) -> jax.Array:
 
 
 def split(x: jax.Array, block: Block) -> jax.Array:
-    """Weights `[..., inputs, outputs]` as `[..., blocks, block, columns]`.
+    """Return weights `[..., inputs, outputs]` as `[..., blocks, block, columns]`.
 
     The last block is filled up with zeros; "tensor" is one block of one column.
     """
@@ -302,7 +302,7 @@ def split(x: jax.Array, block: Block) -> jax.Array:
 
 
 def block_sizes(inputs: int, outputs: int, block: Block) -> np.ndarray:
-    """Weights that share a step, per block: all equal but for the last."""
+    """Return weights that share a step, per block: all equal but for the last."""
     if block == "tensor":
         return np.array([inputs * outputs])
     size = inputs if block is None else min(block, inputs)

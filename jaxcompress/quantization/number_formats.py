@@ -37,7 +37,7 @@ def nf4(
     search: bool = False,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Rounds to 16 levels at the quantiles of a normal distribution; 4 bits per code.
+    """Round to 16 levels at the quantiles of a normal distribution; 4 bits per code.
 
     The scale of a block is its largest magnitude. Scales are not quantized again.
 
@@ -67,7 +67,7 @@ def fp8(
     search: bool = False,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Rounds to 8-bit floating point, the largest magnitude of a block to its largest.
+    """Round to 8-bit floating point, the largest magnitude of a block to its largest.
 
     `kind` "e4m3" (largest 448, without infinity) or "e5m2" (largest 57 344); the other
     options and errors are those of `nf4`.
@@ -84,7 +84,7 @@ def fp8(
 
 @method()
 def mxfp4(x: jax.Array, moments: Any = None, *, search: bool = False) -> Quantized:
-    """Rounds to MXFP4: e2m1 codes, a power of two for each 32 inputs; 4.25 bits.
+    """Round to MXFP4: e2m1 codes, a power of two for each 32 inputs; 4.25 bits.
 
     The power is that of the largest magnitude, so that magnitudes above six steps are
     clipped; with `search` the one of least squared error among its neighbours. The
@@ -99,7 +99,7 @@ def mxfp4(x: jax.Array, moments: Any = None, *, search: bool = False) -> Quantiz
 
 @method()
 def nvfp4(x: jax.Array, moments: Any = None, *, search: bool = False) -> Quantized:
-    """Rounds to NVFP4: e2m1 codes, an e4m3 scale for each 16 inputs; 4.5 bits.
+    """Round to NVFP4: e2m1 codes, an e4m3 scale for each 16 inputs; 4.5 bits.
 
     The scales share a float32 scale of the matrix, which maps the largest of them to
     448. The scale is itself a `Quantized`, of e4m3 codes. `search` as in `nf4`.
@@ -119,7 +119,7 @@ FORMAT_METHODS = {"nf4": nf4, "e4m3": fp8, "e5m2": fp8, "mxfp4": mxfp4, "nvfp4":
 def to_format(
     x: jax.Array, name: str, *, block: Block, search: bool, scale_dtype: str
 ) -> Quantized:
-    """Rounds to the format of this name; `block=None` is the format's own."""
+    """Round to the format of this name; `block=None` is the format's own."""
     if name in ("mxfp4", "nvfp4"):
         own = MX_BLOCK if name == "mxfp4" else NV_BLOCK
         if block not in (None, own):
@@ -179,7 +179,8 @@ def _rounded(
 def _scales(
     step: jax.Array, *, grid: str, whole: Callable[[jax.Array], jax.Array]
 ) -> Quantized:
-    """Steps `[..., blocks, outputs]` as codes, above zero; `whole` gives their scale.
+    """Return steps `[..., blocks, outputs]` as codes, above zero; `whole` gives their
+    scale.
 
     Steps of all-zero blocks become those of code 1, the rest at least that.
     """

@@ -43,7 +43,7 @@ def rate_distortion(
     damping: float = 0.01,
     prior: float = 0.0,
 ) -> RateCoded:
-    """The weights that so many bits, side information included, tell about best.
+    """Return the weights that so many bits, side information included, tell about best.
 
     Input rows are quantized one by one and their errors fed into the rows to come, as
     in `gptq`; but the step of a row is in proportion to its conditional deviation (the
@@ -167,7 +167,8 @@ def prepare(
     damping: float,
     ridge: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, np.ndarray]:
-    """Target `[inputs, outputs]` and factor in the order of work, and that order.
+    """Return target `[inputs, outputs]` and factor in the order of work, and that
+    order.
 
     With a ridge, in units of `second`, the target is the ridge regression of the
     weights' outputs.
@@ -208,7 +209,8 @@ def _ordered(
 
 
 def pivots(second: np.ndarray) -> np.ndarray:
-    """Inputs in the order of pivoted Cholesky: always the one least explained so far.
+    """Return inputs in the order of pivoted Cholesky: always the one least explained so
+    far.
 
     Those that the ones before explain but for rounding come last, as they stand.
 
@@ -239,7 +241,7 @@ def sweep(
     *,
     states: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Levels int32 `[inputs, outputs]` and steps `[inputs]` that bfloat16 holds.
+    """Return levels int32 `[inputs, outputs]` and steps `[inputs]` that bfloat16 holds.
 
     Args:
       x, factor: as `prepare` gives them.
@@ -311,7 +313,7 @@ def _search(
     states: int,
     slices: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Levels and steps, in natural order, whose coded size meets the rate.
+    """Return levels and steps, in natural order, whose coded size meets the rate.
 
     The size is that in a file of so many slices, this one included, without column
     scales.
@@ -358,7 +360,7 @@ def _search(
 
 
 def _next(tried: list[tuple[float, float]], rate: float) -> float:
-    """Where the line through the last two attempts meets the rate."""
+    """Return the scale where the line through the last two attempts meets the rate."""
     at, found = tried[-1]
     slope = -1.0
     if len(tried) > 1 and tried[-2][0] != at:
@@ -370,7 +372,9 @@ def _next(tried: list[tuple[float, float]], rate: float) -> float:
 def _rate(
     levels: np.ndarray, steps: np.ndarray, outputs: int, states: int, slices: int
 ) -> float:
-    """Bits per weight of levels, some of `outputs` columns that are like them."""
+    """Return bits per weight of levels, some of `outputs` columns that are like
+    them.
+    """
     found = contexts.fit(levels, 2 if states else 1)
     bits = found.bits * outputs / levels.shape[1]
     bits += coded_levels.side_bits(found, outputs)

@@ -9,7 +9,9 @@ import numpy as np
 
 
 def first_guess(x: jax.Array, factor: jax.Array, rate: float) -> float | None:
-    """Base-2 logarithm of the scale at which rows of Gaussian levels meet the rate."""
+    """Return base-2 logarithm of the scale at which rows of Gaussian levels meet the
+    rate.
+    """
     logs = deviations(x, factor)
     if logs is None:
         return None
@@ -22,7 +24,8 @@ def first_guess(x: jax.Array, factor: jax.Array, rate: float) -> float | None:
 
 
 def deviations(x: jax.Array, factor: jax.Array) -> np.ndarray | None:
-    """Base-2 logarithm of each row's size in units of its step at a scale of one.
+    """Return base-2 logarithm of each row's size in units of its step at a scale of
+    one.
 
     None where all weights are zero.
     """
@@ -34,7 +37,7 @@ def deviations(x: jax.Array, factor: jax.Array) -> np.ndarray | None:
 
 
 def gaussian_bits(logs: np.ndarray) -> np.ndarray:
-    """Bits of rounded Gaussian numbers of these standard deviations, as log2."""
+    """Return bits of rounded Gaussian numbers of these standard deviations, as log2."""
     points, bits = _curve()
     return np.interp(logs, points, bits) + np.maximum(0, logs - points[-1])
 

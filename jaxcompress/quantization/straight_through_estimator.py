@@ -14,7 +14,7 @@ HUGE = 1e30  # what a grid encodes by its last code, on either side
 
 
 def straight(function: Any, x: jax.Array) -> jax.Array:
-    """`function(x)`, bit for bit, with the gradient of `x`."""
+    """Compute `function(x)`, bit for bit, with the gradient of `x`."""
     fixed = jax.lax.stop_gradient(x)
     return function(fixed) + (x - fixed)
 
@@ -22,7 +22,8 @@ def straight(function: Any, x: jax.Array) -> jax.Array:
 def quantize_through(
     x: jax.Array, steps: Steps, *, grid: str, bits: Bits, block: Block
 ) -> jax.Array:
-    """The nearest grid values, with gradients for the weights and what stretches them.
+    """Return the nearest grid values, with gradients for the weights and what stretches
+    them.
 
     With `v = x / scale` and `q(v)` the level it is rounded to, inside the grid's range
     `d value / d x` is 1 and `d value / d scale` is `q(v) - v`; where x is clipped they
@@ -76,7 +77,9 @@ def quantize_through(
 def _gradient_scales(
     shape: tuple[int, ...], grid: str, bits: Bits, block: Block
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of the positive and the negative scale: `[blocks, 1]`, or both axes 1."""
+    """Return gradient scales of the positive and the negative scale: `[blocks, 1]`, or
+    both axes 1.
+    """
     low, high = _highest_levels(grid, bits)
     count = block_sizes(shape[-2], shape[-1], block)
     count = count.reshape((1,) * (len(shape) - 2) + (-1, 1)).astype(np.float64)
@@ -85,7 +88,9 @@ def _gradient_scales(
 
 @functools.cache
 def _highest_levels(grid: str, bits: Bits) -> tuple[float, float]:
-    """Magnitudes of the lowest and the highest level, at least one for either."""
+    """Return magnitudes of the lowest and the highest level, at least one for
+    either.
+    """
     with jax.ensure_compile_time_eval():
         one = Steps(jnp.ones(()), jnp.zeros((), jnp.uint8), jnp.ones(()))
         ends = jnp.asarray([-HUGE, HUGE], jnp.float32)

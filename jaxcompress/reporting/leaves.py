@@ -39,7 +39,7 @@ class LeafTable:
         return len(self.rows)
 
     def __getitem__(self, index: int | str) -> LeafReport:
-        """The report at an index, or of a leaf's name."""
+        """Return the report at an index, or of a leaf's name."""
         if isinstance(index, str):
             return next(row for row in self.rows if row.name == index)
         return self.rows[index]
@@ -53,7 +53,7 @@ class LeafTable:
 def report(
     params: Params, small: Params, record: list[LeafReport] | None = None
 ) -> LeafTable:
-    """Compares a tree before and after compression, leaf by leaf.
+    """Compare a tree before and after compression, leaf by leaf.
 
         record = []
         small = jc.compress(params, "symmetric(bits=4, block=64)", record=record)
@@ -152,7 +152,7 @@ def explain(
     *,
     layouts: Mapping[str, Layout] | None = None,
 ) -> Explanation:
-    """Tells which method takes which leaf, and why the others stay.
+    """Tell which method takes which leaf, and why the others stay.
 
     Computes nothing: shapes are enough, `params` may hold `jax.ShapeDtypeStruct`.
 

@@ -44,7 +44,7 @@ class Size:
 
 
 def measure(params: Params, *paths: str | Path) -> Size:
-    """The size of parameters in memory, and of the files they are stored in."""
+    """Return the size of parameters in memory, and of the files they are stored in."""
     return Size(
         weights=weight_count(params),
         memory_bytes=nbytes(params),
@@ -53,7 +53,7 @@ def measure(params: Params, *paths: str | Path) -> Size:
 
 
 def weight_count(params: Params) -> int:
-    """Numbers in the dense form of a tree; works on `eval_shape` too."""
+    """Return numbers in the dense form of a tree; works on `eval_shape` too."""
     return sum(math.prod(value.shape) for _, value in roots(params))
 
 
@@ -66,7 +66,8 @@ def table(
     *,
     title: str | None = None,
 ) -> Table:
-    """A table of rows, one column per key; numbers stand right, missing ones are "-".
+    """Return a table of rows, one column per key; numbers stand right, missing ones are
+    "-".
 
     `columns` maps the keys to show, in order, to what formats their values; by default
     all keys of the first row, with `brief`.
@@ -91,7 +92,7 @@ def leaf_table(
     *,
     largest: int = 12,
 ) -> Table:
-    """What happened to each leaf: the largest ones, the rest in one row, the total.
+    """Tabulate leaves: the largest ones, the rest in one row, the total.
 
     Bits per weight are those in memory; `stored` are bytes in a file by leaf name.
     """
@@ -120,7 +121,7 @@ def leaf_table(
 
 
 def _brief_method(method: str) -> str:
-    """A method in one column: a rate for each layer becomes its range."""
+    """Return a method in one column: a rate for each layer becomes its range."""
 
     def shorten(match: re.Match[str]) -> str:
         numbers = [float(x) for x in match[1].split(",") if x.strip()]
@@ -151,7 +152,7 @@ def _amounts(
 
 
 def comparison_lines(report: Any) -> list[str]:
-    """The numbers of an `evaluation.Report`, a line each, with their units."""
+    """Return the numbers of an `evaluation.Report`, a line each, with their units."""
     rows = []
     for key, unit in (
         ("perplexity", "per token"),
@@ -172,19 +173,19 @@ def comparison_lines(report: Any) -> list[str]:
 
 
 def brief(value: Any) -> str:
-    """A value with about four digits; integers with thousands apart."""
+    """Return a value with about four digits; integers with thousands apart."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return grouped(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def grouped(value: int) -> str:
-    """An integer with a thin gap between thousands: `12 345 678`."""
+    """Return an integer with a thin gap between thousands: `12 345 678`."""
     return f"{value:,}".replace(",", " ")
 
 
 def render(*tables: Table | str, width: int | None = None) -> str:
-    """Tables and lines as plain text, no colors, one line a row.
+    """Return tables and lines as plain text, no colors, one line a row.
 
     Names are never folded: where a terminal is narrower it wraps the lines, and grep
     finds what it looks for. `width` cuts off at so many characters.
@@ -198,7 +199,7 @@ def render(*tables: Table | str, width: int | None = None) -> str:
 
 
 def append_lines(path: str | Path, rows: Iterable[Any]) -> None:
-    """Appends rows (dicts or dataclasses) to a file of JSON lines.
+    """Append rows (dicts or dataclasses) to a file of JSON lines.
 
     NaN and infinity, which JSON lacks, become null.
     """
@@ -208,7 +209,7 @@ def append_lines(path: str | Path, rows: Iterable[Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, mappings, sequences and NumPy numbers as JSON knows them."""
+    """Return dataclasses, mappings, sequences and NumPy numbers as JSON knows them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -223,7 +224,9 @@ def plain(value: Any) -> Any:
 
 
 def peak_memory() -> int | None:
-    """Most bytes this process has held so far; None where the system does not say."""
+    """Return most bytes this process has held so far; None where the system does not
+    say.
+    """
     try:
         import resource
     except ModuleNotFoundError:  # Windows

@@ -11,7 +11,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "chex
 
 
 def show_versions() -> None:
-    """Prints the versions and devices that a bug report should name.
+    """Print the versions and devices that a bug report should name.
 
     jc.show_versions()
     """

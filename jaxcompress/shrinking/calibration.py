@@ -49,7 +49,7 @@ def language_data(
     progress: Any,
     key: jax.Array,
 ) -> Data:
-    """Windows of a text, or of one that the model writes.
+    """Return windows of a text, or of one that the model writes.
 
     Args:
       text: the text itself, the path of a file, tokens `[texts, length]`, or None.
@@ -97,7 +97,7 @@ def language_data(
 
 
 def other_data(batches: Iterable[Any]) -> Data:
-    """Batches of any other model; the last fifth is held out.
+    """Return batches of any other model; the last fifth is held out.
 
     Raises:
       ValueError: fewer than two batches.
@@ -153,7 +153,7 @@ def _own(
 
 
 def _windows(subject: Subject, text: str | Path, effort: Effort) -> np.ndarray:
-    """Windows spread evenly over the text; those of its last fifth come last."""
+    """Return windows spread evenly over the text; those of its last fifth come last."""
     if subject.tokenizer is None:
         raise ValueError(
             "the model has no tokenizer to read the text with; pass tokenizer=, or "
@@ -186,7 +186,7 @@ def calibrate(
     progress: Any,
     key: jax.Array,
 ) -> dict[str, Moments]:
-    """Moments with curvatures, from the store where it has them."""
+    """Return moments with curvatures, from the store where it has them."""
     about = [
         model_digest,
         data.digest,
@@ -217,7 +217,7 @@ def calibrate(
 
 
 def _rows(subject: Subject, data: Data, effort: Effort) -> tuple[Any, np.ndarray]:
-    """What curvatures are measured on: tokens, or examples by their number."""
+    """Return what curvatures are measured on: tokens, or examples by their number."""
     if subject.language:
         ids = np.concatenate([batch["tokens"] for batch in data.batches])
         length = min(effort.curvature_length, ids.shape[1])

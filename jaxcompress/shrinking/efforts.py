@@ -36,7 +36,7 @@ EFFORTS = {
 
 
 def choose_effort(effort: str) -> Effort:
-    """The effort of this name.
+    """Return the effort of this name.
 
     Raises:
       ValueError: an unknown name.

@@ -20,7 +20,7 @@ SIDE = 1024  # of the matrices that speed is measured with
 def estimate(
     subject: Subject, planned: list[Entry], effort: Effort, *, writes: bool
 ) -> tuple[float, int]:
-    """Seconds and bytes, to a factor of about two.
+    """Return seconds and bytes, to a factor of about two.
 
     The machine's speed is that of one product of matrices, measured now.
 
@@ -48,7 +48,7 @@ def estimate(
 
 
 def describe_estimate(seconds: float, memory: int) -> str:
-    """One line for the reader who waits."""
+    """Return one line for the reader who waits."""
     return (
         f"about {clock(max(seconds, 1.0))} and {memory / 2**30:.1f} GiB of memory, "
         "estimated to a factor of two"
@@ -56,7 +56,9 @@ def describe_estimate(seconds: float, memory: int) -> str:
 
 
 def _speed() -> float:
-    """Multiplications a second of float32 matrix products, on the default device."""
+    """Return multiplications a second of float32 matrix products, on the default
+    device.
+    """
     x = jnp.ones((SIDE, SIDE), jnp.float32)
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(x, x))

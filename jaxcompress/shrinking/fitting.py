@@ -59,7 +59,7 @@ class Coder:
     coded: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
 
     def apply(self, rules: tuple[Rule, ...]) -> Params:
-        """The tree with every planned leaf coded by its rule."""
+        """Return the tree with every planned leaf coded by its rule."""
         methods = {re.sub(r"\\(.)", r"\1", name): method for name, method in rules}
         missing = [
             e for e in self.planned if (e.name, methods[e.name]) not in self.coded
@@ -85,7 +85,7 @@ class Coder:
         return compress({name: entry.value}, rule, moments, layouts=layouts)[name]
 
     def write(self, rules: tuple[Rule, ...], params: Params) -> Attempt:
-        """Measures the file of a tree by writing it."""
+        """Measure the file of a tree by writing it."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
             self.subject.save(path, params, self.about_file(rules))
@@ -98,11 +98,13 @@ class Coder:
         return Attempt(tuple(rules), params, size, inside)
 
     def about_file(self, rules: tuple[Rule, ...]) -> dict[str, Any]:
-        """The metadata of a file: the same recipe gives the same bytes."""
+        """Return the metadata of a file: the same recipe gives the same bytes."""
         return {**self.metadata, "recipe": [list(rule) for rule in rules]}
 
     def overhead(self) -> int:
-        """Bytes of a file besides the planned leaves; their headers are an estimate."""
+        """Return bytes of a file besides the planned leaves; their headers are an
+        estimate.
+        """
         names = {entry.name for entry in self.planned}
         rest = {n: x for n, x in roots(self.subject.params) if n not in names}
         rules = tuple((name, "rate_distortion(rate=2.5)") for name in names)
@@ -117,7 +119,7 @@ def fit(
     aim: float = AIM,
     tries: int = 6,
 ) -> Attempt:
-    """The recipe of a plan whose file is at most so large, and nearly so large.
+    """Return the recipe of a plan whose file is at most so large, and nearly so large.
 
     The first attempt takes what the limit leaves besides headers and unplanned leaves.
     What it misses the aim by goes to the smallest leaf that can take it, or, where
@@ -163,7 +165,7 @@ def fit(
 
 
 def room_of(coder: Coder, limit: int, aim: float) -> int:
-    """Bytes for the planned leaves in a file of so many.
+    """Return bytes for the planned leaves in a file of so many.
 
     Raises:
       ValueError: what is not planned fills the file.
@@ -179,7 +181,7 @@ def room_of(coder: Coder, limit: int, aim: float) -> int:
 
 
 def _nudged(attempt: Attempt, gap: int) -> tuple[Rule, ...] | None:
-    """The rules with one leaf's rate changed, so that the file changes by `gap`."""
+    """Return rules with one leaf's rate changed, so that the file changes by `gap`."""
     by_size = sorted(attempt.rules, key=lambda rule: attempt.leaf_bytes[_name(rule)])
     for rule in by_size:
         size = attempt.leaf_bytes[_name(rule)]
@@ -194,7 +196,7 @@ def _name(rule: Rule) -> str:
 
 
 def with_rate(method: str, factor: float) -> str:
-    """A `rate_distortion(rate=...)` string with its rates times a factor."""
+    """Return a `rate_distortion(rate=...)` string with its rates times a factor."""
     match = re.search(r"rate=(\([^)]*\)|[\d.]+)", method)
     rate = ast.literal_eval(match[1])
     scaled = [round(min(x * factor, 12.0), 4) for x in _several(rate)]
@@ -207,6 +209,6 @@ def _several(rate: Any) -> tuple[float, ...]:
 
 
 def replace_roots(params: Params, new: Mapping[str, Any]) -> Params:
-    """The tree with the outermost leaves of these names replaced."""
+    """Return the tree with the outermost leaves of these names replaced."""
     treedef = jax.tree.structure(params, is_leaf=is_leaf)
     return jax.tree.unflatten(treedef, [new.get(n, x) for n, x in roots(params)])

@@ -22,7 +22,7 @@ def parse_goal(
     kl: float | None,
     weights: int,
 ) -> Goal:
-    """Reads the one goal that was given.
+    """Read the one goal that was given.
 
     Args:
       size: of the finished file; see `parse_bytes`.

@@ -22,7 +22,7 @@ def write_text(
     progress: Any = iter,
     key: jax.Array,
 ) -> np.ndarray:
-    """Samples texts from a language model, each from the begin mark.
+    """Sample texts from a language model, each from the begin mark.
 
     Nothing is downloaded, and the text is in the languages that the model speaks. One
     compilation serves all texts; texts of a batch are written side by side. Sampling

@@ -35,7 +35,7 @@ class Prepared:
 
 
 def read_dense(model: Any, params: Params, tokenizer: Any) -> Subject:
-    """The subject of `read_subject`, once its parameters are known to be dense.
+    """Return the subject of `read_subject`, once its parameters are known to be dense.
 
     Raises:
       ValueError: parameters that are compressed already.
@@ -61,7 +61,7 @@ def prepare(
     progress: bool | Callable[[Iterable[Any]], Iterable[Any]],
     metadata: Mapping[str, Any],
 ) -> Prepared:
-    """Prints the estimate, reads or writes the data, and measures moments.
+    """Print the estimate, read or write the data, and measure moments.
 
     Args:
       subject: dense.
@@ -143,13 +143,13 @@ def _speaker(progress: Any) -> Callable[[str], None]:
 
 
 def _token_rows(batches: Iterable[Any]) -> np.ndarray:
-    """Tokens `[texts, length]` of the batches of a language model."""
+    """Return tokens `[texts, length]` of the batches of a language model."""
     rows = [b["tokens"] if isinstance(b, Mapping) else b for b in batches]
     return np.concatenate([np.asarray(x) for x in rows])
 
 
 def _layouts(subject: Subject, data: Any) -> dict[str, Layout]:
-    """Where the model's program multiplies each kernel; empty without a batch."""
+    """Find where the model's program multiplies each kernel; empty without a batch."""
     if subject.language:
         batch = {"tokens": jax.ShapeDtypeStruct((1, 8), np.int32)}
         return find_layouts(subject.function, subject.params, batch)

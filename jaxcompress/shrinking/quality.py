@@ -32,7 +32,7 @@ class Quality:
 
 
 def measure_quality(subject: Subject, small: Params, batches: Sequence[Any]) -> Quality:
-    """Compares predictions on batches; both models run in one compiled step.
+    """Compare predictions on batches; both models run in one compiled step.
 
     Raises:
       ValueError: no batches, or outputs that are not finite.
@@ -93,7 +93,7 @@ class _Outputs:
 
 
 def first_output(outputs: Any) -> jax.Array:
-    """The first array that a model returns: its logits `[batch, ..., classes]`.
+    """Return the first array that a model returns: its logits `[batch, ..., classes]`.
 
     Raises:
       ValueError: none with a batch axis and a last axis of classes.

@@ -37,7 +37,7 @@ class Planner:
         return sum(entry.value.size for entry in self.coder.planned)
 
     def planned(self, nbytes: int) -> tuple[Rule, ...]:
-        """Rates by curvatures."""
+        """Return rates by curvatures."""
         return tuple(
             plan_rates(
                 self.coder.subject.params,
@@ -49,13 +49,13 @@ class Planner:
         )
 
     def uniform(self, nbytes: int) -> tuple[Rule, ...]:
-        """One rate for all leaves."""
+        """Return one rate for all leaves."""
         rate = round(min(8 * nbytes / self.weights, LARGEST), 4)
         method = f"rate_distortion(rate={rate}, states={self.effort.states})"
         return tuple((re.escape(entry.name), method) for entry in self.coder.planned)
 
     def fit(self, kind: str, limit: int) -> Measured:
-        """The recipe of a kind that fits a file, measured."""
+        """Return the recipe of a kind that fits a file, measured."""
         attempt = fit(
             self.coder,
             limit,
@@ -70,7 +70,7 @@ class Planner:
 
 
 def meet(planner: Planner, goal: Goal) -> tuple[dict[str, Measured], list[str]]:
-    """Candidates by name that meet the goal, and notes.
+    """Return candidates by name that meet the goal, and notes.
 
     Without data there is only the uniform recipe.
 
@@ -91,7 +91,7 @@ def meet(planner: Planner, goal: Goal) -> tuple[dict[str, Measured], list[str]]:
 
 
 def _meet_kl(planner: Planner, kind: str, kl: float, notes: list[str]) -> Measured:
-    """The smallest file of a few tries whose divergence is at most what is asked."""
+    """Return smallest file of a few tries whose divergence is at most what is asked."""
     tried: list[tuple[float, float, Measured]] = []
     bits, coder = 3.5, planner.coder
     rest = coder.overhead()
@@ -116,7 +116,9 @@ def _meet_kl(planner: Planner, kind: str, kl: float, notes: list[str]) -> Measur
 
 
 def _next_bits(tried: list[tuple[float, float, Any]], wanted: float) -> float:
-    """Where the line through the two nearest tries meets the wanted logarithm."""
+    """Return the bits where the line through the two nearest attempts meets the target
+    logarithm.
+    """
     near = sorted(tried, key=lambda each: abs(each[1] - wanted))[:2]
     at, value, _ = near[0]
     slope = SLOPE

@@ -44,7 +44,7 @@ def shrink(
     progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = True,
     metadata: dict[str, Any] | None = None,
 ) -> Shrunk:
-    """Makes a model as small as asked, with the least loss that the effort finds.
+    """Make a model as small as asked, with the least loss that the effort finds.
 
     Calibrates, shares the size out over all weights (embedding and head included),
     compresses, writes the file and measures it, until it fits. The plan and the recipe
@@ -186,7 +186,7 @@ def plan_recipe(
     key: jax.Array | None = None,
     progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = True,
 ) -> tuple[list[Rule], dict[str, Any]]:
-    """The recipe that `shrink` would try first, without compressing anything.
+    """Return the recipe that `shrink` would try first, without compressing anything.
 
     Args: as for `shrink`, without `kl`.
 
@@ -220,7 +220,7 @@ def plan_recipe(
 
 
 def _lossless(subject: Subject, limit: int, metadata: dict[str, Any]) -> Shrunk | None:
-    """The model as it is, where its losslessly coded file fits the limit."""
+    """Return the model as it is, where its losslessly coded file fits the limit."""
     if limit < nbytes(subject.params) / 2:  # floats code to more than half
         return None
     coder = Coder(subject, [], None, {}, metadata, Store(None), [], None)

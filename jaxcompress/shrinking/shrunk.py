@@ -56,7 +56,7 @@ class Shrunk:
         return 8 * self.file_bytes / self.subject.weights
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the file whose size is `file_bytes`.
+        """Write the file whose size is `file_bytes`.
 
         A language model of ours comes back from `models.load`, other parameters from
         `load`.

@@ -30,7 +30,7 @@ class Store:
     directory: str | os.PathLike | None
 
     def get(self, name: str, about: Any, compute: Callable[[], Any]) -> Any:
-        """The tree that `compute` returns, read where it was computed before.
+        """Return the tree that `compute` returns, read where it was computed before.
 
         Args:
           name: what it is, the start of the file's name.
@@ -50,19 +50,19 @@ class Store:
     def get_moments(
         self, name: str, about: Any, compute: Callable[[], Mapping[str, Moments]]
     ) -> dict[str, Moments]:
-        """As `get`, of moments by name."""
+        """Return stored moments by name, as `get`."""
         stored = self.get(name, about, lambda: _to_tree(compute()))
         return _from_tree(stored)
 
 
 def digest(about: Any) -> str:
-    """A short name of JSON values, and of the version that works on them."""
+    """Return a short name of JSON values, and of the version that works on them."""
     text = json.dumps([__version__, about], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def digest_arrays(tree: Any) -> str:
-    """A digest of names, dtypes, shapes and bits of a tree's arrays."""
+    """Return a digest of names, dtypes, shapes and bits of a tree's arrays."""
     found = hashlib.blake2b(digest_size=16)
     for name, value in roots(tree):
         for x in jax.tree.leaves(value):

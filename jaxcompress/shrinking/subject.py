@@ -40,12 +40,12 @@ class Subject:
         return sum(int(np.prod(x.shape)) for _, x in roots(self.params))
 
     def with_params(self, params: Params) -> Any:
-        """The model to run with these parameters: a copy of an NNX module."""
+        """Return the model to run with these parameters: a copy of an NNX module."""
         nnx = _nnx(self.model)
         return self.model if nnx is None else nnx.with_params(self.model, params)
 
     def save(self, path: str | Path, params: Params, metadata: Mapping) -> None:
-        """Writes parameters, and what a language model of ours needs to load."""
+        """Write parameters, and what a language model of ours needs to load."""
         if isinstance(self.model, Transformer):
             saved.save(path, self.model, params, self.tokenizer, metadata)
         else:
@@ -53,7 +53,7 @@ class Subject:
 
 
 def read_subject(model: Any, params: Params = None, tokenizer: Any = None) -> Subject:
-    """Finds out what kind of model it is given.
+    """Find out what kind of model it is given.
 
     Args:
       model: a Linen module; an NNX module, which brings its parameters; a function of
@@ -89,7 +89,7 @@ def read_subject(model: Any, params: Params = None, tokenizer: Any = None) -> Su
 
 
 def stacked(model: Any, params: Params) -> tuple[Any, Params]:
-    """The scanned form of a looped Transformer, which compiles once for all layers.
+    """Return scanned form of a looped Transformer, which compiles once for all layers.
 
     A model whose layers differ stays as it is.
     """
@@ -105,7 +105,7 @@ def stacked(model: Any, params: Params) -> tuple[Any, Params]:
 
 
 def _nnx(model: Any) -> Any:
-    """`running.nnx` where the model is an NNX module; it is not imported for others."""
+    """Import `running.nnx` where the model is an NNX module, and only there."""
     flax_nnx = sys.modules.get("flax.nnx")
     if flax_nnx is None or not isinstance(model, flax_nnx.Module):
         return None

@@ -35,7 +35,7 @@ def tune(
     folder: Any = None,
     key: jax.Array,
 ) -> Params:
-    """Trains what the file stores in floating point; integer levels stay.
+    """Train what the file stores in floating point; integer levels stay.
 
     Trained norms and biases are rounded to bfloat16 values, in their own dtype, so
     that the file does not grow by mantissas that carry nothing.
@@ -90,7 +90,7 @@ def _loss(subject: Subject, teacher: Params, params: Params, batch: Any) -> Any:
 
 
 def _shorten(params: Params) -> Params:
-    """Dense floating-point arrays with the mantissas of bfloat16."""
+    """Return dense floating-point arrays with the mantissas of bfloat16."""
 
     def one(x: Any) -> Any:
         if isinstance(x, Leaf) or not is_float(x):

@@ -46,7 +46,7 @@ def pack(
     coding: str = "size",
     progress: bool | Progress = False,
 ) -> dict[str, int]:
-    """Packs a directory, such as a Hugging Face checkpoint, into one file.
+    """Pack a directory, such as a Hugging Face checkpoint, into one file.
 
     `unpack` gives the same bytes under the same names; permissions and times are not
     kept, links are followed, empty directories are left out. One part of a file is in
@@ -129,7 +129,7 @@ def unpack(
     base: str | os.PathLike | None = None,
     progress: bool | Progress = False,
 ) -> dict[str, int]:
-    """Writes the files of an archive into a new directory; every byte is checked.
+    """Write the files of an archive into a new directory; every byte is checked.
 
     The directory appears when it is complete; an error leaves nothing, a process that
     is killed `.name.*.tmp` beside it.
@@ -176,7 +176,9 @@ def unpack(
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Errors of writing and reading say of which file; the system's own do not."""
+    """Return errors of writing and reading say of which file; the system's own do
+    not.
+    """
     try:
         yield
     except OSError as error:
@@ -186,7 +188,7 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 
 def _names(root: Path) -> list[str]:
-    """Paths of all files, sorted."""
+    """Return paths of all files, sorted."""
     found = []
     for directory, folders, names in os.walk(root, followlinks=True):
         folders.sort()
@@ -207,7 +209,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _portable(name: str) -> bool:
-    """Whether a path lies below the directory it is unpacked to, on any system.
+    """Return whether a path lies below the directory it is unpacked to, on any system.
 
     Surrogates stand for bytes of a name that are not UTF-8.
     """
@@ -220,7 +222,7 @@ def _portable(name: str) -> bool:
 def _parts(
     root: Path, about: dict[str, Any], base: delta_base.Base | None
 ) -> Iterator[tuple[str, int, int, tuple[str, int] | None]]:
-    """Dtype, numbers and first byte of the parts of a file, one behind another.
+    """Return dtype, numbers and first byte of the parts of a file, one behind another.
 
     And, of parts to be kept as differences, file and first byte in the base.
     """
@@ -260,7 +262,9 @@ def _differences(
     rows: int,
     latest: dict[str, np.ndarray],
 ) -> list[Callable[[], np.ndarray]]:
-    """Readers of the bytes of a difference, made once and kept till the next is."""
+    """Return readers of the bytes of a difference, made once and kept till the next
+    is.
+    """
 
     def row(i: int) -> np.ndarray:
         if name not in latest:
@@ -272,7 +276,7 @@ def _differences(
 
 
 def _listed(stored: checkpoint.StoredParams) -> list[dict[str, Any]]:
-    """The files of an archive, checked against its tree."""
+    """Return the files of an archive, checked against its tree."""
     files = stored.metadata.get("archive")
     if files is None:
         raise ValueError(f"{stored.path} is no archive; load reads parameters")
@@ -312,7 +316,7 @@ def _listed(stored: checkpoint.StoredParams) -> list[dict[str, Any]]:
 
 
 def _checked(about: Any) -> Any:
-    """What is said of a file; ValueError where that is another thing."""
+    """Return what is said of a file; ValueError where it has another type."""
     match about:
         case {"path": str(path), "bytes": int(), "digest": str()} if _portable(path):
             return about
@@ -338,7 +342,7 @@ def _kind(
 def _base_of(
     stored: checkpoint.StoredParams, folder: str | os.PathLike | None
 ) -> Path | None:
-    """The base's directory, its files checked."""
+    """Return the base's directory, its files checked."""
     wanted = stored.metadata.get("base")
     if wanted is None and folder is not None:
         raise ValueError(f"{stored.path} was packed without a base; unpack it without")

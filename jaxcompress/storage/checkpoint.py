@@ -42,7 +42,7 @@ def save(
     coding: str = "size",
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes parameters to a file from which `load` gives the same tree, bit for bit.
+    """Write parameters to a file from which `load` gives the same tree, bit for bit.
 
     Leaf types and their static fields, dicts, lists, tuples, None, dtypes and shapes
     are kept; other mappings come back as dicts. Same parameters, metadata and
@@ -88,7 +88,7 @@ def save(
 
 
 def describe(node: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON object that describes the tree of a node.
+    """Return the JSON object that describes the tree of a node.
 
     Raises:
       TypeError: metadata that JSON does not know.
@@ -101,7 +101,7 @@ def describe(node: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike, *, numpy: bool = False) -> Params:
-    """The parameters that `save` wrote, bit for bit; every byte read is checked.
+    """Return the parameters that `save` wrote, bit for bit; every byte read is checked.
 
     Memory: the result and one leaf more, or some small ones. Arrays go to the default
     device; 64-bit arrays stay NumPy arrays unless `jax_enable_x64` is set, as JAX
@@ -120,7 +120,7 @@ def load(path: str | os.PathLike, *, numpy: bool = False) -> Params:
 
 
 def open_checkpoint(path: str | os.PathLike) -> "StoredParams":
-    """A file of `save`, to read leaf by leaf: `open(path)["layer_0/mlp/kernel"]`.
+    """Return file of `save`, to read leaf by leaf: `open(path)["layer_0/mlp/kernel"]`.
 
     Reads and checks what describes the tree; an array is read, and checked, when it is
     asked for. Use it in a `with` statement, or call `close()`.
@@ -131,7 +131,7 @@ def open_checkpoint(path: str | os.PathLike) -> "StoredParams":
 
 
 def verify(path: str | os.PathLike) -> dict[str, int]:
-    """Checks every byte of a file, or of all shards, with little memory.
+    """Check every byte of a file, or of all shards, with little memory.
 
     Returns the `format_version` and the numbers of `files`, `leaves` (outermost leaf
     types and arrays), `arrays` and `bytes` (of the files).
@@ -192,7 +192,7 @@ class StoredParams:
             raise
 
     def __getitem__(self, name: str) -> Any:
-        """The leaf or array of this name, on the default device."""
+        """Return the leaf or array of this name, on the default device."""
         return self.read(name)
 
     def __contains__(self, name: str) -> bool:
@@ -209,7 +209,7 @@ class StoredParams:
             file.close()
 
     def read(self, name: str, *, numpy: bool = False) -> Any:
-        """The leaf or array of this name.
+        """Return the leaf or array of this name.
 
         Raises:
           KeyError: no such name; says the nearest.
@@ -218,7 +218,7 @@ class StoredParams:
         return self._leaf(name, self._read, numpy)
 
     def read_tree(self, *, numpy: bool = False) -> Params:
-        """The whole tree, as `load` gives it: small arrays are decoded in threads."""
+        """Read the whole tree, as `load` does; small arrays are decoded in threads."""
         nodes = {name: node for name, (node, _) in self._nodes.items()}
         same = {name: node["same"] for name, node in nodes.items() if "same" in node}
         own = [name for name in self.names if name not in same]
@@ -238,7 +238,7 @@ class StoredParams:
     def _decoded(
         self, wanted: list[tuple[str, str, tuple[int, ...]]]
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Arrays by name, dtype and shape: their names and what they hold, in order."""
+        """Decode arrays by name, dtype and shape, in order; yield names and values."""
         kinds = {name: Slot(dtype, shape, None) for name, dtype, shape in wanted}
         sizes = {name: count_bytes(slot) for name, slot in kinds.items()}
 
@@ -270,7 +270,7 @@ class StoredParams:
         return moved
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows `first` to before `last` of an array, without reading all of it.
+        """Return rows `first` to before `last` of an array, without reading all of it.
 
         Of an array that the file codes, the chunks of a million numbers that hold the
         rows are read and checked; others, and leaves, are read whole.
@@ -297,7 +297,7 @@ class StoredParams:
         return file.read_rows(tree_json.join(path), node["array"], shape, first, last)
 
     def nbytes(self, name: str) -> int:
-        """Bytes that the arrays of one leaf take in the file."""
+        """Return bytes that the arrays of one leaf take in the file."""
         spans = [self._file_of(x).spans[x] for x, _, _ in self._arrays(name)]
         return sum(span.stop - span.start for span in spans)
 
@@ -311,7 +311,7 @@ class StoredParams:
         return node["leaf"], tuple(shape), dtype
 
     def files(self) -> list[TensorFile]:
-        """All files, opened and checked against each other."""
+        """Return all files, opened and checked against each other."""
         if self._shards is not None:
             for file in sorted(set(self._shards.files.values())):
                 self._open(file)
@@ -342,7 +342,7 @@ class StoredParams:
         return self._files[file]
 
     def _describe(self, about: Mapping[str, Any], names: set[str]) -> None:
-        """Reads what describes the tree, and compares it with the arrays."""
+        """Read what describes the tree, and compare it with the arrays."""
         needs = about.get("needs", [])
         if needs:
             raise ValueError(
@@ -378,13 +378,13 @@ class StoredParams:
                 )
 
     def _in_file(self, error: FileDamaged) -> FileDamaged:
-        """The error with the name of a file; of a shard it has one."""
+        """Return the error with the name of a file; of a shard it has one."""
         text = str(error)
         return error if text.endswith(ADVICE) else damaged(self.path, text)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a file names as its writers."""
+    """Return versions of the packages that a file names as its writers."""
     found = {"jaxcompress": __version__}
     for package in ("jax", "flax"):
         try:

@@ -73,14 +73,14 @@ class Span:
 
 
 def stored_as(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Dtype code and shape under which the format holds an array."""
+    """Return dtype code and shape under which the format holds an array."""
     if dtype in CODES:
         return CODES[dtype], shape
     return "U8", (math.prod(shape) * jnp.dtype(dtype).itemsize,)
 
 
 def count_bytes(slot: Slot) -> int:
-    """Bytes of an array in a file."""
+    """Return bytes of an array in a file."""
     return math.prod(slot.shape) * jnp.dtype(slot.dtype).itemsize
 
 
@@ -110,7 +110,7 @@ class TensorFile:
             raise
 
     def holds(self, name: str, dtype: str, shape: tuple[int, ...]) -> bool:
-        """Whether an array is, or is coded as, what its header says."""
+        """Return whether an array is, or is coded as, what its header says."""
         span = self.spans[name]
         if name in self.codings:
             return span.code == "U8" and len(span.shape) == 1
@@ -124,7 +124,7 @@ class TensorFile:
         *,
         threads: int | None = None,
     ) -> np.ndarray:
-        """An array of its own memory, checked; `threads` at most decode its chunks."""
+        """Read an array, checked, into its own memory; in at most `threads` threads."""
         self._check_kind(name, dtype, shape)
         span = self.spans[name]
         data = np.empty(span.stop - span.start, np.uint8)
@@ -140,7 +140,7 @@ class TensorFile:
     def read_rows(
         self, name: str, dtype: str, shape: tuple[int, ...], first: int, last: int
     ) -> np.ndarray:
-        """Rows `first` to before `last` of an array's first axis, checked.
+        """Read rows `first` to before `last` of an array's first axis, checked.
 
         Of a coded array, only the chunks that hold them are read.
         """
@@ -191,7 +191,7 @@ class TensorFile:
             raise self._damaged(f"{name}: {error}") from error
 
     def check(self, name: str) -> None:
-        """Checks an array without holding it."""
+        """Check an array without holding it."""
         span, state = self.spans[name], hashlib.blake2b(digest_size=DIGEST)
         buffer = memoryview(bytearray(min(CHUNK, span.stop - span.start)))
         for start in range(span.start, span.stop, CHUNK):
@@ -264,7 +264,7 @@ class TensorFile:
         return about
 
     def _read_codings(self, metadata: dict[str, str]) -> dict[str, str]:
-        """By name, from lists of positions in the data by coding."""
+        """Group codings by name, from lists of positions in the data by coding."""
         names = list(self.spans)
         try:
             found = json.loads(metadata.get("codings", "{}"))
@@ -280,7 +280,9 @@ class TensorFile:
             raise self._damaged("its codings are nested") from error
 
     def _spans(self, entries: dict[str, Any], start: int) -> dict[str, Span]:
-        """The arrays in order, without the seal; each begins where the last ended."""
+        """Yield the arrays in order, without the seal; each begins where the last
+        ended.
+        """
         for name, entry in entries.items():
             if not _is_entry(entry):
                 raise self._damaged(f"the header says of {name}: {str(entry)[:80]}")
@@ -319,7 +321,7 @@ class TensorFile:
         return spans
 
     def _explain(self, header: bytes) -> ValueError:
-        """Why a header that is not under the seal is wrong, as far as can be told."""
+        """Explain why a header that is not under the seal is wrong."""
         entries = _json_object(header) or {}
         metadata = entries.get("__metadata__")
         ours = type(metadata) is dict and metadata.get("format") == FORMAT
@@ -366,12 +368,12 @@ def digest(data: Any) -> bytes:
 
 
 def to_json(value: Any) -> str:
-    """The one way JSON is written here; ValueError for NaN and infinities."""
+    """Return the one way JSON is written here; ValueError for NaN and infinities."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def packed_about(about: Mapping[str, Any]) -> np.ndarray:
-    """The bytes of the `__about__` array."""
+    """Return the bytes of the `__about__` array."""
     return np.frombuffer(zlib.compress(to_json(about).encode(), 9), np.uint8)
 
 

@@ -28,7 +28,7 @@ class Tensor(NamedTuple):
 
 
 def tensors(path: Path, size: int) -> list[Tensor]:
-    """The tensors in a .safetensors file, in order.
+    """Return the tensors in a .safetensors file, in order.
 
     None in other files, and in what does not look as the format says it does.
     """
@@ -63,14 +63,14 @@ def tensors(path: Path, size: int) -> list[Tensor]:
 
 
 def read_numbers(path: Path, dtype: str, count: int, start: int) -> np.ndarray:
-    """Numbers of a file from a byte on."""
+    """Return numbers of a file from a byte on."""
     kind = jnp.dtype(dtype)
     raw = np.fromfile(path, np.uint8, count * kind.itemsize, offset=start)
     return raw.view(kind)
 
 
 def describe(root: Path, name: str) -> dict[str, Any]:
-    """Path, bytes and BLAKE2b digest of a file of a directory."""
+    """Return path, bytes and BLAKE2b digest of a file of a directory."""
     state, size = hashlib.blake2b(digest_size=16), 0
     with builtins.open(root / name, "rb") as file:
         while data := file.read(1 << 20):
@@ -100,7 +100,9 @@ class Base:
             )
 
     def place(self, one: Tensor) -> tuple[str, int] | None:
-        """File and first byte of the tensor of this name, dtype and size, if any."""
+        """Return file and first byte of the tensor of this name, dtype and size, if
+        any.
+        """
         name, other = self._found.get(one.name, ("", one))
         same = other.dtype == one.dtype and (
             other.stop - other.start == one.stop - one.start
@@ -108,7 +110,9 @@ class Base:
         return (name, other.start) if name and same else None
 
     def gains(self, path: Path, one: Tensor, name: str, start: int) -> bool:
-        """Whether the difference from the base takes fewer bytes, on a sample."""
+        """Return whether the difference from the base takes fewer bytes, on a
+        sample.
+        """
         width = jnp.dtype(one.dtype).itemsize
         count = min(GLANCE, (one.stop - one.start) // width)
         here = read_numbers(path, one.dtype, count, one.start)
@@ -118,7 +122,7 @@ class Base:
 
 
 def check(root: Path, wanted: Iterable[Mapping[str, Any]]) -> None:
-    """That files of a directory are those of this path, size and digest.
+    """Check that files of a directory are those of this path, size and digest.
 
     Raises:
       ValueError: one is missing or another; names it.

@@ -43,7 +43,7 @@ def write(
     coding: str = "size",
     progress: bool | Callable[[list[str]], Iterable[str]] = False,
 ) -> bytes:
-    """Writes arrays; returns the digest that seals the file.
+    """Write arrays; return the digest that seals the file.
 
     One array is in memory at a time, coded chunk by chunk in threads; or, of arrays
     that a chunk or two hold, some more than there are threads, each coded by one, and
@@ -125,7 +125,7 @@ def _write_aside(
 def _write_array(
     file: BinaryIO, array: np.ndarray, coding: str, *, threads: int | None = None
 ) -> tuple[str | None, int, bytes]:
-    """Writes one array, coded if that makes it smaller; says how, bytes and digest."""
+    """Write one array, coded if that makes it smaller; return how, bytes and digest."""
     how = None
     if coding != "none":
         how = array_codecs.choose(array, fast=coding == "decode")
@@ -155,7 +155,7 @@ def _header(
     codings: Mapping[str, str],
     metadata: Mapping[str, str],
 ) -> bytes:
-    """The header for arrays of these sizes, some under another dtype and shape."""
+    """Return header for arrays of these sizes, some under another dtype and shape."""
     if codings:
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(order):
@@ -191,7 +191,7 @@ def _width(slot: Slot) -> int:
 
 
 def _array_of(name: str, slot: Slot) -> np.ndarray:
-    """The array, little-endian and in order."""
+    """Return the array, little-endian and in order."""
     x = slot.fetch()
     if isinstance(x, jax.Array):
         if not x.is_fully_addressable:
@@ -211,7 +211,7 @@ def _array_of(name: str, slot: Slot) -> np.ndarray:
 
 @contextmanager
 def beside(path: str) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is whole and on the disk.
+    """Return a file that takes the place of `path` once it is whole and on the disk.
 
     Written under another name in the same directory; an error removes it and leaves
     what was at `path` as it was.
@@ -236,7 +236,7 @@ def temporary_beside(path: str) -> str:
 
 
 def sync_directory(path: str) -> None:
-    """Puts a rename on the disk, where a directory can be synchronized."""
+    """Put a rename on the disk, where a directory can be synchronized."""
     if os.name != "posix":
         return
     handle = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)

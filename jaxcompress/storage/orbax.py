@@ -32,7 +32,7 @@ Place = Callable[[str, tuple[int, ...]], Sharding]
 
 
 def save_orbax(path: str | os.PathLike, params: Params) -> None:
-    """Saves parameters, sharded over any number of hosts, as an Orbax checkpoint.
+    """Save parameters, sharded over any number of hosts, as an Orbax checkpoint.
 
     On several hosts every process calls it, with arrays sharded over all of them or
     with equal arrays of its own. Leaf types are kept field by field, without the
@@ -62,7 +62,7 @@ def save_orbax(path: str | os.PathLike, params: Params) -> None:
 
 
 def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
-    """The parameters that `save_orbax` saved; no target is needed.
+    """Return the parameters that `save_orbax` saved; no target is needed.
 
     64-bit arrays come back as NumPy arrays unless `jax_enable_x64` is set.
 
@@ -116,7 +116,9 @@ def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
 
 
 def is_orbax(path: str | os.PathLike) -> bool:
-    """Whether a directory on this machine is, or has in it, an Orbax checkpoint."""
+    """Return whether a directory on this machine is, or has in it, an Orbax
+    checkpoint.
+    """
     marks = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
     return any(set(marks) & set(names) for _, _, names in os.walk(path))
 
@@ -127,7 +129,7 @@ def _absolute(path: str | os.PathLike) -> str:
 
 
 def _tree(checkpointer: Any, path: str) -> Any:
-    """The JSON node of a checkpoint's tree."""
+    """Return the JSON node of a checkpoint's tree."""
     import orbax.checkpoint as ocp
 
     args = ocp.args.Composite(tree=ocp.args.JsonRestore())
@@ -150,7 +152,7 @@ def _tree(checkpointer: Any, path: str) -> Any:
 
 
 def _held(x: Any) -> Any:
-    """An array as Orbax takes it, in the same places."""
+    """Return an array as Orbax takes it, in the same places."""
     if isinstance(x, jax.Array) and x.is_fully_addressable and jax.process_count() > 1:
         x = np.asarray(x)  # every host has its own: process 0 writes it
     held = _HELD_AS.get(x.dtype.name)
@@ -163,7 +165,7 @@ def _held(x: Any) -> Any:
 
 
 def _freed(x: Any, dtype: str) -> Any:
-    """The array that `_held` changed."""
+    """Return the array that `_held` changed."""
     if x.dtype.name == dtype:
         return x
     if dtype == "float8_e4m3":
@@ -172,7 +174,7 @@ def _freed(x: Any, dtype: str) -> Any:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Names joined by "/" as dicts in dicts."""
+    """Return names joined by "/" as dicts in dicts."""
     root: dict[str, Any] = {}
     for name, value in flat.items():
         *steps, last = name.split("/")
@@ -184,7 +186,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _place(node: Any, sharding: Any) -> Place:
-    """Where the array of a name and shape goes."""
+    """Choose the sharding of the array of a name and shape."""
     if sharding is None:
         everywhere = _everywhere()
         return lambda name, shape: everywhere
@@ -218,7 +220,7 @@ def _everywhere() -> Sharding:
 
 
 def _spread(node: Any, tree: Any) -> dict[str, Sharding]:
-    """The sharding of each array by its name, from a prefix of the parameters."""
+    """Return sharding of each array by its name, from a prefix of the parameters."""
     names: dict[int, str] = {}
     held = []
 

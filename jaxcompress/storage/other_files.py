@@ -13,7 +13,8 @@ MAGIC = {  # first bytes of files that are mistaken for ours
 
 
 def check_ours(path: str, first: bytes) -> None:
-    """Names what a file is, where its first nine bytes are those of another program.
+    """Return names what a file is, where its first nine bytes are those of another
+    program.
 
     Those of ours are the header's length, any number, and the "{" of the header: a
     length of 640 bytes begins as a pickle does.

@@ -35,7 +35,7 @@ _ENDING = ".safetensors"
 
 
 def split(slots: Mapping[str, Slot], limit: int) -> list[dict[str, Slot]]:
-    """The arrays, in the tree's order, in parts of at most `limit` bytes."""
+    """Return the arrays, in the tree's order, in parts of at most `limit` bytes."""
     if limit < 1:
         raise ValueError(f"max_shard_bytes={limit}; at least 1 byte is needed")
     parts: list[dict[str, Slot]] = [{}]
@@ -57,7 +57,7 @@ def save(
     *,
     coding: str = "size",
 ) -> None:
-    """Writes every part to a file of its own, then the index.
+    """Write every part to a file of its own, then the index.
 
     No file of an earlier save is touched before the index is in its place.
     """
@@ -95,7 +95,7 @@ def save(
 
 
 def remove(path: str) -> None:
-    """Removes the index and the shards of an earlier save to the same path."""
+    """Remove the index and the shards of an earlier save to the same path."""
     folder = os.path.dirname(path)
     names = _old_files(path)
     if names:
@@ -106,7 +106,7 @@ def remove(path: str) -> None:
 
 
 def index_path(path: str) -> str | None:
-    """The index that a path means; None where it is a file of its own."""
+    """Return the index that a path means; None where it is a file of its own."""
     if path.endswith(SUFFIX):
         return path
     indexed = not os.path.exists(path) and os.path.exists(path + SUFFIX)
@@ -164,7 +164,7 @@ class Index:
                 raise damaged(path, f"it names the file {name!r}")
 
     def open(self, name: str) -> TensorFile:
-        """A shard, checked to be the one the index was written for."""
+        """Return a shard, checked to be the one the index was written for."""
         path = os.path.join(os.path.dirname(self.path), name)
         file = TensorFile(path)
         here = {array for array, where in self.files.items() if where == name}
@@ -204,7 +204,9 @@ def _index(
 
 
 def _old_files(path: str) -> set[str]:
-    """Shards of an earlier save to this path, by their names; none of anyone else's."""
+    """Return shards of an earlier save to this path, by their names; none of anyone
+    else's.
+    """
     stem = re.escape(os.path.basename(path.removesuffix(_ENDING)))
     ours = re.compile(rf"{stem}(-[0-9a-f]{{8}})?-\d{{5}}-of-\d{{5}}{_ENDING}")
     if not os.path.exists(path + SUFFIX):

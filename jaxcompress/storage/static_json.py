@@ -41,7 +41,9 @@ def _is_static(value: Any) -> bool:
 
 
 def _conforms(value: Any, hint: Any) -> bool:
-    """Whether a static value is of its annotated type; unknown annotations pass."""
+    """Return whether a static value is of its annotated type; unknown annotations
+    pass.
+    """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_conforms(value, each) for each in inner)

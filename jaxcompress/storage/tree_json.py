@@ -54,7 +54,7 @@ class Slot:
 
 
 def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
-    """The tree as a JSON node, and its arrays by name; holds no copies.
+    """Return the tree as a JSON node, and its arrays by name; holds no copies.
 
     Containers are dicts (other mappings, as `FrozenDict`, come back as dicts), lists,
     tuples and None. Keys of a dict are strings or integers; their order is not kept.
@@ -105,7 +105,7 @@ def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
         return node
 
     def walk(x: Any, path: Path, *, within: bool = False) -> Any:
-        """The node of a subtree; `within` a leaf, nothing is shared with others."""
+        """Return node of a subtree; `within` a leaf, nothing is shared with others."""
         below = functools.partial(walk, within=within)
         if x is None:
             return None
@@ -132,7 +132,7 @@ def decode(
     path: Path = (),
     known: dict[str, Any] | None = None,
 ) -> Any:
-    """The tree of a JSON node; `read(name, dtype, shape)` gives its arrays.
+    """Return the tree of a JSON node; `read(name, dtype, shape)` gives its arrays.
 
     `known` holds what earlier names stand for, for nodes of the form `same`.
 
@@ -184,7 +184,7 @@ def decode(
 
 
 def inside(node: Any, path: Path) -> tuple[str, list[tuple[Any, Any]]]:
-    """The kind of a node, checked, and its named children."""
+    """Return the kind of a node, checked, and its named children."""
     if node is None:
         return "none", []
     match node:
@@ -232,7 +232,7 @@ def arrays(node: Any, path: Path = ()) -> Iterator[tuple[str, str, tuple[int, ..
 
 
 def outline(node: Any) -> tuple[Any, dict[str, tuple[Any, Path]]]:
-    """The tree with the names of outermost leaves and arrays in their places.
+    """Return the tree with the names of outermost leaves and arrays in their places.
 
     Beside it, by name, the node and the path of each.
     """
@@ -257,7 +257,7 @@ def outline(node: Any) -> tuple[Any, dict[str, tuple[Any, Path]]]:
 
 
 def join(path: Path) -> str:
-    """The name of a path; "/" and "~" in a step are written ~1 and ~0 (RFC 6901)."""
+    """Return name of a path; "/" and "~" in a step are written ~1 and ~0 (RFC 6901)."""
     return "/".join(step.replace("~", "~0").replace("/", "~1") for step in path)
 
 
@@ -311,7 +311,7 @@ def _registered(x: Leaf, path: Path) -> type[Leaf]:
 
 
 def _dense(x: Leaf) -> dict[str, Any]:
-    """The dtype and shape a leaf stands for; half of a partitioned leaf has none."""
+    """Return dtype and shape a leaf stands for; half of a partitioned leaf has none."""
     try:
         return {"dense": [jnp.dtype(x.dtype).name, [int(size) for size in x.shape]]}
     except (AttributeError, TypeError, IndexError):

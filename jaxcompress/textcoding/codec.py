@@ -215,7 +215,7 @@ def _check_same(what: str, wanted: bytes, found: bytes) -> None:
 def _coder(
     model: Any, params: Params | None, tokenizer: Tokenizer | None, window: int
 ) -> Coder:
-    """The exact model of the arguments, tested on this device."""
+    """Return the exact model of the arguments, tested on this device."""
     context = max(_CONTEXT, window)
     if model is None:
         if params is not None:
@@ -246,7 +246,7 @@ def _apply(model: ExactTransformer, tokens: jax.Array) -> jax.Array:
 
 
 def _first_token(tokenizer: Tokenizer) -> int:
-    """What stands before a text: the begin mark, else the end mark, else token 0."""
+    """Return token that precedes a text: the begin mark, else the end mark, else 0."""
     marks = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     return marks[0] if marks else 0
 
@@ -257,7 +257,9 @@ def _stored(part: bytes) -> Lane:
 
 
 def _may_gain(stored: Lane, tokens: int) -> bool:
-    """False where a model can't win: no byte to a token, or a hundredth of a bit."""
+    """Return False where a model can't win: no byte to a token, or a hundredth of a
+    bit.
+    """
     if stored.kind == RAW and tokens > 1024:
         return tokens < 0.8 * len(stored.payload)
     return tokens > 0 and len(stored.payload) > max(6, tokens // 800)

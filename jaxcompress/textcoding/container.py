@@ -59,7 +59,7 @@ class Contents:
 
 
 def write(contents: Contents) -> bytes:
-    """The bytes of a file."""
+    """Return the bytes of a file."""
     header = MAGIC + bytes([VERSION])
     for name, length in _DIGESTS.items():
         header += getattr(contents, name)[:length]
@@ -80,7 +80,7 @@ def write(contents: Contents) -> bytes:
 
 
 def read(stored: bytes) -> Contents:
-    """The contents of a file, every checksum of stored bytes checked.
+    """Return the contents of a file, every checksum of stored bytes checked.
 
     Raises FileDamaged, a ValueError, where it is cut, altered, longer than it says, or
     no such file.
@@ -150,7 +150,7 @@ class Reader:
 
 
 def varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first."""
+    """Encode a number in seven bits a byte, the lowest first."""
     out = bytearray()
     while number >= 128:
         out.append(number & 127 | 128)
@@ -159,7 +159,7 @@ def varint(number: int) -> bytes:
 
 
 def write_escapes(escapes: Sequence[tuple[int, bytes]]) -> bytes:
-    """Escapes as a varint length and a Zstandard frame."""
+    """Escape as a varint length and a Zstandard frame."""
     out, before = b"", 0
     for index, escape in escapes:
         out += varint(index - before) + varint(len(escape)) + escape
@@ -169,7 +169,7 @@ def write_escapes(escapes: Sequence[tuple[int, bytes]]) -> bytes:
 
 
 def read_escapes(reader: Reader, tokens: int) -> list[tuple[int, bytes]]:
-    """Escapes of a lane of so many tokens."""
+    """Escape of a lane of so many tokens."""
     frame = reader.take(reader.varint())
     inner = Reader(decompress_text(frame, LARGEST) if frame else b"")
     escapes, index = [], 0

@@ -200,7 +200,9 @@ def _linears(arrays: Any) -> list[tuple[str, Linear]]:
 
 
 def _stack(layers: list[dict[str, Any]], build: Any, model: Transformer) -> Any:
-    """One dict of stacked arrays where layers are alike; else the list as it is."""
+    """Return one dict of stacked arrays where layers are alike; else the list as it
+    is.
+    """
     parts: dict[str, int] = {}
     for layer in layers:
         for name, linear in layer.items():

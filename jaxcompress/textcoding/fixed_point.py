@@ -51,13 +51,13 @@ def multiply(x: jax.Array, q: jax.Array | int) -> jax.Array:
 
 
 def normalize(rows: Rows) -> Rows:
-    """The same numbers with the largest value of each row in [2**29, 2**30]."""
+    """Return the same numbers with the largest value of each row in [2**29, 2**30]."""
     room = jnp.maximum(lax.clz(_largest(rows)) - 2, 0)
     return Rows(rows.values << room, rows.exponent - room)
 
 
 def add(x: Rows, y: Rows) -> Rows:
-    """The sum of two arrays of rows, rounded to about 29 bits of the larger one."""
+    """Return sum of two arrays of rows, rounded to about 29 bits of the larger one."""
     x, y = normalize(x), normalize(y)
     exponent = jnp.maximum(x.exponent, y.exponent) + 1
     values = shift_right(x.values, exponent - x.exponent)
@@ -78,7 +78,9 @@ def round_to(rows: Rows, bound: jax.Array | int) -> Rows:
 
 
 def to_fixed(rows: Rows, fraction: int, limit: int = LIMIT) -> jax.Array:
-    """Fixed point with `fraction` fractional bits; clamped to `limit` in magnitude."""
+    """Return fixed point with `fraction` fractional bits; clamped to `limit` in
+    magnitude.
+    """
     bits = rows.exponent + fraction
     smaller = shift_right(rows.values, -bits)
     left = jnp.clip(bits, 0, 30)
@@ -88,7 +90,7 @@ def to_fixed(rows: Rows, fraction: int, limit: int = LIMIT) -> jax.Array:
 
 
 def power_of_half(u: jax.Array) -> jax.Array:
-    """`2**-u` in Q15, for `u >= 0` with FRACTION fractional bits."""
+    """Compute `2**-u` in Q15, for `u >= 0` with FRACTION fractional bits."""
     part = u & ((1 << FRACTION) - 1)
     power = jnp.full_like(u, _CUBIC[3])
     for coefficient in _CUBIC[2::-1]:
@@ -97,7 +99,7 @@ def power_of_half(u: jax.Array) -> jax.Array:
 
 
 def sigmoid(x: Rows) -> jax.Array:
-    """`1 / (1 + exp(-x))` in Q15."""
+    """Compute `1 / (1 + exp(-x))` in Q15."""
     magnitude = Rows(multiply(jnp.abs(x.values), _HALF_LOG2_E), x.exponent + 1)
     power = power_of_half(to_fixed(magnitude, FRACTION, LOG_LIMIT))
     above = jnp.where(x.values < 0, power, ONE)
@@ -105,14 +107,18 @@ def sigmoid(x: Rows) -> jax.Array:
 
 
 def product(x: Rows, y: Rows) -> Rows:
-    """The element-wise product; each factor is rounded to 15 bits of its row first."""
+    """Return the element-wise product; each factor is rounded to 15 bits of its row
+    first.
+    """
     x, y = normalize(x), normalize(y)
     values = shift_right(x.values, 15) * shift_right(y.values, 15)
     return Rows(values, x.exponent + y.exponent + 30)
 
 
 def inverse_root(x: Rows) -> Rows:
-    """`1 / sqrt(x)` of rows of one positive number each; values in [2**14, 2**15]."""
+    """Compute `1 / sqrt(x)` of rows of one positive number each; values in [2**14,
+    2**15].
+    """
     x = normalize(x)
     odd = x.exponent & 1
     value = x.values >> odd  # [2**28, 2**30], with an even exponent

@@ -42,7 +42,10 @@ class Nodes(NamedTuple):
 
 
 def depth_of(vocabulary: int) -> int:
-    """Levels of the tree. Raises ValueError on more than 262 144 tokens."""
+    """Return levels of the tree.
+
+    Raises ValueError on more than 262 144 tokens.
+    """
     if vocabulary > MOST_TOKENS:
         raise ValueError(
             f"a vocabulary of {vocabulary} tokens; frequencies are defined for at most "
@@ -52,7 +55,9 @@ def depth_of(vocabulary: int) -> int:
 
 
 def build_tree(logits: jax.Array) -> list[Nodes]:
-    """Weights of all nodes, from the root to the leaves, of logits `[..., V]`."""
+    """Return weights of all nodes, from the root to the leaves, of logits `[...,
+    V]`.
+    """
     vocabulary = logits.shape[-1]
     depth = depth_of(vocabulary)
     valid = np.ones(vocabulary, np.int32)
@@ -71,7 +76,9 @@ def build_tree(logits: jax.Array) -> list[Nodes]:
 
 
 def frequencies(weights: jax.Array, valid: jax.Array) -> jax.Array:
-    """Frequencies of the children of a node, int32 `[..., children]`; rules 2 and 3."""
+    """Return frequencies of the children of a node, int32 `[..., children]`; rules 2
+    and 3.
+    """
     largest = jnp.max(weights, axis=-1, keepdims=True)
     weights = fp.shift_right(weights, jnp.maximum(17 - lax.clz(largest), 0))
     total = jnp.sum(weights, axis=-1, keepdims=True, dtype=jnp.int32)
@@ -85,7 +92,7 @@ def frequencies(weights: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def find_intervals(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Starts and sizes of the intervals on the path to each token.
+    """Return starts and sizes of the intervals on the path to each token.
 
     Logits `[N, V]` and tokens `[N]` to int32 `[N, depth, 2]`, from the root down.
     """
@@ -105,7 +112,8 @@ def find_intervals(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def take_symbol(
     nodes: Nodes, node: jax.Array, slot: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The child whose interval holds a slot: (child's index in its level, start, size).
+    """Return the child whose interval holds a slot: (child's index in its level, start,
+    size).
 
     `node` int32 `[N]` is the node reached so far, `slot` int32 `[N]` below 2**16.
     """
@@ -118,13 +126,15 @@ def take_symbol(
 
 
 def _frequencies_of(nodes: Nodes, node: jax.Array) -> jax.Array:
-    """Frequencies `[N, children]` of one node of each row."""
+    """Return frequencies `[N, children]` of one node of each row."""
     weights = jnp.take_along_axis(nodes.weights, node[:, None, None], axis=1)[:, 0]
     return frequencies(weights, jnp.asarray(nodes.valid)[node])
 
 
 def _in_nodes(x: jax.Array, padding: int, root: bool) -> jax.Array:
-    """`[..., n]` in nodes `[..., nodes, children]`; the root takes all of them."""
+    """Reshape `[..., n]` to nodes `[..., nodes, children]`; the root takes all of
+    them.
+    """
     n = x.shape[-1]
     if root:
         return x[..., None, :]

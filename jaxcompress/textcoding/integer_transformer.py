@@ -49,7 +49,7 @@ class ExactTransformer:
     context: int = dataclasses.field(metadata={"static": True})
 
     def apply(self, tokens: jax.Array, cache: Cache | None = None) -> Any:
-        """Next-token logits `[B, T, V]` of tokens `[B, T]`, int32; jittable.
+        """Return next-token logits `[B, T, V]` of tokens `[B, T]`, int32; jittable.
 
         A logit is a base-2 logarithm in units of `2**-12`: multiply by
         `log(2) / 4096` for nats. With a cache, returns (logits, cache). Raises
@@ -62,7 +62,7 @@ class ExactTransformer:
     def hidden(
         self, tokens: jax.Array, cache: Cache | None = None
     ) -> tuple[Rows, Cache | None]:
-        """Final hidden states, rows `[B, T, width]`, and the cache or None."""
+        """Return final hidden states, rows `[B, T, width]`, and the cache or None."""
         model, arrays = self.model, self.arrays
         length = tokens.shape[1] if cache is None else _cache_length(cache)
         if length > self.context:
@@ -111,7 +111,7 @@ class ExactTransformer:
         return x, {"index": index + tokens.shape[1], "layers": written}
 
     def logits(self, x: Rows) -> jax.Array:
-        """Logits, int32 `[B, T, V]`, of hidden states."""
+        """Return logits, int32 `[B, T, V]`, of hidden states."""
         head = self.arrays.get("head", self.arrays["embed"])
         scale = self.arrays["log2_e"]
         rows = _linear(head, x)
@@ -119,7 +119,7 @@ class ExactTransformer:
         return fp.to_fixed(rows, FRACTION, LOGIT_LIMIT)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` tokens of `batch` texts."""
+        """Return an empty cache for `length` tokens of `batch` texts."""
 
         def empty(kv_heads, *lead):
             shape = (*lead, batch, kv_heads, length)
@@ -135,7 +135,7 @@ class ExactTransformer:
         return {"index": jnp.int32(0), "layers": layers}
 
     def widen(self) -> "ExactTransformer":
-        """The same model with its weights held in float32: faster, and larger."""
+        """Return same model with its weights held in float32: faster, and larger."""
 
         def one(x: Any) -> Any:
             if not isinstance(x, Linear):
@@ -175,7 +175,7 @@ class ExactTransformer:
 
 
 def _block(model, layer, x, rotary, allowed, cache, index):
-    """`Block`: attention and feed-forward, each normalized before and added."""
+    """Apply `Block`: attention and feed-forward, each normalized before and added."""
     change, cache = _attention(
         model, layer, _norm(layer["attention_norm"], x), rotary, allowed, cache, index
     )
@@ -188,7 +188,7 @@ def _block(model, layer, x, rotary, allowed, cache, index):
 
 
 def _attention(model, layer, x, rotary, allowed, cache, index):
-    """`Attention`: causal, with rotary positions and grouped key/value heads."""
+    """Apply `Attention`: causal, with rotary positions and grouped key/value heads."""
     size = model.head_size
     bound = math.isqrt(EXACT // size)  # of queries and keys
 
@@ -243,7 +243,7 @@ def _attention(model, layer, x, rotary, allowed, cache, index):
 
 
 def _softmax(scores, allowed, exponents):
-    """Softmax of base-2 scores, times the powers of two that the values carry.
+    """Return softmax of base-2 scores, times the powers of two that the values carry.
 
     Scores have FRACTION fractional bits. A row of probabilities sums to ONE and at most
     a half more for each key; those of keys whose values have a smaller exponent than
@@ -277,7 +277,9 @@ def _rotate(x, cosine, sine):
 
 
 def _norm(norm, x):
-    """`RMSNorm`: rows divided by their root mean square, times the layer's scale."""
+    """Apply `RMSNorm`: rows divided by their root mean square, times the layer's
+    scale.
+    """
     scale, exponent, *epsilon = norm
     lead = (1,) * (x.values.ndim - 1)
     epsilon = Rows(*(y.reshape(*lead, 1) for y in epsilon))
@@ -287,7 +289,7 @@ def _norm(norm, x):
 
 
 def _linear(linear, x):
-    """`Dense`: rows `[B, T, inputs]` to rows `[B, T, outputs]`."""
+    """Apply `Dense`: rows `[B, T, inputs]` to rows `[B, T, outputs]`."""
     x = fp.round_to(x, linear.bound)
     pieces = zip(
         split(x.values, linear.parts, -1),
@@ -308,7 +310,9 @@ def _linear(linear, x):
 
 
 def exact_dot(x, y):
-    """Matrix product of small integers, carried in float32; it does not round."""
+    """Return matrix product of small integers, carried in float32; it does not
+    round.
+    """
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
 

@@ -31,7 +31,7 @@ class Reader(NamedTuple):
 
 
 def encode_lanes(intervals: list[np.ndarray]) -> list[bytes]:
-    """Bytes of each lane: its state, then its words in the order they are read.
+    """Return bytes of each lane: its state, then its words in the order they are read.
 
     Args:
       intervals: for each lane the starts and sizes of its symbols, `[symbols, 2]`.
@@ -62,7 +62,8 @@ def encode_lanes(intervals: list[np.ndarray]) -> list[bytes]:
 
 
 def open_lanes(lanes: list[bytes]) -> Reader:
-    """A reader at the first symbol of each lane; words are padded to a power of two.
+    """Return a reader at the first symbol of each lane; words are padded to a power of
+    two.
 
     Raises ValueError where a lane is no state and whole words.
     """
@@ -84,13 +85,15 @@ def open_lanes(lanes: list[bytes]) -> Reader:
 
 
 def is_finished(reader: Reader, lanes: list[bytes]) -> np.ndarray:
-    """Which lanes ended on the first state of the encoder and with no word left."""
+    """Return which lanes ended on the first state of the encoder and with no word
+    left.
+    """
     ends = np.cumsum([len(lane) // 2 - 2 for lane in lanes])
     return (np.asarray(reader.state) == START) & (np.asarray(reader.position) == ends)
 
 
 def advance(reader: Reader, start: jax.Array, size: jax.Array) -> Reader:
-    """The reader after one symbol of each lane, whose interval is given."""
+    """Return the reader after one symbol of each lane, whose interval is given."""
     state, position, words = reader
     slot = state & 0xFFFF
     state = size.astype(jnp.uint32) * (state >> 16) + slot - start.astype(jnp.uint32)

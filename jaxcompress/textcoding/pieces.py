@@ -20,7 +20,7 @@ class Pieces(NamedTuple):
 
 
 def to_pieces(tokenizer: Tokenizer, data: bytes) -> Pieces:
-    """Tokens and escapes that `from_pieces` turns into the same bytes."""
+    """Return tokens and escapes that `from_pieces` turns into the same bytes."""
     pieces = tokenizer.pieces
     single: dict[bytes, int] = {}
     for i, piece in enumerate(pieces):
@@ -60,7 +60,7 @@ def to_pieces(tokenizer: Tokenizer, data: bytes) -> Pieces:
 
 
 def from_pieces(tokenizer: Tokenizer, pieces: Pieces) -> bytes:
-    """The bytes of tokens and escapes."""
+    """Return the bytes of tokens and escapes."""
     spelled = tokenizer.pieces
     parts: list[bytes] = []
     start = 0
@@ -73,7 +73,8 @@ def from_pieces(tokenizer: Tokenizer, pieces: Pieces) -> bytes:
 
 
 def cut(pieces: Pieces, counts: list[int]) -> list[Pieces]:
-    """Consecutive parts of so many tokens; escapes at an end belong to the later part.
+    """Return consecutive parts of so many tokens; escapes at an end belong to the later
+    part.
 
     Those behind the last token belong to the last part.
     """

@@ -74,7 +74,8 @@ def round_kernel(
 
 
 def prove(name: str, weight: np.ndarray, parts: int = 1) -> tuple[int, int]:
-    """Parts and the bound on inputs for which no float32 sum of a part can round.
+    """Return parts and the bound on inputs for which no float32 sum of a part can
+    round.
 
     The bound is `(2**24 - 1) // max(sum(|weight|))` over outputs and parts. Raises
     ValueError, naming the leaf, where 64 parts do not allow a bound of 64.
@@ -96,7 +97,7 @@ def prove(name: str, weight: np.ndarray, parts: int = 1) -> tuple[int, int]:
 
 
 def split(x: Any, parts: int, axis: int = 0) -> list[Any]:
-    """Slices along an axis, of equal length but for the last."""
+    """Return slices along an axis, of equal length but for the last."""
     length = -(-x.shape[axis] // parts)
     index = [slice(None)] * x.ndim
     slices = []
@@ -107,7 +108,7 @@ def split(x: Any, parts: int, axis: int = 0) -> list[Any]:
 
 
 def round_vector(name: str, vector: np.ndarray) -> tuple[np.ndarray, np.int32]:
-    """A vector as int32 in Q15, at most one in magnitude, and its exponent."""
+    """Return a vector as int32 in Q15, at most one in magnitude, and its exponent."""
     vector = finite(name, vector)
     _, exponent = math.frexp(np.abs(vector).max())
     values = np.rint(np.ldexp(vector, 15 - exponent))
@@ -115,7 +116,7 @@ def round_vector(name: str, vector: np.ndarray) -> tuple[np.ndarray, np.int32]:
 
 
 def rotary_table(speeds: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines in Q15, int32 `[count, pairs]`, of `position * speed`.
+    """Return cosines and sines in Q15, int32 `[count, pairs]`, of `position * speed`.
 
     Computed with integers of 96 bits, so that no mathematical library takes part.
     """
@@ -142,7 +143,7 @@ def rotary_table(speeds: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray
 
 
 def finite(name: str, x: Any) -> np.ndarray:
-    """The array in float64; ValueError, naming the leaf, on NaN or infinity."""
+    """Return the array in float64; ValueError, naming the leaf, on NaN or infinity."""
     x = np.asarray(x, np.float64)
     bad = x.size - int(np.isfinite(x).sum())
     if bad:

@@ -22,7 +22,7 @@ _SHORTEST = 16  # lengths are rounded up to powers of two from here
 
 
 def cut_windows(count: int, window: int, overlap: int) -> list[tuple[int, int, int]]:
-    """(start, first, end) of windows over the first token and `count` others.
+    """Yield (start, first, end) of windows over the first token and `count` others.
 
     A window predicts positions `first` to `end` from those that begin at `start`.
     """
@@ -44,7 +44,9 @@ def _rounded(length: int) -> int:
 def _intervals(
     model: ExactTransformer, inputs: jax.Array, targets: jax.Array
 ) -> jax.Array:
-    """Intervals int32 `[B, T, depth, 2]` of targets `[B, T]` that follow the inputs."""
+    """Return intervals int32 `[B, T, depth, 2]` of targets `[B, T]` that follow the
+    inputs.
+    """
     x, _ = model.hidden(inputs)
     rows = _ROWS if x.values.shape[1] % _ROWS == 0 else _SHORTEST
 
@@ -65,7 +67,7 @@ def encode_windows(
     window: int,
     overlap: int,
 ) -> list[bytes]:
-    """The coded bytes of each lane."""
+    """Return the coded bytes of each lane."""
     texts = [np.array([first_token, *own], np.int32) for own in ids]
     work = [
         (lane, *spot)
@@ -95,7 +97,7 @@ def encode_windows(
 
 @functools.partial(jax.jit, static_argnames="length")
 def _prefill(model: ExactTransformer, tokens: jax.Array, count: Any, length: int):
-    """A cache that has read the first `count` of tokens `[lanes, T]`."""
+    """Return a cache that has read the first `count` of tokens `[lanes, T]`."""
     cache = model.init_cache(tokens.shape[0], length)
     _, cache = model.hidden(tokens, cache)
     return cache | {"index": jnp.int32(count)}
@@ -148,7 +150,10 @@ def decode_windows(
     window: int,
     overlap: int,
 ) -> list[list[int]]:
-    """The tokens of each lane. Raises FileDamaged where a lane does not end well."""
+    """Return the tokens of each lane.
+
+    Raises FileDamaged where a lane does not end well.
+    """
     if not payloads:
         return []
     longest = max(counts)

@@ -28,7 +28,9 @@ class Merge:
 
 
 def most_frequent(count: int, left: str, right: str) -> Any:
-    """The order of SentencePiece: among equals the shorter piece, then by its text."""
+    """Return the order of SentencePiece: among equals the shorter piece, then by its
+    text.
+    """
     return -count, len(left + right), left + right, len(left)
 
 
@@ -40,7 +42,7 @@ def learn_merges(
     allowed: Callable[[str], bool] = lambda piece: True,
     order: Order = most_frequent,
 ) -> list[Merge]:
-    """The merges of byte-pair encoding, first to last.
+    """Return the merges of byte-pair encoding, first to last.
 
     Start with characters; count pairs of neighbors; make the most frequent pair one
     piece wherever it stands; repeat. No piece arises twice: the merges inside a piece
@@ -96,7 +98,7 @@ def learn_merges(
 
 
 def replace(parts: Sequence[str], left: str, right: str) -> list[str]:
-    """The parts with each `left, right` made one, from left to right."""
+    """Return the parts with each `left, right` made one, from left to right."""
     out, i = [], 0
     while i < len(parts):
         if i + 1 < len(parts) and parts[i] == left and parts[i + 1] == right:
@@ -116,7 +118,7 @@ def segment(
     draw: random.Random | None = None,
     merged: list[str] | None = None,
 ) -> list[str]:
-    """The parts (characters, at first) after all merges, best rank first.
+    """Return the parts (characters, at first) after all merges, best rank first.
 
     Among equal ranks the leftmost is merged first. Neighbors are a linked list and
     possible merges a heap: O(n log n), which matters for words of thousands of letters.

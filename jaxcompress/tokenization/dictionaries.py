@@ -97,7 +97,7 @@ class DictionaryTokenizer:
         self.digest = hashlib.sha256(self.to_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without begin or end marks."""
+        """Return ids of the text, without begin or end marks."""
         ids: list[int] = []
         start = 0
         for match in self._symbol.finditer(text):
@@ -145,7 +145,9 @@ class DictionaryTokenizer:
         return [self.byte_ids[b] for b in text.encode("utf-8", "surrogatepass")]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; marks vanish, bytes that are no UTF-8 become U+FFFD."""
+        """Return text of the ids; marks vanish, bytes that are no UTF-8 become
+        U+FFFD.
+        """
         raw = b"".join([self.pieces[i] for i in known_ids(ids, self.vocab_size)])
         try:
             return raw.decode("utf-8", "surrogatepass")
@@ -153,15 +155,17 @@ class DictionaryTokenizer:
             return raw.decode("utf-8", "replace")
 
     def token_bytes(self, ids: Sequence[int]) -> np.ndarray:
-        """UTF-8 bytes of each id, int32; the sum is the length of the encoded text."""
+        """Count UTF-8 bytes of each id, int32; the sum is the length of the encoded
+        text.
+        """
         return self._lengths[np.asarray(ids, np.int64)]
 
     def to_bytes(self) -> bytes:
-        """Everything as JSON, which `from_bytes` reads."""
+        """Serialize as JSON, which `from_bytes` reads."""
         return json.dumps(self._contents, sort_keys=True).encode()
 
     def keep(self, ids: Iterable[int]) -> "DictionaryTokenizer":
-        """The tokenizer with these pieces only, renumbered in their order.
+        """Return the tokenizer with these pieces only, renumbered in their order.
 
         Not for general use: `trim` knows which pieces must stay.
         """
@@ -175,7 +179,7 @@ class DictionaryTokenizer:
 
 
 def from_contents(contents: Mapping) -> DictionaryTokenizer:
-    """The tokenizer of which `to_bytes` wrote these contents."""
+    """Return the tokenizer of which `to_bytes` wrote these contents."""
     known = {"pieces", "inner", "words", "whole", "user_symbols", "control_symbols"}
     if missing := known - set(contents):
         raise ValueError(f"no dictionary tokenizer: {sorted(missing)} missing")
@@ -193,7 +197,7 @@ def train_dictionary(
     user_symbols: Sequence[str],
     control_symbols: Sequence[str],
 ) -> DictionaryTokenizer:
-    """What `train` does for the kinds "wordpiece", "word" and "dictionary"."""
+    """Train a tokenizer of kind "wordpiece", "word" or "dictionary"; see `train`."""
     if words not in WORDS:
         raise ValueError(f"words is {words!r}; known rules: {', '.join(WORDS)}")
     counts: Counter[str] = Counter()
@@ -229,7 +233,7 @@ def train_dictionary(
 
 
 def _characters(counts: Counter[str], coverage: float) -> list[str]:
-    """The most frequent characters that make up so much of the text."""
+    """Return the most frequent characters that make up so much of the text."""
     single: Counter[str] = Counter()
     for word, count in counts.items():
         for character in word:
@@ -246,7 +250,9 @@ def _characters(counts: Counter[str], coverage: float) -> list[str]:
 def _merge_pieces(
     counts: Counter[str], characters: Sequence[str], room: int, min_frequency: int
 ) -> tuple[list[str], list[str]]:
-    """Pieces that begin a word, and pieces inside one, at most `room` of them."""
+    """Return pieces that begin a word, and pieces inside one, at most `room` of
+    them.
+    """
     try:
         import tokenizers
     except ModuleNotFoundError as error:
@@ -280,7 +286,7 @@ def _merge_pieces(
 
 
 def _reach(table: Mapping[str, int]) -> dict[str, int]:
-    """Length of the longest piece that begins with a character."""
+    """Return length of the longest piece that begins with a character."""
     reach: dict[str, int] = {}
     for piece in table:
         reach[piece[0]] = max(reach.get(piece[0], 0), len(piece))

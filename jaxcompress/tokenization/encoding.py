@@ -18,7 +18,7 @@ _worker: Tokenizer | None = None  # in a process of the pool only
 def encode_many(
     tokenizer: Tokenizer, texts: Iterable[str], *, processes: int = 1
 ) -> Iterator[np.ndarray]:
-    """Ids of each text, int32, in the order of the texts.
+    """Return ids of each text, int32, in the order of the texts.
 
     Ids are those of `tokenizer.encode`, whatever the number of processes. Texts are
     read a few batches ahead and no further, so that a stream longer than memory can
@@ -64,7 +64,7 @@ def _begin(stored: bytes) -> None:
 
 
 def _encode_batch(texts: list[str]) -> tuple[np.ndarray, list[int]]:
-    """All ids in one array, and how many each text has."""
+    """Return all ids in one array, and how many each text has."""
     found = [_worker.encode(text) for text in texts]
     return np.array([i for ids in found for i in ids], np.int32), list(map(len, found))
 

@@ -56,19 +56,19 @@ class HuggingFaceTokenizer:
         self.digest = hashlib.sha256(self.to_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without begin or end marks."""
+        """Return ids of the text, without begin or end marks."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens spelled out."""
+        """Return text of the ids, special tokens spelled out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_bytes(self, ids: Sequence[int]) -> np.ndarray:
-        """UTF-8 bytes of text each id stands for, int32; special tokens have none."""
+        """Count UTF-8 bytes of the text of each id, int32; special tokens have none."""
         return self._lengths[np.asarray(ids, np.int64)]
 
     def to_bytes(self) -> bytes:
-        """The file's text with the begin and end marks, which `from_bytes` reads."""
+        """Return file's text with the begin and end marks, which `from_bytes` reads."""
         return json.dumps(self._contents, sort_keys=True).encode()
 
     @cached_property
@@ -107,7 +107,7 @@ class HuggingFaceTokenizer:
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     def _end_ids(self, ends: Sequence[str | int]) -> tuple[int, ...]:
-        """The end mark and other ids at which texts end; kept by their spelling."""
+        """Return end mark and other ids at which texts end; kept by their spelling."""
         ids = [] if self.eos_id is None else [self.eos_id]
         for end in ends:
             i = end if isinstance(end, int) else self._special("end", end)
@@ -165,7 +165,9 @@ def from_huggingface_json(
 
 
 def added_marks(text: str) -> list[str]:
-    """Spellings of the tokens that a tokenizer.json's post-processor adds to a text."""
+    """Return spellings of the tokens that a tokenizer.json's post-processor adds to a
+    text.
+    """
     import tokenizers  # only for models from elsewhere
 
     return tokenizers.Tokenizer.from_str(text).encode("").tokens
@@ -180,7 +182,7 @@ def _object(text: str) -> dict:
 
 
 def _types(part) -> set[str]:
-    """Names of a decoder and of the decoders in it."""
+    """Return names of a decoder and of the decoders in it."""
     if not part:
         return set()
     return {part["type"]}.union(*map(_types, part.get("decoders", ())))

@@ -49,7 +49,7 @@ class Measures:
 def count_pieces(
     tokenizer: Tokenizer, texts: Iterable[str], *, processes: int = 1
 ) -> np.ndarray:
-    """How often each id occurs in the texts, int64 [vocabulary]."""
+    """Return how often each id occurs in the texts, int64 [vocabulary]."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for ids in encode_many(tokenizer, texts, processes=processes):
         counts += np.bincount(ids, minlength=tokenizer.vocab_size)
@@ -90,7 +90,9 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:
 
 
 def renyi_entropy(counts: np.ndarray, order: float = RENYI) -> float:
-    """Renyi entropy in nats of the distribution of counts; order 1 is Shannon's."""
+    """Compute the Renyi entropy in nats of the distribution of counts; order 1 is
+    Shannon's.
+    """
     shares = counts[counts > 0] / counts.sum()
     if order == 1:
         return float(-(shares * np.log(shares)).sum())
@@ -100,12 +102,16 @@ def renyi_entropy(counts: np.ndarray, order: float = RENYI) -> float:
 def embedding_bytes(
     tokenizer: Tokenizer, width: int, *, bits: float = 16, tied: bool = True
 ) -> int:
-    """Bytes of a model's embedding, and of its head where that is another matrix."""
+    """Return bytes of a model's embedding, and of its head where that is another
+    matrix.
+    """
     return math.ceil(tokenizer.vocab_size * width * bits / 8) * (1 if tied else 2)
 
 
 def _unknown(tokenizer: Tokenizer) -> np.ndarray:
-    """Which ids stand for nothing, or for a byte because there is no better piece."""
+    """Return which ids stand for nothing, or for a byte because there is no better
+    piece.
+    """
     if tokenizer.byte_ids is None:
         return np.array([not _is_text(piece) for piece in tokenizer.pieces])
     unknown = np.array([not piece for piece in tokenizer.pieces])

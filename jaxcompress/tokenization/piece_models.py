@@ -40,7 +40,7 @@ class PieceModel:
 
 
 def read(model: bytes) -> PieceModel:
-    """Pieces and settings of a serialized model.
+    """Return pieces and settings of a serialized model.
 
     Raises ValueError where the bytes are cut short or of another format.
     """
@@ -65,7 +65,9 @@ def read(model: bytes) -> PieceModel:
 
 
 def keep_pieces(model: bytes, ids: Collection[int]) -> bytes:
-    """The model with only these pieces, in their order; everything else unchanged."""
+    """Return the model with only these pieces, in their order; everything else
+    unchanged.
+    """
     ids, i, parts = frozenset(ids), -1, []
     for number, _, raw in _fields(model):
         if number == 1:
@@ -107,7 +109,7 @@ def with_end_mark(model: bytes, text: str) -> bytes:
 
 
 def _length(size: int) -> bytes:
-    """A varint."""
+    """Return a varint."""
     out = bytearray()
     while size > 0x7F:
         out.append(size & 0x7F | 0x80)
@@ -116,7 +118,7 @@ def _length(size: int) -> bytes:
 
 
 def without_begin_mark(model: bytes) -> bytes:
-    """The model with no begin mark named; the piece stays, as a control symbol.
+    """Return the model with no begin mark named; the piece stays, as a control symbol.
 
     A later message of field 2 overrides settings of the first. Field 46 in it is the
     begin mark's text, and the default replaces an empty one: the text is a piece that

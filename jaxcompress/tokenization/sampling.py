@@ -22,7 +22,8 @@ def sample(
     dropout: float = 0.1,
     alpha: float = 0.2,
 ) -> list[int]:
-    """Ids of the text in a random segmentation; decoding them gives the same text.
+    """Return ids of the text in a random segmentation; decoding them gives the same
+    text.
 
     Args:
       tokenizer: of kind "bpe" or "unigram", from `train`.

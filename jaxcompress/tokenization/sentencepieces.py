@@ -90,7 +90,7 @@ class SentencePieceTokenizer:
         self.digest = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without begin or end marks."""
+        """Return ids of the text, without begin or end marks."""
         if not self.lossless:
             return self._processor.EncodeAsIds(text.encode("utf-8", "replace").decode())
         units: list[str] = []
@@ -108,7 +108,7 @@ class SentencePieceTokenizer:
         return [i for unit in units for i in known[unit]]
 
     def parts(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Parts of the text, and which of them must be written as bytes.
+        """Return parts of the text, and which of them must be written as bytes.
 
         A reserved word in the text is cut behind its first character.
         """
@@ -124,11 +124,11 @@ class SentencePieceTokenizer:
                 yield part[start:], False
 
     def words(self, text: str) -> list[str]:
-        """The parts of one of the `parts` that are segmented on their own."""
+        """Return the parts of one of the `parts` that are segmented on their own."""
         return _WORD.findall(text) if self._by_words else [text]
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Ids of words and of raw parts.
+        """Return ids of words and of raw parts.
 
         In ids of words all bytes of the space symbol stand for a space. They come up
         where a space is not a piece, or is in an unknown word.
@@ -151,7 +151,9 @@ class SentencePieceTokenizer:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; marks vanish, bytes that are no UTF-8 become U+FFFD."""
+        """Return text of the ids; marks vanish, bytes that are no UTF-8 become
+        U+FFFD.
+        """
         if not self.lossless:
             return self._processor.DecodeIds([int(i) for i in ids])
         raw = b"".join([self.pieces[i] for i in known_ids(ids, self.vocab_size)])
@@ -161,15 +163,17 @@ class SentencePieceTokenizer:
             return raw.decode("utf-8", "replace")
 
     def token_bytes(self, ids: Sequence[int]) -> np.ndarray:
-        """UTF-8 bytes of each id, int32; the sum is the length of the encoded text."""
+        """Count UTF-8 bytes of each id, int32; the sum is the length of the encoded
+        text.
+        """
         return self._lengths[np.asarray(ids, np.int64)]
 
     def to_bytes(self) -> bytes:
-        """The serialized model, which `from_bytes` reads."""
+        """Return the serialized model, which `from_bytes` reads."""
         return self._model
 
     def keep(self, ids: Iterable[int]) -> "SentencePieceTokenizer":
-        """The tokenizer with these pieces only, renumbered in their order.
+        """Return the tokenizer with these pieces only, renumbered in their order.
 
         Not for general use: `trim` knows which pieces must stay.
         """
@@ -192,7 +196,7 @@ def train_pieces(
     user_symbols: Sequence[str],
     control_symbols: Sequence[str],
 ) -> SentencePieceTokenizer:
-    """What `train` does for the kinds "bpe", "unigram" and "char"."""
+    """Train a tokenizer of kind "bpe", "unigram" or "char"; see `train`."""
     if normalization not in NORMALIZATIONS:
         raise ValueError(
             f"normalization {normalization!r} is not known; known: {NORMALIZATIONS}"
@@ -245,7 +249,7 @@ def _run(sentences: Sequence[str], vocab_size: int, options: dict) -> bytes:
 def _cut(
     tokenizer: SentencePieceTokenizer, texts: Sequence[str], min_frequency: int
 ) -> SentencePieceTokenizer:
-    """Without the last merges that happen less often than that in the texts.
+    """Drop the last merges that happen less often than that in the texts.
 
     The last merge of a vocabulary is a part of no other one, so it happens as often as
     its piece is used; and no merge is more frequent than an earlier one. So the place
@@ -277,7 +281,7 @@ def _cut(
 
 
 def _chunks(text: str, reserved: re.Pattern) -> Iterator[str]:
-    """Parts of bounded size that begin, not end, with a newline.
+    """Return parts of bounded size that begin, not end, with a newline.
 
     SentencePiece drops newlines at the end of a sentence, reserved words, and whole
     sentences that hold a NUL or are too long.
@@ -300,7 +304,8 @@ def _chunks(text: str, reserved: re.Pattern) -> Iterator[str]:
 
 
 def _patterns(reserved: Sequence[str]) -> tuple[re.Pattern, re.Pattern]:
-    """What goes in as bytes, and words that must not go in whole.
+    """Split the texts: what is stored as bytes, and words that must not be stored
+    whole.
 
     What SentencePiece would take for something else: the space symbol itself, what
     UTF-8 cannot hold, and words that spell a mark, a control symbol or a byte piece.
@@ -339,7 +344,7 @@ def _explain(error: RuntimeError, kind: str, vocab_size: int) -> str:
 
 
 def _texts(table: Sequence[Piece]) -> Iterator[str]:
-    """Texts of the pieces that stand for more than a byte."""
+    """Return texts of the pieces that stand for more than a byte."""
     for piece in table:
         if piece.type in (NORMAL, USER_DEFINED):
             yield piece.text.replace(SPACE, " ")

@@ -9,7 +9,7 @@ BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def check_symbols(user: Sequence[str], control: Sequence[str]) -> None:
-    """Raises ValueError on a symbol that could not be told from other text."""
+    """Raise ValueError on a symbol that could not be told from other text."""
     for name, symbols in (("user_symbols", user), ("control_symbols", control)):
         if isinstance(symbols, str):
             raise ValueError(f"{name} is one string, {symbols!r}; pass a list")
@@ -30,7 +30,7 @@ def check_symbols(user: Sequence[str], control: Sequence[str]) -> None:
 
 
 def any_of(texts: Sequence[str]) -> str:
-    """A regular expression that matches one of the texts, the longest first."""
+    """Return a regular expression that matches one of the texts, the longest first."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 

@@ -79,7 +79,7 @@ def write_tokens(
 def open_tokens(
     path: str | Path, tokenizer: Tokenizer | None = None, *, verify: bool = False
 ) -> np.ndarray:
-    """The ids of a file, mapped: uint16 or uint32 [tokens], read-only.
+    """Return the ids of a file, mapped: uint16 or uint32 [tokens], read-only.
 
     Header and length are always checked; with `verify` the file is read once and its
     checksum compared. Raises FileDamaged (a ValueError) where they are wrong, and

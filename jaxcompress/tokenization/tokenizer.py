@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
 
 
 def from_bytes(stored: bytes) -> Tokenizer:
-    """The tokenizer of which `stored` is the `to_bytes()`, or of a tokenizer.json.
+    """Return tokenizer of which `stored` is the `to_bytes()`, or of a tokenizer.json.
 
     Raises ValueError where it is neither, nor a SentencePiece model.
     """
@@ -68,7 +68,7 @@ def from_bytes(stored: bytes) -> Tokenizer:
 
 
 def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """Ids of any bytes; `decode_bytes` gives back the same bytes.
+    """Return ids of any bytes; `decode_bytes` gives back the same bytes.
 
     UTF-8 is encoded as text, each byte that is none as its byte piece. Raises
     ValueError where the tokenizer loses something: it normalizes text, has no byte
@@ -101,5 +101,5 @@ def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
 
 
 def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    """The bytes that the ids stand for."""
+    """Return the bytes that the ids stand for."""
     return b"".join([tokenizer.pieces[i] for i in ids])

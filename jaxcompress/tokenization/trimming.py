@@ -16,7 +16,7 @@ from jaxcompress.tokenization.tokenizer import Tokenizer
 
 
 def trim(tokenizer: Tokenizer, keep: Iterable[int]) -> tuple[Tokenizer, np.ndarray]:
-    """The tokenizer with these pieces and what they need, and their old ids, sorted.
+    """Return tokenizer with these pieces and what they need, and their old ids, sorted.
 
     New id `i` is old id `kept[i]`, so `embedding[kept]` is the new embedding. A text
     whose encoding uses kept pieces only is encoded as before: its new ids are the
@@ -121,7 +121,7 @@ def _trim_huggingface(
 
 
 def _renumber(part: Any, new: Mapping[int, int]) -> None:
-    """Ids of special tokens in a post-processor, in place."""
+    """Return ids of special tokens in a post-processor, in place."""
     if isinstance(part, list):
         for item in part:
             _renumber(item, new)

@@ -19,7 +19,8 @@ UNKNOWN = -10.0  # nats that an unknown character is below the rarest piece
 
 
 def viterbi(text: str, scores: Scores, *, longest: int = 0) -> list[str]:
-    """The segmentation of highest probability; among equals, longer pieces at its end.
+    """Return the segmentation of highest probability; among equals, longer pieces at
+    its end.
 
     A character that is no piece stands alone and costs `UNKNOWN` below the worst score.
     """
@@ -42,7 +43,9 @@ def viterbi(text: str, scores: Scores, *, longest: int = 0) -> list[str]:
 
 
 def greedy(text: str, pieces: Container[str], *, longest: int) -> list[str]:
-    """At each place the longest piece; a character that begins none stands alone."""
+    """Take the longest piece at each position; a character that begins none is a piece
+    itself.
+    """
     found, at = [], 0
     while at < len(text):
         end = min(len(text), at + longest)
@@ -56,7 +59,8 @@ def greedy(text: str, pieces: Container[str], *, longest: int) -> list[str]:
 def sample(
     text: str, scores: Scores, *, alpha: float, draw: random.Random, longest: int = 0
 ) -> list[str]:
-    """A segmentation drawn with a probability proportional to its own to the `alpha`.
+    """Return a segmentation drawn with a probability proportional to its own to the
+    `alpha`.
 
     Sums over all segmentations forward, draws backward (1804.10959, section 3.2, with
     no limit on their number). `alpha` 0 draws evenly, a large one gives `viterbi`'s.
@@ -82,7 +86,9 @@ def sample(
 
 
 def _ends(text, end, scores, unknown, longest, total, alpha):
-    """Where a piece that ends here may begin, with the log-weight of all before it."""
+    """Find where a piece that ends at this position may begin, with the log-weight of
+    all before it.
+    """
     options = []
     for start in range(max(0, end - longest), end):
         score = scores.get(text[start:end], unknown if end - start == 1 else None)
@@ -112,7 +118,7 @@ def learn_pieces(
     shrink: float = 0.75,
     rounds: int = 2,
 ) -> dict[str, float]:
-    """`size` pieces (or fewer) with their log-probabilities, likeliest first.
+    """Compute `size` pieces (or fewer) with their log-probabilities, likeliest first.
 
     Start with all characters and the frequent substrings; re-estimate probabilities
     `rounds` times; drop the pieces whose loss would cost the text's likelihood least,
@@ -172,7 +178,8 @@ def seed_pieces(
     size: int,
     longest: int,
 ) -> dict[str, float]:
-    """Characters and frequent substrings of words, log-probabilities by coverage.
+    """Return characters and frequent substrings of words, log-probabilities by
+    coverage.
 
     As in a suffix tree's inner nodes, a substring counts that occurs twice or more and
     is followed by different characters (the end of a text being one); its coverage is
@@ -201,7 +208,7 @@ def seed_pieces(
 def expect(
     words: Mapping[str, int], scores: Scores, longest: int
 ) -> tuple[Counter[str], float]:
-    """How often each piece is expected in the words, and their log-likelihood.
+    """Return how often each piece is expected in the words, and their log-likelihood.
 
     Both sums over all segmentations, by the forward-backward algorithm.
     """
@@ -240,7 +247,8 @@ def expect(
 
 
 def maximize(expected: Mapping[str, float]) -> dict[str, float]:
-    """Log-probabilities from expected counts; pieces expected less than 0.5 times go.
+    """Return log-probabilities from expected counts; pieces expected less than 0.5
+    times go.
 
     With digamma for the logarithm, as under a sparse Dirichlet prior: small counts
     are made smaller.
@@ -253,7 +261,7 @@ def maximize(expected: Mapping[str, float]) -> dict[str, float]:
 def prune(
     words: Mapping[str, int], scores: Scores, size: int, longest: int
 ) -> dict[str, float]:
-    """The pieces without which the text would become less likely, `size` of them.
+    """Return pieces without which the text would become less likely, `size` of them.
 
     A piece's loss: all its uses are replaced by its own second-best segmentation, and
     frequencies are moved accordingly. Pieces whose best segmentation is another, or
@@ -287,12 +295,12 @@ def prune(
 
 
 def _without(piece: str, scores: Scores, longest: int) -> list[str]:
-    """The best segmentation of a piece into two parts or more."""
+    """Return the best segmentation of a piece into two parts or more."""
     return viterbi(piece, scores, longest=min(longest, len(piece) - 1))
 
 
 def digamma(x: float) -> float:
-    """The derivative of the logarithm of the gamma function, for x > 0.
+    """Return the derivative of the logarithm of the gamma function, for x > 0.
 
     By the recurrence up to 7, then the asymptotic series in 1 / (x - 1/2).
     """

@@ -1,1 +1,3 @@
 """Training steps, runs, optimizers and quantization-aware training."""
+
+__all__ = []

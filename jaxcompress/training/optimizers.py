@@ -22,6 +22,17 @@ from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.paths import EMBEDDING, array_names
 from jaxcompress.types import Masks, Params
 
+__all__ = [
+    "by_name",
+    "cubic_sparsity",
+    "gradual_pruning",
+    "keep_masked_zero",
+    "layerwise_rates",
+    "project",
+    "relative",
+    "relative_adam",
+]
+
 
 class MaskedState(NamedTuple):
     """Boolean masks, None where dense."""
@@ -43,7 +54,7 @@ class ProjectionState(NamedTuple):
 
 
 def keep_masked_zero(masks: Masks) -> optax.GradientTransformation:
-    """Sets weights to zero where a mask is false, and keeps them there; put it last.
+    """Set weights to zero where a mask is false, and keeps them there; put it last.
 
     Args:
       masks: booleans like the parameters, None where dense (`masks.make`, `masks.of`).
@@ -75,7 +86,7 @@ def gradual_pruning(
     nm: str | None = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes more and more weights while the others train; put it last.
+    """Prune more and more weights while the others train; put it last.
 
     A weight that is pruned stays so, unless the schedule falls.
 
@@ -139,7 +150,8 @@ def gradual_pruning(
 def cubic_sparsity(
     final: float, *, start: int = 0, stop: int, initial: float = 0.0
 ) -> Callable[[jax.Array], jax.Array]:
-    """Fraction dropped at a step: `final - (final - initial) (1 - t)^3`, t from 0 to 1.
+    """Return fraction dropped at a step: `final - (final - initial) (1 - t)^3`, t from
+    0 to 1.
 
     Fast where there is much to drop, slow towards the end; `initial` before step
     `start`, `final` from step `stop` on.
@@ -164,7 +176,7 @@ def cubic_sparsity(
 
 
 def _to_zero(updates: Any, masks: Masks, params: Params | None) -> Any:
-    """Updates that leave exact zeros where a mask is false."""
+    """Update that leave exact zeros where a mask is false."""
     if params is None:
         raise ValueError(
             "keeping weights at zero needs the parameters; call "
@@ -175,7 +187,9 @@ def _to_zero(updates: Any, masks: Masks, params: Params | None) -> Any:
 
 
 def _over(function: Callable, masks: Masks, first: Any, *others: Any) -> Any:
-    """`function(mask, ...)` where there is a mask; the first tree's part elsewhere."""
+    """Apply `function(mask, ...)` where there is a mask; return the first tree's part
+    elsewhere.
+    """
 
     def one(mask: jax.Array | None, x: Any, *rest: Any) -> Any:
         return x if mask is None else function(mask, x, *rest)
@@ -186,7 +200,8 @@ def _over(function: Callable, masks: Masks, first: Any, *others: Any) -> Any:
 def by_name(
     rules: Sequence[tuple[str, optax.GradientTransformation | None]],
 ) -> optax.GradientTransformation:
-    """An optimizer for each name: the first pattern that fully matches it decides.
+    """Return an optimizer for each name: the first pattern that fully matches it
+    decides.
 
     Names are those of arrays, inside leaves too (`mlp/kernel/scale`, `leaf_names`).
     None freezes: no update, and no state. End with `(".*", optimizer)` for the rest.
@@ -230,7 +245,7 @@ def by_name(
 
 
 def relative(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Trains the logarithms of magnitudes: what `optimizer` returns is relative.
+    """Train the logarithms of magnitudes: what `optimizer` returns is relative.
 
     For scales and steps, which differ by orders of magnitude within one array: with
     `relative(optax.adam(0.01))` each changes by about a percent per step. Zeros stay.
@@ -255,7 +270,8 @@ def relative(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
-    """Adam on relative changes (`relative`), its rate decayed by a cosine to zero.
+    """Build Adam on relative changes (`relative`), its rate decayed by a cosine to
+    zero.
 
     Args:
       rate: of the first step, relative to each number.
@@ -267,7 +283,7 @@ def relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
 def layerwise_rates(
     decay: float, *, looped: str = r"layer_(\d+)/.*", stacked: str = r"layers/.*"
 ) -> optax.GradientTransformation:
-    """Scales updates by `decay` for every layer between an array and the head.
+    """Return scales updates by `decay` for every layer between an array and the head.
 
     The last layer and what follows it keep their updates; what is in no layer and is an
     embedding is one layer below the first. Put it after the optimizer.
@@ -321,7 +337,7 @@ def layerwise_rates(
 def project(
     transform: Callable[[Params], Params], *, every: int = 1
 ) -> optax.GradientTransformation:
-    """Puts the parameters back where `transform` puts them; last in a chain.
+    """Put the parameters back where `transform` puts them; last in a chain.
 
     Onto a grid: `lambda p: materialize(compress(p, "symmetric(bits=4, block=64)"))`;
     onto fixed zeros: `lambda p: jc.masks.apply(p, masks)`. What arrives is right to the

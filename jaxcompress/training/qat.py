@@ -17,13 +17,15 @@ from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import Leaf, Reshaped, data_fields, dense, is_leaf
 from jaxcompress.types import Params
 
+__all__ = ["convert", "prepare"]
+
 Transform = Callable[[Params], Params]
 
 
 def prepare(
     recipe: Transform | Any, layouts: Mapping[str, Layout] | None = None
 ) -> Transform:
-    """Prepares parameters for quantization-aware training.
+    """Prepare parameters for quantization-aware training.
 
     Each weight that the recipe quantizes becomes a `FakeQuantized` leaf: a float that
     is read as its quantized value. The tree computes what the compressed one computes,
@@ -74,7 +76,7 @@ def prepare(
 
 
 def convert(params: Params) -> Params:
-    """Converts every `FakeQuantized` weight to the `Quantized` leaf it is read as."""
+    """Convert every `FakeQuantized` weight to the `Quantized` leaf it is read as."""
     is_latent = lambda x: isinstance(x, FakeQuantized)  # noqa: E731
     return jax.tree.map(
         lambda x: quantize(x) if is_latent(x) else x, params, is_leaf=is_latent
@@ -90,7 +92,9 @@ def _is_recipe(transform: Any) -> bool:
 
 
 def _trained(original: Any, small: Any) -> Any:
-    """`small` with latent weights; `original` is the array it stands for, or None."""
+    """Return `small` with latent weights of `original`, the array that it replaces, or
+    None.
+    """
     if not isinstance(small, Leaf):
         return small if original is None else original
     original = None if original is None else dense(original)
@@ -111,7 +115,9 @@ def _trained(original: Any, small: Any) -> Any:
 
 
 def _originals(original: jax.Array, small: Leaf) -> dict[str, Any]:
-    """What each weight inside a generic leaf stands for; nothing for other leaves."""
+    """Return the array that each weight inside a generic leaf replaces; nothing for
+    other leaves.
+    """
     if isinstance(small, Reshaped):
         stack, axes = original.ndim - len(small.order), range(-len(small.order), 0)
         if small.stack:

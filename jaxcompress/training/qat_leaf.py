@@ -85,7 +85,7 @@ class FakeQuantized(Leaf):
 
 
 def fake_quantize(small: Quantized, original: jax.Array | None = None) -> FakeQuantized:
-    """The leaf to train in the place of `small`; it reads the same to begin with.
+    """Return leaf to train in the place of `small`; it reads the same to begin with.
 
     A weight starts at its original where that has the code it has in `small`, and
     otherwise (a method with data may have chosen another) at its quantized value.
@@ -116,7 +116,7 @@ def fake_quantize(small: Quantized, original: jax.Array | None = None) -> FakeQu
 
 
 def quantize(x: FakeQuantized) -> Quantized:
-    """The quantized leaf of the same values: codes of the weight as it is now."""
+    """Return quantized leaf of the same values: codes of the weight as it is now."""
     steps = x.steps
     wide = spread(steps, x.block, x.shape[-2])
     small = quantized(
@@ -132,10 +132,12 @@ def quantize(x: FakeQuantized) -> Quantized:
 
 
 def _is_nested(scale: Any) -> bool:
-    """Whether steps are quantized themselves, as those of MXFP4 and NVFP4 are."""
+    """Return whether steps are quantized themselves, as those of MXFP4 and NVFP4
+    are.
+    """
     return isinstance(scale, Leaf) and not scale.lossless
 
 
 def _held(x: jax.Array, dtype: str) -> jax.Array:
-    """float32 numbers as `dtype` holds them, still float32."""
+    """Round float32 numbers to those that `dtype` holds; the result is float32."""
     return round_to(x, dtype).astype(dtype).astype(jnp.float32)

@@ -37,7 +37,7 @@ def train(
     max_to_keep: int = 2,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainState:
-    """Runs until `steps` updates are done; with a folder, resumes from its checkpoint.
+    """Run until `steps` updates are done; with a folder, resumes from its checkpoint.
 
     A run killed and started again with the same arguments ends with the same bits: the
     batch, like the key, is a function of the step number.
@@ -97,7 +97,7 @@ def train(
 
 
 def save_state(path: str | os.PathLike, state: TrainState) -> None:
-    """Writes a state as an Orbax checkpoint beside `path`, and renames it.
+    """Write a state as an Orbax checkpoint next to `path`, and rename it.
 
     Raises ValueError where `path` exists.
     """
@@ -106,7 +106,8 @@ def save_state(path: str | os.PathLike, state: TrainState) -> None:
 
 
 def restore_state(path: str | os.PathLike, like: TrainState) -> TrainState:
-    """The state that `save_state` wrote, bit for bit, where the arrays of `like` lie.
+    """Return the state that `save_state` wrote, bit for bit, where the arrays of `like`
+    lie.
 
     Raises ValueError where names, shapes, dtypes, or types of compressed leaves are not
     those of `like`: another model, recipe or optimizer.
@@ -141,7 +142,7 @@ def restore_state(path: str | os.PathLike, like: TrainState) -> TrainState:
 
 
 def latest_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The last complete checkpoint of a folder, or None."""
+    """Return the last complete checkpoint of a folder, or None."""
     found = _checkpoints(folder)
     return found[-1] if found else None
 
@@ -160,7 +161,9 @@ def _remove_old(folder: str | os.PathLike, keep: int) -> None:
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:
-    """Arrays of a state by their paths, in order; keys as the numbers they are."""
+    """Return arrays of a state by their paths, in order; keys as the numbers they
+    are.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {
         ".".join(key_name(key) for key in path): jax.random.key_data(x)
@@ -171,7 +174,7 @@ def _named(state: TrainState) -> dict[str, jax.Array]:
 
 
 def _leaf_kinds(tree: Any) -> np.ndarray:
-    """Types and static fields of compressed leaves, inner ones too, as JSON."""
+    """Return types and static fields of compressed leaves, inner ones too, as JSON."""
 
     def kinds(tree: Any) -> list[Any]:
         leaves = jax.tree.leaves(tree, is_leaf=is_leaf)

@@ -46,7 +46,7 @@ def init_state(
     dtype: Any = None,
     key: jax.Array,
 ) -> TrainState:
-    """The state before the first step; holds copies, as steps give up their state.
+    """Return state before the first step; holds copies, as steps give up their state.
 
     Args:
       params: dense or compressed.
@@ -73,7 +73,7 @@ def init_state(
 
 
 def cast_like(params: Params, like: Params) -> Params:
-    """Parameters in the dtypes of others of the same structure."""
+    """Return parameters in the dtypes of others of the same structure."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), params, like)
 
 
@@ -84,7 +84,8 @@ def make_train_step(
     accumulate: int = 1,
     compute_dtype: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A function `step(state, batch) -> (state, metrics)`, compiled; gives up `state`.
+    """Return a function `step(state, batch) -> (state, metrics)`, compiled; gives up
+    `state`.
 
     A step whose loss, gradient or update is not finite, or whose `weight` is zero,
     changes nothing, not even the step number, and says so: `metrics["finite"]` is
@@ -189,7 +190,8 @@ def make_train_step(
 
 
 def check_batch(batch: Batch, parts: int = 1) -> None:
-    """ValueError where a batch is empty, wholly masked, or cannot be cut into parts.
+    """Raise ValueError where a batch is empty, wholly masked, or cannot be cut into
+    parts.
 
     A mask already on a device is not looked at.
     """
@@ -213,7 +215,7 @@ def check_batch(batch: Batch, parts: int = 1) -> None:
 
 
 def place(state: TrainState, mesh: Mesh, *, axis: str | None = None) -> TrainState:
-    """The state on a mesh: a copy on every device, or large arrays sharded.
+    """Return the state on a mesh: a copy on every device, or large arrays sharded.
 
     Args:
       state: of any run.
@@ -241,7 +243,8 @@ def place(state: TrainState, mesh: Mesh, *, axis: str | None = None) -> TrainSta
 
 
 def shard_batch(batch: Batch, mesh: Mesh, *, axis: str | None = None) -> Batch:
-    """A batch with its examples shared out over an axis of a mesh, the first if None.
+    """Return a batch with its examples shared out over an axis of a mesh, the first if
+    None.
 
     With several processes each gives its own share. Raises ValueError where the axis
     does not divide the examples of this process.
@@ -263,7 +266,7 @@ def shard_batch(batch: Batch, mesh: Mesh, *, axis: str | None = None) -> Batch:
 def _accumulated(
     gradient_of: Callable[..., Any], trainable: Params, parts: Batch, key: jax.Array
 ) -> tuple[jax.Array, Metrics, Params]:
-    """Loss, metrics and gradient of all parts, each counted by its weight."""
+    """Return loss, metrics and gradient of all parts, each counted by its weight."""
     count = jax.tree.leaves(parts)[0].shape[0]
 
     def one(total: Any, part: tuple) -> tuple[Any, None]:
@@ -296,7 +299,9 @@ def _accumulated(
 
 
 def _parts(batch: Batch, count: int) -> Batch:
-    """`[count, examples / count, ...]`; examples sharded over devices stay there."""
+    """Split into `[count, examples / count, ...]`; examples sharded over devices stay
+    there.
+    """
 
     def cut(x: jax.Array) -> jax.Array:
         return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
@@ -311,7 +316,7 @@ def _cast(params: Params, dtype: Any) -> Params:
 
 
 def _norm(tree: Params) -> jax.Array:
-    """The Euclidean norm of all arrays together."""
+    """Return the Euclidean norm of all arrays together."""
     squares = [jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares))
 
@@ -335,7 +340,7 @@ def _check_metrics(loss: jax.Array, metrics: Metrics) -> None:
 
 
 def _shardings(state: TrainState) -> TrainState | None:
-    """Where a state on several devices lies; None on one."""
+    """Return the shardings of a state on several devices; None on one."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     several = any(len(s.device_set) > 1 for s in jax.tree.leaves(shardings))
     return shardings if several else None

@@ -11,7 +11,7 @@ from jaxcompress.types import Params
 
 
 def norm(params: Params) -> jax.Array:
-    """Computes the Euclidean norm of all weights together; traceable.
+    """Compute the Euclidean norm of all weights together; traceable.
 
     A compressed leaf counts as the dense array that it stands for, so that codes and
     scales are not summed by themselves. Integer arrays outside of leaves do not count.
@@ -34,7 +34,7 @@ def norm(params: Params) -> jax.Array:
 
 
 def average(trees: Sequence[Params], weights: Sequence[float] | None = None) -> Params:
-    """Averages trees leaf by leaf; traceable.
+    """Average trees leaf by leaf; traceable.
 
     Averaging the parts of compressed leaves would average codes, which mean nothing.
     Here each leaf is made dense first, and the result is dense.
@@ -73,7 +73,7 @@ def average(trees: Sequence[Params], weights: Sequence[float] | None = None) -> 
 
 
 def unbox(params: Params) -> Params:
-    """Removes Flax's boxes (`nn.Partitioned` and others) and keeps compressed leaves.
+    """Remove Flax's boxes (`nn.Partitioned` and others) and keeps compressed leaves.
 
     `flax.linen.unbox` would make the leaves dense too: to Flax both are boxes.
 

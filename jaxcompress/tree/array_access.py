@@ -93,7 +93,9 @@ class ArrayAccess:
 
 
 def one_line(leaf: Any, description: str) -> str:
-    """`Type(576x1536, description, 0.44 MB)`; never fails, whatever the fields hold."""
+    """Describe a leaf in one line, `Type(576x1536, description, 0.44 MB)`; never
+    raises, whatever the fields hold.
+    """
     try:
         size = "x".join(map(str, leaf.shape))
         arrays = [x for x in jax.tree.leaves(leaf) if hasattr(x, "dtype")]

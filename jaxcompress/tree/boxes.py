@@ -11,7 +11,7 @@ TYPES = {
 
 
 def describe(box: Any, name: str) -> tuple[str, list[Any]]:
-    """Describes a box: its type, and the names of its axes as JSON knows them.
+    """Describe a box: its type, and the names of its axes as JSON knows them.
 
     Raises:
       TypeError: a box of another type; says how to remove it.
@@ -27,6 +27,6 @@ def describe(box: Any, name: str) -> tuple[str, list[Any]]:
 
 
 def make(kind: str, names: list[Any], value: Any) -> Any:
-    """Rebuilds the box that `describe` described, around a value, without a mesh."""
+    """Rebuild the box that `describe` described, around a value, without a mesh."""
     axes = tuple(tuple(axis) if isinstance(axis, list) else axis for axis in names)
     return TYPES[kind](value, names=axes)

@@ -44,7 +44,7 @@ class Chain:
 
 
 def chain(*stages: Any) -> Chain:
-    """A recipe made of recipes: `chain("svd(rank=64)", "symmetric(bits=4)")`.
+    """Return a recipe made of recipes: `chain("svd(rank=64)", "symmetric(bits=4)")`.
 
     Each stage is a recipe of its own over the names that the stage before it left:
     after the first, `mlp/kernel/left` and `mlp/kernel/right` stand for `mlp/kernel`.
@@ -65,7 +65,7 @@ def compress(
     progress: bool | Callable[[list[str]], Iterable[str]] = False,
     part: bool = False,
 ) -> Params:
-    """Replaces the leaves that a recipe selects by what its methods return.
+    """Replace the leaves that a recipe selects by what its methods return.
 
     Pure, and traceable where its methods are. Leaves that no rule selects are the
     identical arrays. One compilation serves all leaves of one shape.
@@ -131,7 +131,7 @@ def compress(
 
 
 def _check_boxes(params: Params) -> None:
-    """Raises ValueError where a box of Flax would hide a stack axis from its leaf.
+    """Raise ValueError where a box of Flax would hide a stack axis from its leaf.
 
     `scan` asks the outermost box alone to give up an axis.
     """
@@ -145,7 +145,7 @@ def _check_boxes(params: Params) -> None:
 
 
 def _check_moments(params: Params, moments: Mapping[str, Any] | None) -> None:
-    """Raises ValueError where none of the moments is of a leaf of this tree."""
+    """Raise ValueError where none of the moments is of a leaf of this tree."""
     known = [name for name, _ in roots(params)]
     if moments and not moments.keys() & set(known):
         name = next(iter(moments))
@@ -205,7 +205,7 @@ def _run(
 def _name_large(
     params: Params, stage: Any, choices: Mapping[str, Method], traced: Collection[str]
 ) -> None:
-    """Warns of large leaves that a method leaves alone by default."""
+    """Warn of large leaves that a method leaves alone by default."""
     if not (isinstance(stage, str) or callable(stage)):
         return
     f = parse(stage) if isinstance(stage, str) else stage
@@ -284,7 +284,8 @@ def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
 
 
 def _gains_nothing(f: Method, old: Any, new: Any) -> bool:
-    """Whether a lossless method saves no memory: it gave `old` back, or a larger leaf.
+    """Return whether a lossless method saves no memory: it gave `old` back, or a larger
+    leaf.
 
     Where `old` is packed already, a method sees its codes one to an array element.
     """
@@ -338,5 +339,5 @@ def _count_bad(x: jax.Array) -> jax.Array:
 
 
 def is_compressed(params: Params) -> bool:
-    """Whether any leaf of the tree is a leaf type."""
+    """Return whether any leaf of the tree is a leaf type."""
     return any(map(is_leaf, jax.tree.leaves(params, is_leaf=is_leaf)))

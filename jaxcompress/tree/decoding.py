@@ -14,7 +14,7 @@ _announced: ContextVar[Counter | None] = ContextVar("announced", default=None)
 
 @contextlib.contextmanager
 def decoding(params: Any) -> Iterator[None]:
-    """Announces that all entropy-coded arrays of a tree are decoded inside.
+    """Announce that all entropy-coded arrays of a tree are decoded inside.
 
     NumPy decodes one small array sooner than XLA compiles a program for it, but one
     program serves many arrays of a shape. A leaf type that chooses between the two has

@@ -7,7 +7,9 @@ from jaxcompress.types import Params
 
 
 def same_bits(left: Params, right: Params) -> bool:
-    """Whether two trees have the same structure and the same bytes in every array."""
+    """Return whether two trees have the same structure and the same bytes in every
+    array.
+    """
     (a, here), (b, there) = jax.tree.flatten(left), jax.tree.flatten(right)
     return here == there and all(
         x.dtype == y.dtype

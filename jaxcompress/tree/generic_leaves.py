@@ -49,7 +49,9 @@ class Mixed(Leaf):
         return self.rest.dtype
 
     def inner_moments(self, field: str, moments: Any) -> Any:
-        """Those of the whole layer for a part of its outputs; none for some inputs."""
+        """Return the moments of the whole layer for a part of its outputs, None for a
+        part of its inputs.
+        """
         if self.axis != -1:
             return None
         counts = getattr(moments, "curvatures", None)
@@ -91,7 +93,9 @@ class Sum(Leaf):
         return self.terms[0].dtype
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """Terms that are cheaper to multiply than to add up apart, the rest as one."""
+        """Return terms that are cheaper to multiply than to add up apart, the rest as
+        one.
+        """
         rows = math.prod(x.shape[:-1])
         apart = [t for t in self.terms if product_cost(t, rows) < dense_cost(t)]
         rest = tuple(t for t in self.terms if all(t is not other for other in apart))

@@ -27,7 +27,7 @@ ROWS = Layout((), (1,), (0,))  # an embedding [rows, features]: blocks along fea
 
 
 def check_layout(name: str, shape: tuple[int, ...], layout: Layout) -> None:
-    """Raises ValueError where a layout does not fit an array, naming the leaf."""
+    """Raise ValueError where a layout does not fit an array, naming the leaf."""
     axes = sorted(layout.stack + layout.inputs + layout.outputs)
     if axes != list(range(len(shape))) or not layout.inputs or not layout.outputs:
         raise ValueError(
@@ -37,7 +37,7 @@ def check_layout(name: str, shape: tuple[int, ...], layout: Layout) -> None:
 
 
 def trailing(layout: Layout) -> Layout:
-    """The layout of one slice of the stack, with negative axes.
+    """Return the layout of one slice of the stack, with negative axes.
 
     It stays true when stack axes are added, or sliced by `vmap`, `scan` or indexing.
     Stack axes that do not lead are part of it.
@@ -49,12 +49,12 @@ def trailing(layout: Layout) -> Layout:
 
 
 def is_leading(stack: tuple[int, ...]) -> bool:
-    """Whether stack axes precede all others, in order."""
+    """Return whether stack axes precede all others, in order."""
     return stack == tuple(range(len(stack)))
 
 
 def leading(layout: Layout, ndim: int) -> Layout:
-    """The layout of an array of `ndim` axes: the inverse of `trailing`.
+    """Return the layout of an array of `ndim` axes: the inverse of `trailing`.
 
     Axes before those that the layout names are stack axes.
     """
@@ -73,7 +73,7 @@ def choose_layout(
     *,
     embedding: bool = False,
 ) -> Layout:
-    """The layout of a leaf: the one given, else its moments', else by its name.
+    """Return the layout of a leaf: the one given, else its moments', else by its name.
 
     Only a matrix is understood by its name: `[inputs, outputs]`, an embedding
     `[rows, features]`.
@@ -112,14 +112,14 @@ def choose_layout(
 
 
 def suggestion(name: str, shape: tuple[int, ...]) -> str:
-    """The `layouts=` to write for a weight whose inputs precede its outputs."""
+    """Return the `layouts=` to write for a weight whose inputs precede its outputs."""
     axes = range(len(shape))
     guess = Layout(tuple(axes[:-2]), (axes[-2],), (axes[-1],))
     return f"layouts={{{name!r}: jc.{guess}}} if its axes are those"
 
 
 def leaf_layout(leaf: Any) -> Layout:
-    """The layout, as of `trailing`, along whose axes a leaf was compressed."""
+    """Return the layout, as of `trailing`, along whose axes a leaf was compressed."""
     if not isinstance(leaf, Reshaped):
         return Layout((), (-2,), (-1,))
     inputs, count = leaf.inner.shape[-2], 0
@@ -137,14 +137,14 @@ def leaf_layout(leaf: Any) -> Layout:
 
 
 def with_layout(moments: Any, layout: Layout | None) -> Any:
-    """The moments with another layout; what has none is returned as it is."""
+    """Return the moments with another layout; what has none is returned as it is."""
     if getattr(moments, "layout", layout) == layout:
         return moments
     return dataclasses.replace(moments, layout=layout)
 
 
 def matricize(x: jax.Array, layout: Layout) -> jax.Array:
-    """The array as `[..., inputs, outputs]`, stack axes first."""
+    """Return the array as `[..., inputs, outputs]`, stack axes first."""
     shape = [x.shape[axis] for axis in layout.stack]
     for axes in (layout.inputs, layout.outputs):
         shape.append(math.prod(x.shape[axis] for axis in axes))
@@ -152,7 +152,7 @@ def matricize(x: jax.Array, layout: Layout) -> jax.Array:
 
 
 def restore(leaf: Any, shape: tuple[int, ...], layout: Layout) -> Leaf | jax.Array:
-    """The leaf of a matricized array of `shape`, standing in its original shape."""
+    """Return leaf of a matricized array of `shape`, standing in its original shape."""
     order = layout.inputs + layout.outputs
     if len(order) == 2 and layout.stack + order == tuple(range(len(shape))):
         return leaf
@@ -172,7 +172,9 @@ class Product(NamedTuple):
     outputs: tuple[int, ...]  # which of these each other axis of the kernel is
 
     def multiply(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """`x` `[..., *contracted axes]` to `[..., *other axes]`, float32 or wider."""
+        """Multiply `x` `[..., *contracted axes]` into `[..., *other axes]`, float32 or
+        wider.
+        """
         lead = x.ndim - len(self.inputs)
         x = x.transpose(*range(lead), *(lead + axis for axis in self.inputs))
         y = contract(x.reshape((*x.shape[:lead], -1)), self.weight, how)
@@ -181,7 +183,7 @@ class Product(NamedTuple):
 
 
 def product(kernel: Leaf, axes: tuple[int, ...]) -> Product | None:
-    """The product that contracts these axes of a kernel; None if it needs the array.
+    """Return product that contracts these axes of a kernel; None if it needs the array.
 
     Args:
       kernel: without stack axes.

@@ -72,7 +72,9 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
         return one_line(self, self.description())
 
     def description(self) -> str:
-        """What `repr` says between shape and bytes: static fields, by default."""
+        """Describe the leaf between shape and bytes in `repr`: static fields, by
+        default.
+        """
         named = ((name, getattr(self, name, None)) for name in static_fields(self))
         return ", ".join(f"{name}={value}" for name, value in named)
 
@@ -92,15 +94,18 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
         return math.prod(self.shape)
 
     def materialize(self) -> jax.Array:
-        """The dense array; traceable, never needs the host."""
+        """Return the dense array; traceable, never needs the host."""
         raise TypeError(f"{type(self).__name__} does not define materialize()")
 
     def take_rows(self, indices: jax.Array) -> jax.Array:
-        """`materialize()[..., indices, :]` of a 2-D leaf; cheaper where a type can."""
+        """Compute `materialize()[..., indices, :]` of a 2-D leaf; cheaper where a type
+        can.
+        """
         return jnp.take(self.materialize(), indices, axis=0)
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """`x @ materialize()` of a leaf without stack axes, in float32 or wider.
+        """Compute `x @ materialize()` of a leaf without stack axes, in float32 or
+        wider.
 
         `[..., inputs]` to `[..., outputs]`; `compressed_matmul` calls it in place of a
         layer's product. A type whose parts can be multiplied one after the other
@@ -115,7 +120,7 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
         window: tuple[int, ...],
         how: Arithmetic,
     ) -> jax.Array:
-        """`convolution(x, materialize())`, for the same purpose.
+        """Compute `convolution(x, materialize())`, as `contract` computes the product.
 
         Args:
           x: `[..., channels]`, in the dtype of the computation.
@@ -128,15 +133,18 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
         return convolution(x, self.unbox())
 
     def product_cost(self, rows: int) -> int:
-        """Multiplications that `contract` of so many rows takes."""
+        """Return multiplications that `contract` of so many rows takes."""
         return self.dense_cost() + rows * math.prod(self.shape[-2:])
 
     def dense_cost(self) -> int:
-        """Multiplications in the products that `materialize` takes, of one slice."""
+        """Return multiplications in the products that `materialize` takes, of one
+        slice.
+        """
         return 0
 
     def inner_moments(self, field: str, moments: Any) -> Any:
-        """Moments of the inputs of weight `field`, given those of this leaf's inputs.
+        """Return moments of the inputs of weight `field`, given those of this leaf's
+        inputs.
 
         None where they mean nothing any more; a factor of a product overrides it.
         """
@@ -144,12 +152,14 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
         return moments
 
     def unbox(self) -> jax.Array:
-        """The dense array for the layer that asks: Flax calls it, through `param`."""
+        """Return the dense array for the layer that asks: Flax calls it, through
+        `param`.
+        """
         prepare = before_use.get()
         return dense(self if prepare is None else prepare(self))
 
     def replace_boxed(self, val: Any) -> Any:
-        """A transformation that writes a value back gets a dense weight."""
+        """Return a transformation that writes a value back gets a dense weight."""
         return val
 
     def add_axis(self, index: int, params: dict) -> "Leaf":
@@ -173,12 +183,14 @@ def _leading_only(leaf: Leaf, index: int) -> None:
 
 
 def static(**options: Any) -> Any:
-    """A static field of a leaf: int, float, str, bool, None, or a tuple of these."""
+    """Return a static field of a leaf: int, float, str, bool, None, or a tuple of
+    these.
+    """
     return dataclasses.field(metadata={"static": True}, **options)
 
 
 def leaf(cls: type) -> type:
-    """Makes a class a frozen dataclass and a pytree node, known to files by name."""
+    """Make a class a frozen dataclass and a pytree node, known to files by name."""
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     known = _REGISTRY.get(cls.__name__)
     if known is not None and known.__qualname__ + known.__module__ != (
@@ -190,7 +202,7 @@ def leaf(cls: type) -> type:
 
 
 def leaf_type(name: str) -> type[Leaf]:
-    """The leaf type of this name, for files; KeyError names the known ones."""
+    """Return the leaf type of this name, for files; KeyError names the known ones."""
     if name not in _REGISTRY:  # public names are imported when first used
         getattr(importlib.import_module("jaxcompress"), name, None)
     if name not in _REGISTRY:
@@ -206,30 +218,34 @@ def is_leaf(x: Any) -> bool:
 
 
 def is_box(x: Any) -> bool:
-    """Whether it is Flax's own metadata around a parameter, as `nn.Partitioned`."""
+    """Return whether it is Flax's own metadata around a parameter, as
+    `nn.Partitioned`.
+    """
     return isinstance(x, meta.AxisMetadata) and not isinstance(x, Leaf)
 
 
 def is_variable(x: Any) -> bool:
-    """Whether it is an NNX variable, which adds no step to names as a box does."""
+    """Return whether it is an NNX variable, which adds no step to names as a box
+    does.
+    """
     cls = type(x)
     return hasattr(cls, "get_metadata") and hasattr(cls, "raw_value")
 
 
 def data_fields(cls: type[Leaf] | Leaf) -> tuple[str, ...]:
-    """Names of the fields that hold arrays or leaves, in order."""
+    """Return names of the fields that hold arrays or leaves, in order."""
     fields = dataclasses.fields(cls)
     return tuple(f.name for f in fields if not f.metadata.get("static"))
 
 
 def static_fields(cls: type[Leaf] | Leaf) -> tuple[str, ...]:
-    """Names of the static fields, in order."""
+    """Return names of the static fields, in order."""
     fields = dataclasses.fields(cls)
     return tuple(f.name for f in fields if f.metadata.get("static"))
 
 
 def dense(x: Any) -> jax.Array:
-    """The dense array of a leaf; an array is returned as it is.
+    """Return the dense array of a leaf; an array is returned as it is.
 
     Raises TypeError where arithmetic over the tree made numbers of integer codes.
     """
@@ -248,7 +264,8 @@ def dense(x: Any) -> jax.Array:
 
 
 def contract(x: jax.Array, weight: Any, how: Arithmetic) -> jax.Array:
-    """`x @ weight`, an array or a leaf `[inputs, outputs]`, in float32 or wider.
+    """Compute `x @ weight`, an array or a leaf `[inputs, outputs]`, in float32 or
+    wider.
 
     The weight is read in the dtype of `x`, `[..., inputs]`.
     """
@@ -263,30 +280,32 @@ def contract(x: jax.Array, weight: Any, how: Arithmetic) -> jax.Array:
 
 
 def unboxed(x: Any) -> jax.Array:
-    """The array of a leaf for the layer that multiplies by it; an array as it is."""
+    """Return array of a leaf for the layer that multiplies by it; an array as it is."""
     return x.unbox() if isinstance(x, Leaf) else x
 
 
 def product_cost(weight: Any, rows: int) -> int:
-    """Multiplications in the product of so many rows with an array or a leaf."""
+    """Return multiplications in the product of so many rows with an array or a leaf."""
     if isinstance(weight, Leaf):
         return weight.product_cost(rows)
     return rows * math.prod(weight.shape[-2:])
 
 
 def dense_cost(weight: Any) -> int:
-    """Multiplications in the products that make the dense array of a leaf."""
+    """Return multiplications in the products that make the dense array of a leaf."""
     return weight.dense_cost() if isinstance(weight, Leaf) else 0
 
 
 def materialize(params: Any) -> Any:
-    """The same tree with every leaf replaced by its dense array; traceable."""
+    """Return the same tree with every leaf replaced by its dense array; traceable."""
     with decoding(params):
         return jax.tree.map(dense, params, is_leaf=is_leaf)
 
 
 def nbytes(params: Any) -> int:
-    """Bytes of the arrays really held, leaves included; works on `eval_shape` too."""
+    """Return bytes of the arrays really held, leaves included; works on `eval_shape`
+    too.
+    """
     arrays = (x for x in jax.tree.leaves(params) if hasattr(x, "dtype"))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
@@ -336,14 +355,14 @@ class Reshaped(Leaf):
         return jnp.moveaxis(x, axes, self._stack())
 
     def add_axis(self, index: int, params: dict) -> Leaf:
-        """Undoes `remove_axis`: the stack axis is stored first."""
+        """Undo `remove_axis`: the stack axis is stored first."""
         if index == 0:
             return super().add_axis(index, params)
         stack = (index % (len(self.order) + 1),)
         return dataclasses.replace(_moved(self, index, 0), stack=stack)
 
     def remove_axis(self, index: int, params: dict) -> Leaf:
-        """The parts as `scan` or `vmap` along axis `index` will slice them."""
+        """Return the parts as `scan` or `vmap` along axis `index` will slice them."""
         if index == 0 and not self.stack:
             return super().remove_axis(index, params)
         if self.stack != (index % len(self.shape),):
@@ -361,7 +380,8 @@ class Reshaped(Leaf):
 
 
 def _moved(leaf: Leaf, source: int, to: int) -> Leaf:
-    """The leaf with axis `source` of each part moved; what is coded is decoded first.
+    """Return the leaf with axis `source` of each part moved; what is coded is decoded
+    first.
 
     Codes of a coded array have parts with fewer axes, which have no such axis.
     """
@@ -371,7 +391,9 @@ def _moved(leaf: Leaf, source: int, to: int) -> Leaf:
 
 
 def take_columns(x: Any, indices: jax.Array) -> jax.Array:
-    """`dense(x)[:, indices]`, reading only those columns where the leaf type can."""
+    """Compute `dense(x)[:, indices]`, reading only those columns where the leaf type
+    can.
+    """
     if hasattr(x, "take_columns"):
         return x.take_columns(indices)
     return jnp.take(dense(x), indices, axis=1)

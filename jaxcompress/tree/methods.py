@@ -47,7 +47,7 @@ class Traits:
 
 
 def precise(function: Function) -> Function:
-    """The function with float32 products in float32.
+    """Return the function with float32 products in float32.
 
     Accelerators round what they multiply, to 8 or 11 bits, unless they are told not to:
     good enough for a layer, not for a factorization of its moments.
@@ -68,7 +68,7 @@ def method(
     data: bool = False,
     without_data: Callable[[dict[str, Any]], Method] | None = None,
 ) -> Callable[[Method], Method]:
-    """Registers `f(x, moments=None, *, options) -> leaf` under its name.
+    """Register `f(x, moments=None, *, options) -> leaf` under its name.
 
     The decorated function called without `x` returns a partial, so that
     `symmetric(bits=4)` is a recipe. A host method raises on tracers, naming itself.
@@ -109,7 +109,8 @@ def method(
 
 
 def traits(f: Method) -> Traits:
-    """The traits of a method, looked up through partials; a plain function's default.
+    """Return the traits of a method, looked up through partials; a plain function's
+    default.
 
     A function of the user's own counts as a host method on weights: it always works.
     """
@@ -131,12 +132,14 @@ def _is_traceable(traceable: Any, options: dict[str, Any]) -> bool:
 
 
 def only(options: dict[str, Any], *names: str, **defaults: Any) -> dict[str, Any]:
-    """The options of these names, as far as they are given; for `without_data`."""
+    """Return options of these names, as far as they are given; for `without_data`."""
     return defaults | {name: options[name] for name in names if name in options}
 
 
 def with_default(f: Method, option: str, value: Any) -> Method:
-    """The method with one option set, if it has that option and it is not set yet."""
+    """Return the method with one option set, if it has that option and it is not set
+    yet.
+    """
     inner, options = f, {}
     while isinstance(inner, functools.partial):
         inner, options = inner.func, {**inner.keywords, **options}
@@ -146,7 +149,9 @@ def with_default(f: Method, option: str, value: Any) -> Method:
 
 
 def describe(f: Method) -> str:
-    """The string form of a method, `name(option=value, ...)`, which `parse` reads."""
+    """Return the string form of a method, `name(option=value, ...)`, which `parse`
+    reads.
+    """
     options: dict[str, Any] = {}
     while isinstance(f, functools.partial):
         options = {**f.keywords, **options}
@@ -156,7 +161,7 @@ def describe(f: Method) -> str:
 
 
 def parse(text: str) -> Method:
-    """The method a string such as `"symmetric(bits=4, block=64)"` names.
+    """Return the method a string such as `"symmetric(bits=4, block=64)"` names.
 
     Values are Python literals; nothing is evaluated.
 
@@ -206,7 +211,7 @@ def parse(text: str) -> Method:
 
 
 def _elsewhere(name: str) -> str | None:
-    """The method that other programs call by a name such as int4, q4_0 or w4a16."""
+    """Return method that other programs call by a name such as int4, q4_0 or w4a16."""
     text = name.lower()
     bits = None
     for pattern in _FOREIGN:
@@ -221,7 +226,7 @@ def _elsewhere(name: str) -> str | None:
 
 
 def _import_public(name: str | None = None) -> None:
-    """Imports the public name that a string uses, or all, so that methods register."""
+    """Import the public name that a string uses, or all, so that methods register."""
     package = importlib.import_module("jaxcompress")
     for each in [name] if name else package.__all__:
         getattr(package, each, None)

@@ -43,7 +43,7 @@ class Entry:
 
 
 def key_name(key: Any) -> str:
-    """One step of a JAX key path as text: dict key, index or attribute."""
+    """Return one step of a JAX key path as text: dict key, index or attribute."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -51,7 +51,7 @@ def key_name(key: Any) -> str:
 
 
 def children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """The named children of one pytree node, and the treedef that rebuilds it.
+    """Return the named children of one pytree node, and the treedef that rebuilds it.
 
     A metadata box such as `nn.Partitioned` adds nothing to the name of what it holds.
     """
@@ -70,7 +70,7 @@ def map_entries(
     moments: Any = None,
     traced: Collection[str] = (),
 ) -> Any:
-    """The tree with every entry's value replaced by `function(entry)`.
+    """Return the tree with every entry's value replaced by `function(entry)`.
 
     `moments` maps names of dense kernels to their `Moments`; inside a leaf they follow
     where they still mean something (`Leaf.inner_moments`). `traced` names weights that
@@ -143,7 +143,7 @@ Memo = dict[int, tuple[Any, Shared]]  # by id of a node, and the node, which kee
 
 
 def _stack_axes(x: Any, name: str, above: tuple[Any, ...], seen: Memo) -> int:
-    """Counts the leading axes of an array that hold layers; see `Entry`.
+    """Count the leading axes of an array that hold layers; see `Entry`.
 
     Without a trace, `[rows, columns]` under an unknown name may be a plain matrix or a
     vector of each layer. All arrays of a scanned module share the axes of the scan, its
@@ -164,7 +164,7 @@ def _stack_axes(x: Any, name: str, above: tuple[Any, ...], seen: Memo) -> int:
 
 
 def _shared_axes(node: Any, seen: Memo) -> Shared:
-    """Returns the leading sizes that all arrays below a node share, and their rank."""
+    """Return the leading sizes that all arrays below a node share, and their rank."""
     if id(node) in seen:
         return seen[id(node)][1]
     named, _ = ([], None) if isinstance(node, Leaf) else children(node)
@@ -183,7 +183,7 @@ def _shared_axes(node: Any, seen: Memo) -> Shared:
 def entries(
     params: Any, moments: Any = None, traced: Collection[str] = ()
 ) -> list[Entry]:
-    """Every addressable array of the tree, in order."""
+    """Return every addressable array of the tree, in order."""
     found: list[Entry] = []
 
     def keep(entry: Entry) -> Any:
@@ -195,7 +195,7 @@ def entries(
 
 
 def check_tree(params: Any) -> None:
-    """Raises TypeError for a `TrainState`, whose optimizer holds kernels too."""
+    """Raise TypeError for a `TrainState`, whose optimizer holds kernels too."""
     if hasattr(params, "params") and hasattr(params, "opt_state"):
         raise TypeError(
             f"a {type(params).__name__} is not a tree of parameters: its optimizer "
@@ -205,7 +205,7 @@ def check_tree(params: Any) -> None:
 
 
 def check_names(names: list[str]) -> None:
-    """Raises ValueError where two leaves of a tree have one name."""
+    """Raise ValueError where two leaves of a tree have one name."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(
@@ -216,7 +216,7 @@ def check_names(names: list[str]) -> None:
 
 
 def leaf_names(params: Any) -> list[str]:
-    """Names that recipe patterns match: path components joined by "/".
+    """Return names that recipe patterns match: path components joined by "/".
 
     A leaf's data fields are components too (`mlp/kernel/codes`), except inside a
     lossless leaf, which stands for one array, and inside `Reshaped`, which adds none.
@@ -225,7 +225,7 @@ def leaf_names(params: Any) -> list[str]:
 
 
 def array_names(params: Any) -> Any:
-    """A tree like `params` with the name of each array in its place.
+    """Return a tree like `params` with the name of each array in its place.
 
     As `leaf_names`, but inside lossless leaves too; parts may be None, as `partition`
     leaves them.
@@ -257,12 +257,14 @@ def roots(params: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def is_transparent(leaf: Leaf) -> bool:
-    """A leaf with a single data field called `inner` adds nothing to names."""
+    """Return a leaf with a single data field called `inner` adds nothing to names."""
     return data_fields(leaf) == ("inner",)
 
 
 def inner_moments(leaf: Leaf, field: str, moments: Any) -> Any:
-    """Moments of the inputs of a leaf's field, given those of the leaf's inputs."""
+    """Return moments of the inputs of a leaf's field, given those of the leaf's
+    inputs.
+    """
     if moments is None or field not in leaf.weights:
         return None
     layout = getattr(moments, "layout", None)
@@ -270,7 +272,7 @@ def inner_moments(leaf: Leaf, field: str, moments: Any) -> Any:
 
 
 def _of_leaf(leaf: Leaf, moments: Any) -> Any:
-    """Moments for what a leaf holds, which is `[..., inputs, outputs]` already.
+    """Return moments for what a leaf holds, which is `[..., inputs, outputs]` already.
 
     They lose their layout where the leaf was compressed along it, and keep it where
     they contradict the leaf.
@@ -289,12 +291,12 @@ def is_float(x: Any) -> bool:
 
 
 def is_inexact(x: Any) -> bool:
-    """Whether an array trains: floating point or complex."""
+    """Return whether an array trains: floating point or complex."""
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def partition(params: Any, where: str | None = None) -> tuple[Any, Any]:
-    """Splits a tree into `(trainable, frozen)`, each with None in the other's places.
+    """Split a tree into `(trainable, frozen)`, each with None in the other's places.
 
     Floating-point and complex arrays train (dense weights, scales, factors); integer
     and boolean arrays (codes, masks, tables) and whatever lossless leaves hold are
@@ -335,7 +337,7 @@ def partition(params: Any, where: str | None = None) -> tuple[Any, Any]:
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
-    """The tree that `partition` split; traceable."""
+    """Return the tree that `partition` split; traceable."""
     return jax.tree.map(
         lambda a, b: b if a is None else a,
         trainable,

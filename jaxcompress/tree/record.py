@@ -51,7 +51,7 @@ def leaf_reports(
     layouts: Mapping[str, Layout] | None = None,
     instead: Mapping[str, str] | None = None,
 ) -> list[LeafReport]:
-    """Compares two trees leaf by leaf.
+    """Compare two trees leaf by leaf.
 
     Args:
       before, after: trees of the same names.
@@ -94,7 +94,9 @@ def leaf_reports(
 
 
 def relative_error(old: Any, new: Any) -> float:
-    """Frobenius norm of the change over that of the original; 0 where both vanish."""
+    """Return frobenius norm of the change over that of the original; 0 where both
+    vanish.
+    """
     return float(_relative_error(dense(old), dense(new)))
 
 
@@ -124,7 +126,7 @@ def _output_error(
 
 
 def output_error(old: Any, new: Any, second: jax.Array, layout: Layout) -> float:
-    """Root mean square change of the layer's outputs over that of the outputs.
+    """Return root mean square change of the layer's outputs over that of the outputs.
 
     Args:
       old, new: the weight before and after, arrays or leaves.
@@ -137,7 +139,7 @@ def output_error(old: Any, new: Any, second: jax.Array, layout: Layout) -> float
 
 @jax.jit
 def relative_output(old: jax.Array, new: jax.Array, second: jax.Array) -> jax.Array:
-    """`output_error` of matrices `[..., inputs, outputs]`."""
+    """Compute `output_error` of matrices `[..., inputs, outputs]`."""
 
     def square(x: jax.Array) -> jax.Array:
         moved = jnp.matmul(second, x, precision=jax.lax.Precision.HIGHEST)

@@ -19,7 +19,7 @@ SMALLEST = 4096  # elements; below it a kernel is not worth a method by default
 def choose(
     params: Params, stage: Any, *, part: bool = False, traced: Collection[str] = ()
 ) -> tuple[dict[str, Method], dict[str, str]]:
-    """The method of each selected entry, and why each other entry is left alone.
+    """Return the method of each selected entry, and why each other entry is left alone.
 
     By default a method takes the weights that are `traced`, and those known by name.
     Raises ValueError where the stage says something of leaves that are not there,
@@ -89,7 +89,7 @@ def _rule(rule: Any) -> tuple[re.Pattern[str], Method | None]:
 
 
 def _refused(entry: Entry, selects: str, traced: Collection[str]) -> str:
-    """Why a method leaves an entry alone by default; empty where it takes it."""
+    """Return why a method leaves an entry alone by default; empty where it takes it."""
     if selects == "codes":
         whole = jnp.issubdtype(entry.value.dtype, jnp.integer) and entry.depth > 0
         coded = isinstance(entry.value, Leaf) and entry.value.entropy_coded
@@ -113,7 +113,7 @@ def with_data(
     moments: Mapping[str, Any] | None,
     instead: dict[str, str],
 ) -> dict[str, Method]:
-    """The choices, of methods that their leaf's moments suffice for.
+    """Return the choices, of methods that their leaf's moments suffice for.
 
     Of an embedding that is only looked up moments know no inputs. `instead` takes note
     of why a leaf's method was replaced, by the name of the outermost leaf.
@@ -134,7 +134,9 @@ def with_data(
 
 
 def _weight(x: Any, moments: Any = None) -> Any:
-    """A method that changes nothing; what it takes by default is what is planned."""
+    """Return a method that changes nothing; what it takes by default is what is
+    planned.
+    """
     del moments
     return x
 
@@ -142,7 +144,9 @@ def _weight(x: Any, moments: Any = None) -> Any:
 def planned_entries(
     params: Params, moments: Any, where: str | None, layouts: Any = None
 ) -> list[Entry]:
-    """The leaves whose names the pattern matches, or that a method takes by default."""
+    """Return the leaves whose names the pattern matches, or that a method takes by
+    default.
+    """
     traced = {*(layouts or {}), *(moments or {})}
     stage = _weight if where is None else [(where, _weight)]
     chosen, _ = choose(params, stage, traced=traced)

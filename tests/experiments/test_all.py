@@ -13,7 +13,7 @@ SHARED = {"common", "coding/other_coders"}
 ALL = sorted(
     ".".join(path.with_suffix("").parts)
     for path in (path.relative_to(EXPERIMENTS) for path in EXPERIMENTS.rglob("*.py"))
-    if path.stem != "__init__"
+    if path.stem not in ("__init__", "tables")
     and {path.parts[0], str(path.with_suffix(""))}.isdisjoint(SHARED | MAKERS)
 )
 

@@ -53,11 +53,11 @@ class Split:
         return 1 << 8 - self.low if self.bits == 16 else 1
 
     def rest_bytes(self, width: int) -> int:
-        """Bytes that the rests of a block of this many words take."""
+        """Return bytes that the rests of a block of this many words take."""
         return width * self.rest_bits // 8
 
     def symbol_bytes(self, width: int) -> int:
-        """Symbols of a block, as bytes."""
+        """Return symbols of a block, as bytes."""
         return width // 2 if self.paired else width
 
     @property
@@ -66,7 +66,7 @@ class Split:
         return 1 << self.bits - self.signed - self.low
 
     def high_part(self, words: np.ndarray) -> np.ndarray:
-        """The bits of each word between its sign and its low bits."""
+        """Return the bits of each word between its sign and its low bits."""
         kind = words.dtype.type
         return (words >> kind(self.low)) & kind(self.high_parts - 1)
 
@@ -92,7 +92,7 @@ class _Rooms(threading.local):
         self.left = np.empty(0, np.uint8)
 
     def room(self, name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
-        """An array of unknown contents."""
+        """Return an array of unknown contents."""
         view = self.views.get((name, shape, kind))
         if view is not None:
             return view
@@ -105,7 +105,9 @@ class _Rooms(threading.local):
         return view
 
     def fresh(self, size: int) -> np.ndarray:
-        """Bytes of their own, a part of an array so large that its pages are large."""
+        """Return bytes of their own, a part of an array so large that its pages are
+        large.
+        """
         if self.left.size < size:
             self.left = np.empty(max(size, AHEAD), np.uint8)
         part, self.left = self.left[:size], self.left[size:]
@@ -119,7 +121,7 @@ room, fresh = _rooms.room, _rooms.fresh
 def take_apart(
     words: np.ndarray, split: Split, base: int, symbols: np.ndarray, rests: np.ndarray
 ) -> np.ndarray:
-    """Writes symbols and rests of words `[blocks, width]`; returns the exceptions.
+    """Split words `[blocks, width]` into symbols and rests; return the exceptions.
 
     Exceptions are flat positions of words whose high part the window misses.
 
@@ -174,7 +176,7 @@ def take_apart(
 def put_together(
     symbols: np.ndarray, rests: np.ndarray, base: int, split: Split, out: np.ndarray
 ) -> None:
-    """Undoes `take_apart`, exceptions aside: words `[blocks, width]` into `out`."""
+    """Undo `take_apart`, exceptions aside: words `[blocks, width]` into `out`."""
     if split.bits == 8:
         if not split.signed:
             out[:] = symbols
@@ -216,7 +218,8 @@ def put_together(
 def words_of(
     symbols: jax.Array, rests: jax.Array, bases: jax.Array, split: Split, width: int
 ) -> jax.Array:
-    """`put_together` in JAX: the words of blocks, in rows of equal parts of a block.
+    """Compute `put_together` in JAX: the words of blocks, in rows of equal parts of a
+    block.
 
     All is done by rows: XLA would fuse a change of shape, or rows that are put beside
     each other, into the work, and slow it ten times. `bases` are integers `[blocks]`.
@@ -228,7 +231,9 @@ def words_of(
     block, piece = row // pieces, row % pieces
 
     def unfold(packed: jax.Array, bits: int, first: int = 0) -> jax.Array:
-        """Numbers that `_fold` laid side by side, from a block's row `first` on."""
+        """Return numbers that `_fold` laid side by side, from a block's row `first`
+        on.
+        """
         packed = packed.reshape(-1, width // pieces)
         if bits == 8:
             return packed
@@ -255,12 +260,12 @@ def words_of(
 
 
 def _fields(bits: int) -> tuple[int, ...]:
-    """Widths of the fields that a rest is laid out in."""
+    """Return widths of the fields that a rest is laid out in."""
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
 def _fold(part: np.ndarray, bits: int, out: np.ndarray) -> None:
-    """Lays numbers of so many bits, nothing above them, side by side into bytes."""
+    """Lay numbers of so many bits, nothing above them, side by side into bytes."""
     if bits == 8:
         out[:] = part
         return
@@ -279,7 +284,7 @@ def _fold(part: np.ndarray, bits: int, out: np.ndarray) -> None:
 
 
 def _unfold(packed: np.ndarray, bits: int, shift: int, out: np.ndarray) -> None:
-    """Undoes `_fold`; the numbers come `shift` bits up, which must leave them room."""
+    """Undo `_fold`; the numbers come `shift` bits up, which must leave them room."""
     # One product moves each number to the top of its byte; what is above is lost.
     steps = (1 << np.arange(8 - bits, -1, -bits)).astype(np.uint8)[:, None]
     table = out.reshape(len(out), steps.size, -1)

@@ -22,7 +22,7 @@ TABLE = 1000.0  # bits that one more table takes, and must gain beyond chance
 
 
 def classes_of(sums: np.ndarray, symbols: np.ndarray, width: int) -> np.ndarray:
-    """The class of each block, uint8 `[blocks]`.
+    """Return the class of each block, uint8 `[blocks]`.
 
     All classes but the last have multiples of four blocks, so that no block lies across
     two of the four streams that a table's literals are split into.
@@ -57,7 +57,7 @@ def classes_of(sums: np.ndarray, symbols: np.ndarray, width: int) -> np.ndarray:
 
 
 def _information(symbols: np.ndarray) -> float:
-    """Fisher information that a symbol has of a shift; without zeros."""
+    """Return fisher information that a symbol has of a shift; without zeros."""
     counts = np.bincount(symbols.reshape(-1), minlength=258).astype(np.float64)
     counts[0] = 0
     below, here, above = counts[:-2], counts[1:-1], counts[2:]
@@ -67,7 +67,7 @@ def _information(symbols: np.ndarray) -> float:
 
 
 def sums_of(symbols: np.ndarray, paired: bool) -> np.ndarray:
-    """Sums of the symbols in rows of bytes, of which each holds one or two."""
+    """Return sums of the symbols in rows of bytes, of which each holds one or two."""
     sums = np.add.reduce(symbols, axis=1, dtype=np.uint32)
     if not paired:
         return sums

@@ -69,7 +69,8 @@ class Chunk(NamedTuple):
 
 @functools.cache
 def block_width(shape: tuple[int, ...]) -> int:
-    """Words of a block of an array: a part of a row where that is near 512, else 512.
+    """Return words of a block of an array: a part of a row where that is near 512, else
+    512.
 
     A row of a matrix has one scale, as a rule, so blocks do well not to lie across two.
     """
@@ -80,14 +81,14 @@ def block_width(shape: tuple[int, ...]) -> int:
 
 
 def chunk_words(width: int) -> int:
-    """Words of a chunk of whole blocks."""
+    """Return words of a chunk of whole blocks."""
     return CHUNK // width * width
 
 
 def encode(
     words: np.ndarray, split: Split, width: int, *, plain: bool = False
 ) -> Chunk | None:
-    """One chunk, coded; None where too many words fall outside the window.
+    """Return one chunk, coded; None where too many words fall outside the window.
 
     The chunk is to be used at once: its rests lie in an array that is used again.
 
@@ -140,7 +141,7 @@ def encode(
 
 
 def estimate(words: np.ndarray, split: Split) -> float | None:
-    """About the bytes of flat words; None as `encode`.
+    """Estimate the bytes of flat words; None as `encode`.
 
     By the entropy of symbols, of which each takes a bit or more.
     """
@@ -161,7 +162,7 @@ def estimate(words: np.ndarray, split: Split) -> float | None:
 
 
 def decode(chunk: Chunk, split: Split, out: np.ndarray) -> None:
-    """Writes the words of a chunk to `out`; ValueError where it is damaged."""
+    """Write the words of a chunk to `out`; ValueError where it is damaged."""
     blocks, width = chunk.classes.size, chunk.width
     symbols = _symbols(chunk, split)
     rows = PIECE // width
@@ -188,14 +189,16 @@ def decode(chunk: Chunk, split: Split, out: np.ndarray) -> None:
 
 
 def _join(upper: np.ndarray, tails: np.ndarray, out: np.ndarray) -> None:
-    """Words of four bytes of their halves."""
+    """Return words of four bytes of their halves."""
     np.copyto(out, upper)
     np.left_shift(out, np.uint32(16), out=out)
     np.bitwise_or(out, tails, out=out)
 
 
 def _symbols(chunk: Chunk, split: Split) -> np.ndarray:
-    """Symbols of blocks in order, uint8 `[blocks, bytes]`, to be used at once."""
+    """Return symbols of blocks in order, uint8 `[blocks, bytes]`, to be used at
+    once.
+    """
     shape = chunk.classes.size, split.symbol_bytes(chunk.width)
     by_class, first = room("by class", shape, np.uint8), 0
     for frame, held in chunk.frames:
@@ -211,7 +214,7 @@ def _symbols(chunk: Chunk, split: Split) -> np.ndarray:
 
 
 def write(chunk: Chunk) -> memoryview:
-    """A chunk as bytes."""
+    """Return a chunk as bytes."""
     classes = b""
     if chunk.classes.any():
         classes = zstd.pack(chunk.classes.tobytes())
@@ -229,7 +232,7 @@ def write(chunk: Chunk) -> memoryview:
 
 
 def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Chunk:
-    """Undoes `write`, for `count` words of so many bytes, in blocks of `width`.
+    """Undo `write`, for `count` words of so many bytes, in blocks of `width`.
 
     Raises:
       ValueError: these are not the bytes of such a chunk.
@@ -270,7 +273,7 @@ def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Ch
 
 
 def symbols_of(chunk: Chunk, split: Split) -> Iterator[np.ndarray]:
-    """The symbols of one frame after another, decoded: uint8 `[blocks, bytes]`."""
+    """Return symbols of one frame after another, decoded: uint8 `[blocks, bytes]`."""
     size = split.symbol_bytes(chunk.width)
     for frame, held in chunk.frames:
         data = zstd.decompress(frame, held * size)
@@ -287,19 +290,19 @@ def split_for(kind: str, *, fast: bool = False) -> str | None:
 
 
 def _counts(words: np.ndarray, split: Split) -> np.ndarray:
-    """How often each high part occurs."""
+    """Return how often each high part occurs."""
     return np.bincount(split.high_part(words), minlength=split.high_parts)
 
 
 @functools.cache
 def _windows(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Bases that there may be, and the last high part of the window of each."""
+    """Return bases that there may be, and the last high part of the window of each."""
     bases = np.arange(0, split.high_parts, split.step)
     return bases, np.minimum(bases + split.window, split.high_parts - 1)
 
 
 def _base(counts: np.ndarray, split: Split) -> int:
-    """Below the window that holds most of what was counted."""
+    """Choose the number below the window that holds most of what was counted."""
     if not split.window:
         return 0
     sums = np.cumsum(counts)
@@ -308,7 +311,9 @@ def _base(counts: np.ndarray, split: Split) -> int:
 
 
 def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:
-    """Blocks as frames: one, or more where only halves are free of repetitions."""
+    """Return blocks as frames: one, or more where only halves are free of
+    repetitions.
+    """
     frame = zstd.pack(symbols.data)
     blocks = symbols.shape[0]
     if plain and blocks >= 8 and parse(frame) is None:
@@ -320,7 +325,9 @@ def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:
 
 
 def _write_tails(given: np.ndarray | None) -> tuple[Any, Any, Any]:
-    """Flags of segments with fewer bits, their bytes, then the other segments raw."""
+    """Return flags of segments with fewer bits, their bytes, then the other segments
+    raw.
+    """
     if given is None:
         return b"", b"", b""
     tails = room("tails", given.shape, np.uint16)
@@ -371,6 +378,6 @@ def _little(x: np.ndarray) -> np.ndarray:
 
 
 def require(fits: bool, found: str) -> None:
-    """Raises ValueError where what was found does not fit a coded chunk."""
+    """Raise ValueError where what was found does not fit a coded chunk."""
     if not fits:
         raise ValueError(f"not a coded chunk: {found}; the file is damaged")

@@ -63,7 +63,7 @@ class CodedFloats(Leaf):
 def _numbers(
     bits: jax.Array, kind: np.dtype, coded: str, power: int | None
 ) -> jax.Array:
-    """The numbers that bits, or integers, stand for."""
+    """Return the numbers that bits, or integers, stand for."""
     if power is not None:
         if not -1075 < power < 1024:  # as a damaged file may say
             raise ValueError(f"a float has no power of two of {power}: damaged")
@@ -81,7 +81,7 @@ def code_floats(
     speed: Literal["size", "decode"] = "size",
     stack: int | None = None,
 ) -> Any:
-    """Codes an array of floating-point numbers without loss of a bit.
+    """Return codes an array of floating-point numbers without loss of a bit.
 
     Each number is split into an exponent with the top bits of its mantissa, which are
     Huffman-coded with tables for up to eight classes of blocks of 512, and the rest,
@@ -141,7 +141,7 @@ def code_floats(
 
 
 def words_and_kind(array: np.ndarray) -> tuple[str, np.ndarray]:
-    """The dtype whose bits tell all, and these bits as unsigned words."""
+    """Return the dtype whose bits tell all, and these bits as unsigned words."""
     bits = np.ascontiguousarray(array).view(np.dtype(f"u{array.dtype.itemsize}"))
     if array.dtype == np.float32 and not (bits.reshape(-1)[:4096] & 0xFFFF).any():
         halves = bits.view(np.uint16).reshape(*bits.shape, 2)
@@ -151,7 +151,7 @@ def words_and_kind(array: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _repeats(bits: np.ndarray) -> bool:
-    """Whether a sample has far fewer values than noise would have."""
+    """Return whether a sample has far fewer values than noise would have."""
     sample = bits.reshape(-1)[:: max(1, bits.size // 65536)]
     _, counts = np.unique(sample, return_counts=True)
     most = min(10, np.log2(sample.size)) if bits.itemsize > 1 else 4
@@ -159,7 +159,8 @@ def _repeats(bits: np.ndarray) -> bool:
 
 
 def _common_power(array: np.ndarray) -> int | None:
-    """The power of two of which all numbers are multiples that the dtype holds exactly.
+    """Return the power of two of which all numbers are multiples that the dtype holds
+    exactly.
 
     None where there is none, or a sample shows as many values as noise has.
     """

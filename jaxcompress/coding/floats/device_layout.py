@@ -17,7 +17,7 @@ _RAW = np.full(256, 8, np.uint8)  # a table under which a byte is its own code
 def lay_out(
     chunks: list[float_chunks.Chunk], split: Split
 ) -> dict[str, np.ndarray | None]:
-    """The fields of one slice."""
+    """Return the fields of one slice."""
     starts, tables, lengths, sizes, raw = [], [], [], [], []
     data = [bytes(huffman_xla.AHEAD // 8)]
     at = huffman_xla.AHEAD // 8
@@ -73,7 +73,9 @@ def lay_out(
 
 
 def _codes(lengths: np.ndarray) -> dict[str, np.ndarray]:
-    """Codes of these lengths, uint8 `[tables, 256]`, as `lanes.lookup` takes them."""
+    """Return codes of these lengths, uint8 `[tables, 256]`, as `lanes.lookup` takes
+    them.
+    """
     order = np.argsort(-lengths.astype(np.int8), axis=-1, kind="stable")
     sizes = np.arange(TABLE_BITS, 0, -1)
     counts = np.count_nonzero(lengths[..., None] == sizes, axis=1)
@@ -83,7 +85,7 @@ def _codes(lengths: np.ndarray) -> dict[str, np.ndarray]:
 def _places(
     frame: bytes, symbols: np.ndarray, lengths: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the blocks in a frame begin, in bits from its start, and their tables.
+    """Locate the blocks in a frame: bits from its start, and their tables.
 
     -1 for blocks that are not Huffman-coded in one piece. Tables join `lengths`.
     """

@@ -79,13 +79,13 @@ class CodedWords(Leaf):
         return _decoded(self)
 
     def take_rows(self, indices: jax.Array) -> jax.Array:
-        """Rows of a 2-D array: only the blocks that hold them are decoded."""
+        """Return rows of a 2-D array: only the blocks that hold them are decoded."""
         if len(self.shape) != 2 or self.trailing != self.shape:
             return super().take_rows(indices)
         return _rows(self, jnp.asarray(indices))
 
     def on_host(self) -> np.ndarray:
-        """The array, decoded by NumPy; ValueError where it is damaged."""
+        """Return the array, decoded by NumPy; ValueError where it is damaged."""
         lead = self.starts.shape[:-1]
         count = math.prod(self.trailing)
         out = np.empty((math.prod(lead), count), self.dtype)
@@ -103,7 +103,7 @@ class CodedWords(Leaf):
         return out.reshape(lead + self.trailing)
 
     def stored(self) -> dict[str, np.ndarray]:
-        """What a file holds: streams of the slices, behind their sizes."""
+        """Return what a file holds: streams of the slices, after their sizes."""
         lead = self.starts.shape[:-1]
         count = math.prod(self.trailing)
         made = [
@@ -119,7 +119,7 @@ class CodedWords(Leaf):
     def restored(
         cls, arrays: dict[str, np.ndarray], static: dict[str, Any]
     ) -> "CodedWords":
-        """Undoes `stored`, given the static fields; ValueError if they do not fit."""
+        """Undo `stored`, given the static fields; ValueError if they do not fit."""
         data = memoryview(np.ascontiguousarray(arrays["stream"], np.uint8)).cast("B")
         trailing = tuple(static["trailing"])
         kind, name = np.dtype(static["dtype"]), static["split"]
@@ -153,7 +153,8 @@ class CodedWords(Leaf):
 def code_words(
     words: np.ndarray, split: str, stack: int
 ) -> tuple[CodedWords | None, int]:
-    """Words `[..., *trailing]` as a leaf, and its bytes in a file; None if unsuitable.
+    """Return words `[..., *trailing]` as a leaf, and its bytes in a file; None if
+    unsuitable.
 
     Args:
       words: uint8, uint16 or uint32.
@@ -190,7 +191,7 @@ def from_chunks(
     kind: np.dtype,
     split: str,
 ) -> CodedWords:
-    """The leaf of coded chunks, one list for each slice; NumPy arrays.
+    """Return the leaf of coded chunks, one list for each slice; NumPy arrays.
 
     Raises:
       ValueError: a frame is damaged, or a slice is too large.
@@ -216,7 +217,7 @@ def from_chunks(
 
 
 def _chunks_of_slices(coded: CodedWords) -> list[list[float_chunks.Chunk]]:
-    """The chunks of every slice, as the host codes them."""
+    """Return the chunks of every slice, as the host codes them."""
     fields = {
         name: np.asarray(getattr(coded, name))
         for name in ("frames", "classes", "sizes", "bases", "rests", "spots", "values")
@@ -246,7 +247,7 @@ def _slices(coded: CodedWords) -> jax.Array:
 
 
 def _one(coded: CodedWords) -> jax.Array:
-    """The words of one slice, flat."""
+    """Return the words of one slice, flat."""
     blocks = coded.starts.shape[0]
     entries = huffman_xla.lookup(coded.alphabets, coded.counts)
 
@@ -284,7 +285,7 @@ def _one(coded: CodedWords) -> jax.Array:
 
 
 def _excepted(coded: CodedWords, upper: jax.Array) -> jax.Array:
-    """Upper halves, flat, once exceptions are put in."""
+    """Return upper halves, flat, once exceptions are put in."""
     row, column = jnp.divmod(coded.spots, upper.shape[1])
     return upper.at[row, column].set(coded.values, mode="drop").reshape(-1)
 
@@ -292,7 +293,9 @@ def _excepted(coded: CodedWords, upper: jax.Array) -> jax.Array:
 def _blocks(
     coded: CodedWords, entries: jax.Array, pick: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """Upper halves of the blocks that `pick` takes, no exceptions; see `words_of`."""
+    """Return upper halves of the blocks that `pick` takes, no exceptions; see
+    `words_of`.
+    """
     split = SPLITS[coded.split]
     width = coded.width
     chunks = np.arange(coded.starts.shape[0], dtype=np.int32)
@@ -312,7 +315,7 @@ def _blocks(
 
 @jax.jit
 def _rows(coded: CodedWords, indices: jax.Array) -> jax.Array:
-    """Rows `[..., features]`: the blocks that each lies in, decoded for each."""
+    """Return rows `[..., features]`: the blocks that each lies in, decoded for each."""
     rows, features = coded.trailing
     width = coded.width
     wanted = indices.reshape(-1).astype(jnp.int32)

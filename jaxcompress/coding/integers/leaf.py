@@ -94,17 +94,21 @@ class Coded(Leaf):
         return _decoded(shared_programs.fill_up(self))
 
     def decoding_work(self) -> tuple[Hashable, int]:
-        """Its program, and the symbols that NumPy would decode in the same time."""
+        """Return its program, and the symbols that NumPy would decode in the same
+        time.
+        """
         lanes = max(1, self.states.size)
         work = -(-self.size // lanes) * max(lanes, STEP)
         return shared_programs.program(self), work
 
     def on_host(self) -> np.ndarray:
-        """The array, decoded by NumPy; ValueError where the stream is damaged."""
+        """Return array, decoded by NumPy; ValueError where the stream is damaged."""
         return _codes(jax.tree.map(np.asarray, self), np)
 
     def stored(self) -> dict[str, np.ndarray]:
-        """What a file holds: all but raw bits and contexts in one `stream` of bytes."""
+        """Return what a file holds: all but raw bits and contexts in one `stream` of
+        bytes.
+        """
         arrays = {"stream": np.frombuffer(integer_record.write(self), np.uint8)}
         if self.low is not None:
             arrays["low"] = np.asarray(self.low)
@@ -114,7 +118,7 @@ class Coded(Leaf):
 
     @classmethod
     def restored(cls, arrays: dict[str, np.ndarray], static: dict[str, Any]) -> "Coded":
-        """Undoes `stored`, given the static fields; ValueError if they do not fit."""
+        """Undo `stored`, given the static fields; ValueError if they do not fit."""
         return cls(**integer_record.read(arrays, static))
 
 
@@ -126,7 +130,8 @@ def entropy_code(
     contexts: jax.Array | None = None,
     stack: int | None = None,
 ) -> Any:
-    """Codes integers at their order-0 entropy; the result materializes bit for bit.
+    """Return codes integers at their order-0 entropy; the result materializes bit for
+    bit.
 
     Slices along the stack axes have their own tables and streams. Returns the smallest
     in a file of: `Coded`, `Packed`, and the array as it came; of the leaves only what
@@ -187,7 +192,7 @@ def entropy_code(
 
 
 def stored_bytes(x: Any) -> int:
-    """Bytes of the arrays of a leaf, or of an array, in a file."""
+    """Return bytes of the arrays of a leaf, or of an array, in a file."""
     leaves = jax.tree.leaves(x, is_leaf=lambda part: hasattr(part, "stored"))
     return sum(
         sum(array.nbytes for array in part.stored().values())
@@ -220,7 +225,7 @@ def _coded(
     codes: np.ndarray,
     contexts: np.ndarray | None,
 ) -> Coded:
-    """The leaf of a plan: all slices coded together, padded to the longest."""
+    """Return the leaf of a plan: all slices coded together, padded to the longest."""
     view, lanes = made.view, made.lanes
     slices, count = made.columns.shape
     tables, width = made.frequencies.shape[1:]
@@ -228,7 +233,9 @@ def _coded(
     per = max(1, PART // count)
 
     def work(first: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Words of some slices, the places of their lanes in these, and states."""
+        """Return words of some slices, the places of their lanes in these, and
+        states.
+        """
         part = slice(first, first + per)
         frequencies = made.frequencies[part]
         here = frequencies.shape[0]
@@ -287,21 +294,21 @@ def _lead(x: np.ndarray, lead: tuple[int, ...]) -> jax.Array:
 
 
 def _by_step(x: Any, lanes: int) -> Any:
-    """`[slices, steps * lanes]` as `[steps, slices * lanes]`."""
+    """Transpose `[slices, steps * lanes]` to `[steps, slices * lanes]`."""
     slices = x.shape[0]
     x = x.reshape(slices, -1, lanes).swapaxes(0, 1)
     return x.reshape(-1, slices * lanes)
 
 
 def _filled(x: np.ndarray | None, part: slice, lanes: int) -> np.ndarray | None:
-    """An array like the columns, zeros where lanes are filled up."""
+    """Return an array like the columns, zeros where lanes are filled up."""
     if x is None:
         return None
     return _by_step(np.pad(x[part], [(0, 0), (0, -x.shape[1] % lanes)]), lanes)
 
 
 def _codes(coded: Coded, xp: ModuleType) -> Any:
-    """The array of a leaf, by JAX or by NumPy."""
+    """Return the array of a leaf, by JAX or by NumPy."""
     lead, trailing = coded.states.shape[:-1], coded.trailing
     slices, lanes = math.prod(lead), coded.states.shape[-1]
     axis, shape = packing_axis(trailing, coded.width or coded.low_bits), list(trailing)
@@ -361,7 +368,9 @@ def _decoded(coded: Coded) -> jax.Array:
 
 
 def _slices(coded: Coded) -> jax.Array:
-    """All slices, some at a time: faster on a CPU, whose cache holds few tables."""
+    """Return all slices, some at a time: faster on a CPU, whose cache holds few
+    tables.
+    """
     lead, lanes = coded.states.shape[:-1], coded.states.shape[-1]
     if not lead:
         return _codes(coded, jnp)

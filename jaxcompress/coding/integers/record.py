@@ -16,7 +16,8 @@ from jaxcompress.coding.tables import (
 
 
 def write(coded: Any) -> bytes:
-    """Header and tables of a `Coded`, then each lane's words and state, then words.
+    """Return header and tables of a `Coded`, then each lane's words and state, then
+    words.
 
     Numbers of the header: one more than the stack axes, their sizes, one more than the
     lanes, contexts, columns, 2 if values are listed else 1; then per slice the base,
@@ -57,7 +58,7 @@ def write(coded: Any) -> bytes:
 
 
 def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `Coded`, from what it stored and its static fields.
+    """Return the fields of a `Coded`, from what it stored and its static fields.
 
     NumPy arrays that share no memory with what was stored, so that the stream may be
     freed before they go to a device.
@@ -161,7 +162,7 @@ def _beside(
     low_bits: int,
     tables: int,
 ) -> dict[str, np.ndarray | None]:
-    """Raw low bits and contexts, stored as they are."""
+    """Return raw low bits and contexts, stored as they are."""
     low, contexts = arrays.get("low"), arrays.get("contexts")
     _require((low is None) == (low_bits == 0), f"low bits for {low_bits} bits")
     if low is not None:

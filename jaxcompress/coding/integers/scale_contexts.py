@@ -9,7 +9,7 @@ FEWEST = 1 << 14  # codes of a slice
 
 
 def contexts_by_scale(codes: np.ndarray) -> np.ndarray | None:
-    """Which of up to eight tables each row, or each column, of codes should use.
+    """Return which of up to eight tables each row, or each column, of codes should use.
 
     Rows and columns are sorted by the mean size of their codes, taken from the middle
     of each slice, into kinds of equal shares. A geometric model of each row would be

@@ -27,7 +27,7 @@ def fill_up(coded: Any) -> Any:
 
 
 def program(coded: Any) -> Hashable:
-    """A key: what shapes and static fields of `fill_up(coded)` depend on."""
+    """Return a key: what shapes and static fields of `fill_up(coded)` depend on."""
     whole = (coded.offsets, coded.low, coded.contexts)
     shapes = [x.shape for x in whole if x is not None]
     tables = coded.frequencies.shape[:-1]
@@ -35,7 +35,7 @@ def program(coded: Any) -> Hashable:
 
 
 def _sizes(coded: Any) -> tuple[int, int]:
-    """Words and columns of the leaf that is filled up."""
+    """Return words and columns of the leaf that is filled up."""
     words = max(WORDS, coded.words.shape[-1] - 1)
     columns = coded.frequencies.shape[-1]
     if coded.symbols is None:
@@ -44,7 +44,7 @@ def _sizes(coded: Any) -> tuple[int, int]:
 
 
 def _padded(x: jax.Array, size: int, last: int = 0) -> Any:
-    """Zeros in front of the last so many columns; NumPy compiles nothing."""
+    """Return zeros in front of the last so many columns; NumPy compiles nothing."""
     spread = isinstance(x, jax.Array) and len(x.devices()) > 1
     xp, array = (jnp, x) if spread else (np, np.asarray(x))
     cut = x.shape[-1] - last

@@ -33,7 +33,7 @@ class View:
     low_bits: int
 
     def histograms(self) -> list[Histogram]:
-        """Values and counts of each slice and, within it, each context."""
+        """Return values and counts of each slice and, within it, each context."""
         found = []
         for s, row in enumerate(self.numbers):
             for kind in range(self.kinds):
@@ -68,7 +68,7 @@ class Plan:
 
 
 def plan(codes: np.ndarray, contexts: np.ndarray | None) -> Plan:
-    """The plan for int32 codes `[slices, *trailing]` that makes the smallest file.
+    """Return plan for int32 codes `[slices, *trailing]` that makes the smallest file.
 
     Where slices span 256 values or fewer, bytes (of several narrow codes side by side
     along the inputs, too); else whole codes without their lowest bits. Tables have a
@@ -133,7 +133,7 @@ def _kinds(contexts: np.ndarray | None, slices: int) -> tuple[np.ndarray | None,
 
 
 def _bits(view: View, histograms: list[Histogram]) -> float:
-    """Bits in the file with a column for each byte."""
+    """Return bits in the file with a column for each byte."""
     bits = 0.0
     for values, counts in histograms:
         sizes = tables.normalize(counts)
@@ -144,14 +144,14 @@ def _bits(view: View, histograms: list[Histogram]) -> float:
 
 
 def _listed_bits(view: View, histograms: list[Histogram]) -> float:
-    """Bits in the file with values listed."""
+    """Return bits in the file with values listed."""
     escape = 16 * _words(view)
     bits = sum(tables.keep(*histogram, escape)[1] for histogram in histograms)
     return bits + sum(field_widths(view.low_bits)) * float(view.numbers.size)
 
 
 def _words(view: View) -> int:
-    """16-bit words that hold any number of a view."""
+    """Return 16-bit words that hold any number of a view."""
     low, high = view.numbers.min(), view.numbers.max()
     return 1 if low >= -(2**15) and high < 2**15 else 2
 
@@ -201,7 +201,7 @@ def _list(view: View, histograms: list[Histogram], lanes: int) -> Plan:
 
 
 def _raw_bits(flat: np.ndarray) -> int:
-    """How many of the lowest bits are best left out of the tables."""
+    """Return how many of the lowest bits are best left out of the tables."""
     values, counts = np.unique(flat, return_counts=True)
     best, bits = 0, np.inf
     for low_bits in range(32):

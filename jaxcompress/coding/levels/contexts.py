@@ -37,7 +37,7 @@ class Contexts:
 
 
 def fit(levels: np.ndarray, parities: int) -> Contexts:
-    """The contexts that code levels cheapest.
+    """Return the contexts that code levels cheapest.
 
     Rows and columns are sorted into kinds by the size of their levels. The scales that
     occur are merged, two neighbours at a time, where that loses little; each then gets
@@ -70,7 +70,8 @@ def fit(levels: np.ndarray, parities: int) -> Contexts:
 
 
 def frequencies(parameters: np.ndarray, parities: int) -> np.ndarray:
-    """Tables uint16 `[parities * contexts, width]`: those of even levels, then odd.
+    """Return tables uint16 `[parities * contexts, width]`: those of even levels, then
+    odd.
 
     Raises ValueError where there is no such density.
     """
@@ -89,7 +90,7 @@ def frequencies(parameters: np.ndarray, parities: int) -> np.ndarray:
 
 
 def columns_of(symbols: np.ndarray) -> np.ndarray:
-    """The column of each symbol in a table that has all of them, or the last."""
+    """Return the column of each symbol in a table that has all of them, or the last."""
     outside = np.abs(symbols) > generalized_gaussian.REACH
     return np.where(
         outside, generalized_gaussian.WIDTH - 1, symbols + generalized_gaussian.REACH
@@ -97,7 +98,7 @@ def columns_of(symbols: np.ndarray) -> np.ndarray:
 
 
 def escaped(columns: np.ndarray, tables: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The columns, the last where a symbol has no place in its table.
+    """Return the columns, the last where a symbol has no place in its table.
 
     Args:
       columns, tables: integers of one shape.
@@ -107,7 +108,7 @@ def escaped(columns: np.ndarray, tables: np.ndarray, sizes: np.ndarray) -> np.nd
 
 
 def _kinds(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Kinds of the rows and of the columns, on one scale of octaves."""
+    """Return kinds of the rows and of the columns, on one scale of octaves."""
     square = np.square(levels.astype(np.float32))
     rows = np.log2(square.mean(axis=1) + 1 / 12) / 2
     columns = np.log2((square * np.exp2(-2 * rows)[:, None]).mean(axis=0) + 1e-3) / 2
@@ -121,7 +122,9 @@ def _kinds(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _counts(
     levels: np.ndarray, rows: np.ndarray, columns: np.ndarray, parities: int
 ) -> np.ndarray:
-    """Symbols by scale, parity and column of a table: `[scales, parities, width]`."""
+    """Return symbols by scale, parity and column of a table: `[scales, parities,
+    width]`.
+    """
     scales = int(rows.max()) + int(columns.max()) + 1
     where = (rows[:, None].astype(np.int64) + columns[None]) * parities
     if parities == 2:
@@ -137,7 +140,7 @@ def _entropy(group: np.ndarray) -> float:
 
 
 def _densities(groups: np.ndarray) -> tuple[np.ndarray, float]:
-    """The densities that code each of the groups cheapest, and the bits of all.
+    """Return the densities that code each of the groups cheapest, and the bits of all.
 
     Args:
       groups: counts `[groups, parities, width]`.
@@ -151,7 +154,8 @@ def _densities(groups: np.ndarray) -> tuple[np.ndarray, float]:
 
 @functools.cache
 def _costs(parities: int) -> np.ndarray:
-    """Bits of each symbol, escaped where it has no place: `[parities * width, tables]`.
+    """Return bits of each symbol, escaped where it has no place: `[parities * width,
+    tables]`.
 
     Tables by scale, then by shape.
     """

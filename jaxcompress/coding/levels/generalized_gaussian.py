@@ -21,7 +21,8 @@ _LN2 = 0.6931471805599453
 
 @functools.cache
 def table(scale: int, shape: int, parities: int, parity: int) -> np.ndarray:
-    """Frequencies uint16 `[WIDTH]` of the symbols -255 to 255, then of all others.
+    """Return frequencies uint16 `[WIDTH]` of the symbols -255 to 255, then of all
+    others.
 
     The symbol `m` stands for the level `parities * m + parity`, whose density is
     `exp2(-|level / s|^b)`, with `s = 2^(scale / 8 - 4)` and `b = SHAPES[shape]`. Those
@@ -48,7 +49,9 @@ def table(scale: int, shape: int, parities: int, parity: int) -> np.ndarray:
 
 
 def exp2(x: np.ndarray) -> np.ndarray:
-    """Two to the power of float64 `x`, to about 1e-15, the same on every machine."""
+    """Return two to the power of float64 `x`, to about 1e-15, the same on every
+    machine.
+    """
     whole = np.floor(x + 0.5)
     part = (x - whole) * _LN2
     series = np.ones_like(part)
@@ -58,7 +61,7 @@ def exp2(x: np.ndarray) -> np.ndarray:
 
 
 def log2(x: np.ndarray) -> np.ndarray:
-    """Logarithm to base 2 of float64 `x` > 0, likewise."""
+    """Return logarithm to base 2 of float64 `x` > 0, likewise."""
     mantissa, exponent = np.frexp(x)
     ratio = (mantissa - _HALF_ROOT) / (mantissa + _HALF_ROOT)
     square, series = ratio * ratio, np.zeros_like(ratio)

@@ -111,19 +111,19 @@ class CodedLevels(Leaf):
         return _decoded(_roomy(self))
 
     def stored(self) -> dict[str, np.ndarray]:
-        """What a file holds: one `stream` of bytes."""
+        """Return what a file holds: one `stream` of bytes."""
         return {"stream": np.frombuffer(level_record.write(self), np.uint8)}
 
     @classmethod
     def restored(
         cls, arrays: dict[str, np.ndarray], static: dict[str, Any]
     ) -> "CodedLevels":
-        """Undoes `stored`, given the static fields; ValueError if they do not fit."""
+        """Undo `stored`, given the static fields; ValueError if they do not fit."""
         return cls(**level_record.read(arrays, static))
 
 
 def count_lanes(inputs: int, outputs: int) -> int:
-    """Lanes for a slice of this shape, with as few walks to fill up as can be.
+    """Return lanes for a slice of this shape, with as few walks to fill up as can be.
 
     About as many as `rans.count_lanes` would take, within a factor of two.
     """
@@ -137,7 +137,8 @@ def count_lanes(inputs: int, outputs: int) -> int:
 
 
 def in_groups(x: Any, groups: int, places: int) -> Any:
-    """Outputs, the last axis, in the order of walks: group by group within each walk.
+    """Return outputs, the last axis, in the order of walks: group by group within each
+    walk.
 
     Group `g` is outputs `g`, `g + groups`, ...; each walk has as many of each.
     """
@@ -148,7 +149,7 @@ def in_groups(x: Any, groups: int, places: int) -> Any:
 
 
 def out_of_groups(x: Any, groups: int, places: int) -> Any:
-    """Undoes `in_groups`."""
+    """Undo `in_groups`."""
     if groups == 1:
         return x
     by_walk = x.reshape(*x.shape[:-1], -1, groups, places // groups)
@@ -156,7 +157,7 @@ def out_of_groups(x: Any, groups: int, places: int) -> Any:
 
 
 def code_levels(levels: np.ndarray, states: int, groups: int = 1) -> CodedLevels:
-    """Codes the levels of a stack of weights, each slice with its own tables.
+    """Return codes the levels of a stack of weights, each slice with its own tables.
 
     Args:
       levels: int32 `[..., inputs, outputs]`; with a trellis, its walks along outputs.
@@ -213,7 +214,7 @@ def code_levels(levels: np.ndarray, states: int, groups: int = 1) -> CodedLevels
 
 
 def _check_walks(levels: np.ndarray, states: int) -> None:
-    """Raises where a decoder would lose its way: `[walks, places, lanes]`."""
+    """Raise where a decoder would lose its way: `[walks, places, lanes]`."""
     state = np.zeros_like(levels[:, 0])
     for place in range(levels.shape[1]):
         here = levels[:, place]
@@ -226,7 +227,7 @@ def _check_walks(levels: np.ndarray, states: int) -> None:
 
 
 def _stacked(arrays: list[np.ndarray], length: int, fill: int) -> np.ndarray:
-    """Arrays of different lengths in one, filled up."""
+    """Return arrays of different lengths in one, filled up."""
     out = np.full((len(arrays), length, *arrays[0].shape[1:]), fill, arrays[0].dtype)
     for row, array in zip(out, arrays, strict=True):
         row[: len(array)] = array
@@ -234,7 +235,8 @@ def _stacked(arrays: list[np.ndarray], length: int, fill: int) -> np.ndarray:
 
 
 def _by_step(x: Any, places: int, lanes: int, xp: Any) -> Any:
-    """`[inputs, outputs]` as `[steps, lanes]`, walk after walk, filled up with zeros.
+    """Arrange `[inputs, outputs]` as `[steps, lanes]`, segment after segment, padded
+    with zeros.
 
     Zero is a level that state 0 allows, and leads from it to itself.
     """
@@ -250,7 +252,7 @@ def _by_step(x: Any, places: int, lanes: int, xp: Any) -> Any:
 def _contexts(
     rows: Any, columns: Any, edges: Any, places: int, lanes: int, xp: Any
 ) -> Any:
-    """The context of each symbol, uint8 `[steps, lanes]`."""
+    """Return the context of each symbol, uint8 `[steps, lanes]`."""
     scale = rows[:, None].astype(xp.int32) + columns[None].astype(xp.int32)
     found = xp.zeros(scale.shape, xp.uint8)
     for i in range(edges.shape[0]):
@@ -259,7 +261,7 @@ def _contexts(
 
 
 def _slice(coded: CodedLevels) -> jax.Array:
-    """One slice, `[inputs, outputs]`."""
+    """Return one slice, `[inputs, outputs]`."""
     (inputs,), (outputs,) = coded.rows.shape, coded.columns.shape
     (lanes,), places = coded.states.shape, coded.places
     count = -(-outputs // places)
@@ -312,7 +314,8 @@ def _each_slice(coded: CodedLevels) -> jax.Array:
 
 
 def _roomy(coded: CodedLevels) -> CodedLevels:
-    """Words and contexts filled up to sizes that many leaves share: fewer compilations.
+    """Return words and contexts filled up to sizes that many leaves share: fewer
+    compilations.
 
     What is filled up is never used.
     """
@@ -340,7 +343,8 @@ def _filled(x: jax.Array, axis: int, size: int, value: int) -> Any:
 
 
 def column_scales(curvatures: np.ndarray) -> np.ndarray:
-    """How much finer than the coarsest each output is quantized, in quarter octaves.
+    """Return how much finer than the coarsest each output is quantized, in quarter
+    octaves.
 
     Errors go in inverse proportion to the root of what they do. uint8 `[..., outputs]`.
     """
@@ -350,21 +354,25 @@ def column_scales(curvatures: np.ndarray) -> np.ndarray:
 
 
 def packed_scales(scales: np.ndarray) -> Any:
-    """The `scales` of a `RateCoded`, of `[..., outputs]`: None where all are zero."""
+    """Return the `scales` of a `RateCoded`, of `[..., outputs]`: None where all are
+    zero.
+    """
     if not scales.any():
         return None
     return pack_bits(jnp.asarray(scales[..., None, :]), bits_needed(scales.max()))
 
 
 def scale_bits(scales: Any) -> float:
-    """Bits of a column's scale in a file, for what `packed_scales` gives."""
+    """Return bits of a column's scale in a file, for what `packed_scales` gives."""
     if scales is None:
         return 0.0
     return 8 * array_codecs.estimate(np.asarray(scales.packed)) / scales.size
 
 
 def side_bits(found: contexts.Contexts, outputs: int) -> int:
-    """Bits of a slice in a file that are not its words, nor steps or column scales."""
+    """Return bits of a slice in a file that are not its words, nor steps or column
+    scales.
+    """
     inputs = found.rows.size
     lanes = count_lanes(inputs, outputs)
     widths = [bits_needed(x.max()) for x in (found.rows, found.columns)]
@@ -378,7 +386,7 @@ def side_bits(found: contexts.Contexts, outputs: int) -> int:
 
 
 def step_bits(steps: np.ndarray, slices: int) -> float:
-    """Bits of a step in a file that holds as many for each of so many slices.
+    """Return bits of a step in a file that holds as many for each of so many slices.
 
     A file codes long arrays of bfloat16: sign and five bits of a number as they are,
     exponent and two bits at their entropy, for which it holds a table.

@@ -17,7 +17,7 @@ from jaxcompress.coding.tables import read_numbers, write_numbers
 
 
 def write(coded: Any) -> bytes:
-    """The bytes of a leaf: no padding, and no tables, which `parameters` determine.
+    """Return bytes of a leaf: no padding, and no tables, which `parameters` determine.
 
     Numbers: one more than the stack axes, their sizes, inputs, outputs, lanes,
     contexts, bits of row and of column kinds, bytes of a length. Then, little endian,
@@ -47,7 +47,7 @@ def write(coded: Any) -> bytes:
 
 
 def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a leaf, from what it stored and its static fields.
+    """Return the fields of a leaf, from what it stored and its static fields.
 
     Raises:
       ValueError: they do not fit each other. (What fits and is wrong all the same, a

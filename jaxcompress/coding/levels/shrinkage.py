@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def shrink_to_mean(curvatures: Any, xp: Any = jnp) -> Any:
-    """Shrinks curvatures toward their mean, because few tokens make them noisy.
+    """Shrink curvatures toward their mean, because few tokens make them noisy.
 
     Args:
       curvatures: `[..., outputs]`, not negative.

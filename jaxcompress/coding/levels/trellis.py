@@ -35,13 +35,15 @@ PLACES = 576  # of a walk, at most: its beginning costs a few bits
 
 
 def walks(outputs: int) -> tuple[int, int]:
-    """How many walks a row of outputs is cut into, and the places of each."""
+    """Return how many walks a row of outputs is cut into, and the places of each."""
     count = -(-outputs // PLACES)
     return count, -(-outputs // count)
 
 
 def advance(state: jax.Array, level: jax.Array, states: int) -> jax.Array:
-    """The state after a level; integers of any shape. A walk begins in state 0.
+    """Return the state after a level; integers of any shape.
+
+    A walk begins in state 0.
 
     In state `s` only levels `k` with `k % 2 == s % 2` are allowed.
     """
@@ -51,7 +53,7 @@ def advance(state: jax.Array, level: jax.Array, states: int) -> jax.Array:
 
 @functools.cache
 def _ways(states: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two states before each state, and `k mod 4` on the way: `[2, states]`."""
+    """Return two states before each state, and `k mod 4` on the way: `[2, states]`."""
     after = np.arange(states)
     low, high = (check >> 1 for check in CHECKS[states])
     parity = after >> (states.bit_length() - 2)
@@ -68,7 +70,7 @@ def search(
     weights: jax.Array | None = None,
     start: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Levels of the walk nearest to `x`, by squared error.
+    """Return levels of the walk nearest to `x`, by squared error.
 
     Args:
       x: float32 `[places, walks]`, finite.
@@ -89,7 +91,7 @@ def search(
     low, high = (check >> 1 for check in CHECKS[states])
 
     def flipped(totals: jax.Array, mask: int) -> jax.Array:
-        """Where `i ^ mask` stands in `[half, walks]`: faster than a gather."""
+        """Return position of `i ^ mask` in `[half, walks]`: faster than a gather."""
         digits = half.bit_length() - 1
         axes = [i for i in range(digits) if mask >> (digits - 1 - i) & 1]
         turned = jax.lax.rev(totals.reshape((2,) * digits + (-1,)), axes)

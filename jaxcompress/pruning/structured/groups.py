@@ -48,7 +48,7 @@ class Place(NamedTuple):
         return indices.reshape(shape).swapaxes(0, 1).reshape(self.units, -1)
 
     def indices(self, keep: np.ndarray) -> np.ndarray:
-        """The indices of the units `keep`, in order."""
+        """Return the indices of the units `keep`, in order."""
         return np.sort(self.table[keep].ravel())
 
 
@@ -56,7 +56,7 @@ Groups = Mapping[str, Group | Sequence[Member]] | Group | Sequence[Member]
 
 
 def named_groups(groups: Groups) -> dict[str, Group]:
-    """Groups by name; one that is not in a mapping is called "".
+    """Return groups by name; one that is not in a mapping is called "".
 
     Raises ValueError on a group without members, TypeError on one of another form.
     """
@@ -87,7 +87,7 @@ def named_groups(groups: Groups) -> dict[str, Group]:
 def find_places(
     shapes: Mapping[str, tuple[int, ...]], group: Group, label: str
 ) -> list[Place]:
-    """Every axis of every leaf that belongs to a group.
+    """Return every axis of every leaf that belongs to a group.
 
     Args:
       shapes: of all leaves, by name.
@@ -147,7 +147,7 @@ def find_places(
 
 
 def check_keep(keep: Any, units: int, label: str) -> np.ndarray:
-    """The indices of the units that stay, int32 `[kept]`, once they are sound.
+    """Return the indices of the units that stay, int32 `[kept]`, once they are sound.
 
     Raises:
       ValueError: none, out of range, out of order, or given twice.
@@ -183,7 +183,7 @@ def check_keep(keep: Any, units: int, label: str) -> np.ndarray:
 def choose_units(
     scores: Any, sparsity: float, *, scope: str = "group"
 ) -> dict[str, np.ndarray] | np.ndarray:
-    """The units of highest score, sorted: what `remove_units` is to keep.
+    """Return the units of highest score, sorted: what `remove_units` is to keep.
 
     Args:
       scores: `[units]`, or such by the names of groups (`score_units`); larger for
@@ -238,7 +238,7 @@ def _best(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _first_kept(values: np.ndarray) -> np.ndarray:
-    """Scores of which the first of the best is infinite, so that it stays."""
+    """Score of which the first of the best is infinite, so that it stays."""
     values = values.copy()
     values[np.argmax(values)] = np.inf
     return values

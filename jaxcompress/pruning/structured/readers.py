@@ -31,7 +31,7 @@ def find_reader(
     layouts: Mapping[str, Layout],
     moments: Mapping[str, Moments],
 ) -> Reader | None:
-    """The kernel of a place if the group lies on its inputs, else None."""
+    """Return the kernel of a place if the group lies on its inputs, else None."""
     name, shape = place.name, shapes[place.name]
     if name.rsplit("/", 1)[-1] != KERNEL or len(shape) < 2:
         return None
@@ -62,12 +62,12 @@ def dense_arrays(params: Params) -> dict[str, Any]:
 
 
 def beside(name: str) -> str:
-    """The name of the bias beside a kernel."""
+    """Return the name of the bias beside a kernel."""
     return name.removesuffix(KERNEL) + "bias"
 
 
 def bias_of(arrays: Mapping[str, Any], name: str, matrix: jax.Array) -> Any:
-    """The bias beside a kernel `[inputs, outputs]`, or None."""
+    """Return the bias beside a kernel `[inputs, outputs]`, or None."""
     bias = arrays.get(beside(name))
     return bias if bias is not None and bias.size == matrix.shape[-1] else None
 
@@ -75,7 +75,9 @@ def bias_of(arrays: Mapping[str, Any], name: str, matrix: jax.Array) -> Any:
 def statistic(
     known: Moments, matrix: jax.Array, name: str, method: str, bias: Any
 ) -> jax.Array:
-    """Second moment of a kernel's inputs; about their mean where a bias carries it."""
+    """Return second moment of a kernel's inputs; about their mean where a bias carries
+    it.
+    """
     fields = ("second",) if bias is None else ("second", "mean")
     known = require(known, matrix, f"{name}: {method}", fields=fields)
     return known.second if bias is None else known.covariance

@@ -41,7 +41,7 @@ def remove_units(
     layouts: Mapping[str, Layout] | None = None,
     damping: float = DAMPING,
 ) -> Params:
-    """The tree with only the units `indices` of each group; its arrays are smaller.
+    """Return tree with only the units `indices` of each group; its arrays are smaller.
 
     With moments, kernels that read a group's units make up for those that go: the rows
     that stay become the least-squares fit of the layer's old output, and so does its
@@ -125,7 +125,9 @@ def _make_up(
     layout: Mapping[str, Layout],
     damping: float,
 ) -> bool:
-    """Shrinks a kernel that reads the units, its rows making up; whether it was one."""
+    """Shrink a kernel that reads the units and compensate in its rows; return whether
+    it was one.
+    """
     name = place.name
     reader = find_reader(place, {name: arrays[name].shape}, layout, known)
     if reader is None:
@@ -172,7 +174,9 @@ def _make_up(
 def _least_squares(
     x: jax.Array, second: jax.Array, kept: Any, gone: Any, *, damping: float
 ) -> jax.Array:
-    """Rows `[kept, outputs]`, float32, that give the output of all best; in float64."""
+    """Return rows `[kept, outputs]`, float32, that give the output of all best; in
+    float64.
+    """
     wide, rows = second.astype(jnp.float64), x.astype(jnp.float64)
     normal = damped(wide[kept][:, kept], damping)
     pull = wide[kept][:, gone] @ rows[gone]

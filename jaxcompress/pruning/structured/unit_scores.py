@@ -38,7 +38,7 @@ def score_units(
     by: Literal["auto", "activation", "loss"] = "auto",
     damping: float = DAMPING,
 ) -> Any:
-    """What each unit of a group is worth to the kernels that read it.
+    """Score what each unit of a group contributes to the kernels that read it.
 
     These are the group's kernels on whose input axis it lies (`down_proj`, `o_proj`,
     the next convolution), as far as they have moments.
@@ -56,7 +56,7 @@ def score_units(
         by then, 1 for the last. `units * inputs**2` operations and more. "auto": by
         loss where `params` are given, else by activation. By loss costs a model less
         once the readers make up for what goes, several times less for heads
-        (`experiments/README.md`).
+        (`experiments/pruning`).
       damping: added to the diagonal of the second moment, as a fraction of its mean.
 
     Returns:
@@ -125,7 +125,9 @@ def score_units(
 def _readers_only(
     moments: Mapping[str, Moments], group: Group
 ) -> tuple[dict[str, tuple[int, ...]], Group]:
-    """Shapes of kernels of two axes, as moments tell; the group's members on inputs."""
+    """Return shapes of kernels of two axes, as moments tell; the group's members on
+    inputs.
+    """
     shapes = {
         name: (known.second.shape[-1], 1)  # outputs are not looked at
         for name, known in moments.items()
@@ -141,7 +143,7 @@ def _readers_only(
 
 @jax.jit
 def _activations(seconds: list[jax.Array], tables: list[Any]) -> jax.Array:
-    """Root mean square of what each unit sends, over that of the mean unit."""
+    """Return root mean square of what each unit sends, over that of the mean unit."""
     square = sum(
         jnp.sum(jnp.diagonal(second).astype(jnp.float32)[table], axis=-1)
         for second, table in zip(seconds, tables, strict=True)
@@ -159,7 +161,7 @@ def _losses(
     *,
     damping: float,
 ) -> jax.Array:
-    """Takes out the unit that costs least until none is left; `[units]`, float32.
+    """Take out the unit that costs least until none is left; `[units]`, float32.
 
     The score of a unit is the error of the readers' outputs once it is gone too, as a
     share of their energy. To be called in float64.
@@ -204,7 +206,9 @@ def _losses(
 def _costs(
     inverse: jax.Array, rows: jax.Array, table: jax.Array, here: jax.Array
 ) -> jax.Array:
-    """What each unit costs if it goes next, `[units]`; 0 where it is gone already."""
+    """Compute the cost of removing each unit next, `[units]`; 0 where it is removed
+    already.
+    """
     if table.shape[-1] == 1:
         diagonal = jnp.where(here, jnp.diagonal(inverse)[table[:, 0]], 1)
         costs = jnp.sum(rows[table[:, 0]] ** 2, axis=-1) / diagonal
@@ -220,7 +224,7 @@ def _costs(
 def _without(
     inverse: jax.Array, rows: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The inverse moment and the rows once those at `index` are made up for."""
+    """Return the inverse moment and the rows once those at `index` are made up for."""
     block, across = inverse[index][:, index], inverse[:, index]
     inverse = inverse - across @ jnp.linalg.solve(block, across.T)
     return inverse, rows - across @ jnp.linalg.solve(block, rows[index])

@@ -1,0 +1,20 @@
+"""Table of the room's page: a model calibrated block by block."""
+
+from experiments.common.tables import Table, scaled
+
+TABLES = {
+    "blockwise": Table(
+        "blockwise",
+        "calibration.blockwise SmolLM2.gguf text.txt",
+        {
+            "recipe": "`{recipe}`",
+            "layers": "{layers}",
+            "tokens": "{calibration_tokens:,}",
+            "seconds": "{seconds:.0f}",
+            "processor seconds": "{processor_seconds:.0f}",
+            "peak, GB": scaled("peak_bytes", 1e-9, 1),
+            "peak before, GB": scaled("peak_bytes_before", 1e-9, 2),
+            "mean relative error of outputs": "{mean_output_error:.4f}",
+        },
+    ),
+}

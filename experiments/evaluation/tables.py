@@ -1,0 +1,30 @@
+"""Tables of the room's page: agreement with transformers, and speed."""
+
+from experiments.common.tables import Table
+
+TABLES = {
+    "parity": Table(
+        "parity",
+        "evaluation.parity SmolLM2.gguf text.txt",
+        {
+            "windows": "{windows}",
+            "tokens": "{tokens}",
+            "perplexity": "{perplexity:.5f}",
+            "of transformers": "{perplexity_transformers:.5f}",
+            "largest difference of a token's loss": "{largest_loss_difference:.1e}",
+            "transformers": "{versions[transformers]}",
+        },
+    ),
+    "speed": Table(
+        "speed",
+        "evaluation.speed SmolLM2.gguf text.txt",
+        {
+            "windows a batch": "{batch}",
+            "tokens": "{tokens}",
+            "seconds": "{seconds:.3f}",
+            "of transformers": "{seconds_transformers:.3f}",
+            "times as fast": "{ratio:.2f}",
+            "by processor time": "{ratio_processor:.2f}",
+        },
+    ),
+}

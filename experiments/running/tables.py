@@ -1,0 +1,66 @@
+"""Tables of the room's page: speed and memory of compressed models."""
+
+from collections.abc import Callable
+
+from experiments.common.tables import Row, Table, named, spread
+
+
+def calls(rows: list[Row]) -> list[Row]:
+    """Join the calls of each way."""
+    return spread(
+        [row | {"name": f"{row['call']}{row['batch']}"} for row in rows], "name", "way"
+    )
+
+
+def rate(call: str) -> Callable[[Row], str]:
+    """Show tokens per second of processor time."""
+
+    def cell(row: Row) -> str:
+        value = row[call]["tokens_per_processor_second"]
+        return f"{value:.1f}" if value < 30 else f"{value:.0f}"
+
+    return cell
+
+
+TABLES = {
+    "factor_speed": Table(
+        "factor_speed",
+        "running.factor_speed",
+        {
+            "inputs": "{rows}",
+            "wall time": "{ratio:.2f}",
+            "processor time": "{ratio_processor:.2f}",
+            "factors made dense, wall": "{ratio_materialized:.1f}",
+        },
+    ),
+    "integer_speed": Table(
+        "integer_speed",
+        "running.integer_speed --layers 6 --tokens 512 --length 64 --rounds 5",
+        {
+            "way": "{way}",
+            "forward 1": rate("forward1"),
+            "forward 64": rate("forward64"),
+            "decode 1": rate("decode1"),
+            "decode 64": rate("decode64"),
+            "parameters": "{forward1[parameters_mib]:.0f}",
+            "temporaries, in this order": "{forward1[temporary_mib]:.0f}, "
+            "{forward64[temporary_mib]:.0f}, {decode1[temporary_mib]:.0f}, "
+            "{decode64[temporary_mib]:.0f}",
+        },
+        calls,
+    ),
+    "low_memory": Table(
+        "low_memory",
+        "running.low_memory [--fast]",
+        {
+            "jax": "{versions[jax]}",
+            "layers": "{config[layers]}",
+            "model": "{model}",
+            "weights": named("way", {"streaming": "compressed, inside `low_memory()`"}),
+            "parameters, MiB": "{parameters_mib:.1f}",
+            "temporaries, MiB": "{temporary_mib:.1f}",
+            "largest weight, MiB": "{largest_weight_mib:.0f}",
+            "compilation, s": "{compile_seconds:.1f}",
+        },
+    ),
+}
