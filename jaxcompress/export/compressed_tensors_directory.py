@@ -5,7 +5,6 @@ dense embeddings and head, are the layout that vLLM on GPU, transformers, and
 tpu-inference 0.32 on TPU all read. The other layouts load in fewer of them.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from jaxcompress.export.huggingface_directory import (
 from jaxcompress.export.named_leaves import (
     ExportedLeaf,
     NamedLeaf,
-    apply_method,
     dense_tensor,
     is_compressed,
     named_leaves,
 )
+from jaxcompress.export.requests import Changes, float_dtype
 from jaxcompress.export.sharded_files import Shards, new_directory, write_json
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.quantization.grids import Quantized
@@ -87,8 +86,10 @@ def compressed_tensors(
       One `ExportedLeaf` for each leaf.
 
     Raises:
+      TypeError: a model of another class.
       ValueError: a leaf without a counterpart, layers that readers fuse in different
-        schemes, or settings of the model that no architecture has; names the leaf.
+        schemes, or settings of the model that no architecture has; names the leaf. A
+        pattern that matches no leaf.
       FileExistsError: the directory exists.
     """
     if activations not in (None, "dynamic"):
@@ -96,6 +97,7 @@ def compressed_tensors(
     if group not in (None, *layout.GROUPS):
         raise ValueError(f"group must be 32, 64 or 128, not {group!r}")
     groups = layout.GROUPS if group is None else (group,)
+    dtype, changes = float_dtype(dtype), Changes.of(dense, requantize)
     config, family = described(model, tokenizer, context)
     if family.fused:
         raise ValueError(
@@ -107,10 +109,14 @@ def compressed_tensors(
     with new_directory(directory) as partial:
         shards = Shards(partial, shard_bytes)
         with named_leaves(
-            model, params, family.modules, norm_offset=family.norm_offset
+            model,
+            params,
+            family.modules,
+            norm_offset=family.norm_offset,
+            check_names=changes.check_names,
         ) as leaves:
             for leaf in leaves:
-                leaf, error = _counterpart(leaf, dense, requantize)
+                leaf, error = changes.apply(leaf)
                 module, _, suffix = leaf.tensor.rpartition(".")
                 scheme = None
                 if is_compressed(leaf.value):
@@ -136,21 +142,6 @@ def compressed_tensors(
         write_tokenizer(partial, tokenizer)
         write_generation(partial, tokenizer, generation)
     return written
-
-
-def _counterpart(
-    leaf: NamedLeaf, pattern: str | None, rules: Sequence[tuple[str, Any]]
-) -> tuple[NamedLeaf, float]:
-    """The leaf as it is written: unchanged, dense or requantized, as was asked for."""
-    if not is_compressed(leaf.value):
-        return leaf, 0.0
-    if pattern is not None and re.fullmatch(pattern, leaf.name):
-        return leaf._replace(value=leaf.value.materialize()), 0.0
-    for where, method in rules:
-        if re.fullmatch(where, leaf.name):
-            value, error = apply_method(leaf.value, method)
-            return leaf._replace(value=value), error
-    return leaf, 0.0
 
 
 def _stored(

@@ -15,11 +15,11 @@ from jaxcompress.export.gguf_tokenizer import tokenizer_metadata
 from jaxcompress.export.named_leaves import (
     ExportedLeaf,
     NamedLeaf,
-    apply_method,
     dense_tensor,
     is_compressed,
     named_leaves,
 )
+from jaxcompress.export.requests import Changes, check_model, float_dtype
 from jaxcompress.export.sharded_files import new_file
 from jaxcompress.models.gguf_files import ROPE_FACTORS
 from jaxcompress.models.gguf_settings import ARCHITECTURES
@@ -75,10 +75,14 @@ def gguf(
       One `ExportedLeaf` for each leaf.
 
     Raises:
-      ValueError: a leaf, a tokenizer or settings without a counterpart; named.
+      TypeError: a model of another class.
+      ValueError: a leaf, a tokenizer or settings without a counterpart; named. A
+        pattern that matches no leaf.
       FileExistsError: the file exists.
       ModuleNotFoundError: the package `gguf` is not installed.
     """
+    check_model(model, context)
+    dtype, changes = float_dtype(dtype), Changes.of(dense, requantize)
     family, settings = _settings(model, context)
     settings |= {} if tokenizer is None else tokenizer_metadata(tokenizer)
     settings |= metadata or {}
@@ -93,9 +97,11 @@ def gguf(
     with new_file(path) as partial:
         writer = _writer(partial, family, settings)
         try:
-            with named_leaves(model, params, architecture.modules) as leaves:
+            with named_leaves(
+                model, params, architecture.modules, check_names=changes.check_names
+            ) as leaves:
                 for leaf in leaves:
-                    leaf, error = _counterpart(leaf, dense, requantize)
+                    leaf, error = changes.apply(leaf)
                     rows = (
                         _rows(leaf, model.head_size)
                         if architecture.interleaved
@@ -117,20 +123,6 @@ def gguf(
             if writer.temp_file is not None:
                 writer.temp_file.close()
     return written
-
-
-def _counterpart(
-    leaf: NamedLeaf, dense: str | None, rules: Sequence[tuple[str, Any]]
-) -> tuple[NamedLeaf, float]:
-    if not is_compressed(leaf.value):
-        return leaf, 0.0
-    if dense is not None and re.fullmatch(dense, leaf.name):
-        return leaf._replace(value=leaf.value.materialize()), 0.0
-    for where, method in rules:
-        if re.fullmatch(where, leaf.name):
-            value, error = apply_method(leaf.value, method)
-            return leaf._replace(value=value), error
-    return leaf, 0.0
 
 
 def _rows(leaf: NamedLeaf, head_size: int) -> np.ndarray | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxcompress.export.named_leaves import ExportedLeaf, dense_tensor, named_leaves
+from jaxcompress.export.requests import check_model, float_dtype
 from jaxcompress.export.sharded_files import Shards, new_directory, write_json
 from jaxcompress.models.families import FAMILIES, Family
 from jaxcompress.models.transformer import Transformer
@@ -51,11 +52,13 @@ def huggingface(
       One `ExportedLeaf` for each tensor.
 
     Raises:
+      TypeError: a model of another class.
       ValueError: no supported architecture has the model's settings, or `params` are
         of another model.
       FileExistsError: the directory exists.
     """
     config, family = described(model, tokenizer, context)
+    dtype = float_dtype(dtype)
     written = []
     with new_directory(directory) as partial:
         shards = Shards(partial, shard_bytes)
@@ -86,6 +89,7 @@ def described(
     model: Transformer, tokenizer: Tokenizer | None, context: int
 ) -> tuple[dict[str, Any], Family]:
     """What `config.json` says, its dtype left out, and the family it names."""
+    check_model(model, context)
     config = config_from(model)
     if model.positions is None:
         config["max_position_embeddings"] = context

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +47,7 @@ def named_leaves(
     *,
     norm_offset: float = 0.0,
     fused: Mapping[str, tuple[int, int]] | None = None,
+    check_names: Callable[[Collection[str]], None] = lambda names: None,
 ) -> Iterator[Iterator[NamedLeaf]]:
     """Iterate over the parameters of a model, one read at a time.
 
@@ -59,11 +60,13 @@ def named_leaves(
         given, in the dtype of the embedding.
       fused: for modules that share a tensor, which part of how many of its outputs; the
         tensor is given once, dense, under the name of its last part.
+      check_names: is given all names before any leaf is read.
 
     Raises:
       ValueError: `params` are not those of this model; names a leaf that differs.
     """
     shapes = parameter_shapes(model)
+    check_names(list(shapes))
     with source_of(params) as source:
         places = {name: _place(name, model.scan) for name in shapes}
         strange = sorted({place for place, _ in places.values()} ^ set(source.shapes))

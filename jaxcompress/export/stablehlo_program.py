@@ -76,7 +76,7 @@ def stablehlo(
     params: Any,
     batch: Any,
     *,
-    platforms: Sequence[str] = ("cpu",),
+    platforms: str | Sequence[str] = ("cpu",),
     embedded: bool = False,
 ) -> Program:
     """Export a model and its compressed weights as one StableHLO program.
@@ -100,7 +100,7 @@ def stablehlo(
     Source: `jax.export`; its documentation says for which versions of JAX a program
     keeps its meaning.
     """
-    platforms = tuple(platforms)
+    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     known = ("cpu", "cuda", "rocm", "tpu")
     if not platforms or set(platforms) - set(known):
         raise ValueError(
