@@ -1,0 +1,58 @@
+"""What the pages of the site and the README show is executed: each page in one
+namespace, block after block, in an empty folder.
+
+The reference model stands in two layers deep, so that a page takes seconds; the
+README and the demo run on the whole one (`test_documents`).
+"""
+
+import pathlib
+import re
+
+import pytest
+
+import jaxcompress as jc
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SLOW = {"text_coding.md"}
+load = jc.models.load
+
+
+def load_shallow(source, *options, **named):
+    """`models.load`, the reference model cut to its first two layers."""
+    if source != "reference":
+        return load(source, *options, **named)
+    model, params, tokenizer = load(source, *options, **named)
+    model, params = jc.models.fewer_layers(model, params, [0, 1])
+    return model, params, tokenizer
+
+
+def blocks(page):
+    """The blocks of Python, each behind as many empty lines as precede it."""
+    text = page.read_text("utf-8")
+    for match in BLOCK.finditer(text):
+        yield "\n" * text[: match.start(1)].count("\n") + match[1]
+
+
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if list(blocks(page))]
+
+
+def parameters():
+    for page in PAGES:
+        name = page.relative_to(DOCS).as_posix()
+        marks = [pytest.mark.slow] if name in SLOW else []
+        yield pytest.param(page, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("page", list(parameters()))
+def test_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jc.models, "load", load_shallow)
+    names = {"__name__": "page"}
+    for source in blocks(page):
+        exec(compile(source, str(page), "exec"), names)
+
+
+def test_slow_pages_exist():
+    assert {page.relative_to(DOCS).as_posix() for page in PAGES} >= SLOW
