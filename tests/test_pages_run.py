@@ -15,7 +15,8 @@ import jaxcompress as jc
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-SLOW = {"text_coding.md"}
+SLOW = {"exports.md", "text_coding.md"}
+NOT_RUN = {"exports.md": 1}  # blocks marked `py` read a file of another program
 load = jc.models.load
 
 
@@ -56,3 +57,11 @@ def test_page_runs(page, tmp_path, monkeypatch):
 
 def test_slow_pages_exist():
     assert {page.relative_to(DOCS).as_posix() for page in PAGES} >= SLOW
+
+
+def test_what_is_not_run_is_counted():
+    found = {
+        page.relative_to(DOCS).as_posix(): page.read_text("utf-8").count("\n```py\n")
+        for page in DOCS.rglob("*.md")
+    }
+    assert {name: count for name, count in found.items() if count} == NOT_RUN

@@ -55,7 +55,7 @@ def public():
     modules = {
         name for _, name, _ in pkgutil.walk_packages(jc.__path__, "jaxcompress.")
     }
-    for name in sorted(modules - {"jaxcompress.__main__"}) + ["jaxcompress"]:
+    for name in [*sorted(modules - {"jaxcompress.__main__"}), "jaxcompress"]:
         module = importlib.import_module(name)
         for each in getattr(module, "__all__", ()):
             found = getattr(module, each)
