@@ -21,10 +21,11 @@ import numpy as np
 from jaxcompress.coding import palette_codec, zstd
 from jaxcompress.coding.floats import chunks as float_chunks
 from jaxcompress.coding.floats.bit_fields import SPLITS, Split
-from jaxcompress.coding.tables import read_numbers, write_numbers
+from jaxcompress.coding.record import Record, require, write_numbers
 from jaxcompress.coding.threads import in_order
 
 CHECKSUM = 4  # bytes
+WHAT = "a coded array"  # bytes should be
 PALETTE, ZSTD = "palette", "zstd"
 
 Buffer = bytes | memoryview
@@ -122,25 +123,25 @@ class Stream:
     def __init__(self, read: Read, size: int, coding: str, itemsize: int, count: int):
         self._read, self._itemsize, self._count = read, itemsize, count
         self._coding = coding
-        _require(size >= 4, f"{size} bytes")
+        require(size >= 4, f"{size} bytes", WHAT)
         length = int.from_bytes(read(size - 4, size), "little")
-        _require(length <= size - 4, f"an index of {length} bytes in {size}")
-        index = read(size - 4 - length, size - 4)
-        (have, self.width, chunks), at = read_numbers(index, 0, 3)
-        _require(have == count, f"{have} words, not {count}")
+        require(length <= size - 4, f"an index of {length} bytes in {size}", WHAT)
+        index = Record(read(size - 4 - length, size - 4), WHAT)
+        have, self.width, chunks = index.numbers(3)
+        require(have == count, f"{have} words, not {count}", WHAT)
         fits = 16 <= self.width <= 1024 and self.width % 16 == 0
-        _require(fits, f"blocks of {self.width} words")
+        require(fits, f"blocks of {self.width} words", WHAT)
         self._step = float_chunks.chunk_words(self.width)
-        _require(chunks == -(-count // self._step), f"{chunks} chunks of {count}")
-        _require(chunks <= len(index), f"{chunks} chunks in {len(index)} bytes")
+        require(chunks == -(-count // self._step), f"{chunks} chunks of {count}", WHAT)
+        require(chunks <= length, f"{chunks} chunks in {length} bytes", WHAT)
         # Zstandard makes 128 KB of four bytes, at most.
-        _require(count * itemsize <= size << 15, f"{count} words in {size} bytes")
-        sizes, at = read_numbers(index, at, chunks)
-        _require(at + CHECKSUM * chunks == length, "an index of another length")
-        self._checksums = index[at:]
+        require(count * itemsize <= size << 15, f"{count} words in {size} bytes", WHAT)
+        sizes = index.numbers(chunks)
+        require(CHECKSUM * chunks == len(index), "an index of another length", WHAT)
+        self._checksums = bytes(index.take(len(index), "checksums"))
         ends = np.cumsum([0, *sizes], dtype=np.float64)  # no sum too large to compare
         room = size - 4 - length - ends[-1]
-        _require(0 <= room < 8, f"chunks of {ends[-1]:.0f} bytes in {size}")
+        require(0 <= room < 8, f"chunks of {ends[-1]:.0f} bytes in {size}", WHAT)
         self._ends = ends.astype(np.int64).tolist()
 
     def chunks(self) -> Iterator[float_chunks.Chunk]:
@@ -210,8 +211,3 @@ def from_bytes(data: Any, coding: str, itemsize: int, count: int) -> Stream:
 
 def _checksum(data: Buffer) -> bytes:
     return zlib.crc32(data).to_bytes(CHECKSUM, "little")
-
-
-def _require(fits: bool, found: str) -> None:
-    if not fits:
-        raise ValueError(f"not a coded array: {found}; the file is damaged")

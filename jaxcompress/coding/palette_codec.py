@@ -16,6 +16,7 @@ import numpy as np
 from jaxcompress.coding import zstd
 from jaxcompress.coding.floats import chunks as float_chunks
 from jaxcompress.coding.floats.bit_fields import SPLITS
+from jaxcompress.coding.record import Record
 
 MOST = 256  # distinct words
 SHARES = (1, 2, 4, 8)  # places in a byte
@@ -51,21 +52,22 @@ def encode(words: np.ndarray, width: int) -> bytes:
 
 def decode(data: bytes, width: int, out: np.ndarray) -> None:
     """Fill `out` with the words of a chunk; ValueError where it is damaged."""
-    float_chunks.require(len(data) > 2, f"a chunk of {len(data)} bytes")
-    size, share = data[0] + 1, data[1]
-    if data[:2] == bytes(2):
-        zstd.decompress_into(data[2:], out)
+    record = Record(data, float_chunks.WHAT)
+    record.require(len(data) > 2, f"a chunk of {len(data)} bytes")
+    last, share = record.take(2, "no sizes")
+    if not last and not share:
+        zstd.decompress_into(record.take(len(record), "a frame"), out)
         return
+    size = last + 1
     held = share in SHARES and size <= 1 << 8 // share
-    float_chunks.require(held, f"{size} distinct words, {share} places in a byte")
-    at = 2 + size * out.itemsize
-    float_chunks.require(len(data) > at, f"{size} distinct words in {len(data)} bytes")
-    listed = np.frombuffer(data, out.dtype.newbyteorder("<"), size, 2)
+    record.require(held, f"{size} distinct words, {share} places in a byte")
+    words = f"{size} distinct words"
+    listed = record.array(out.dtype.newbyteorder("<").str, (size,), words)
+    record.require(len(record) > 0, words)
     count = -(-out.size // share)
     packed = np.empty(count, np.uint8)
-    float_chunks.decode(
-        float_chunks.read(data[at:], BYTES, 1, count, width), BYTES, packed
-    )
+    rest = record.take(len(record), "places")
+    float_chunks.decode(float_chunks.read(rest, BYTES, 1, count, width), BYTES, packed)
     # What a byte stands for: all words of its places at once.
     places = np.arange(256)[:, None] >> np.arange(0, 8, 8 // share)
     places &= (1 << 8 // share) - 1
@@ -73,7 +75,7 @@ def decode(data: bytes, width: int, out: np.ndarray) -> None:
     table = listed.astype(out.dtype)[np.minimum(places, size - 1)]
     for first in range(0, count, float_chunks.PIECE):
         piece = packed[first : first + float_chunks.PIECE]
-        float_chunks.require(
+        record.require(
             known[piece].all(), f"a place behind the last of {size} distinct words"
         )
         here = out[first * share : (first + piece.size) * share]

@@ -1,7 +1,6 @@
-"""Frequency tables: fitted to counts, and written small."""
+"""Fits frequency tables to counts."""
 
 import heapq
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -82,70 +81,3 @@ def keep(
         if bits < best[1]:
             best = kept, bits
     return best
-
-
-def write_numbers(numbers: Iterable[int]) -> bytes:
-    """Return numbers >= 0, seven bits to a byte, lowest first; zeros as 0, their run -
-    1.
-    """
-    out = bytearray()
-
-    def put(number: int) -> None:
-        while number > 127:
-            out.append(number & 127 | 128)
-            number >>= 7
-        out.append(number)
-
-    run = 0
-    for number in numbers:
-        if number and run:
-            out.append(0)
-            put(run - 1)
-        run = 0 if number else run + 1
-        if number:
-            put(int(number))
-    if run:
-        out.append(0)
-        put(run - 1)
-    return bytes(out)
-
-
-def read_numbers(data: memoryview, at: int, count: int) -> tuple[list[int], int]:
-    """Read `count` numbers that `write_numbers` wrote at `at`, and where they end.
-
-    Raises:
-      ValueError: the data end early or hold something else.
-    """
-
-    def get() -> int:
-        nonlocal at
-        number, shift = 0, 0
-        while True:
-            if at >= len(data) or shift > 56:
-                raise ValueError("a list of numbers is cut off or damaged")
-            number |= (data[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if data[at - 1] < 128:
-                return number
-
-    out: list[int] = []
-    while len(out) < count:
-        number = get()
-        if number:
-            out.append(number)
-            continue
-        run = get() + 1
-        if run > count - len(out):
-            raise ValueError("a run of zeros is longer than its list")
-        out.extend([0] * run)
-    return out, at
-
-
-def fold_sign(number: int) -> int:
-    """Fold signs: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
-    return 2 * number if number >= 0 else -2 * number - 1
-
-
-def unfold_sign(number: int) -> int:
-    """Undo `fold_sign`."""
-    return -(number + 1) // 2 if number & 1 else number // 2

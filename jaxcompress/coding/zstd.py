@@ -50,7 +50,7 @@ def compress(words: np.ndarray) -> bytes:
     return _local.general.compress(np.ascontiguousarray(words).data)
 
 
-def decompress_into(frame: bytes, out: np.ndarray) -> None:
+def decompress_into(frame: bytes | memoryview, out: np.ndarray) -> None:
     """Fill a contiguous array with what `compress` made; ValueError if it does not."""
     room = memoryview(out).cast("B") if out.size else memoryview(b"")
     try:

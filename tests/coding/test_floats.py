@@ -16,7 +16,7 @@ from jaxcompress.coding import (
     chunked_stream,
     code_floats,
     entropy_code,
-    tables,
+    record,
     zstd,
     zstd_literals,
 )
@@ -382,7 +382,7 @@ def test_a_frame_may_not_claim_more_than_it_gives():
 
 def test_a_stream_may_not_claim_more_words_than_its_bytes_can_hold():
     chunks = 100
-    numbers = tables.write_numbers([chunks << 20, 512, chunks, *([0] * chunks)])
+    numbers = record.write_numbers([chunks << 20, 512, chunks, *([0] * chunks)])
     index = numbers + bytes(4 * chunks)
     data = bytes(-(len(index) + 4) % 8) + index + len(index).to_bytes(4, "little")
     with pytest.raises(ValueError, match=r"words in .* bytes; the file is damaged"):

@@ -11,7 +11,7 @@ import pytest
 from lossless_checks import check, decode, entropy_bytes
 
 import jaxcompress as jc
-from jaxcompress.coding import Coded, Packed, entropy_code, rans, tables
+from jaxcompress.coding import Coded, Packed, entropy_code, rans, record, tables
 from jaxcompress.coding.integers import leaf as coded_integers
 from jaxcompress.coding.integers import shared_programs
 from jaxcompress.coding.integers.leaf import stored_bytes
@@ -49,7 +49,7 @@ def test_coded_size_is_close_to_the_entropy(kind, count, excess):
     }[kind]()
     coded = entropy_code(codes)
     np.testing.assert_array_equal(dense(coded), codes)
-    table = len(tables.write_numbers(np.asarray(coded.frequencies).ravel()))
+    table = len(record.write_numbers(np.asarray(coded.frequencies).ravel()))
     assert stored_bytes(coded) <= excess * entropy_bytes(codes) + table
     assert table <= 300
 

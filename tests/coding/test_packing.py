@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lossless_checks import check
 
-from jaxcompress.coding import pack_bits, tables
+from jaxcompress.coding import pack_bits, record, tables
 from jaxcompress.coding.packing import packed_rows
 from jaxcompress.tree.leaf import dense
 
@@ -107,13 +107,14 @@ def test_normalized_tables_cost_hardly_more_than_the_best(seed):
 
 def test_number_lists_come_back_and_damaged_ones_raise():
     numbers = [0, 0, 5, 300, 0, 2**31, 0, 0, 0]
-    data = tables.write_numbers(numbers)
-    assert tables.read_numbers(data, 0, len(numbers)) == (numbers, len(data))
+    data = record.write_numbers(numbers)
+    read = record.Record(data, "x")
+    assert read.numbers(len(numbers)) == numbers and not len(read)
     with pytest.raises(ValueError, match="cut off"):
-        tables.read_numbers(data[:-2], 0, len(numbers))
+        record.Record(data[:-2], "x").numbers(len(numbers))
     with pytest.raises(ValueError, match="longer than its list"):
-        tables.read_numbers(data, 0, len(numbers) - 1)
-    assert [tables.unfold_sign(tables.fold_sign(n)) for n in (0, -1, 7, -300)] == [
+        record.Record(data, "x").numbers(len(numbers) - 1)
+    assert [record.unfold_sign(record.fold_sign(n)) for n in (0, -1, 7, -300)] == [
         0,
         -1,
         7,

@@ -149,7 +149,7 @@ LIES = {
     "share 0": (chunk(share=0), "3 distinct words, 0 places in a byte"),
     "share 3": (chunk(share=3), "3 distinct words, 3 places in a byte"),
     "share 8": (chunk(share=8), "3 distinct words, 8 places in a byte"),
-    "a long list": (bytes([255, 1]) + bytes(1000), "256 distinct words in 1002 bytes"),
+    "a long list": (bytes([255, 1]) + bytes(1000), "256 distinct words in 1000 bytes"),
     "a short list": (chunk(words=2), "a list of numbers is cut off"),
     "more numbers": (chunk(count=COUNT + 4), "words, not 25001"),
     "fewer numbers": (chunk(count=COUNT - 4), "words, not 25001"),

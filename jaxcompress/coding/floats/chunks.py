@@ -6,7 +6,7 @@ eight classes by their scale (`classes`), and each class is one
 Zstandard frame of literals with a table of its own: entropy falls as if every block
 knew its scale, and both directions run at the library's speed.
 
-A chunk as bytes: a list of numbers (`tables.write_numbers`), behind its own length,
+A chunk as bytes: a list of numbers (`record.write_numbers`), behind its own length,
 two bytes; classes of blocks; frames; exceptions; rests; tails. Numbers: words, base,
 bytes of the classes, exceptions, frames, bytes of the three parts of the tails, then
 bytes and blocks of each frame.
@@ -34,12 +34,14 @@ from jaxcompress.coding.floats.bit_fields import (
     take_apart,
 )
 from jaxcompress.coding.floats.block_classes import classes_of, sums_of
-from jaxcompress.coding.tables import entropy, read_numbers, write_numbers
+from jaxcompress.coding.record import Record, write_numbers
+from jaxcompress.coding.tables import entropy
 from jaxcompress.coding.zstd_literals import parse
 
 CHUNK = 1 << 20  # words
 SEGMENT = 128  # words whose lowest bits are looked at together
 SAMPLE = 1 << 12  # words that are counted, or somewhat more
+WHAT = "a coded chunk"  # bytes should be
 PIECE = 1 << 19  # words worked on at a time: calls cost, and memory does
 
 
@@ -231,44 +233,42 @@ def write(chunk: Chunk) -> memoryview:
     return memoryview(np.concatenate(parts, out=out))
 
 
-def read(data: bytes, split: Split, itemsize: int, count: int, width: int) -> Chunk:
+def read(
+    data: bytes | memoryview, split: Split, itemsize: int, count: int, width: int
+) -> Chunk:
     """Undo `write`, for `count` words of so many bytes, in blocks of `width`.
 
     Raises:
       ValueError: these are not the bytes of such a chunk.
     """
-    require(len(data) > 2, f"a chunk of {len(data)} bytes")
-    at = 2 + int.from_bytes(data[:2], "little")
-    numbers, end = read_numbers(data[:at], 2, 8)
-    have, base, size, missed, held, *tails = numbers
-    require(have == count, f"a chunk of {have} words, not {count}")
+    record = Record(data, WHAT)
+    length = int.from_bytes(record.take(2, "no length"), "little")
+    head = Record(record.take(length, f"{length} bytes of numbers"), WHAT)
+    have, base, size, missed, held, *tails = head.numbers(8)
+    head.require(have == count, f"a chunk of {have} words, not {count}")
     blocks = -(-count // width)
     most = split.high_parts
-    require(held <= blocks and base < most, f"{held} frames, base {base}")
-    numbers, end = read_numbers(data[:at], end, 2 * held)
-    require(end == at, "a list of numbers of another length")
+    head.require(held <= blocks and base < most, f"{held} frames, base {base}")
+    numbers = head.numbers(2 * held)
+    head.require(not len(head), "a list of numbers of another length")
     lengths, holds = numbers[::2], numbers[1::2]
-    require(sum(holds) == blocks, f"frames of {sum(holds)} blocks, not {blocks}")
-    require(missed <= count, f"{missed} exceptions of {count} words")
-    value = np.dtype(f"<u{split.bits // 8}")
-    rest = split.rest_bytes(width) * blocks
-    whole = at + size + sum(lengths) + (4 + value.itemsize) * missed + rest
-    require(whole + sum(tails) == len(data), f"{len(data)} bytes, not {whole}")
+    head.require(sum(holds) == blocks, f"frames of {sum(holds)} blocks, not {blocks}")
+    head.require(missed <= count, f"{missed} exceptions of {count} words")
+    value, rest = np.dtype(f"<u{split.bits // 8}"), split.rest_bytes(width)
+    whole = size + sum(lengths) + (4 + value.itemsize) * missed + rest * blocks
+    whole += sum(tails)
+    record.require(whole == len(record), f"{len(record)} bytes, not {whole}")
     classes = np.zeros(blocks, np.uint8)
     if size:
-        classes = np.frombuffer(zstd.decompress(data[at : at + size], blocks), np.uint8)
-    at += size
-    frames, view = [], memoryview(data)
-    for length, number in zip(lengths, holds, strict=True):
-        frames.append((view[at : at + length], number))
-        at += length
-    spots = np.frombuffer(data, "<u4", missed, at)
-    require(not missed or int(spots.max()) < count, "an exception outside")
-    at += 4 * missed
-    values = np.frombuffer(data, value, missed, at)
-    at += value.itemsize * missed
-    rests = np.frombuffer(data, np.uint8, rest, at).reshape(blocks, -1)
-    halves = _read_tails(data, at + rest, tails, count) if itemsize == 4 else None
+        packed = record.take(size, "classes")
+        classes = np.frombuffer(zstd.decompress(packed, blocks), np.uint8)
+    pairs = zip(lengths, holds, strict=True)
+    frames = [(record.take(length, "a frame"), number) for length, number in pairs]
+    spots = record.array("<u4", (missed,), "exceptions")
+    record.require(not missed or int(spots.max()) < count, "an exception outside")
+    values = record.array(value.str, (missed,), "exceptions")
+    rests = record.array("u1", (blocks, rest), "rests")
+    halves = _read_tails(record, tails, count) if itemsize == 4 else None
     return Chunk(count, width, base, classes, frames, spots, values, rests, halves)
 
 
@@ -345,25 +345,24 @@ def _write_tails(given: np.ndarray | None) -> tuple[Any, Any, Any]:
     return flags, packed, _little(raw)
 
 
-def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarray:
+def _read_tails(record: Record, sizes: list[int], count: int) -> np.ndarray:
     flags, packed, raw = sizes
     if not flags:
-        require(raw == 2 * count and not packed, f"{raw} bytes of {count} tails")
-        return np.frombuffer(data, "<u2", count, at)
+        fits = raw == 2 * count and not packed
+        record.require(fits, f"{raw} bytes of {count} tails")
+        return record.array("<u2", (count,), "tails")
     segments = count // SEGMENT
-    bits = np.frombuffer(
-        zstd.decompress(data[at : at + flags], -(-segments // 8)), np.uint8
-    )
-    short = np.unpackbits(bits)[:segments].astype(bool)
+    bits = zstd.decompress(record.take(flags, "flags"), -(-segments // 8))
+    short = np.unpackbits(np.frombuffer(bits, np.uint8))[:segments].astype(bool)
     some = int(np.count_nonzero(short)) * SEGMENT
-    require(raw == 2 * (count - some) and packed > 4, f"{raw} bytes of raw tails")
-    at += flags
-    first = int.from_bytes(data[at : at + 4], "little")
-    frames = data[at + 4 : at + 4 + first], data[at + 4 + first : at + packed]
+    fits = raw == 2 * (count - some) and packed > 4
+    record.require(fits, f"{raw} bytes of raw tails")
+    first = int.from_bytes(record.take(4, "a length"), "little")
     halves = np.empty((some, 2), np.uint8)
-    for i, frame in enumerate(frames):
-        halves[:, i] = np.frombuffer(zstd.decompress(frame, some), np.uint8)
-    rest = np.frombuffer(data, "<u2", count - some, at + packed)
+    for i, size in enumerate((first, packed - 4 - first)):
+        frame = zstd.decompress(record.take(size, "short tails"), some)
+        halves[:, i] = np.frombuffer(frame, np.uint8)
+    rest = record.array("<u2", (count - some,), "tails")
     out = np.empty(count, np.uint16)
     table = out[: segments * SEGMENT].reshape(segments, SEGMENT)
     table[short] = halves.view("<u2").reshape(-1, SEGMENT)
@@ -375,9 +374,3 @@ def _read_tails(data: bytes, at: int, sizes: list[int], count: int) -> np.ndarra
 
 def _little(x: np.ndarray) -> np.ndarray:
     return x.astype(x.dtype.newbyteorder("<"), copy=False).view(np.uint8)
-
-
-def require(fits: bool, found: str) -> None:
-    """Raise ValueError where what was found does not fit a coded chunk."""
-    if not fits:
-        raise ValueError(f"not a coded chunk: {found}; the file is damaged")

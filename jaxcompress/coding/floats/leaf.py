@@ -13,7 +13,7 @@ from jaxcompress.coding import chunked_stream, huffman_xla
 from jaxcompress.coding.floats import chunks as float_chunks
 from jaxcompress.coding.floats.bit_fields import SPLITS, words_of
 from jaxcompress.coding.floats.device_layout import lay_out, pick_up
-from jaxcompress.coding.tables import read_numbers, write_numbers
+from jaxcompress.coding.record import Record, write_numbers, write_stack
 from jaxcompress.coding.threads import in_order
 from jaxcompress.tree.leaf import Leaf, leaf, static
 
@@ -112,7 +112,7 @@ class CodedWords(Leaf):
             )
             for chunks in _chunks_of_slices(self)
         ]
-        head = write_numbers([len(lead) + 1, *lead, *map(len, made)])
+        head = write_numbers([*write_stack(lead), *map(len, made)])
         return {"stream": np.frombuffer(b"".join([head, *made]), np.uint8)}
 
     @classmethod
@@ -120,34 +120,26 @@ class CodedWords(Leaf):
         cls, arrays: dict[str, np.ndarray], static: dict[str, Any]
     ) -> "CodedWords":
         """Undo `stored`, given the static fields; ValueError if they do not fit."""
-        data = memoryview(np.ascontiguousarray(arrays["stream"], np.uint8)).cast("B")
+        data = Record(np.ascontiguousarray(arrays["stream"], np.uint8), "coded words")
         trailing = tuple(static["trailing"])
         kind, name = np.dtype(static["dtype"]), static["split"]
-        if name not in SPLITS or kind.kind != "u" or kind.itemsize > 4:
-            raise ValueError(f"not coded words: split {name!r} of {kind}")
-        fits = kind.itemsize * 8 == SPLITS[name].bits or kind.itemsize == 4
-        if not fits:
-            raise ValueError(f"not coded words: split {name!r} of {kind}")
-        head = bytes(data[: 1 << 16])
-        (axes,), at = read_numbers(head, 0, 1)
-        if not 0 < axes < 16:
-            raise ValueError(f"not coded words: {axes - 1} stack axes")
-        lead, at = read_numbers(head, at, axes - 1)
+        fits = name in SPLITS and kind.kind == "u" and kind.itemsize <= 4
+        fits = fits and (kind.itemsize * 8 == SPLITS[name].bits or kind.itemsize == 4)
+        data.require(fits, f"split {name!r} of {kind}")
+        lead = data.stack()
         slices, count = math.prod(lead), math.prod(trailing)
-        if slices > len(data):
-            raise ValueError(f"not coded words: {slices} slices in {len(data)} bytes")
-        sizes, at = read_numbers(bytes(data[: at + 10 * slices]), at, slices)
-        if at + sum(sizes) != len(data) or not slices * count:
-            raise ValueError(f"not coded words: {len(data)} bytes of {slices} slices")
+        data.require(slices <= len(data), f"{slices} slices")
+        sizes = data.numbers(slices)
+        fits = sum(sizes) == len(data) and slices * count > 0
+        data.require(fits, f"{len(data)} bytes of {slices} slices")
         found = []
         for size in sizes:
-            part = data[at : at + size]
+            part = data.take(size, "a slice")
             stream = chunked_stream.from_bytes(part, name, kind.itemsize, count)
-            if stream.width != static["width"]:
-                raise ValueError(f"not coded words: blocks of {stream.width} words")
+            fits = stream.width == static["width"]
+            data.require(fits, f"blocks of {stream.width} words")
             found.append(list(stream.chunks()))
-            at += size
-        return from_chunks(found, tuple(lead), trailing, kind, name)
+        return from_chunks(found, lead, trailing, kind, name)
 
 
 def code_words(

@@ -7,11 +7,14 @@ import numpy as np
 
 from jaxcompress.coding import rans
 from jaxcompress.coding.packing import packed_rows, packing_axis
-from jaxcompress.coding.tables import (
+from jaxcompress.coding.record import (
+    Record,
     fold_sign,
-    read_numbers,
+    lane_lengths,
     unfold_sign,
     write_numbers,
+    write_stack,
+    write_words,
 )
 
 
@@ -25,10 +28,9 @@ def write(coded: Any) -> bytes:
     differences less one, and their frequencies with that of the escape. Little endian.
     """
     lead, lanes = coded.states.shape[:-1], coded.states.shape[-1]
-    slices = math.prod(lead)
     contexts, width = coded.frequencies.shape[-2:]
     listed = coded.symbols is not None
-    head = [len(lead) + 1, *lead, lanes + 1, contexts, width, 1 + listed]
+    head = [*write_stack(lead), lanes + 1, contexts, width, 1 + listed]
     out = [write_numbers(head)]
     if coded.base is not None:
         base = np.asarray(coded.base).ravel().tolist()
@@ -45,15 +47,11 @@ def write(coded: Any) -> bytes:
             first = [fold_sign(int(number)) for number in values[:1]]
             sizes = np.append(row[:own][row[:own] > 0], row[own:])
             out.append(write_numbers([values.size, *first, *steps, *sizes.tolist()]))
-    offsets = np.asarray(coded.offsets).reshape(slices, lanes + 1)
-    lengths = np.diff(offsets)
-    wide = lengths.size and lengths.max() >= 1 << 16
-    out.append(bytes([4 if wide else 2]))
-    out.append(lengths.astype("<u4" if wide else "<u2").tobytes())
+    lengths, wide = lane_lengths(coded.offsets)
+    out.append(bytes([wide]))
+    out.append(lengths.astype(f"<u{wide}").tobytes())
     out.append(np.asarray(coded.states).astype("<u4").tobytes())
-    words = np.asarray(coded.words).reshape(slices, coded.words.shape[-1])
-    for row, last in zip(words, offsets[:, -1], strict=True):
-        out.append(row[:last].astype("<u2").tobytes())
+    out.append(write_words(coded.words, coded.offsets))
     return b"".join(out)
 
 
@@ -67,95 +65,93 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
       ValueError: arrays and static fields do not fit each other. (What fits and is
         wrong all the same, a checksum must find.)
     """
-    data = memoryview(np.ascontiguousarray(arrays["stream"], np.uint8))
+    data = Record(np.ascontiguousarray(arrays["stream"], np.uint8), "a coded array")
     trailing = tuple(static["trailing"])
     width, escape, low_bits = static["width"], static["escape"], static["low_bits"]
     fits = 0 <= width <= 8 and 0 <= low_bits <= 32 and 0 <= escape <= 2
-    _require(fits, f"{width} and {low_bits} bits, {escape} words")
-    (axes,), at = read_numbers(data, 0, 1)
-    _require(0 < axes < 16, f"{axes - 1} stack axes")
-    lead, at = read_numbers(data, at, axes - 1)
-    (lanes, contexts, columns, listed), at = read_numbers(data, at, 4)
+    data.require(fits, f"{width} and {low_bits} bits, {escape} words")
+    lead, most = data.stack(), len(data)
+    lanes, contexts, columns, listed = data.numbers(4)
     lanes -= 1
     slices = math.prod(lead)
-    _require(slices * contexts <= len(data), f"{slices} slices of {contexts} contexts")
-    _require(0 < contexts <= 256, f"{contexts} contexts")
-    _require(0 < columns <= rans.TOTAL, f"{columns} columns")
+    data.require(slices * contexts <= most, f"{slices} slices of {contexts} contexts")
+    data.require(0 < contexts <= 256, f"{contexts} contexts")
+    data.require(0 < columns <= rans.TOTAL, f"{columns} columns")
     rows = list(trailing)
     if width:
         axis = packing_axis(trailing, width)
         rows[axis] = packed_rows(width, rows[axis])
-    most = rans.count_lanes(math.prod(rows))
-    _require(0 <= lanes <= most, f"{lanes} lanes for {math.prod(rows)} symbols")
-    base, symbols = None, None
+    fits = 0 <= lanes <= rans.count_lanes(math.prod(rows))
+    data.require(fits, f"{lanes} lanes for {math.prod(rows)} symbols")
+    base = None
     if width:
-        base, at = read_numbers(data, at, slices)
-        base = [unfold_sign(number) for number in base]
-        _require(all(-(2**31) <= n < 2**31 for n in base), "a base past 32 bits")
-        base = np.array(base, np.int32)
+        numbers = [unfold_sign(number) for number in data.numbers(slices)]
+        data.require(all(-(2**31) <= n < 2**31 for n in numbers), "a base past 32 bits")
+        base = np.array(numbers, np.int32)
+    shape = slices, contexts, columns
+    escapes = bool(escape) if listed == 2 else None
+    frequencies, symbols = _read_tables(data, shape, escapes)
+    (size,) = data.take(1, "no lane lengths")
+    data.require(size in (2, 4), f"lane lengths of {size} bytes")
+    lengths = data.array(f"<u{size}", (slices, lanes), f"{lanes} lanes")
+    states = data.array("<u4", (slices, lanes), f"{lanes} lanes").astype(np.uint32)
+    found = {
+        **data.words(lengths),
+        "states": states,
+        "frequencies": frequencies,
+        "base": base,
+        "symbols": symbols,
+    }
+    stacked = {
+        name: None if x is None else x.reshape((*lead, *x.shape[1:]))
+        for name, x in found.items()
+    }
+    kept = _read_kept(data, arrays, lead, trailing, low_bits, contexts)
+    return {**stacked, **kept, **static, "trailing": trailing}
+
+
+def _read_tables(
+    data: Record, shape: tuple[int, int, int], escape: bool | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Frequencies `[slices, contexts, columns]`, and values of columns where listed.
+
+    `escape` says whether listed values have one; None where columns are the values.
+    """
+    slices, contexts, columns = shape
     tables, values = [], []  # one by one: damage ends it before they are many
     for _ in range(slices * contexts):
-        row, named = np.zeros((2, columns), np.int64)
-        if listed == 2:
-            at = _read_listed(data, at, named, row, bool(escape))
-            values.append(named.astype(np.int32))
+        sizes, named = np.zeros((2, columns), np.int64)
+        if escape is None:
+            sizes[:] = data.numbers(columns)
         else:
-            row[:], at = read_numbers(data, at, columns)
-        _require(row.sum() == rans.TOTAL, "tables off their sum")
-        tables.append(row.astype(np.uint16))
-    shape = slices, contexts, columns
-    frequencies = np.reshape(np.array(tables, np.uint16), shape)
-    if listed == 2:
-        symbols = np.reshape(np.array(values, np.int32), shape)
-    _require(at < len(data) and data[at] in (2, 4), "no lane lengths")
-    size, at = data[at], at + 1
-    count = slices * lanes
-    _require(
-        at + count * (size + 4) <= len(data), f"{lanes} lanes in {len(data)} bytes"
-    )
-    lengths = np.frombuffer(data, f"<u{size}", count, at).reshape(slices, lanes)
-    states = np.frombuffer(data, "<u4", count, at + count * size)
-    at += count * (size + 4)
-    offsets = np.zeros((slices, lanes + 1), np.int64)
-    np.cumsum(lengths, axis=1, out=offsets[:, 1:])
-    total = int(offsets[:, -1].sum())
-    _require(at + 2 * total == len(data), f"{len(data) - at} bytes of {total} words")
-    padded = np.zeros((slices, int(offsets[:, -1].max(initial=0))), np.uint16)
-    for row, last in zip(padded, offsets[:, -1], strict=True):
-        row[:last] = np.frombuffer(data, "<u2", int(last), at)
-        at += 2 * int(last)
-    return {
-        "words": _stacked(padded, lead),
-        "offsets": _stacked(offsets.astype(np.int32), lead),
-        "states": _stacked(states.astype(np.uint32).reshape(slices, lanes), lead),
-        "frequencies": _stacked(frequencies, lead),
-        "base": None if base is None else _stacked(base, lead),
-        "symbols": None if symbols is None else _stacked(symbols, lead),
-        **_beside(arrays, tuple(lead), trailing, low_bits, contexts),
-        **{**static, "trailing": trailing},
-    }
+            _read_listed(data, named, sizes, escape)
+            values.append(named.astype(np.int32))
+        data.require(sizes.sum() == rans.TOTAL, "tables off their sum")
+        tables.append(sizes.astype(np.uint16))
+    symbols = None if escape is None else np.reshape(np.array(values, np.int32), shape)
+    return np.reshape(np.array(tables, np.uint16), shape), symbols
 
 
 def _read_listed(
-    data: bytes, at: int, symbols: np.ndarray, sizes: np.ndarray, escape: bool
-) -> int:
-    (count,), at = read_numbers(data, at, 1)
-    _require(count + escape <= sizes.size, f"{count} listed values")
-    numbers, at = read_numbers(data, at, 2 * count + escape)
+    data: Record, symbols: np.ndarray, sizes: np.ndarray, escape: bool
+) -> None:
+    (count,) = data.numbers(1)
+    data.require(count + escape <= sizes.size, f"{count} listed values")
+    numbers = data.numbers(2 * count + escape)
     if count:
         steps = np.array([unfold_sign(numbers[0]), *numbers[1:count]], np.float64)
         values = np.cumsum(steps) + np.arange(count)
-        _require(np.abs(values).max() <= 2**31, "listed values past 32 bits")
+        data.require(np.abs(values).max() <= 2**31, "listed values past 32 bits")
         symbols[:count] = values.astype(np.int64).astype(np.int32)
     listed = np.array(numbers[count : 2 * count], np.float64)
-    _require((listed <= rans.TOTAL).all(), "a frequency past its table")
+    data.require((listed <= rans.TOTAL).all(), "a frequency past its table")
     sizes[:count] = listed
     if escape:
         sizes[-1] = min(numbers[-1], rans.TOTAL + 1)
-    return at
 
 
-def _beside(
+def _read_kept(
+    data: Record,
     arrays: dict[str, np.ndarray],
     lead: tuple[int, ...],
     trailing: tuple[int, ...],
@@ -164,30 +160,18 @@ def _beside(
 ) -> dict[str, np.ndarray | None]:
     """Return raw low bits and contexts, stored as they are."""
     low, contexts = arrays.get("low"), arrays.get("contexts")
-    _require((low is None) == (low_bits == 0), f"low bits for {low_bits} bits")
+    data.require((low is None) == (low_bits == 0), f"low bits for {low_bits} bits")
     if low is not None:
         shape = list(lead + trailing)
         axis = packing_axis(trailing, low_bits)
         shape[axis] = packed_rows(low_bits, shape[axis])
-        _require(low.shape == tuple(shape), f"low bits of shape {low.shape}")
-        _require(low.dtype == np.uint8, f"low bits of dtype {low.dtype}")
+        data.require(low.shape == tuple(shape), f"low bits of shape {low.shape}")
+        data.require(low.dtype == np.uint8, f"low bits of dtype {low.dtype}")
     if contexts is not None:
         fits = contexts.ndim == len(lead) + len(trailing) and all(
             have in (1, want)
             for have, want in zip(contexts.shape, lead + trailing, strict=True)
         )
-        _require(fits, f"contexts of shape {contexts.shape}")
-        _require(contexts.max(initial=0) < tables, "a context without a table")
-    return {
-        "low": low,
-        "contexts": contexts,
-    }
-
-
-def _stacked(x: np.ndarray, lead: list[int]) -> np.ndarray:
-    return x.reshape((*lead, *x.shape[1:]))
-
-
-def _require(fits: bool, found: str) -> None:
-    if not fits:
-        raise ValueError(f"not a coded array: {found}; the file is damaged")
+        data.require(fits, f"contexts of shape {contexts.shape}")
+        data.require(contexts.max(initial=0) < tables, "a context without a table")
+    return {"low": low, "contexts": contexts}

@@ -7,6 +7,7 @@ import numpy as np
 from jaxcompress.coding import tables
 from jaxcompress.coding.packing import field_widths, pack_fields, packing_axis
 from jaxcompress.coding.rans import count_lanes
+from jaxcompress.coding.record import write_numbers
 
 LANE_BITS = 34  # state and length, less what the state holds of the symbols
 Histogram = tuple[np.ndarray, np.ndarray]  # sorted values, their counts
@@ -139,7 +140,7 @@ def _bits(view: View, histograms: list[Histogram]) -> float:
         sizes = tables.normalize(counts)
         full = np.zeros(int(values.max(initial=0)) + 1, np.int64)
         full[values] = sizes
-        bits += tables.cost(counts, sizes) + 8 * len(tables.write_numbers(full))
+        bits += tables.cost(counts, sizes) + 8 * len(write_numbers(full))
     return bits + view.low_bits * view.numbers.size
 
 
