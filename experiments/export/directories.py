@@ -222,7 +222,8 @@ def unpacked_on_tpu(packed: Path, dense: Path) -> dict[str, Any]:
         inputs = int(parts["weight_shape"][1])
         scale = jnp.asarray(parts["weight_scale"].float().numpy())
         words = jnp.asarray(parts["weight_packed"].numpy())
-        codes, scale = unpack(words, scale, inputs)
+        with jax.numpy_rank_promotion("allow"):
+            codes, scale = unpack(words, scale, inputs)
         groups = jnp.repeat(scale, inputs // scale.shape[0], axis=0)
         weight = np.asarray(codes.astype(jnp.float32) * groups)
         differing += not np.array_equal(weight.T, wanted[f"{layer}.weight"].numpy())

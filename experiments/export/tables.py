@@ -15,6 +15,10 @@ def model(row: Row) -> str:
     return MODELS[row["model"]]
 
 
+def by_model(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: list(MODELS).index(row["model"]))
+
+
 def of_layers(row: Row) -> str:
     if row["format"].startswith("nvfp4"):
         return f"all by up to {row['largest_relative_difference']:.1e}"
@@ -52,7 +56,7 @@ COLUMNS: dict[str, Any] = {
     "in bfloat16": "{bfloat16_difference_to_dense:.2g}",
 }
 TABLES = {
-    "directories": Table("directories", "export.directories", COLUMNS),
+    "directories": Table("directories", "export.directories", COLUMNS, by_model),
     "gguf_files": Table(
         "gguf_files",
         "export.gguf_files --calibration 48",
@@ -69,5 +73,6 @@ TABLES = {
             "KL here": "{kl_ours:.5f}",
             "KL in llama.cpp": "{kl_llama_cpp:.5f}",
         },
+        by_model,
     ),
 }

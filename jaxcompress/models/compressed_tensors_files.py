@@ -17,8 +17,18 @@ from jaxcompress.models.kept_codes import symmetric_leaf
 from jaxcompress.models.packed_words import unpack_words
 from jaxcompress.quantization.grids import Quantized, Steps, quantized
 
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized")
+SUFFIXES = (
+    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    "weight_global_scale",
+)
+NVFP4 = "nvfp4-pack-quantized"
+# Formats, and the ways in which their scales are laid out.
+FORMATS = {
+    "pack-quantized": ("group", "channel"),
+    "int-quantized": ("group", "channel"),
+    "float-quantized": ("group", "channel"),
+    NVFP4: ("tensor_group",),
+}
 
 Fetch = Callable[[str], np.ndarray]
 
@@ -71,14 +81,15 @@ def find_codes(
         scheme = _scheme(module, settings, source)
         kind = scheme.get("format") or settings.get("format")
         weights = scheme["weights"]
-        known = kind in FORMATS and weights.get("strategy") in ("group", "channel")
+        known = weights.get("strategy") in FORMATS.get(kind, ())
         if not known or (
             kind == "pack-quantized" and weights["num_bits"] not in (4, 8)
         ):
             raise ValueError(
                 f"{source}: {module} is {kind} of {weights['num_bits']} bits, "
                 f"strategy {weights.get('strategy')}; read are {', '.join(FORMATS)} in "
-                "groups or per channel, pack-quantized with 4 or 8 bits"
+                "groups or per channel (nvfp4: tensor_group), pack-quantized with 4 or "
+                "8 bits"
             )
         schemes[module] = {**scheme, "format": kind}
     return Codes(schemes)
@@ -108,6 +119,8 @@ def read_leaf(
     module: str, scheme: Mapping[str, Any], fetch: Fetch, tensors: Any, dtype: Any
 ) -> Quantized:
     """The kernel `[inputs, outputs]` of one layer; `tensors` are the file's names."""
+    if scheme["format"] == NVFP4:
+        return _read_nvfp4(module, fetch, dtype)
     weights, scale = scheme["weights"], fetch(f"{module}.weight_scale")
     bits = weights["num_bits"]
     grouped = weights["strategy"] == "group"
@@ -148,6 +161,42 @@ def read_leaf(
         dtype=dtype,
         scale_dtype=scale.dtype,
     )
+
+
+def _read_nvfp4(module: str, fetch: Fetch, dtype: Any) -> Quantized:
+    """Codes of e2m1, and scales of e4m3 under the reciprocal of the stored divisor."""
+    pairs = fetch(f"{module}.weight_packed")
+    codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1)
+    divisor = fetch(f"{module}.weight_global_scale").astype(np.float32).reshape(1, 1)
+    scale = quantized(
+        np.ascontiguousarray(fetch(f"{module}.weight_scale").view(np.uint8).T),
+        Steps(_multiplier(divisor)),
+        grid="e4m3",
+        bits=8,
+        block="tensor",
+        dtype=np.float32,
+        scale_dtype=np.float32,
+    )
+    leaf = quantized(
+        np.ascontiguousarray(codes.T),
+        Steps(np.ones(scale.shape, np.float32)),
+        grid="e2m1",
+        bits=4,
+        block=16,
+        dtype=dtype,
+        scale_dtype=np.float32,
+    )
+    return dataclasses.replace(leaf, scale=scale)
+
+
+def _multiplier(divisor: np.ndarray) -> np.ndarray:
+    """The float32 number nearest to `1 / divisor` whose reciprocal it is."""
+    one = np.float32(1)
+    near = one / divisor
+    for number in (near, np.nextafter(near, 0 * one), np.nextafter(near, 2 * near)):
+        if one / number == divisor:
+            return number
+    return near
 
 
 def raw_tensor(path: Any, name: str) -> np.ndarray:

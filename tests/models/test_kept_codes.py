@@ -115,6 +115,24 @@ def test_compressed_tensors_round_trip_keeps_every_bit(method, activations, tmp_
     assert files[0] == files[1]
 
 
+def test_nvfp4_comes_back_to_the_last_place_of_its_divisor(tmp_path):
+    small = small_params("nvfp4()")
+    compressed_tensors(tmp_path / "a", MODEL, small)
+    _, again, _ = load(tmp_path / "a", keep_quantized=True)
+    assert jax.tree.structure(again) == jax.tree.structure(small)
+    names = [
+        jax.tree_util.keystr(x) for x, _ in jax.tree_util.tree_leaves_with_path(small)
+    ]
+    pairs = zip(names, *map(jax.tree.leaves, (again, small)), strict=True)
+    for name, x, y in pairs:
+        assert x.dtype == y.dtype
+        rtol = 2**-23 if "scale.scale" in name else 0
+        np.testing.assert_allclose(x, y, rtol=rtol)
+    compressed_tensors(tmp_path / "b", MODEL, again)
+    files = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
+    assert files[0] == files[1]
+
+
 def test_mixed_schemes_come_back(tmp_path):
     small = jc.compress(
         dense_params(),
