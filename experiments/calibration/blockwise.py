@@ -8,16 +8,15 @@ peak is that of this work:
 """
 
 import dataclasses
-import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import commit, parse
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.timing import Clock
 from jaxcompress import reporting
 from jaxcompress.models.bundled_text import heldout_text
 
@@ -34,7 +33,7 @@ class Config:
     results: str = "experiments/calibration/results/blockwise.jsonl"
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> list[dict[str, Any]]:
     """Seconds, peak bytes of the process, and the errors that were reported."""
     if config.fast:
         config = dataclasses.replace(config, calibration=1, store="")
@@ -47,7 +46,7 @@ def run(config: Config) -> dict[str, Any]:
     ids = np.array(tokenizer.encode(text[: 8 * count])[:count])
     batches = list(ids.reshape(-1, min(4, config.calibration), config.tokens))
     before = reporting.peak_memory()
-    wall, processor = time.perf_counter(), time.process_time()
+    clock = Clock()
     report = []
     small = jc.compress_blockwise(
         model,
@@ -59,24 +58,22 @@ def run(config: Config) -> dict[str, Any]:
         progress=True,
     )
     errors = [row.output_error for row in report if row.output_error is not None]
-    return {
-        "experiment": "blockwise",
+    results = Results(config, experiment="blockwise")
+    row = {
         "model": Path(config.model).name or "reference",
         "recipe": config.recipe,
         "calibration_tokens": count,
-        "seconds": time.perf_counter() - wall,
-        "processor_seconds": time.process_time() - processor,
+        "seconds": clock.seconds,
+        "processor_seconds": clock.processor_seconds,
         "peak_bytes": reporting.peak_memory(),
         "peak_bytes_before": before,
         "layers": len(errors),
         "mean_output_error": float(np.mean(errors)),
         "result_bytes": jc.nbytes(small),
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "device": jax.devices()[0].device_kind,
     }
+    results.add(row)
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    reporting.append_lines(config.results, [run(config)])
+    run(parse(Config, __doc__))

@@ -11,8 +11,7 @@ bit for bit.
 
 import contextlib
 import dataclasses
-import json
-import time
+import functools
 from typing import Any
 
 import jax
@@ -20,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
-from jaxcompress.reporting import append_lines
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.timing import Clock, interleaved
 
 RECIPES = {
     "as they are": None,
@@ -48,7 +48,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     size = sum(x.size for x in jax.tree.leaves(params))
     tokens = jnp.arange(config.tokens, dtype=jnp.int32)[None] % 512
-    rows, wanted = [], None
+    results = Results(config, experiment="coded_forward")
+    wanted = None
     for name, recipe in RECIPES.items():
         held = params if recipe is None else jc.compress(params, recipe)
         for streamed in (False, True) if recipe else (False,):
@@ -58,38 +59,31 @@ def run(config: Config) -> list[dict[str, Any]]:
                 with context():
                     return model.apply({"params": held}, tokens)
 
-            start = time.perf_counter()
+            clock = Clock()
             compiled = jax.jit(forward).lower(held, tokens).compile()
-            compilation = time.perf_counter() - start
+            compilation = clock.seconds
             logits = np.asarray(compiled(held, tokens))
             wanted = logits if wanted is None else wanted
             if logits.tobytes() != wanted.tobytes():
                 raise ValueError(f"{name}: other logits than those of the weights")
-            spent = []
-            for _ in range(config.rounds):
-                start = time.perf_counter()
-                jax.block_until_ready(compiled(held, tokens))
-                spent.append(time.perf_counter() - start)
+            call = functools.partial(compiled, held, tokens)
+            spent = interleaved([call], config.rounds, warm=False)[:, 0, 0]
             memory = compiled.memory_analysis()
-            rows.append(
+            results.add(
                 {
-                    "experiment": "coded_forward",
                     "model": config.model.rsplit("/", 1)[-1],
                     "weights": name,
                     "streaming": streamed,
                     "tokens": config.tokens,
                     "bits_per_weight": 8 * jc.nbytes(held) / size,
                     "milliseconds": 1e3 * float(np.median(spent)),
-                    "milliseconds_best": 1e3 * min(spent),
+                    "milliseconds_best": 1e3 * spent.min(),
                     "temporary_mb": memory.temp_size_in_bytes / 1e6,
                     "compile_seconds": compilation,
-                    **about(),
                 }
             )
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

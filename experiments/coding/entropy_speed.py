@@ -10,7 +10,6 @@ alike; processor seconds, best of the rounds. Encoding is on the host, decoding 
 import dataclasses
 import importlib.util
 import lzma
-import time
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.common.command import parse
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.timing import timed
 from jaxcompress.coding import code_floats, entropy_code
 from jaxcompress.coding.integers.leaf import stored_bytes
-from jaxcompress.reporting import append_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Config:
     columns: int = 2048
     rounds: int = 5
     fast: bool = False  # 512 rows, two rounds
-    results: str = "experiments/results/entropy_speed.jsonl"
+    results: str = "experiments/coding/results/entropy_speed.jsonl"
 
 
 def arrays(rows: int, columns: int) -> dict[str, np.ndarray]:
@@ -66,20 +66,14 @@ def ours(array: np.ndarray) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """Encode, and decode what that gave."""
     method = code_floats if array.dtype == jax.numpy.bfloat16 else entropy_code
     decode = jax.jit(lambda leaf: leaf.materialize())
-    return lambda: method(array), lambda leaf: jax.block_until_ready(decode(leaf))
-
-
-def seconds(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What a function gives, and the processor time it takes."""
-    start = time.process_time()
-    return function(), time.process_time() - start
+    return lambda: method(array), decode
 
 
 def run(config: Config) -> list[dict[str, Any]]:
     """One row per array and coder: bits per number, megabytes of numbers per second."""
     if config.fast:
         config = dataclasses.replace(config, rows=512, rounds=2)
-    rows = []
+    results = Results(config)
     for name, array in arrays(config.rows, config.columns).items():
         data = array.tobytes()
         encode, decode = ours(array)
@@ -91,16 +85,16 @@ def run(config: Config) -> list[dict[str, Any]]:
         decode(encode())  # compiles
         for _ in range(config.rounds):
             for coder, (forth, back) in coders.items():
-                coded, spent = seconds(forth)
+                coded, _, spent = timed(forth)
                 best[coder][0] = min(best[coder][0], spent)
-                result, spent = seconds(lambda back=back, coded=coded: back(coded))
+                result, _, spent = timed(lambda back=back, coded=coded: back(coded))
                 best[coder][1] = min(best[coder][1], spent)
                 same = result if coder != "ours" else np.asarray(result).tobytes()
                 if same != data:
                     raise ValueError(f"{coder} did not give {name} back")
                 sizes[coder] = stored_bytes(coded) if coder == "ours" else len(coded)
         for coder, (forth, back) in best.items():
-            rows.append(
+            results.add(
                 {
                     "array": name,
                     "coder": coder,
@@ -110,28 +104,10 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "encode_ratio": best["ours"][0] / max(forth, 1e-9),
                     "decode_ratio": best["ours"][1] / max(back, 1e-9),
                     "numbers": array.size,
-                    "versions": {"jax": jax.__version__, "numpy": np.__version__},
-                    "device": jax.devices()[0].device_kind,
                 }
             )
-    return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """The table of the rows."""
-    print("ratios: our processor seconds over the peer's, below 1 is faster")
-    print(
-        f"{'array':16}{'coder':8}{'bits':>8}{'encode MB/s (ratio)':>22}{'decode':>18}"
-    )
-    for row in rows:
-        encode = f"{row['encode_mb_s']:.0f} ({row['encode_ratio']:.2f})"
-        decode = f"{row['decode_mb_s']:.0f} ({row['decode_ratio']:.2f})"
-        line = f"{row['array']:16}{row['coder']:8}{row['bits']:8.3f}"
-        print(f"{line}{encode:>22}{decode:>18}")
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    rows = run(config)
-    show(rows)
-    append_lines(config.results, rows)
+    run(parse(Config, __doc__))

@@ -16,14 +16,11 @@ keeps what it was given back, as other coders in the process, or a setting, make
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +31,12 @@ from safetensors.numpy import load_file
 
 import jaxcompress as jc
 from experiments.coding.other_coders import Coder, peers, programs
-from experiments.common.command import parse
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.timing import timed
 from jaxcompress.coding import array_codecs, chunked_stream, code_floats
 from jaxcompress.coding.floats import chunks as float_chunks
 from jaxcompress.coding.threads import in_order
-from jaxcompress.reporting import append_lines
 from jaxcompress.storage import save
 
 KINDS = ("bfloat16", "float16", "float32")
@@ -143,13 +141,6 @@ def one_core(wanted: bool) -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What a function gives, the processor seconds it takes, and those that pass."""
-    start, passed = time.process_time(), time.perf_counter()
-    found = function()
-    return found, time.process_time() - start, time.perf_counter() - passed
-
-
 def file_bits(tensors: dict[str, np.ndarray], fast: bool = False) -> float:
     """Bits per weight of the file that `save` writes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +151,7 @@ def file_bits(tensors: dict[str, np.ndarray], fast: bool = False) -> float:
 
 def only_sizes(config: Config, source: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Bits per weight alone: one row per kind and coder."""
-    rows = []
+    results = Results(config, experiment="lossless_sizes")
     for kind in config.kinds.split(","):
         tensors = {name: x.astype(jnp.dtype(kind)) for name, x in source.items()}
         data = b"".join(x.tobytes() for x in tensors.values())
@@ -171,9 +162,9 @@ def only_sizes(config: Config, source: dict[str, np.ndarray]) -> list[dict[str, 
         for name, (encode, _, size) in peers(data, kind).items():
             found[name] = 8 * size(encode(bytearray(data))) / count
         found |= {name: row[0] for name, row in programs(tensors).items()}
-        rows += [{"kind": kind, "coder": k, "file_bits": x} for k, x in found.items()]
-        print(json.dumps(found), flush=True)
-    return rows
+        for name, bits in found.items():
+            results.add({"kind": kind, "coder": name, "file_bits": bits})
+    return results.rows
 
 
 def stacked(tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -198,7 +189,7 @@ def in_xla(tensors: dict[str, np.ndarray], rounds: int, fast: bool) -> dict[str,
     for _ in range(rounds):
         total = 0.0
         for leaf, x in zip(coded, dense, strict=True):
-            _, seconds, _ = timed(lambda leaf=leaf: jax.block_until_ready(decode(leaf)))
+            _, _, seconds = timed(lambda leaf=leaf: decode(leaf))
             total += seconds
             best = each.get(x.shape, math.inf)
             each[x.shape] = min(best, seconds / x.nbytes)
@@ -219,18 +210,25 @@ def in_xla(tensors: dict[str, np.ndarray], rounds: int, fast: bool) -> dict[str,
 def run(config: Config) -> list[dict[str, Any]]:
     """One row per kind and coder."""
     with one_core(config.threads == 1):
-        return rows_of(config)
+        return measure(config)
 
 
-def rows_of(config: Config) -> list[dict[str, Any]]:
+def measure(config: Config) -> list[dict[str, Any]]:
+    """Code and decode by every coder in turn, for some rounds."""
     if config.fast:
         config = dataclasses.replace(config, model="", rounds=2, kinds="bfloat16")
     source = weights(config)
     if config.sizes:
-        return [
-            row | {"experiment": "lossless_sizes"} for row in only_sizes(config, source)
-        ]
-    rows = []
+        return only_sizes(config, source)
+    results = Results(
+        config,
+        experiment="lossless",
+        weights=sum(x.size for x in source.values()),
+        rounds=config.rounds,
+        threads=config.threads,
+        only=config.only,
+        memory_kept=bool(os.environ.get("MALLOC_TRIM_THRESHOLD_")),
+    )
     for kind in config.kinds.split(","):
         tensors = {name: x.astype(jnp.dtype(kind)) for name, x in source.items()}
         data = b"".join(x.tobytes() for x in tensors.values())
@@ -251,34 +249,32 @@ def rows_of(config: Config) -> list[dict[str, Any]]:
                 coded, *forth = timed(lambda encode=encode, given=given: encode(given))
                 back, *hence = timed(lambda decode=decode, coded=coded: decode(coded))
                 for way, times in enumerate((forth, hence)):
-                    spent[name][way].append(times[0])
-                    passed[name][way].append(times[1])
+                    passed[name][way].append(times[0])
+                    spent[name][way].append(times[1])
                 sizes[name] = size(coded)
                 if number == 0 and _bytes(back) != data:
                     raise ValueError(f"{name} did not give {kind} back")
                 del coded, back
         base = np.array(spent.get("ZipNN", spent["ours"]))
         for name, (forth, back) in spent.items():
-            rows.append(
-                {
-                    "kind": kind,
-                    "coder": name,
-                    "bits": 8 * sizes[name] / count,
-                    **_speeds("encode", len(data), forth, base[0]),
-                    **_speeds("decode", len(data), back, base[1]),
-                    "encode_passed_mb_s": len(data) / np.median(passed[name][0]) / 1e6,
-                    "decode_passed_mb_s": len(data) / np.median(passed[name][1]) / 1e6,
-                }
-            )
+            row = {
+                "kind": kind,
+                "coder": name,
+                "bits": 8 * sizes[name] / count,
+                **_speeds("encode", len(data), forth, base[0]),
+                **_speeds("decode", len(data), back, base[1]),
+                "encode_passed_mb_s": len(data) / np.median(passed[name][0]) / 1e6,
+                "decode_passed_mb_s": len(data) / np.median(passed[name][1]) / 1e6,
+            }
             if name.startswith("ours") and config.threads == 1:
                 fast = name != "ours"
-                rows[-1]["file_bits"] = file_bits(tensors, fast)
-                rows[-1] |= in_xla(tensors, config.rounds, fast)
-            print(json.dumps(rows[-1]), flush=True)
+                row["file_bits"] = file_bits(tensors, fast)
+                row |= in_xla(tensors, config.rounds, fast)
+            results.add(row)
         for name, (bits, forth, back) in programs(tensors).items():
             if config.only and name not in only:
                 continue
-            rows.append(
+            results.add(
                 {
                     "kind": kind,
                     "coder": name,
@@ -287,19 +283,7 @@ def rows_of(config: Config) -> list[dict[str, Any]]:
                     **_speeds("decode", len(data), [back], np.median(base[1])),
                 }
             )
-            print(json.dumps(rows[-1]), flush=True)
-    about = {
-        "experiment": "lossless",
-        "weights": count,
-        "rounds": config.rounds,
-        "threads": config.threads,
-        "jax": metadata.version("jax"),
-        "device": jax.devices()[0].device_kind,
-        "only": config.only,
-        "memory_kept": bool(os.environ.get("MALLOC_TRIM_THRESHOLD_")),
-        "machine": "two cores shared with other work",
-    }
-    return [row | about for row in rows]
+    return results.rows
 
 
 def _bytes(back: Any) -> bytes:
@@ -322,5 +306,4 @@ def _speeds(
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

@@ -11,10 +11,8 @@ by itself, and behind `entropy_code` and `code_floats`. With `--rates`, the leve
 """
 
 import dataclasses
-import json
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
+from experiments.common.config import parse
+from experiments.common.results import Results
 from jaxcompress.coding import code_floats, entropy_code, pack_bits
-from jaxcompress.reporting import append_lines, track
+from jaxcompress.reporting import track
 from jaxcompress.tree.paths import roots
 
 
@@ -105,7 +104,7 @@ def entropies(parts: dict[str, dict[str, np.ndarray]], window: int) -> float:
 def run(config: Config) -> list[dict[str, Any]]:
     """One row per way to quantize."""
     given = tensors(config)
-    rows = []
+    results = Results(config, experiment="lossless_codes")
     for kind in ("8 bits per channel", "4 bits, blocks of 128", "one step per tensor"):
         some = {
             name: x
@@ -134,9 +133,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             float(((_dense(parts[name], x) - x) ** 2).sum()) for name, x in some.items()
         )
         power = sum(float((x**2).sum()) for x in some.values())
-        rows.append(
+        results.add(
             {
-                "experiment": "lossless_codes",
                 "model": Path(config.model).name,
                 "layers": config.layers,
                 "kind": kind,
@@ -149,13 +147,11 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "entropy_by_tensor": entropies(parts, 1 << 40),
                 "entropy_by_window_of_16384": entropies(parts, 1 << 14),
                 "encode_mb_s": count / seconds / 1e6,
-                "jax": metadata.version("jax"),
-                "machine": "two cores shared with other work",
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
-    rows += [levels_row(config, given, rate) for rate in filter(None, config.rates)]
-    return rows
+    for rate in filter(None, config.rates):
+        results.add(levels_row(config, given, rate))
+    return results.rows
 
 
 def levels_row(
@@ -176,8 +172,7 @@ def levels_row(
     count = sum(x.size for x in given.values())
     power = sum(float((x**2).sum()) for x in given.values())
     codes = {name: leaf.levels for name, leaf in found.items()}
-    row = {
-        "experiment": "lossless_codes",
+    return {
         "model": Path(config.model).name,
         "layers": config.layers,
         "kind": f"rate_distortion(rate={rate})",
@@ -188,10 +183,7 @@ def levels_row(
         "bits_entropy_coded": 8 * file_bytes(found, coded=True) / count,
         "bits_of_codes_alone": 8 * file_bytes(codes, coded=True) / count,
         "quantize_mb_s": count / seconds / 1e6,
-        **about(),
     }
-    print(json.dumps(row), flush=True)
-    return row
 
 
 def _dense(part: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
@@ -202,5 +194,4 @@ def _dense(part: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

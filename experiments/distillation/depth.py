@@ -12,7 +12,6 @@ A row that is interrupted resumes from its folder.
 
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ import jax
 import optax
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
-from experiments.common.library_text import batch_at, training_tokens
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import batch_at, training_tokens
 from jaxcompress import distillation, reporting
 from jaxcompress.evaluation import Apply, windows
 from jaxcompress.models.bundled_text import heldout_text
@@ -106,16 +106,15 @@ def run(config: Config) -> list[dict[str, Any]]:
     heldout = windows(
         ids, 256, 4, token_bytes=tokenizer.token_bytes(ids), limit=config.windows
     )
-    setting = {
-        "layers": student.layers,
-        "weights": reporting.weight_count(start),
-        "teacher_weights": reporting.weight_count(params),
-        "tokens_per_step": config.batch * config.tokens,
-        "seed": config.seed,
-        "rate": config.rate,
-        **about(),
-    }
-    rows: list[dict[str, Any]] = []
+    results = Results(
+        config,
+        layers=student.layers,
+        weights=reporting.weight_count(start),
+        teacher_weights=reporting.weight_count(params),
+        tokens_per_step=config.batch * config.tokens,
+        seed=config.seed,
+        rate=config.rate,
+    )
 
     def add(name: str, small: Any, steps: int, seconds: float) -> None:
         report = jc.compare(
@@ -133,11 +132,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             "heldout_tokens": report.tokens,
             "processor_seconds": seconds,
         }
-        rows.append(row | setting)
-        print(json.dumps(row), flush=True)
-        if config.results:
-            Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-            reporting.append_lines(config.results, rows[-1:])
+        results.add(row)
 
     add("before training", start, 0, 0.0)
     for row in config.rows.split(","):
@@ -166,7 +161,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
         jax.block_until_ready(state)
         add(row, state.params, config.steps, time.process_time() - clock)
-    return rows
+    return results.rows
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ teacher's divergence says how far it strays. One JSON line per row:
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
-from experiments.common.library_text import batch_at, training_tokens
-from jaxcompress import distillation, reporting
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import batch_at, training_tokens
+from jaxcompress import distillation
 from jaxcompress.evaluation import Apply, windows
 from jaxcompress.models.bundled_text import heldout_text
 
@@ -88,7 +88,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
         return distillation.mean(values, mask[:, 1:])
 
-    rows: list[dict[str, Any]] = []
+    results = Results(config)
 
     def add(name: str, small: Any, steps: int, seconds: float) -> None:
         report = jc.compare(teach, params, small, heldout, small_apply_fn=learn)
@@ -106,13 +106,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             "processor_seconds": seconds,
             "warmup_steps": config.warmup,
             "seed": config.seed,
-            **about(),
         }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if config.results:
-            Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-            reporting.append_lines(config.results, rows[-1:])
+        results.add(row)
 
     def train(
         name: str,
@@ -155,7 +150,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             name, warm, config.warmup, config.steps, config.later_rate, ratio, soft
         )
         add(name, small, config.steps, seconds)
-    return rows
+    return results.rows
 
 
 if __name__ == "__main__":

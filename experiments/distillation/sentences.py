@@ -12,10 +12,8 @@ Without a text: docstrings of the standard library.
 
 import dataclasses
 import functools
-import json
 import re
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,9 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from experiments.common.command import commit, parse
-from experiments.quantization.nearest import docstrings
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import docstrings
 from jaxcompress import distillation, models, reporting
 
 HIDDEN = "layers/hidden"
@@ -123,7 +122,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         np.fill_diagonal(likeness, -np.inf)
         return likeness.argmax(axis=1)
 
-    rows: list[dict[str, Any]] = []
+    results = Results(config)
 
     def add(name: str, small: Any, steps: int, seconds: float) -> None:
         mine = embeddings(student, small)
@@ -144,16 +143,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             "tokens": config.tokens,
             "seed": config.seed,
             "processor_seconds": seconds,
-            "commit": commit(),
-            "jax": metadata.version("jax"),
-            "device": jax.devices()[0].device_kind,
-            "shared": True,
         }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if config.results:
-            Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-            reporting.append_lines(config.results, rows[-1:])
+        results.add(row)
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((config.seed, step))
@@ -189,7 +180,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         report=say,
     )
     add("distilled", state.params, config.steps, time.process_time() - clock)
-    return rows
+    return results.rows
 
 
 if __name__ == "__main__":

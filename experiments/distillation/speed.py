@@ -9,7 +9,6 @@ two fake ones, and how far their losses are apart. One JSON line per row:
 """
 
 import dataclasses
-import json
 import os
 import time
 from typing import Any
@@ -22,11 +21,12 @@ import optax
 from jax.sharding import AxisType
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
-from experiments.common.library_text import batch_at, training_tokens
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import batch_at, training_tokens
 from experiments.distillation.depth import Config as DepthConfig
 from experiments.distillation.depth import objective
-from jaxcompress import distillation, reporting
+from jaxcompress import distillation
 from jaxcompress.evaluation import Apply
 
 KINDS = ("hard", "soft", "cached", "soft+hidden", "soft+hidden+attention")
@@ -78,23 +78,22 @@ def run(config: Config) -> list[dict[str, Any]]:
             jax.block_until_ready(states[kind])
             if turn:
                 times[kind].append(time.process_time() - clock)
-    setting = {
-        "tokens_per_step": config.batch * config.tokens,
-        "student_layers": student.layers,
-        "teacher_layers": teacher.layers,
-        **about(),
-    }
-    rows = [
-        {
-            "row": kind,
-            "processor_seconds": float(np.median(times[kind])),
-            "ratio": float(
-                np.median(np.array(times[kind]) / np.array(times[kinds[0]]))
-            ),
-            "rounds": config.rounds,
-        }
-        for kind in kinds
-    ]
+    results = Results(
+        config,
+        tokens_per_step=config.batch * config.tokens,
+        student_layers=student.layers,
+        teacher_layers=teacher.layers,
+    )
+    labels = np.array(times[kinds[0]])
+    for kind in kinds:
+        results.add(
+            {
+                "row": kind,
+                "processor_seconds": float(np.median(times[kind])),
+                "ratio": float(np.median(np.array(times[kind]) / labels)),
+                "rounds": config.rounds,
+            }
+        )
     loss = objective("soft", DepthConfig(), student, teacher, params)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     one = distillation.init_state(start, optimizer, key=jax.random.key(0))
@@ -113,19 +112,15 @@ def run(config: Config) -> list[dict[str, Any]]:
             jax.block_until_ready(two)
             first, second = float(first["loss"]), float(second["loss"])
             apart.append(abs(second - first) / first)
-        rows.append(
+        results.add(
             {
                 "row": f"one device against two, parameters {name}",
                 "steps": config.steps,
                 "largest_relative_difference_of_losses": max(apart),
             }
         )
-    rows = [row | setting for row in rows]
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    return rows
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    reporting.append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

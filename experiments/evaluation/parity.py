@@ -7,30 +7,28 @@ both on the same windows of tokens from the end of a text. Needs torch, transfor
     python -m experiments.evaluation.parity SmolLM2.gguf text.txt
 """
 
-import argparse
 import dataclasses
 import functools
-import json
-import subprocess
 import tempfile
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress import tokenization
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import split
 from jaxcompress.export import huggingface
 from jaxcompress.models.loading import load
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model: str
-    text: str
+    model: str = "reference"
+    text: str = ""
     fraction: float = 0.2  # of the text, counted from its end
     windows: int = 16
     tokens: int = 512  # in a window
@@ -43,8 +41,8 @@ def text_windows(tokenizer: Any, config: Config) -> np.ndarray:
 
     Each window begins with the tokenizer's begin mark, where its model expects one.
     """
-    text = tokenization.read_text(config.text)
-    last = text[int(len(text) * (1 - config.fraction)) :]
+    parts = split(config.text, also="", fraction=config.fraction)
+    (last,) = parts.measured.values()
     wanted = config.windows * config.tokens
     ids = np.asarray(tokenizer.encode(last), np.int32)
     if len(ids) < config.tokens:
@@ -87,7 +85,7 @@ def in_transformers(model, params, tokenizer) -> Any:
         ).eval()
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> list[dict[str, Any]]:
     """Both perplexities and how far they, and single losses, are apart."""
     start = time.perf_counter()
     if config.fast:
@@ -99,8 +97,7 @@ def run(config: Config) -> dict[str, Any]:
     theirs = np.concatenate([torch_losses(reference, w[None]) for w in windows])
     perplexity = float(np.exp(ours.mean(dtype=np.float64)))
     wanted = float(np.exp(theirs.mean(dtype=np.float64)))
-    result = {
-        "experiment": "smollm2_parity",
+    row = {
         "windows": len(windows),
         "tokens": config.tokens,
         "perplexity": perplexity,
@@ -109,38 +106,15 @@ def run(config: Config) -> dict[str, Any]:
         "largest_loss_difference": float(np.abs(ours - theirs).max()),
         "seconds": time.perf_counter() - start,
     }
-    return record(result, config.results)
+    results = Results(config, experiment="smollm2_parity", **peer_versions())
+    results.add(row)
+    return results.rows
 
 
-def record(result: dict[str, Any], path: str) -> dict[str, Any]:
-    """Append a result, with what it was measured on, as one line of JSON."""
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    packages = ("jax", "flax", "torch", "transformers")
-    result |= {
-        "commit": done.stdout.strip(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: metadata.version(name) for name in packages},
-    }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
-    return result
-
-
-def parse(config_type: type, description: str) -> Any:
-    """A configuration from the command line: fields without a default come first."""
-    parser = argparse.ArgumentParser(description=description.split("\n")[0])
-    for field in dataclasses.fields(config_type):
-        if field.default is dataclasses.MISSING:
-            parser.add_argument(field.name)
-        elif isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            kind = type(field.default)
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default)
-    return config_type(**vars(parser.parse_args()))
+def peer_versions() -> dict[str, str]:
+    """Return the versions of PyTorch and transformers."""
+    return {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(parse(Config, __doc__)), indent=2))
+    run(parse(Config, __doc__))

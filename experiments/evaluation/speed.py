@@ -9,18 +9,18 @@ rounds' ratios. Needs torch and transformers:
 """
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.timing import timed
 from experiments.evaluation.parity import (
     in_transformers,
-    parse,
-    record,
+    peer_versions,
     text_windows,
     torch_losses,
     window_losses,
@@ -30,8 +30,8 @@ from jaxcompress.models.loading import load
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model: str
-    text: str
+    model: str = "reference"
+    text: str = ""
     fraction: float = 0.2  # of the text, counted from its end
     windows: int = 8  # rounds: one window in each
     tokens: int = 512  # in a window
@@ -41,14 +41,7 @@ class Config:
     results: str = "experiments/evaluation/results/speed.jsonl"
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and processor seconds of a call."""
-    wall, processor = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> list[dict[str, Any]]:
     """Seconds per batch of windows of both, and their ratios."""
     import torch
 
@@ -68,12 +61,11 @@ def run(config: Config) -> dict[str, Any]:
     difference = np.abs(first - torch_losses(reference, windows[0])).max()
     rounds = []
     for window in windows:
-        mine = timed(lambda window=window: ours(window))
-        theirs = timed(lambda window=window: torch_losses(reference, window))
+        _, *mine = timed(lambda window=window: ours(window))
+        _, *theirs = timed(lambda window=window: torch_losses(reference, window))
         rounds.append((*mine, *theirs))
     wall, processor, their_wall, their_processor = np.array(rounds).T
-    result = {
-        "experiment": "evaluation_speed",
+    row = {
         "scan": config.scan,
         "batch": config.batch,
         "tokens": config.tokens,
@@ -88,8 +80,10 @@ def run(config: Config) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "seconds_in_all": time.perf_counter() - start,
     }
-    return record(result, config.results)
+    results = Results(config, experiment="evaluation_speed", **peer_versions())
+    results.add(row)
+    return results.rows
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(parse(Config, __doc__)), indent=2))
+    run(parse(Config, __doc__))

@@ -33,8 +33,8 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from safetensors import safe_open
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
-from jaxcompress import reporting
+from experiments.common.config import parse
+from experiments.common.results import Results
 from jaxcompress.models.bundled_text import heldout_text
 
 KERNELS = "layer_.*/kernel"
@@ -72,7 +72,12 @@ def run(config: Config) -> list[dict[str, Any]]:
     ids = np.asarray(tokenizer.encode(text[: 60 * config.tokens]), np.int32)
     tokens, *calibration = ids[: 9 * config.tokens].reshape(-1, 1, config.tokens)
     names = [name for name in ROWS if config.only in name]
-    rows = []
+    packages = ("compressed-tensors", "transformers", "torch")
+    results = Results(
+        config,
+        model=Path(config.model).name,
+        readers={x: metadata.version(x) for x in packages},
+    )
     for name in names[:2] if config.fast else names:
         method, activations = ROWS[name]
         moments = (
@@ -86,15 +91,9 @@ def run(config: Config) -> list[dict[str, Any]]:
             found = compare(
                 Path(folder), model, small, tokenizer, tokens, activations=activations
             )
-        row = {"model": Path(config.model).name, "row": name, "method": method}
-        row |= {"tokens": config.tokens, **found}
-        packages = ("compressed-tensors", "transformers", "torch")
-        row |= {"seconds": time.perf_counter() - clock, **about()}
-        row["readers"] = {x: metadata.version(x) for x in packages}
-        print(json.dumps(row), flush=True)
-        reporting.append_lines(config.results, [row])
-        rows.append(row)
-    return rows
+        row = {"row": name, "method": method, "tokens": config.tokens, **found}
+        results.add({**row, "seconds": time.perf_counter() - clock})
+    return results.rows
 
 
 def compare(

@@ -11,7 +11,6 @@ those of our dequantized weights differ by that. Needs the `readers` extra:
 import contextlib
 import ctypes
 import dataclasses
-import json
 import os
 import tempfile
 import time
@@ -27,8 +26,8 @@ import llama_cpp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
-from jaxcompress import reporting
+from experiments.common.config import parse
+from experiments.common.results import Results
 from jaxcompress.export.named_leaves import dense_tensor
 from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.tree.paths import roots
@@ -74,12 +73,17 @@ def run(config: Config) -> list[dict[str, Any]]:
     calibration, held = windows(text, tokenizer, config)
     names = [x for x in ROWS if x == "F32" or config.only in x]
     names = [x for x in names if x in FAST or not config.fast]
-    rows, moments = [], None
+    packages, moments = ("gguf", "llama_cpp_python"), None
+    results = Results(
+        config,
+        model=Path(config.model).name,
+        readers={x: metadata.version(x) for x in packages},
+    )
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "F32.gguf"
         for name in names:
             path, clock = Path(folder) / f"{name}.gguf", time.perf_counter()
-            row: dict[str, Any] = {"model": Path(config.model).name, "row": name}
+            row: dict[str, Any] = {"row": name}
             if "llama.cpp" in name:
                 quantize_there(start, path, name.split()[0])
                 small = read_back(path, model, params)
@@ -101,15 +105,10 @@ def run(config: Config) -> list[dict[str, Any]]:
                 )
             row |= scores(model, jc.materialize(small), there, held, dense)
             there.close()
-            row |= {"seconds": time.perf_counter() - clock, **about()}
-            packages = ("gguf", "llama_cpp_python")
-            row["readers"] = {x: metadata.version(x) for x in packages}
-            print(json.dumps(row), flush=True)
-            reporting.append_lines(config.results, [row])
-            rows.append(row)
+            results.add({**row, "seconds": time.perf_counter() - clock})
             if name != "F32":
                 path.unlink()
-    return rows
+    return results.rows
 
 
 def windows(text: str, tokenizer: Any, config: Config) -> tuple[list[Any], list[Any]]:

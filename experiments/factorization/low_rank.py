@@ -18,7 +18,6 @@ not run again:
 import ast
 import dataclasses
 import functools
-import json
 import re
 import tempfile
 import time
@@ -30,8 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import about, parse, rows_of
-from experiments.pruning.pruned import KERNELS, calibration, curved, cut, kernels, texts
+from experiments.common.config import parse
+from experiments.common.models import quality
+from experiments.common.results import Results
+from experiments.pruning.pruned import KERNELS, curved, inputs_of, kernels
 from jaxcompress import reporting
 from jaxcompress.evaluation import Apply
 from jaxcompress.factorization import energies
@@ -171,16 +172,13 @@ def run(config: Config) -> list[dict[str, Any]]:
         config = dataclasses.replace(
             config, model="reference", text="", calibration=4, windows=4, tokens=128
         )
-    path, title = Path(config.results), Path(config.model).name
-    held = {(line["model"], line["row"]) for line in rows_of(path)}
-    todo = [name for name in names(config) if (title, name) not in held]
+    title, results = Path(config.model).name, Results(config)
+    todo = [x for x in names(config) if not results.holds(model=title, row=x)]
     if not todo:
         return []
     model, params, tokenizer = jc.models.load(config.model, scan=False)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    learned_from, measured_on = texts(config)
-    inputs = calibration(tokenizer, learned_from, config)
-    batches = cut(tokenizer, measured_on, config, config.windows)
+    inputs, batches = inputs_of(tokenizer, config)
     moments = jc.collect_moments(model, params, inputs, where=KERNELS)
     scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
 
@@ -188,7 +186,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     def with_curvatures() -> Any:
         return curved(model, params, inputs, moments, KERNELS)
 
-    make, rows = Rows(params, moments, with_curvatures), []
+    make = Rows(params, moments, with_curvatures)
     weights = sum(x.size for _, x in kernels(params))
     for name in todo:
         clock = time.process_time()
@@ -208,20 +206,12 @@ def run(config: Config) -> list[dict[str, Any]]:
         ready = jc.models.stack_layers(jax.jit(jc.materialize)(small))
         report = jc.compare(Apply(scanned), dense, ready, batches)
         row |= {
-            "tokens": report.tokens,
-            "dense_perplexity": report.dense.perplexity,
-            "perplexity": report.small.perplexity,
-            "ratio": report.small.perplexity / report.dense.perplexity,
-            "kl": report.kl,
-            "kl_standard_error": report.kl_standard_error,
+            **quality(report),
             "processor_seconds": seconds,
             "calibration_tokens": inputs.size,
-            **about(),
         }
-        reporting.append_lines(path, [row])
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
+        results.add(row)
+    return results.rows
 
 
 def stored(model: Any, params: Any, small: Any, tokenizer: Any) -> dict[str, Any]:

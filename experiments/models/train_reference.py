@@ -6,23 +6,21 @@ holding out whole files. Writes into `--output`: `params.npz` (float32, names jo
 and `state.npz`, from which an interrupted run resumes. Appends one line of results to
 `--results`. The learning rate is warmed up, constant, and falls to zero linearly over
 the last quarter; `--minutes` decides when the fall begins, and `--steps` and
-`--decay_steps`, as recorded in the results, repeat the run without a clock.
+`--decay_steps`, as recorded in the results, repeat the run without a clock:
+
+    python -m experiments.models.train_reference
 """
 
-import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import lzma
 import math
 import platform
-import subprocess
-import sys
-import sysconfig
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +28,11 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import hold_out, library_files, sha256
 from jaxcompress import tokenization
 from jaxcompress.models.transformer import Transformer
-
-SKIPPED_FOLDERS = {
-    *("test", "tests", "idle_test", "lib2to3", "encodings", "site-packages"),
-    *("dist-packages", "__pycache__", "ensurepip"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,59 +61,15 @@ class Config:
     seed: int = 0
 
 
-def library_files(config: Config) -> dict[str, str]:
-    """Text of each source file of the standard library, by its relative name."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    texts = {}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if SKIPPED_FOLDERS & set(name.parts):
-            continue
-        try:
-            texts[name.as_posix()] = tokenization.read_text(path)
-        except ValueError:  # another encoding
-            continue
-    return dict(list(texts.items())[:60]) if config.fast else texts
-
-
-def long_lines(text: str) -> set[str]:
-    return {line.strip() for line in text.splitlines() if len(line.strip()) >= 40}
-
-
-def split(texts: dict[str, str], size: int) -> tuple[dict, dict, list[str]]:
-    """Training files, about `size` bytes of held-out files, names of near copies.
-
-    Files of 2 to 40 KB are held out in the order of the hash of their names. A file of
-    which more than a tenth of the long lines stand in a held-out one is dropped.
-    """
-    held = {}
-    order = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
-    for name in order:
-        if 2_000 <= len(texts[name].encode()) <= 40_000:
-            held[name] = texts[name]
-        if sum(len(text.encode()) for text in held.values()) >= size:
-            break
-    lines = set().union(*map(long_lines, held.values()))
-    train, copies = {}, []
-    for name, text in texts.items():
-        own = long_lines(text)
-        if name in held:
-            continue
-        if len(own & lines) > 0.1 * len(own):
-            copies.append(name)
-        else:
-            train[name] = text
-    return train, held, copies
-
-
 def make_model(config: Config) -> Transformer:
+    """Build the model of a configuration."""
     names = ("vocab_size", "width", "layers", "heads", "kv_heads")
     names += ("head_size", "mlp_width")
     return Transformer(**{name: getattr(config, name) for name in names}, tied=True)
 
 
 def initial_params(model: Transformer, seed: int):
-    """Linen's own initial values, with each block's last kernels at zero.
+    """Draw Linen's own initial values, with each block's last kernels at zero.
 
     The tied embedding is made smaller too: otherwise the first model is sure that each
     token repeats itself.
@@ -157,6 +109,8 @@ def token_losses(model, params, windows):
 
 
 def make_step(model, optimizer):
+    """Make a jitted step of training, whose rate is an argument."""
+
     def step(params, state, windows, rate):
         loss, gradients = jax.value_and_grad(
             lambda params: token_losses(model, params, windows).mean()
@@ -169,7 +123,7 @@ def make_step(model, optimizer):
 
 
 def make_evaluation(model, tokenizer, text, context):
-    """A function of the parameters: bits per byte of text.
+    """Make a function of the parameters: bits per byte of text.
 
     Windows overlap by half, and only their second half counts (the first also its
     first), so that every token is predicted from at least half a context.
@@ -198,7 +152,7 @@ def make_evaluation(model, tokenizer, text, context):
 
 
 def batch_at(step: int, tokens: np.ndarray, context: int, config: Config) -> np.ndarray:
-    """Windows [B, T + 1] at random places; a function of the seed and the step."""
+    """Cut windows [B, T + 1] at random places, by the seed and the step."""
     random = np.random.default_rng((config.seed, step))
     batch = config.tokens_per_step // context
     starts = random.integers(0, len(tokens) - context - 1, batch)
@@ -206,6 +160,7 @@ def batch_at(step: int, tokens: np.ndarray, context: int, config: Config) -> np.
 
 
 def save_npz(path: Path, arrays: dict[str, np.ndarray]):
+    """Write arrays by name, all or nothing."""
     partial = path.with_suffix(".part")
     with open(partial, "wb") as file:
         np.savez(file, **arrays)
@@ -213,16 +168,19 @@ def save_npz(path: Path, arrays: dict[str, np.ndarray]):
 
 
 def save_params(path: Path, params):
+    """Write parameters, names joined by "/"."""
     flat = flatten_dict(params, sep="/")
     save_npz(path, {name: np.asarray(value) for name, value in flat.items()})
 
 
 def save_state(path: Path, tree, numbers: dict[str, float]):
+    """Write all from which an interrupted run resumes."""
     leaves = {f"leaf_{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))}
     save_npz(path, leaves | {name: np.asarray(x) for name, x in numbers.items()})
 
 
 def load_state(path: Path, tree, names: tuple[str, ...]):
+    """Read what `save_state` wrote: the tree, and the numbers of these names."""
     with np.load(path) as file:
         leaves, structure = jax.tree.flatten(tree)
         saved = [jnp.asarray(file[f"leaf_{i}"]) for i in range(len(leaves))]
@@ -231,20 +189,10 @@ def load_state(path: Path, tree, names: tuple[str, ...]):
         ]
 
 
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def prepare(config: Config, output: Path):
-    """Tokenizer, training tokens and held-out text; writes all three down."""
-    texts = library_files(config)
-    train, held, copies = split(texts, 20_000 if config.fast else 160_000)
+    """Prepare tokenizer, training tokens and held-out text; write all three down."""
+    texts = library_files(few=config.fast)
+    train, held, copies = hold_out(texts, 20_000 if config.fast else 160_000)
     heldout = "".join(held.values())
     digests = {
         name: {"sha256": sha256(text), "bytes": len(text.encode())}
@@ -276,8 +224,14 @@ def prepare(config: Config, output: Path):
     return tokenizer, np.array(tokens, np.int32), heldout, record
 
 
-def run(config: Config) -> dict:
+def run(config: Config) -> list[dict[str, Any]]:
+    """Train, or resume; one row."""
     begin = time.time()
+    if config.fast:
+        small = {"width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_size": 16}
+        small |= {"mlp_width": 48, "vocab_size": 512, "context": 64, "steps": 60}
+        small |= {"decay_context": 128}
+        config = dataclasses.replace(config, **small, decay_steps=15, warmup=10)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer, tokens, heldout, record = prepare(config, output)
@@ -349,8 +303,7 @@ def run(config: Config) -> dict:
     save_params(output / "params.npz", params)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
     save_params(output / "params.bfloat16.npz", rounded)
-    results = {
-        "experiment": "train_reference",
+    row = {
         "config": dataclasses.asdict(config),
         "weights": weights,
         "steps": int(stop),
@@ -366,33 +319,12 @@ def run(config: Config) -> dict:
         "bits_per_byte_xz": xz,
         "training_seconds": spent + time.time() - start,
         "seconds": time.time() - begin,
-        "commit": commit(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax")},
+        "optax": metadata.version("optax"),
     }
-    path = Path(config.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(results) + "\n")
-    return results
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        name = f"--{field.name}"
-        if field.type is bool:
-            parser.add_argument(name, action="store_true")
-        else:
-            parser.add_argument(name, type=field.type, default=field.default)
-    config = Config(**vars(parser.parse_args(arguments)))
-    if config.fast:
-        small = {"width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_size": 16}
-        small |= {"mlp_width": 48, "vocab_size": 512, "context": 64, "steps": 60}
-        small |= {"decay_context": 128}
-        config = dataclasses.replace(config, **small, decay_steps=15, warmup=10)
-    print(json.dumps(run(config), indent=1))
+    results = Results(config, experiment="train_reference")
+    results.add(row)
+    return results.rows
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(parse(Config, __doc__))

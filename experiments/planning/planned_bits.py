@@ -13,7 +13,6 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import commit, parse
+from experiments.common.config import parse
+from experiments.common.models import load, quality
+from experiments.common.results import Results
+from experiments.common.texts import cut, split
 from experiments.pruning.pruned import curved
-from experiments.quantization.nearest import docstrings
 from jaxcompress import reporting
-from jaxcompress.evaluation import Apply, divergence, windows
-from jaxcompress.models.bundled_text import heldout_text
+from jaxcompress.evaluation import Apply, divergence
 
 KERNELS = r".*layer_\d+.*kernel"
 METHODS = {
@@ -42,6 +42,7 @@ class Config:
     text: str = ""
     method: str = "nearest"  # or gptq, which is calibrated first
     fraction: float = 0.2  # of the text, counted from its end, is measured on
+    also: str = "docstrings"  # or "docstrings,plays": further texts to measure on
     noise: float = 0.15  # relative size
     noise_windows: int = 2
     noise_tokens: int = 128  # in a window
@@ -91,20 +92,13 @@ def run(config: Config) -> list[dict[str, Any]]:
             config, model="reference", windows=2, tokens=128, noise_tokens=32
         )
         rates = (3,)
-    model, params, tokenizer = jc.models.load(config.model, scan=False)
-    scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
-    texts = {"docstrings": docstrings()}
-    if config.text:
-        whole = jc.tokenization.read_text(config.text)
-        start = int(len(whole) * (1 - config.fraction))
-        texts = {Path(config.text).stem: whole[start:], **texts}
-        before = whole[:start]
-    else:
-        before = heldout_text()
-    ids = np.asarray(tokenizer.encode(before), np.int32)
+    original = load(config.model)
+    model, params, tokenizer = original.model, original.params, original.tokenizer
+    parts = split(config.text, also=config.also, fraction=config.fraction)
+    ids = np.asarray(tokenizer.encode(parts.calibration), np.int32)
     batches = {
-        name: windows(tokenizer.encode(text), config.tokens, 1, limit=config.windows)
-        for name, text in texts.items()
+        name: cut(tokenizer, text, tokens=config.tokens, limit=config.windows)
+        for name, text in parts.measured.items()
     }
     moments = None
     if config.method == "gptq" or config.curvatures:
@@ -120,7 +114,12 @@ def run(config: Config) -> list[dict[str, Any]]:
     seconds = time.process_time() - clock
     method = METHODS[config.method]
     candidates = [method.format(bits=bits) for bits in range(2, 7)]
-    rows: list[dict[str, Any]] = []
+    results = Results(
+        config,
+        model=original.name,
+        method=config.method,
+        measuring_processor_seconds=seconds,
+    )
     for rate in rates:
         uniform = [(KERNELS, method.format(bits=rate))]
         small = jc.compress(params, uniform, moments)
@@ -148,36 +147,23 @@ def run(config: Config) -> list[dict[str, Any]]:
             size = jc.nbytes([held[leaf] for leaf in kernels])
             ready = jc.models.stack_layers(jax.jit(jc.materialize)(small))
             for text, some in batches.items():
-                report = jc.compare(Apply(scanned), dense, ready, some)
-                rows.append(
+                report = jc.compare(
+                    Apply(original.scanned), original.dense, ready, some
+                )
+                results.add(
                     {
-                        "model": Path(config.model).name,
-                        "method": config.method,
                         "bits": name,
                         "rate": rate,
                         "chosen": dict(chosen(recipe, len(kernels))),
                         "text": text,
-                        "tokens": report.tokens,
                         "kernel_bytes": size,
                         "bits_per_kernel_weight": 8 * size / weights,
-                        "perplexity": report.small.perplexity,
-                        "dense_perplexity": report.dense.perplexity,
-                        "kl": report.kl,
-                        "kl_standard_error": report.kl_standard_error,
-                        "measuring_processor_seconds": seconds,
+                        **quality(report),
                         "planning_processor_seconds": planning,
                     }
                 )
-                print(json.dumps(rows[-1]), flush=True)
             del ready
-    about = {
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "flax": metadata.version("flax"),
-        "device": jax.devices()[0].device_kind,
-        "shared": True,
-    }
-    return [row | about for row in rows]
+    return results.rows
 
 
 def leaves(params: Any) -> dict[str, Any]:
@@ -195,5 +181,4 @@ def chosen(recipe: list[tuple[str, str]], count: int) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    reporting.append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

@@ -11,9 +11,7 @@ One JSON line per row:
 """
 
 import dataclasses
-import json
 import time
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -22,8 +20,8 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from experiments.common.command import commit, parse
-from jaxcompress import reporting
+from experiments.common.config import parse
+from experiments.common.results import Results
 from jaxcompress.models import ConvNet, filter_groups, resized
 
 BATCH = 64
@@ -122,10 +120,10 @@ def run(config: Config) -> list[dict[str, Any]]:
     model = ConvNet(filters=(width, width, 2 * width, 2 * width))
     variables = jax.jit(model.init)(jax.random.key(config.seed), data[0][:1])
     variables = train(model, variables, data, config.epochs, 3e-3, config.seed)
-    rows: list[dict[str, Any]] = []
+    results = Results(config, config=dataclasses.asdict(config))
 
     def row(method: str, model: ConvNet, variables: Any, **more: Any) -> None:
-        rows.append(
+        results.add(
             {
                 "method": method,
                 "accuracy": accuracy(model, variables, test),
@@ -136,7 +134,6 @@ def run(config: Config) -> list[dict[str, Any]]:
                 **more,
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
 
     row("trained", model, variables)
     function = lambda variables, images: model.apply(variables, images)  # noqa: E731
@@ -185,17 +182,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             row(name, model, small, share_of_channels=share, recipe=rules)
             again = measured_norms(model, small, data[0])
             row(f"{name}, norms again", model, again, share_of_channels=share)
-    about = {
-        "config": dataclasses.asdict(config),
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "flax": metadata.version("flax"),
-        "device": jax.devices()[0].device_kind,
-        "machine": "shared with other work",
-    }
-    return [row | about for row in rows]
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    reporting.append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

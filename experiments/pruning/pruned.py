@@ -14,7 +14,6 @@ of the methods holds layer by layer, and where it does not:
 
 import dataclasses
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ import jax
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import about, parse, rows_of
-from jaxcompress import reporting
+from experiments.common.config import parse
+from experiments.common.models import quality
+from experiments.common.results import Results
+from experiments.common.texts import cut, full_windows, split
 from jaxcompress.calibration.error_feedback import layer_loss
-from jaxcompress.evaluation import Apply, windows
-from jaxcompress.models.bundled_text import heldout_text
+from jaxcompress.evaluation import Apply
 
 KERNELS = r"layer_\d+/.*kernel"
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")  # worst first
@@ -48,26 +48,22 @@ class Config:
     results: str = "experiments/pruning/results/pruned.jsonl"
 
 
-def texts(config: Config) -> tuple[str, str]:
-    """Calibration text and the text to measure on, which follows it."""
-    whole = jc.tokenization.read_text(config.text) if config.text else heldout_text()
-    start = int(len(whole) * (1 - (config.fraction if config.text else 0.5)))
-    return whole[:start], whole[start:]
+def inputs_of(tokenizer: Any, config: Any) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Cut windows to calibrate on, `[batches, 2, tokens]`, and batches to measure on.
 
-
-def cut(tokenizer: Any, text: str, config: Config, limit: int) -> list[dict[str, Any]]:
-    """Windows of the beginning of a text, in batches of two."""
-    ids = tokenizer.encode(text[: 8 * config.tokens * limit])
-    sizes = tokenizer.token_bytes(ids)
-    return windows(ids, config.tokens, 2, token_bytes=sizes, limit=limit)
-
-
-def calibration(tokenizer: Any, text: str, config: Config) -> np.ndarray:
-    """Full windows from the start of a text, two in a batch: `[batches, 2, tokens]`."""
-    ids = tokenizer.encode(text[: 8 * config.tokens * config.calibration])
-    batches = min(len(ids) // config.tokens, config.calibration) // 2
-    ids = np.asarray(ids[: 2 * batches * config.tokens], np.int32)
-    return ids.reshape(-1, 2, config.tokens)
+    Args:
+        tokenizer: of the model.
+        config: says which text, how many windows of each part, and how many tokens.
+    """
+    parts = split(config.text, also="", fraction=config.fraction)
+    (measured,) = parts.measured.values()
+    tokens = config.tokens
+    return (
+        full_windows(
+            tokenizer, parts.calibration, tokens=tokens, limit=config.calibration
+        ),
+        cut(tokenizer, measured, tokens=tokens, limit=config.windows, batch=2),
+    )
 
 
 def curved(model: Any, params: Any, ids: Any, moments: Any, pattern: str) -> Any:
@@ -155,9 +151,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         config = dataclasses.replace(
             config, model="reference", text="", calibration=4, windows=4, tokens=128
         )
-    path = Path(config.results)
-    done = rows_of(path)
-    name = Path(config.model).name
+    results = Results(config, hide=("layer_losses", "heldout_layer_losses"))
+    done, name = results.held, Path(config.model).name
     held = {(row["model"], row.get("recipe"), pruned_kernels(row)) for row in done}
     recipes = [
         (method, setting, f"{method}({setting})")
@@ -169,34 +164,29 @@ def run(config: Config) -> list[dict[str, Any]]:
         for method, setting, recipe in recipes
         if config.only in recipe and (name, recipe, config.kernels) not in held
     ]
-    rows: list[dict[str, Any]] = []
     if todo:
-        rows = _measure(config, name, todo, path)
+        _measure(config, name, todo, results)
     before = {
         (row["model"], row["setting"], pruned_kernels(row))
         for row in done
         if "summary" in row
     }
-    for line in orders(done + rows):
+    for line in orders(done + results.rows):
         if (line["model"], line["setting"], pruned_kernels(line)) not in before:
-            rows.append(line)
-            reporting.append_lines(path, [line])
-    return rows
+            results.add(line)
+    return results.rows
 
 
 def _measure(
-    config: Config, name: str, todo: list[tuple[str, str, str]], path: Path
-) -> list[dict[str, Any]]:
+    config: Config, name: str, todo: list[tuple[str, str, str]], results: Results
+) -> None:
     model, params, tokenizer = jc.models.load(config.model, scan=False)
-    learned_from, measured_on = texts(config)
-    inputs = calibration(tokenizer, learned_from, config)
-    batches = cut(tokenizer, measured_on, config, config.windows)
+    inputs, batches = inputs_of(tokenizer, config)
     moments = jc.collect_moments(model, params, inputs, where=config.kernels)
     heldout = jc.collect_moments(
         model, params, [batch["tokens"] for batch in batches], where=config.kernels
     )
     scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
-    rows = []
     for method, setting, recipe in todo:
         clock = time.process_time()
         small = jc.compress(params, [(config.kernels, recipe)], moments)
@@ -215,29 +205,16 @@ def _measure(
             "setting": setting,
             "kernels": config.kernels,
             "zeros": 1 - float(np.mean(kept)),
-            "tokens": report.tokens,
-            "dense_perplexity": report.dense.perplexity,
-            "perplexity": report.small.perplexity,
-            "ratio": report.small.perplexity / report.dense.perplexity,
-            "bits_per_byte": report.small.bits_per_byte,
-            "kl": report.kl,
-            "kl_standard_error": report.kl_standard_error,
+            **quality(report),
             "layer_loss": sum(losses.values()),
             "heldout_layer_loss": sum(others.values()),
             "prune_processor_seconds": seconds,
             "calibration_tokens": inputs.size,
-            **about(),
             "layer_losses": losses,
             "heldout_layer_losses": others,
         }
-        reporting.append_lines(path, [row])
-        shown = {key: value for key, value in row.items() if "losses" not in key}
-        print(json.dumps(shown), flush=True)
-        rows.append(row)
-    return rows
+        results.add(row)
 
 
 if __name__ == "__main__":
-    for row in run(parse(Config, __doc__)):
-        if "summary" in row:
-            print(json.dumps(row))
+    run(parse(Config, __doc__))

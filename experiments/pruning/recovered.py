@@ -13,10 +13,7 @@ that the results hold already are not run again:
 
 import dataclasses
 import functools
-import hashlib
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,13 +22,12 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from experiments.common.command import about, parse, rows_of
-from experiments.models import train_reference
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import training_tokens
 from experiments.pruning import pruned
-from jaxcompress import reporting
 from jaxcompress.evaluation import Apply
 from jaxcompress.evaluation.language import divergence
-from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.training.optimizers import (
     cubic_sparsity,
     gradual_pruning,
@@ -56,22 +52,11 @@ class Config(pruned.Config):
     results: str = "experiments/pruning/results/recovered.jsonl"
 
 
-def training_tokens(tokenizer: Any, config: Config) -> np.ndarray:
-    """Tokens enough for all steps, of library files in the order of their hashes."""
-    texts = train_reference.library_files(train_reference.Config(fast=config.fast))
-    train, _, _ = train_reference.split(texts, 160_000)
-    held = train_reference.long_lines(heldout_text())
-    order = sorted(train, key=lambda name: hashlib.sha256(name.encode()).digest())
+def windows_of(tokenizer: Any, config: Config) -> np.ndarray:
+    """Cut library files into windows for all steps: `[steps, batch, tokens]`."""
     wanted = config.steps * config.batch * config.tokens
-    found: list[int] = []
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    for name in order:
-        own = train_reference.long_lines(train[name])
-        if len(own & held) <= 0.1 * len(own):
-            found += [*begin, *tokenizer.encode(train[name])]
-        if len(found) >= wanted:
-            break
-    return np.asarray(found[:wanted], np.int32)
+    found = training_tokens(tokenizer, 8 * wanted)
+    return found[:wanted].reshape(-1, config.batch, config.tokens)
 
 
 def train(
@@ -110,17 +95,11 @@ def run(config: Config) -> list[dict[str, Any]]:
             config, calibration=4, windows=4, tokens=64, steps=6, batch=2
         )
         todo = ROWS[3:]
-    path = Path(config.results)
-    done = rows_of(path)
-    held = {(row["method"], tuple(row["sparsities"])) for row in done}
     model, dense, tokenizer = jc.models.load("reference", scan=True)
-    learned_from, measured_on = pruned.texts(config)
-    inputs = pruned.calibration(tokenizer, learned_from, config)
-    batches = pruned.cut(tokenizer, measured_on, config, config.windows)
+    inputs, batches = pruned.inputs_of(tokenizer, config)
     layout = jc.find_layouts(model, dense, inputs[0])
-    windows = training_tokens(tokenizer, config)
-    windows = windows.reshape(-1, config.batch, config.tokens)
-    rows = []
+    windows = windows_of(tokenizer, config)
+    results = Results(config)
 
     def compare(params: Any) -> Any:
         return jc.compare(Apply(model), dense, params, batches)
@@ -132,7 +111,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         return optax.chain(optax.adam(rate), last)
 
     for method, sparsities in todo:
-        if (method, sparsities) in held or config.only not in method:
+        held = results.holds(method=method, sparsities=sparsities)
+        if held or config.only not in method:
             continue
         clock = time.process_time()
         params, before = dense, None
@@ -175,12 +155,9 @@ def run(config: Config) -> list[dict[str, Any]]:
             "kl_standard_error": report.kl_standard_error,
             "processor_seconds": time.process_time() - clock,
             "rate": config.rate,
-            **about(),
         }
-        reporting.append_lines(path, [row])
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
+        results.add(row)
+    return results.rows
 
 
 if __name__ == "__main__":

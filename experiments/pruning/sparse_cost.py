@@ -12,7 +12,6 @@ not run again:
 """
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ from typing import Any
 import jax
 
 import jaxcompress as jc
-from experiments.common.command import about, parse, rows_of
+from experiments.common.config import parse
+from experiments.common.models import quality
+from experiments.common.results import Results
 from experiments.pruning import pruned, structured
 from jaxcompress import models, reporting
 from jaxcompress.evaluation import Apply
@@ -60,25 +61,14 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.fast:
         config = dataclasses.replace(config, calibration=4, windows=4, tokens=64)
         disk = DISK[7:8]
-    path = Path(config.results)
-    done = rows_of(path)
+    results = Results(config)
     model, params, tokenizer = models.load("reference", scan=False)
-    learned_from, measured_on = pruned.texts(config)
-    inputs = pruned.calibration(tokenizer, learned_from, config)
-    batches = pruned.cut(tokenizer, measured_on, config, config.windows)
+    inputs, batches = pruned.inputs_of(tokenizer, config)
     scanned, dense = model.clone(scan=True), models.stack_layers(params)
-    rows: list[dict[str, Any]] = []
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(row | about())
-        reporting.append_lines(path, rows[-1:])
-        print(json.dumps(rows[-1]), flush=True)
-
-    held = [row.get("recipe") for row in done]
     moments = None
     for stages in disk if config.only in "disk" else ():
         recipe = [[list(rule) for rule in stage] for stage in stages]
-        if recipe in held:
+        if results.holds(recipe=recipe):
             continue
         if moments is None:
             moments = jc.collect_moments(model, params, inputs, where=KERNELS)
@@ -95,20 +85,16 @@ def run(config: Config) -> list[dict[str, Any]]:
             size = reporting.measure(loaded, file)
         ready = jax.jit(jc.materialize)(models.stack_layers(decode_once(loaded)))
         report = jc.compare(Apply(scanned), dense, ready, batches)
-        add(
+        results.add(
             {
                 "table": "disk",
                 "recipe": recipe,
                 "file_bytes": size.file_bytes,
                 "bits_per_weight": size.bits_per_weight,
-                "perplexity": report.small.perplexity,
-                "dense_perplexity": report.dense.perplexity,
-                "kl": report.kl,
-                "kl_standard_error": report.kl_standard_error,
-                "tokens": report.tokens,
+                **quality(report),
             }
         )
-    if config.only in "time" and not any(row["table"] == "time" for row in done):
+    if config.only in "time" and not results.holds(table="time"):
         names, runs = ["dense"], [(model, params)]
         for name, method in PATTERNS.items():
             names.append(name)
@@ -122,7 +108,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         tokens = batches[0]["tokens"]
         seconds = structured.forward_seconds(runs, tokens, 2 if config.fast else 15)
         for name, (_, small), spent in zip(names, runs, seconds, strict=True):
-            add(
+            results.add(
                 {
                     "table": "time",
                     "sparsity": 0.0 if name == "dense" else 0.5,
@@ -133,7 +119,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "memory_bytes": jc.nbytes(small),
                 }
             )
-    return rows
+    return results.rows
 
 
 if __name__ == "__main__":

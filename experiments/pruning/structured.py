@@ -12,15 +12,16 @@ per row, appended as it is done; rows that the results hold already are not run 
 """
 
 import dataclasses
-import json
-import time
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import jaxcompress as jc
-from experiments.common.command import about, parse, rows_of
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.timing import interleaved
 from experiments.pruning import pruned
 from jaxcompress import models, reporting
 from jaxcompress.evaluation import Apply
@@ -36,15 +37,11 @@ class Config(pruned.Config):
 
 def forward_seconds(runs: list[tuple[Any, Any]], tokens: Any, turns: int) -> list:
     """Least processor time of each model's forward pass, measured in turns."""
-    functions = [jax.jit(Apply(model)) for model, _ in runs]
-    least = [float("inf")] * len(runs)
-    for turn in range(turns + 1):  # the first compiles
-        for i, (function, (_, params)) in enumerate(zip(functions, runs, strict=True)):
-            clock = time.process_time()
-            function(params, tokens).block_until_ready()
-            if turn:
-                least[i] = min(least[i], time.process_time() - clock)
-    return least
+    calls = [
+        functools.partial(jax.jit(Apply(model)), params, tokens)
+        for model, params in runs
+    ]
+    return interleaved(calls, turns)[..., 1].min(axis=0).tolist()
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -55,15 +52,15 @@ def run(config: Config) -> list[dict[str, Any]]:
             config, model="reference", text="", calibration=8, windows=4, tokens=128
         )
         fractions = fractions[-1:]
-    path = Path(config.results)
-    done = rows_of(path)
-    keys = ("model", "kind", "by", "fraction", "made_up")
-    held = {tuple(row[key] for key in keys) for row in done}
+    name, results = Path(config.model).name, Results(config)
+
+    def held(kind: str, by: str, fraction: float, made_up: bool) -> bool:
+        return results.holds(
+            model=name, kind=kind, by=by, fraction=fraction, made_up=made_up
+        )
+
     model, params, tokenizer = models.load(config.model, scan=False)
-    learned_from, measured_on = pruned.texts(config)
-    inputs = pruned.calibration(tokenizer, learned_from, config)
-    batches = pruned.cut(tokenizer, measured_on, config, config.windows)
-    rows: list[dict[str, Any]] = []
+    inputs, batches = pruned.inputs_of(tokenizer, config)
 
     def measure(kind: str, fraction: float, small: Any, less: Any, **more: Any) -> None:
         report = jc.compare(
@@ -72,7 +69,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         tokens = batches[0]["tokens"]
         seconds = forward_seconds([(model, params), (less, small)], tokens, 5)
         row = {
-            "model": Path(config.model).name,
+            "model": name,
             "kind": kind,
             "fraction": fraction,
             **more,
@@ -89,25 +86,20 @@ def run(config: Config) -> list[dict[str, Any]]:
             "forward_processor_seconds": seconds[1],
             "dense_forward_processor_seconds": seconds[0],
             "calibration_tokens": inputs.size,
-            **about(),
         }
-        reporting.append_lines(path, [row])
-        print(json.dumps(row), flush=True)
-        rows.append(row)
+        results.add(row)
 
     moments = None
     kinds = {
         "neurons": (models.neuron_groups(model), "group"),
         "heads": (models.head_groups(model), "global"),
     }
-    name = Path(config.model).name
     for kind, (groups, scope) in kinds.items():
         todo = [
             (fraction, made_up)
             for fraction in fractions
             for made_up in (False, True)
-            if config.only in kind
-            and (name, kind, config.by, fraction, made_up) not in held
+            if config.only in kind and not held(kind, config.by, fraction, made_up)
         ]
         if not todo:
             continue
@@ -122,8 +114,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             measure(kind, fraction, small, less, by=config.by, made_up=made_up)
     scanned, stacked = model.clone(scan=True), models.stack_layers(params)
     for fraction in fractions:
-        key = (name, "layers", "influence", fraction, False)
-        if config.only not in "layers" or key in held:
+        if config.only not in "layers" or held("layers", "influence", fraction, False):
             continue
         scores = models.layer_influence(scanned, stacked, inputs)
         groups = models.layer_groups(scanned)
@@ -131,7 +122,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         small = models.unstack_layers(jc.structured.remove_units(stacked, groups, keep))
         less = models.resized(model, small)
         measure("layers", fraction, small, less, by="influence", made_up=False)
-    return rows
+    return results.rows
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ results hold already are left out:
 import dataclasses
 import json
 import tempfile
-import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,14 @@ import jax
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import commit, parse
-from experiments.quantization.nearest import docstrings
+from experiments.common.config import parse
+from experiments.common.models import load, quality
+from experiments.common.results import Results
+from experiments.common.texts import cut, full_windows, split
+from experiments.common.timing import Clock
 from jaxcompress import reporting
 from jaxcompress.calibration.moment_files import moments_from_arrays, moments_to_arrays
-from jaxcompress.evaluation import Apply, windows
-from jaxcompress.models.bundled_text import heldout_text
+from jaxcompress.evaluation import Apply
 from jaxcompress.tree.equality import same_bits
 
 # Methods by name; {b} is the number of bits. "blockwise" ones see the compressed
@@ -62,7 +62,8 @@ class Config:
     embedding: bool = False  # compress the tied embedding too, to the same bits
     planned: str = ""  # a JSON file of rules, measured as "planned"
     drift: float = 0.0  # of it that "blockwise" targets make up for
-    fraction: float = 0.8  # of the text is for calibration
+    fraction: float = 0.2  # of the text, from its end, is measured on
+    also: str = "docstrings"  # or "docstrings,plays": further texts to measure on
     calibration: int = 64  # windows
     windows: int = 4  # of each text
     tokens: int = 512  # in a window
@@ -82,84 +83,76 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
     names = config.only.split(";") if config.only else names
     names = ["planned"] if config.planned else names
-    model, params, tokenizer = jc.models.load(config.model, scan=False)
-    scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
-    calibration, batches = texts(config, tokenizer)
-    moments = None
-    rows: list[dict[str, Any]] = []
+    original = load(config.model)
+    calibration, batches = texts(config, original.tokenizer)
+    results = Results(config, model=original.name)
     if config.moments:
-        one_shot(config, model, params, calibration)
-        return rows
-    done = known(config)
+        one_shot(config, original.model, original.params, calibration)
+        return results.rows
+    moments = None
     for name in names:
         data = 0 if name.startswith(WITHOUT_DATA) else config.calibration
+        labels = {
+            "method": label(config, name),
+            "calibration_tokens": data * config.tokens,
+        }
         if all(
-            (label(config, name), text, data * config.tokens) in done
-            for text in batches
+            results.holds(model=original.name, text=text, **labels) for text in batches
         ):
             continue
         recipe = rules(config, name)
-        clock, processor = time.perf_counter(), time.process_time()
+        clock = Clock()
         if "blockwise" in name:
             small = jc.compress_blockwise(
-                model,
-                params,
+                original.model,
+                original.params,
                 recipe,
                 calibration,
                 drift=config.drift,
                 progress=True,
             )
         else:
-            if moments is None and not name.startswith(WITHOUT_DATA):
-                moments = one_shot(config, model, params, calibration)
-                clock, processor = time.perf_counter(), time.process_time()
-            small = jc.compress(params, recipe, moments)
+            if moments is None and data:
+                moments = one_shot(config, original.model, original.params, calibration)
+                clock = Clock()
+            small = jc.compress(original.params, recipe, moments)
         took = {
-            "compress_seconds": time.perf_counter() - clock,
-            "compress_processor_seconds": time.process_time() - processor,
+            "compress_seconds": clock.seconds,
+            "compress_processor_seconds": clock.processor_seconds,
         }
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
             jc.save(path, small)
-            loaded = jc.load(path)
-            if not same_bits(small, loaded):
+            back = jc.load(path)
+            if not same_bits(small, back):
                 raise ValueError(f"{name}: the file did not come back bit for bit")
-            sizes = stored(path, loaded)
+            sizes = stored(path, back)
         del small
-        ready = jc.models.stack_layers(jax.jit(jc.materialize)(loaded))
-        del loaded
+        ready = jc.models.stack_layers(jax.jit(jc.materialize)(back))
+        del back
         for text, each in batches.items():
             found = jc.compare(
-                Apply(scanned), dense, ready, reporting.track(each, name)
+                Apply(original.scanned),
+                original.dense,
+                ready,
+                reporting.track(each, name),
             )
-            rows.append(
+            results.add(
                 {
-                    "model": Path(config.model).name,
-                    "method": label(config, name),
+                    **labels,
                     "recipe": recipe,
-                    "calibration_tokens": data * config.tokens,
                     "text": text,
-                    "tokens": found.tokens,
                     **sizes,
-                    "perplexity_float": found.dense.perplexity,
-                    "perplexity": found.small.perplexity,
-                    "kl": found.kl,
-                    "kl_standard_error": found.kl_standard_error,
-                    "top1_agreement": found.agreement,
+                    **quality(found),
                     **took,
                     "peak_bytes": reporting.peak_memory(),
-                    "commit": commit(),
-                    "jax": metadata.version("jax"),
-                    "device": jax.devices()[0].device_kind,
                 }
             )
-            print(json.dumps(reporting.plain(rows[-1])), flush=True)
-            if not config.fast:
-                reporting.append_lines(config.results, rows[-1:])
-    return rows
+    return results.rows
 
 
 def label(config: Config, name: str) -> str:
+    """Name a method with what the configuration adds to it."""
     everywhere = ", embedding too" if config.embedding else ""
     if "blockwise" in name and config.drift:
         name += f", drift {config.drift:g}"
@@ -175,37 +168,35 @@ def rules(config: Config, name: str) -> list[Any]:
     return [*found, (".*embedding", method)] if config.embedding else found
 
 
-def texts(config: Config, tokenizer: Any) -> tuple[list[np.ndarray], dict[str, list]]:
-    """Batches of calibration tokens, and of each text to evaluate on."""
-    if config.text:
-        whole = jc.tokenization.read_text(config.text)
-        name = Path(config.text).stem
-    else:
-        whole, name = heldout_text(), "heldout"
-    cut = int(len(whole) * config.fraction)
-    count = config.calibration * config.tokens
-    ids = np.array(tokenizer.encode(whole[: min(cut, 8 * count)]))
-    if len(ids) < count:
-        raise ValueError(f"{len(ids)} tokens to calibrate on, {count} asked for")
+def texts(config: Any, tokenizer: Any) -> tuple[list[np.ndarray], dict[str, list]]:
+    """Cut batches of calibration tokens, and batches of each text to measure on.
+
+    Raises:
+        ValueError: if the text has fewer tokens to calibrate on than are asked for.
+    """
+    parts = split(config.text, also=config.also, fraction=config.fraction, packaged=0.2)
     size = min(16, config.calibration)
-    calibration = list(ids[:count].reshape(-1, size, config.tokens))
-    batches = {}
-    for key, text in ((name, whole[cut:]), ("docstrings", docstrings())):
-        ids = tokenizer.encode(text)
-        batches[key] = list(
-            windows(
-                ids,
-                config.tokens,
-                1,
-                token_bytes=tokenizer.token_bytes(ids),
-                limit=config.windows,
-            )
+    calibration = full_windows(
+        tokenizer,
+        parts.calibration,
+        tokens=config.tokens,
+        limit=config.calibration,
+        batch=size,
+    )
+    if len(calibration) * size < config.calibration // size * size:
+        raise ValueError(
+            f"{calibration.size} tokens to calibrate on, "
+            f"{config.calibration * config.tokens} asked for; give a longer text"
         )
-    return calibration, batches
+    batches = {
+        name: cut(tokenizer, text, tokens=config.tokens, limit=config.windows)
+        for name, text in parts.measured.items()
+    }
+    return list(calibration), batches
 
 
 def one_shot(
-    config: Config, model: Any, params: Any, batches: list[np.ndarray]
+    config: Any, model: Any, params: Any, batches: list[np.ndarray]
 ) -> dict[str, jc.Moments]:
     """Moments of the original model; parts of them are kept in the cache."""
     total: dict[str, jc.Moments] = {}
@@ -240,17 +231,6 @@ def stored(path: Path, params: Any) -> dict[str, float]:
         "file_bytes": size.file_bytes,
         "bits_per_weight": size.bits_per_weight,
     }
-
-
-def known(config: Config) -> set[tuple[str, str, int]]:
-    """Methods, texts and calibration tokens of the lines that are there."""
-    path = Path(config.results)
-    if config.fast or not path.exists():
-        return set()
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    model = Path(config.model).name
-    key = "method", "text", "calibration_tokens"
-    return {tuple(x[k] for k in key) for x in lines if x["model"] == model}
 
 
 if __name__ == "__main__":

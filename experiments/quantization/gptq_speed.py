@@ -10,19 +10,17 @@ there, and the same in NumPy. Rounds are interleaved, the least is taken:
 """
 
 import dataclasses
-import json
-import time
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import commit, parse
-from jaxcompress import reporting
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.timing import interleaved
 from jaxcompress.quantization.gptq import feed_codes
 from jaxcompress.quantization.grids import spread
 
@@ -104,7 +102,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         import torch
     except ModuleNotFoundError:
         torch = None
-    rows = []
+    results = Results(config, experiment="gptq_speed")
     for width in config.widths:
         x, second = case(width)
         start = jc.symmetric(jnp.asarray(x), bits=4, block=BLOCK)
@@ -129,38 +127,26 @@ def run(config: Config) -> list[dict[str, Any]]:
         if torch is not None:
             given = tuple(map(torch.from_numpy, (x, second, wide.copy())))
             rivals["torch"] = lambda: by_torch(*given).numpy()  # noqa: B023
-        spent: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
         losses = {}
         for name, call in rivals.items():  # once before, for compilation and threads
             change = call() - x
             losses[name] = float(np.sum(change * (second @ change)))
-        for _ in range(config.rounds):
-            for name, call in rivals.items():
-                wall, processor = time.perf_counter(), time.process_time()
-                call()
-                spent[name].append(
-                    (time.process_time() - processor, time.perf_counter() - wall)
-                )
-        row: dict[str, Any] = {"experiment": "gptq_speed", "width": width}
-        for name, times in spent.items():
-            row[f"{name}_processor_seconds"] = min(t for t, _ in times)
-            row[f"{name}_seconds"] = min(t for _, t in times)
+        spent = interleaved(list(rivals.values()), config.rounds, warm=False)
+        row: dict[str, Any] = {"width": width}
+        for name, (wall, processor) in zip(rivals, spent.min(axis=0), strict=True):
+            row[f"{name}_processor_seconds"] = processor
+            row[f"{name}_seconds"] = wall
             row[f"{name}_layer_loss"] = losses[name]
         for name in list(rivals)[1:]:
             pair = row[f"{name}_processor_seconds"], row["ours_processor_seconds"]
             row[f"times_as_fast_as_{name}"] = pair[0] / pair[1]
         row |= {
             "rounds": config.rounds,
-            "commit": commit(),
-            "jax": metadata.version("jax"),
             "torch": metadata.version("torch") if torch is not None else None,
-            "device": jax.devices()[0].device_kind,
         }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return rows
+        results.add(row)
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    reporting.append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

@@ -9,20 +9,18 @@ row; the reference model by default, or a model and a text whose end is measured
 """
 
 import dataclasses
-import json
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import commit, parse
-from jaxcompress import reporting
-from jaxcompress.evaluation import Apply, windows
-from jaxcompress.models.bundled_text import heldout_text
+from experiments.common.config import parse
+from experiments.common.models import quality
+from experiments.common.results import Results
+from experiments.common.texts import cut, full_windows, split
+from jaxcompress.evaluation import Apply
 
 KERNELS = r"layers/.*kernel"
 
@@ -72,21 +70,15 @@ def run(config: Config) -> list[dict[str, Any]]:
             only="rounding='coordinates'",
         )
     model, params, tokenizer = jc.models.load(config.model, scan=True)
-    if config.text:
-        whole = jc.tokenization.read_text(config.text)
-        cut = int(0.8 * len(whole))
-    else:
-        whole = heldout_text()
-        cut = len(whole) // 2
-    ids = np.asarray(tokenizer.encode(whole[:cut]), np.int32)
-    count = min(config.calibration, ids.size // config.tokens) // 2 * 2
-    seen = ids[: count * config.tokens].reshape(-1, 2, config.tokens)
-    batches = windows(
-        tokenizer.encode(whole[cut:]), config.tokens, 1, limit=config.windows
+    parts = split(config.text, also="")
+    seen = full_windows(
+        tokenizer, parts.calibration, tokens=config.tokens, limit=config.calibration
     )
+    (measured,) = parts.measured.values()
+    batches = cut(tokenizer, measured, tokens=config.tokens, limit=config.windows)
     moments = jc.collect_moments(model, params, list(seen), where=KERNELS)
     layout = {name: jc.Layout((0,), (1,), (2,)) for name in moments}
-    rows: list[dict[str, Any]] = []
+    results = Results(config)
     for method in methods(config):
         clock = time.process_time()
         small = jc.compress(params, [(KERNELS, method)], moments, layouts=layout)
@@ -96,32 +88,20 @@ def run(config: Config) -> list[dict[str, Any]]:
         held = [x for x in nodes if isinstance(x, jc.Quantized)]
         ready = jax.jit(jc.materialize)(small)
         report = jc.compare(Apply(model), params, ready, batches)
-        rows.append(
+        results.add(
             {
                 "model": Path(config.model).name,
                 "method": method,
                 "bits_per_weight": 8 * jc.nbytes(held) / sum(x.size for x in held),
                 "widths": sorted({x.bits for x in held}),
-                "kl": report.kl,
-                "kl_standard_error": report.kl_standard_error,
-                "perplexity": report.small.perplexity,
-                "dense_perplexity": report.dense.perplexity,
-                "tokens": report.tokens,
+                **quality(report),
                 "calibration_tokens": int(seen.size),
                 "processor_seconds": seconds,
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
         del small, held, nodes, ready
-    about = {
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "device": jax.devices()[0].device_kind,
-        "shared": True,
-    }
-    return [row | about for row in rows]
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    reporting.append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

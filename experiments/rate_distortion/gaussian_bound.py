@@ -9,7 +9,6 @@ per row:
 
 import dataclasses
 import itertools
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -19,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
-from jaxcompress import reporting
+from experiments.common.config import parse
+from experiments.common.results import Results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
     shape = config.inputs, config.outputs
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    rows, priors = [], sorted({0.0, config.prior})
+    results, priors = Results(config), sorted({0.0, config.prior})
     for name, covariance in covariances(config.inputs).items():
         for states, prior in itertools.product((0, 8, config.states), priors):
             for rate in map(float, config.rates.split(",")):
@@ -50,20 +49,16 @@ def run(config: Config) -> list[dict[str, Any]]:
                 options = {"states": states, "damping": 1e-6, "prior": prior}
                 found = beside_the_bound(x, covariance, rate=rate, **options)
                 seconds = time.process_time() - clock
-                rows.append(
+                results.add(
                     {
                         "covariance": name,
                         **options,
                         "shape": shape,
                         **found,
                         "processor_seconds": seconds,
-                        **about(),
                     }
                 )
-                print(json.dumps(reporting.plain(rows[-1])), flush=True)
-                if not config.fast:
-                    reporting.append_lines(config.results, rows[-1:])
-    return rows
+    return results.rows
 
 
 def beside_the_bound(

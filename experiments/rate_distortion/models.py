@@ -10,10 +10,8 @@ line per row; rows that are there are left out:
 """
 
 import dataclasses
-import json
 import re
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,10 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from experiments.common.command import about, parse, rows_of
+from experiments.common.config import parse
+from experiments.common.models import load, quality
+from experiments.common.results import Results
+from experiments.common.timing import Clock
 from experiments.quantization import calibrated
 from jaxcompress import distillation, reporting
 from jaxcompress.evaluation import Apply
@@ -32,7 +33,6 @@ from jaxcompress.tree.equality import same_bits
 
 KERNELS = r".*layer.*kernel"
 SIDE = r"layers/.*(steps|scale)"  # of rows, and of norms
-LABEL = "model", "variant", "rate", "embedding", "states", "calibration_tokens"
 VARIANTS = (
     "rounding",  # equal rates
     "trellis",
@@ -57,7 +57,8 @@ class Config:
     curvature: int = 96  # windows of 128 tokens
     windows: int = 8  # of each text
     tokens: int = 512  # in a window
-    fraction: float = 0.8  # of the text is for calibration
+    fraction: float = 0.2  # of the text, from its end, is measured on
+    also: str = "docstrings"  # or "docstrings,plays": further texts to measure on
     tuning: int = 64  # windows to tune on, one in a step
     tuning_rate: float = 3e-3
     cache: str = ""  # directory for moments
@@ -80,30 +81,25 @@ def run(config: Config) -> list[dict[str, Any]]:
             tokens=256,
             tuning=4,
         )
-    model, params, tokenizer = jc.models.load(config.model, scan=False)
-    scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
-    taken = {f.name for f in dataclasses.fields(calibrated.Config)}
-    shared = {k: v for k, v in dataclasses.asdict(config).items() if k in taken}
-    shared = calibrated.Config(**shared | {"embedding": False})
-    calibration, batches = calibrated.texts(shared, tokenizer)
-    clock = time.perf_counter()
-    moments = calibrated.one_shot(shared, model, params, calibration)
-    plain = stack(moments)
-    measuring = {"moments_seconds": time.perf_counter() - clock}
+    original = load(config.model)
+    model, params, tokenizer = original.model, original.params, original.tokenizer
+    scanned, dense = original.scanned, original.dense
+    calibration, batches = calibrated.texts(config, tokenizer)
+    results, clock = Results(config), Clock()
+    plain = stack(calibrated.one_shot(config, model, params, calibration))
+    measuring = {"moments_seconds": clock.seconds}
     layout = jc.find_layouts(scanned, dense, calibration[0][:1])
     pattern = KERNELS if config.embedding >= 0 else None
-    measured, clock = plain, time.perf_counter()
+    measured, clock = plain, Clock()
     if "planned" in config.variants or "by leaf" in config.variants:
         measured = with_curvatures(config, scanned, dense, plain, calibration, layout)
-        measuring["curvature_seconds"] = time.perf_counter() - clock
+        measuring["curvature_seconds"] = clock.seconds
     apart = {
         name: dataclasses.replace(x, joint_curvatures=None)
         for name, x in measured.items()
     }
     by_leaf = {name: averaged(x) for name, x in apart.items()}
-    rows: list[dict[str, Any]] = []
     latest: Any = None  # what was compressed last, and the time it took
-    done = known(config)
     for rate in map(float, config.rates.split(",")):
         for variant in config.variants.split(";"):
             fixed = "(" in variant
@@ -115,7 +111,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "states": 0 if variant == "rounding" or fixed else config.states,
                 "calibration_tokens": config.calibration * config.tokens,
             }
-            if json.dumps(label) in done:
+            if results.holds(**label):
                 continue
             looped = fixed or "blockwise" in variant
             planned = variant.startswith(("planned", "by leaf"))
@@ -129,7 +125,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             options = f"states={label['states']}"
             method = f"rate_distortion(rate={rate}, {options})"
             recipe: list[Any] = [(KERNELS, variant if fixed else method)]
-            clock, processor = time.perf_counter(), time.process_time()
+            clock = Clock()
             base = variant.removesuffix(", tuned")
             if latest is None or latest[0] != (base, rate):
                 latest = None
@@ -164,71 +160,52 @@ def run(config: Config) -> list[dict[str, Any]]:
                         layouts=None if looped else layout,
                         progress=lambda names: reporting.track(names, "compressing"),
                     )
-                took = time.perf_counter() - clock, time.process_time() - processor
-                latest = (base, rate), small, took
-                clock, processor = time.perf_counter(), time.process_time()
+                before = clock.seconds, clock.processor_seconds
+                latest = (base, rate), small, before
+                clock = Clock()
             _, small, before = latest
             if variant != base:
                 small = tuned(config, scanned, dense, small, calibration)
             took = {
                 "curvature_tokens": config.curvature * 128 if planned else 0,
-                "compress_seconds": before[0] + time.perf_counter() - clock,
-                "compress_processor_seconds": before[1]
-                + time.process_time()
-                - processor,
+                "compress_seconds": before[0] + clock.seconds,
+                "compress_processor_seconds": before[1] + clock.processor_seconds,
             }
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "small.safetensors"
                 jc.models.save(path, model if looped else scanned, small, tokenizer, {})
-                clock = time.perf_counter()
+                clock = Clock()
                 loaded = jc.models.load(path)[1]
-                took["load_seconds"] = time.perf_counter() - clock
+                took["load_seconds"] = clock.seconds
                 if not same_bits(small, loaded):
                     raise ValueError("the file did not come back bit for bit")
                 sizes = calibrated.stored(path, loaded)
-            clock, processor = time.perf_counter(), time.process_time()
+            clock = Clock()
             ready = jax.block_until_ready(jc.materialize(loaded))
-            took["decode_seconds"] = time.perf_counter() - clock
-            took["decode_processor_seconds"] = time.process_time() - processor
+            took["decode_seconds"] = clock.seconds
+            took["decode_processor_seconds"] = clock.processor_seconds
             if looped:
                 ready = jc.models.stack_layers(ready)
             more = sizes | took | ({} if config.cache else measuring)
-            rows += compared(config, label, scanned, dense, ready, batches, more)
-    return rows
+            compared(results, label, scanned, dense, ready, batches, more)
+    return results.rows
 
 
 def compared(
-    config: Any,
+    results: Results,
     label: dict[str, Any],
     model: Any,
     dense: Any,
     ready: Any,
     batches: dict[str, list],
     more: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """A row for each text, shown and kept as it is measured."""
-    rows = []
+) -> None:
+    """Add a row for each text."""
     for text, each in batches.items():
         each = reporting.track(each, label["variant"])
         found = jc.compare(Apply(model), dense, ready, each)
-        rows.append(
-            {
-                **label,
-                "text": text,
-                "tokens": found.tokens,
-                "perplexity_float": found.dense.perplexity,
-                "perplexity": found.small.perplexity,
-                "bits_per_byte": found.small.bits_per_byte,
-                "kl": found.kl,
-                "kl_standard_error": found.kl_standard_error,
-                "top1_agreement": found.agreement,
-                **more,
-                "peak_bytes": reporting.peak_memory(),
-                **about(),
-            }
-        )
-        keep(config, rows)
-    return rows
+        peak = {"peak_bytes": reporting.peak_memory()}
+        results.add({**label, "text": text, **quality(found), **more, **peak})
 
 
 def stack(moments: dict[str, jc.Moments]) -> dict[str, jc.Moments]:
@@ -340,19 +317,6 @@ def tuned(
         report=lambda number, metrics: print(number, metrics["loss"], flush=True),
     )
     return code_again(distillation.cast_like(state.params, start), small)
-
-
-def keep(config: Config, rows: list[dict[str, Any]]) -> None:
-    """Shows the latest row, and appends it to the results."""
-    print(json.dumps(reporting.plain(rows[-1])), flush=True)
-    if not config.fast:
-        reporting.append_lines(config.results, rows[-1:])
-
-
-def known(config: Config) -> set[str]:
-    """Labels of the rows of models that the results hold."""
-    rows = [] if config.fast else rows_of(config.results)
-    return {json.dumps({k: x[k] for k in LABEL}) for x in rows}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
+from experiments.common.config import parse
+from experiments.common.results import Results
 from experiments.quantization import calibrated
 from jaxcompress import reporting
 from jaxcompress.calibration.error_feedback import inverse_factor
@@ -40,7 +41,8 @@ class Config:
     sequences: int = 128  # for measuring; as many to count on
     length: int = 128  # tokens
     calibration: int = 256  # windows, for the metric of inputs
-    fraction: float = 0.8  # of the text is for calibration
+    fraction: float = 0.2  # of the text, from its end, is measured on
+    also: str = "docstrings"  # or "docstrings,plays": further texts to measure on
     tokens: int = 512  # in a window
     windows: int = 1
     cache: str = ""  # directory for moments
@@ -55,12 +57,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         small |= {"calibration": 4, "tokens": 128, "model": "reference", "text": ""}
         config = dataclasses.replace(config, **small)
     model, params, tokenizer = jc.models.load(config.model, scan=False)
-    taken = {f.name for f in dataclasses.fields(calibrated.Config)}
-    shared = {k: v for k, v in dataclasses.asdict(config).items() if k in taken}
-    calibration, _ = calibrated.texts(calibrated.Config(**shared), tokenizer)
-    moments = calibrated.one_shot(
-        calibrated.Config(**shared), model, params, calibration
-    )
+    calibration, _ = calibrated.texts(config, tokenizer)
+    moments = calibrated.one_shot(config, model, params, calibration)
     groups = {
         (group, layer): [name_of(layer, x) for x in group.split()]
         for group in config.groups
@@ -107,13 +105,13 @@ def run(config: Config) -> list[dict[str, Any]]:
         half = total[number % 2]
         for group, each in groups.items():
             half[group] = add(half[group], [found[n] for n in each])
-    rows = []
+    results = Results(config)
     for group in config.groups:
         halves = [[half[group, layer] for half in total] for layer in config.layers]
         separate = np.mean([-gain(*pair, None) for pair in halves])
         for shrinkage in SHRINKAGE:
             gains = [gain(*pair, shrinkage) for pair in halves]
-            rows.append(
+            results.add(
                 {
                     "model": Path(config.model).name,
                     "group": group,
@@ -124,11 +122,9 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "bits_lost_without_weights": float(separate),
                     "layers": list(config.layers),
                     "tokens": config.sequences * config.length,
-                    **about(),
                 }
             )
-            print(rows[-1], flush=True)
-    return rows
+    return results.rows
 
 
 def gain(measured: Any, held: Any, shrinkage: float | None) -> float:
@@ -161,5 +157,4 @@ def leaf(params: Any, name: str) -> jax.Array:
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    reporting.append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

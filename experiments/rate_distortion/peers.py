@@ -11,7 +11,6 @@ and `llama-quantize`; AutoRound as packages beside this one, `pip install auto-r
 """
 
 import dataclasses
-import json
 import subprocess
 import tempfile
 import time
@@ -22,9 +21,11 @@ import numpy as np
 from safetensors import safe_open
 
 import jaxcompress as jc
-from experiments.common.command import parse
+from experiments.common.config import parse
+from experiments.common.models import load
+from experiments.common.results import Results
 from experiments.quantization import calibrated
-from experiments.rate_distortion import models as rate_distortion
+from experiments.rate_distortion.models import compared
 
 BLOCK = 128  # of AutoRound's weights
 BATCH = 8  # windows in one of its steps
@@ -39,6 +40,8 @@ class Config:
     bits: tuple[int, ...] = (0,)  # of AutoRound, 0 for none
     iterations: int = 20  # of AutoRound, for each block
     samples: int = 64  # windows that it takes of those to calibrate on
+    fraction: float = 0.2  # of the text, from its end, is measured on
+    also: str = "docstrings"  # or "docstrings,plays": further texts to measure on
     calibration: int = 256  # windows
     windows: int = 8  # of each text
     tokens: int = 512  # in a window
@@ -49,33 +52,33 @@ class Config:
 
 def run(config: Config) -> list[dict[str, Any]]:
     """The rows that the results do not hold yet."""
-    model, params, tokenizer = jc.models.load(config.model, scan=False)
-    scanned, dense = model.clone(scan=True), jc.models.stack_layers(params)
-    taken = {f.name for f in dataclasses.fields(calibrated.Config)}
-    shared = {k: v for k, v in dataclasses.asdict(config).items() if k in taken}
-    shared = calibrated.Config(**shared | {"bits": 4})
-    calibration, batches = calibrated.texts(shared, tokenizer)
+    original = load(config.model)
+    model, params, tokenizer = original.model, original.params, original.tokenizer
+    scanned, dense = original.scanned, original.dense
+    calibration, batches = calibrated.texts(config, tokenizer)
     ids = np.concatenate(calibration)
     text = tokenizer.decode(ids.reshape(-1))
-    rows: list[dict[str, Any]] = []
-    done = rate_distortion.known(config)
+    results = Results(config)
 
     def label(name: str, seen: int) -> dict[str, Any]:
-        values = Path(config.model).name, name, 0.0, 0.0, 0, seen
-        return dict(zip(rate_distortion.LABEL, values, strict=True))
+        return {
+            "model": original.name,
+            "variant": name,
+            "rate": 0.0,
+            "embedding": 0.0,
+            "states": 0,
+            "calibration_tokens": seen,
+        }
 
     def new(name: str, seen: int) -> bool:
-        return json.dumps(label(name, seen)) not in done
+        return not results.holds(**label(name, seen))
 
     def add(name: str, seen: int, path: Path, bits: float, seconds: float) -> None:
         ready = jc.models.load(path, scan=True, dtype="float32")[1]
         ready = {**ready, "embed": dense["embed"]}
         about = {"bits_per_compressed_weight": bits, "compress_seconds": seconds}
-        rows.extend(
-            rate_distortion.compared(
-                config, label(name, seen), scanned, dense, ready, batches, about
-            )
-        )
+        labels = label(name, seen)
+        compared(results, labels, scanned, dense, ready, batches, about)
 
     with tempfile.TemporaryDirectory() as folder:
         for kind in config.types.split(";") if config.llama else ():
@@ -95,7 +98,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 dense_path, packed = autoround(config, Path(folder), seen, bits)
                 seconds = time.perf_counter() - clock
                 add(name, seen.size, dense_path, packed_bits(packed, bits), seconds)
-    return rows
+    return results.rows
 
 
 def llama(config: Config, folder: Path, text: str, kind: str) -> Path:

@@ -10,7 +10,6 @@ the defaults, its smallest and its largest:
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
+from experiments.common.config import parse
+from experiments.common.results import Results
 from experiments.quantization import calibrated
 from jaxcompress import reporting
 from jaxcompress.calibration.error_feedback import damped, descend
@@ -45,9 +45,11 @@ class Config:
     text: str = ""
     layers: str = "3,20"
     rates: str = "2.05,3.05"
-    fraction: float = 0.8  # of the text is for calibration
+    fraction: float = 0.2  # of the text, from its end, is measured on
+    also: str = "docstrings"  # or "docstrings,plays": further texts to measure on
     calibration: int = 192  # windows
     held: int = 64  # windows after them, to measure on
+    windows: int = 1  # of the texts to measure on, which are not used here
     tokens: int = 512  # in a window
     cache: str = ""  # directory for moments
     fast: bool = False
@@ -60,15 +62,13 @@ def run(config: Config) -> list[dict[str, Any]]:
         small = {"layers": "1", "rates": "2.05", "calibration": 96, "held": 48}
         config = dataclasses.replace(config, tokens=64, **small)
     model, params, tokenizer = jc.models.load(config.model, scan=False)
-    taken = {f.name for f in dataclasses.fields(calibrated.Config)}
-    shared = {k: v for k, v in dataclasses.asdict(config).items() if k in taken}
     both = config.calibration + config.held
-    shared = calibrated.Config(**shared | {"calibration": both, "windows": 1})
-    batches, _ = calibrated.texts(shared, tokenizer)
+    whole = dataclasses.replace(config, calibration=both)
+    batches, _ = calibrated.texts(whole, tokenizer)
     count = len(batches) * config.calibration // both
-    start = functools.partial(calibrated.one_shot, shared, model, params)
+    start = functools.partial(calibrated.one_shot, whole, model, params)
     known = {"all": start(batches[:count]), "sixth": start(batches[: count // 6])}
-    held = start_at(shared, model, params, batches, count)
+    held = start_at(whole, model, params, batches, count)
     found: dict[tuple[str, float], list[float]] = {}
     names = [
         name
@@ -84,9 +84,9 @@ def run(config: Config) -> list[dict[str, Any]]:
             losses = ways(x, known["all"][name], known["sixth"][name], second, rate)
             for way, loss in losses.items():
                 found.setdefault((way, rate), []).append(loss / losses["as it is"])
-    rows = []
+    results = Results(config)
     for (way, rate), ratios in found.items():
-        rows.append(
+        results.add(
             {
                 "model": Path(config.model).name,
                 "layers": config.layers,
@@ -97,17 +97,13 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "most": max(ratios),
                 "kernels": len(ratios),
                 "calibration_tokens": config.calibration * config.tokens,
-                **about(),
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
-    if not config.fast:
-        reporting.append_lines(config.results, rows)
-    return rows
+    return results.rows
 
 
 def start_at(
-    config: calibrated.Config, model: Any, params: Any, batches: list, first: int
+    config: Config, model: Any, params: Any, batches: list, first: int
 ) -> dict[str, jc.Moments]:
     """Moments of the batches from `first` on: all of them less those before."""
     whole = calibrated.one_shot(config, model, params, batches)

@@ -10,10 +10,6 @@ programs.
 """
 
 import dataclasses
-import json
-import time
-from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import flax.linen as nn
@@ -22,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import commit, parse
-from jaxcompress import reporting
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.timing import interleaved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +31,6 @@ class Config:
     rounds: int = 41
     fast: bool = False  # a narrower layer, three rounds
     results: str = "experiments/running/results/factor_speed.jsonl"
-
-
-def timed(functions: list[Callable[[], Any]], rounds: int) -> np.ndarray:
-    """Wall and processor seconds, `[rounds, functions, 2]`, called in turn."""
-    for function in functions:
-        jax.block_until_ready(function())  # compiles
-    seconds = np.zeros((rounds, len(functions), 2))
-    for i in range(rounds):
-        for j, function in enumerate(functions):
-            wall, processor = time.perf_counter(), time.process_time()
-            jax.block_until_ready(function())
-            seconds[i, j] = (
-                time.perf_counter() - wall,
-                time.process_time() - processor,
-            )
-    return seconds
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -73,11 +54,11 @@ def run(config: Config) -> list[dict[str, Any]]:
         with jc.compressed_matmul():
             return model.apply({"params": params}, x)
 
-    rows = []
+    results = Results(config, experiment="factor_speed")
     for count in config.rows:
         x = jax.random.normal(keys[3], (count, config.width))
         error = jnp.abs(plain(dense, x) - by_factors(small, x)).max()
-        seconds = timed(
+        seconds = interleaved(
             [
                 lambda x=x: plain(dense, x),
                 lambda x=x: by_factors(small, x),
@@ -91,9 +72,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             f.lower(params, x).compile().cost_analysis()["flops"]
             for f, params in ((plain, dense), (by_factors, small))
         ]
-        rows.append(
+        results.add(
             {
-                "experiment": "factor_speed",
                 "width": config.width,
                 "rank": config.rank,
                 "rows": count,
@@ -105,15 +85,10 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "seconds_dense": float(middle[0, 0]),
                 "seconds_factors": float(middle[1, 0]),
                 "largest_difference": float(error),
-                "commit": commit(),
-                "jax": metadata.version("jax"),
-                "device": jax.devices()[0].device_kind,
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    reporting.append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

@@ -13,9 +13,7 @@ is what XLA reserves: parameters, and temporaries of the compiled call.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -23,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.command import commit, parse
-from experiments.running.factor_speed import timed
-from jaxcompress import reporting
+from experiments.common.config import parse
+from experiments.common.models import smollm2_like
+from experiments.common.results import Results
+from experiments.common.timing import interleaved
 from jaxcompress.models.transformer import Transformer
 
 MIB = 2**20
@@ -100,24 +99,14 @@ def run(config: Config) -> list[dict[str, Any]]:
         config = dataclasses.replace(config, batches=(1, 4), tokens=32, length=16)
     ways = {}
     for name, dtype, recipe, activations in WAYS:
-        model = Transformer(
-            vocab_size=config.vocabulary,
-            width=config.width,
-            layers=config.layers,
-            heads=config.width // 64,
-            kv_heads=1,
-            head_size=64,
-            mlp_width=config.mlp_width,
-            scan=True,
-            dtype=jnp.dtype(dtype),
-        )
+        model = smollm2_like(config, scan=True, dtype=jnp.dtype(dtype))
         params = weights(model, dtype)
         if recipe is not None:
             batch = {"tokens": jnp.zeros((1, 2), jnp.int32)}
             layout = jc.find_layouts(model, params, batch)
             params = jc.compress(params, recipe, layouts=layout)
         ways[name] = (model, params, programs(model, activations))
-    rows = []
+    results = Results(config, experiment="integer_speed")
     for batch in config.batches:
         length = min(config.length, config.tokens // batch)
         for kind in ("forward", "decode"):
@@ -132,14 +121,13 @@ def run(config: Config) -> list[dict[str, Any]]:
                 compiled = found[kind].lower(*arguments).compile()
                 calls.append(functools.partial(compiled, *arguments))
                 memory.append(compiled.memory_analysis().temp_size_in_bytes)
-            seconds = timed(calls, config.rounds)
+            seconds = interleaved(calls, config.rounds)
             ratios = np.median(seconds / seconds[:, :1], axis=0)
             middle = np.median(seconds, axis=0)
             count = batch * (length if kind == "forward" else 1)
             for i, (name, (_, params, _)) in enumerate(ways.items()):
-                rows.append(
+                results.add(
                     {
-                        "experiment": "integer_speed",
                         "way": name,
                         "call": kind,
                         "batch": batch,
@@ -153,15 +141,10 @@ def run(config: Config) -> list[dict[str, Any]]:
                         "layers": config.layers,
                         "width": config.width,
                         "rounds": config.rounds,
-                        "commit": commit(),
-                        "jax": metadata.version("jax"),
-                        "device": jax.devices()[0].device_kind,
                     }
                 )
-                print(json.dumps(rows[-1]), flush=True)
-    return rows
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    reporting.append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

@@ -11,18 +11,16 @@ float32, is the least that a model with dense matrix products can do with.
 
 import contextlib
 import dataclasses
-import subprocess
 import time
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 
 import jaxcompress as jc
-from experiments.common.command import parse
-from jaxcompress.models.transformer import Transformer
-from jaxcompress.reporting import append_lines
+from experiments.common.config import parse
+from experiments.common.models import smollm2_like
+from experiments.common.results import Results
 
 MIB = 2**20
 
@@ -65,20 +63,9 @@ def run(config: Config) -> list[dict[str, Any]]:
             config, vocabulary=2048, width=256, layers=6, mlp_width=1024
         )
     tokens = jax.ShapeDtypeStruct((1, config.tokens), jnp.int32)
-    command = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False)
-    rows = []
+    results = Results(config, experiment="low_memory")
     for scan in (False, True):
-        model = Transformer(
-            vocab_size=config.vocabulary,
-            width=config.width,
-            layers=config.layers,
-            heads=config.width // 64,
-            kv_heads=1,
-            head_size=64,
-            mlp_width=config.mlp_width,
-            scan=scan,
-        )
+        model = smollm2_like(config, scan=scan)
         key = jax.random.key(config.seed)
         params = jax.eval_shape(model.init, key, tokens)["params"]
         layout = jc.find_layouts(model, params, {"tokens": tokens})
@@ -91,37 +78,19 @@ def run(config: Config) -> list[dict[str, Any]]:
         for way, held, context in (
             ("float32", params, contextlib.nullcontext),
             ("compressed", small, contextlib.nullcontext),
-            ("streaming", small, jc.low_memory),
+            ("low memory", small, jc.low_memory),
         ):
-            rows.append(
+            results.add(
                 {
-                    "experiment": "streaming_memory",
                     "model": "scanned" if scan else "looped",
                     "way": way,
                     **sizes(model, held, tokens, context),
                     "largest_weight_mib": 4 * largest / MIB,
                     "config": dataclasses.asdict(config),
-                    "commit": commit.stdout.strip(),
-                    "versions": {"jax": jax.__version__, "flax": flax.__version__},
-                    "device": jax.devices()[0].device_kind,
                 }
             )
-    return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """The table of the rows."""
-    print(
-        f"jax {jax.__version__}; largest weight {rows[0]['largest_weight_mib']:.1f} MiB"
-    )
-    print(f"{'model':10}{'way':12}{'parameters MiB':>16}{'temporary MiB':>15}")
-    for row in rows:
-        kept = f"{row['parameters_mib']:16.1f}{row['temporary_mib']:15.1f}"
-        print(f"{row['model']:10}{row['way']:12}{kept}")
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    rows = run(config)
-    show(rows)
-    append_lines(config.results, rows)
+    run(parse(Config, __doc__))

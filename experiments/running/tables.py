@@ -53,10 +53,15 @@ TABLES = {
         "low_memory",
         "running.low_memory [--fast]",
         {
-            "jax": "{versions[jax]}",
+            "jax": lambda row: row.get("jax") or row["versions"]["jax"],
             "layers": "{config[layers]}",
             "model": "{model}",
-            "weights": named("way", {"streaming": "compressed, inside `low_memory()`"}),
+            "weights": named(
+                "way",
+                dict.fromkeys(
+                    ("streaming", "low memory"), "compressed, inside `low_memory()`"
+                ),
+            ),
             "parameters, MiB": "{parameters_mib:.1f}",
             "temporaries, MiB": "{temporary_mib:.1f}",
             "largest weight, MiB": "{largest_weight_mib:.0f}",

@@ -9,10 +9,8 @@ bfloat16. Every file is unpacked and compared.
 
 import dataclasses
 import filecmp
-import json
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ import optax
 from safetensors.numpy import save_file
 
 import jaxcompress as jc
-from experiments.common.command import parse
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import docstrings
 from experiments.models.train_reference import make_step
-from experiments.quantization.nearest import docstrings
 from jaxcompress import storage
-from jaxcompress.reporting import append_lines
 from jaxcompress.tree.paths import roots
 
 
@@ -89,7 +87,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     )
     optimizer = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
     step = make_step(model, optimizer)
-    rows = []
+    results = Results(config, experiment="lossless_delta")
     for rate in map(float, config.rates.split(",")):
         params = jax.tree.map(jnp.copy, first)
         state = optimizer.init(params)
@@ -104,22 +102,18 @@ def run(config: Config) -> list[dict[str, Any]]:
                     write(folder / "base", first, kind)
                     count = write(folder / "later", params, kind)
                     found = row(folder, folder / "base", folder / "later", count)
-                rows.append(
+                results.add(
                     {
-                        "experiment": "lossless_delta",
                         "kind": kind,
                         "rate": rate,
                         "steps": number,
                         "loss": float(loss),
                         "weights": count,
                         **found,
-                        "jax": metadata.version("jax"),
                     }
                 )
-                print(json.dumps(rows[-1]), flush=True)
-    return rows
+    return results.rows
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

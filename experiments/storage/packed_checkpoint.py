@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from experiments.common.command import parse
-from jaxcompress.reporting import append_lines
+from experiments.common.config import parse
+from experiments.common.results import Results
 
 WIDTH = 4096
 
@@ -96,7 +95,7 @@ def measured(*arguments: str) -> tuple[float, float, int]:
 def run(config: Config) -> list[dict[str, Any]]:
     """One row per size."""
     sizes = [0.02] if config.fast else [float(x) for x in config.sizes.split(",")]
-    rows = []
+    results = Results(config, experiment="lossless_checkpoint")
     with tempfile.TemporaryDirectory(dir=config.folder or None) as name:
         folder = Path(name)
         for size in sizes:
@@ -112,24 +111,20 @@ def run(config: Config) -> list[dict[str, Any]]:
             if different or wrong or len(same) != len(list(back.iterdir())):
                 raise ValueError(f"{different + wrong} did not come back")
             before = sum(path.stat().st_size for path in source.iterdir())
-            rows.append(
+            results.add(
                 {
-                    "experiment": "lossless_checkpoint",
                     "bytes": before,
                     "files": len(files),
                     "packed_share": packed.stat().st_size / before,
                     **_row("pack", *pack),
                     **_row("verify", *verify),
                     **_row("unpack", *unpack),
-                    "jax": metadata.version("jax"),
-                    "machine": "two cores shared with other work",
                 }
             )
-            print(json.dumps(rows[-1]), flush=True)
             shutil.rmtree(source)
             shutil.rmtree(back)
             packed.unlink()
-    return rows
+    return results.rows
 
 
 def _row(name: str, seconds: float, processor: float, peak: int) -> dict[str, float]:
@@ -141,5 +136,4 @@ def _row(name: str, seconds: float, processor: float, peak: int) -> dict[str, fl
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

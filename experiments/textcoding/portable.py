@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.textcoding.exact_price import parse, record
+from experiments.common.config import parse
+from experiments.common.results import Results
 from jaxcompress import textcoding
 from jaxcompress.models.bundled_text import heldout_text
 
@@ -64,7 +65,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         lanes, size = [2], 100
         places = {"SSE4.2": places["SSE4.2"]}
     data = heldout_text().encode()[:size]
-    rows = []
+    results = Results(config, experiment="portable")
     for count in lanes:
         options = {"lanes": count, "window": config.window}
         file = textcoding.encode(data, verify=False, **options)
@@ -72,9 +73,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         for place, (python, xla) in places.items():
             clock = time.perf_counter()
             *found, jax_version, version = elsewhere(python, xla, file, options)
-            rows.append(
+            results.add(
                 {
-                    "experiment": "portable",
                     "lanes": count,
                     "bytes": len(data),
                     "place": place if "/" not in place else "another version",
@@ -85,9 +85,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "seconds": time.perf_counter() - clock,
                 }
             )
-            if config.results:
-                record(rows[-1], config.results)  # at once: a run may be cut short
-    return rows
+    return results.rows
 
 
 def elsewhere(python: str, xla: str, file: bytes, options: dict[str, Any]) -> Any:
@@ -105,7 +103,7 @@ def elsewhere(python: str, xla: str, file: bytes, options: dict[str, Any]) -> An
 
 
 if __name__ == "__main__":
-    chosen = parse(Config, __doc__)
-    rows = run(chosen)
-    if not all(row["same_text"] and row["same_file"] for row in rows):
+    if not all(
+        row["same_text"] and row["same_file"] for row in run(parse(Config, __doc__))
+    ):
         sys.exit("a process gave other bytes")

@@ -6,7 +6,7 @@ integer model's own cross entropy over the same predictions, from its logits in
 float64. `--decode` decodes every file, and fails where the text does not come back.
 
     python -m experiments.textcoding.ratio reference --settings 512/256/1,512/0/1
-    python -m experiments.textcoding.ratio SmolLM2.gguf --text wikitext2-valid.txt \\
+    python -m experiments.textcoding.ratio SmolLM2.gguf wikitext2-valid.txt \\
         --settings 1024/512/1
 """
 
@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import zstandard
 
-from experiments.textcoding.exact_price import parse, record
+from experiments.common.config import parse
+from experiments.common.results import Results
 from jaxcompress import textcoding
 from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.models.loading import load
@@ -54,14 +55,11 @@ def run(config: Config) -> list[dict[str, Any]]:
         config = dataclasses.replace(config, bytes=2000, settings="64/32/2")
     text = Path(config.text).read_bytes() if config.text else b""
     data = (text or heldout_text().encode())[: config.bytes]
-    common = {
-        "experiment": "ratio",
-        "text": Path(config.text).name or "heldout",
-        "bytes": len(data),
-    }
-    rows = []
+    text_name = Path(config.text).name or "heldout"
+    results = Results(config, experiment="ratio", text=text_name, bytes=len(data))
     if config.peers or config.fast:
-        rows += [common | row for row in other_compressors(data)]
+        for row in other_compressors(data):
+            results.add(row)
     model, params, tokenizer = load(config.model, scan=False)
     if config.recipe:
         params = compress(params, config.recipe)
@@ -80,7 +78,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             lanes=lanes,
             verify=False,
         )
-        row = common | {
+        row = {
             "coder": Path(config.model).name,
             "recipe": config.recipe,
             "window": window,
@@ -99,9 +97,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             bits = cross_entropy(exact, tokenizer, data, window, overlap, lanes)
             allowed = 1.001 * bits / 8 + 96 + 10 * lanes
             row |= {"entropy_bytes": bits / 8, "within": len(file) <= allowed}
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        results.add(row)
+    return results.rows
 
 
 @jax.jit
@@ -176,6 +173,4 @@ def outside(data: bytes, program: str) -> bytes:
 
 
 if __name__ == "__main__":
-    chosen = parse(Config, __doc__)
-    for row in run(chosen):
-        record(row, chosen.results)
+    run(parse(Config, __doc__))

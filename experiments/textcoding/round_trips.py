@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.textcoding.exact_price import parse, record
+from experiments.common.config import parse
+from experiments.common.results import Results
 from jaxcompress import textcoding
 from jaxcompress.models.bundled_text import heldout_text
 
@@ -54,7 +55,7 @@ def draw(random: np.random.Generator, longest: int) -> bytes:
     return [*kinds, mixed][int(random.integers(4))]
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> list[dict[str, Any]]:
     """How many came back, and how many damaged files were refused."""
     if config.fast:
         config = dataclasses.replace(config, inputs=12, flips=12, longest=12)
@@ -81,16 +82,17 @@ def run(config: Config) -> dict[str, Any]:
             textcoding.decode(bytes(bad))
         except ValueError:
             refused += 1
-    return {
-        "experiment": "round_trips",
+    results = Results(config, experiment="round_trips")
+    row = {
         "inputs": len(inputs) + (not config.fast),
         "same": int(same),
         "damaged": config.flips,
         "refused": refused,
         "seconds": time.perf_counter() - clock,
     }
+    results.add(row)
+    return results.rows
 
 
 if __name__ == "__main__":
-    chosen = parse(Config, __doc__)
-    record(run(chosen), chosen.results)
+    run(parse(Config, __doc__))

@@ -12,7 +12,7 @@ def peers(rows: list[Row]) -> list[Row]:
 TABLES = {
     "exact_price": Table(
         "exact_price",
-        "textcoding.exact_price MODEL [--text TEXT]",
+        "textcoding.exact_price MODEL [TEXT]",
         {
             "model": lambda row: row["model"].partition("-")[0],
             "text": "{text}",
@@ -25,7 +25,7 @@ TABLES = {
     ),
     "ratio": Table(
         "ratio",
-        "textcoding.ratio SmolLM2.gguf --text wikitext2-valid.txt --bytes 16384 "
+        "textcoding.ratio SmolLM2.gguf wikitext2-valid.txt --bytes 16384 "
         "--settings 1024/512/1",
         {
             "model": lambda row: row["coder"].partition("-")[0],
@@ -62,7 +62,7 @@ TABLES = {
     ),
     "portable": Table(
         "portable",
-        "textcoding.portable 1,3,32 --bytes 3000 --pythons OLD,NEW",
+        "textcoding.portable --lanes 1,3,32 --bytes 3000 --pythons OLD,NEW",
         {
             "lanes": "{lanes}",
             "decoded in": "{place}",

@@ -11,7 +11,6 @@ there are not computed again:
 
 import dataclasses
 import io
-import json
 import random
 import re
 import time
@@ -23,10 +22,10 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from experiments.common.command import parse
-from experiments.models.train_reference import commit
-from experiments.quantization.nearest import docstrings
-from jaxcompress import reporting, tokenization
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import docstrings
+from jaxcompress import tokenization
 
 KINDS = {
     "bpe": {},
@@ -205,31 +204,22 @@ def run(config: Config) -> list[dict[str, Any]]:
     cut = whole.index("\n", int(len(whole) * config.fraction)) + 1
     lines = whole[:cut].splitlines(keepends=True)
     inside = whole[cut:].splitlines(keepends=True)
-    about = {
-        "experiment": "tokenizers_kinds",
-        "text": Path(config.text).stem or "docstrings",
-        "commit": commit(),
-        "versions": {
-            name: metadata.version(name) for name in ("sentencepiece", "tokenizers")
-        },
-    }
-    path, done = Path(config.results), set()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            there = json.loads(line)
-            done.add((there["text"], there["tokenizer"], there["asked"]))
-    rows = []
+    name_of = Path(config.text).stem or "docstrings"
+    packages = ("sentencepiece", "tokenizers")
+    results = Results(
+        config,
+        experiment="tokenizers_kinds",
+        text=name_of,
+        versions={name: metadata.version(name) for name in packages},
+    )
     sizes = [int(size) for size in config.sizes.split(",")]
     for name in config.kinds.split(","):
         for size in sizes:
-            if (about["text"], name, size) in done:
+            if results.holds(text=name_of, tokenizer=name, asked=size):
                 continue
             fuzz = config.fuzz if size == sizes[min(1, len(sizes) - 1)] else 0
-            rows.append(row(name, size, lines, inside, outside, fuzz) | about)
-            reporting.append_lines(path, rows[-1:])
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            results.add(row(name, size, lines, inside, outside, fuzz))
+    return results.rows
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Draws what `tokenizers_vocabulary.py` measured: bits per byte of equal compute.
+"""Draw what `vocabulary.py` measured: bits per byte of equal compute.
 
 python -m experiments.tokenization.plots [--operations 1.2e12]
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+
+from experiments.common.config import parse
 
 LOOKS = {"bpe": ("o-", "BPE"), "unigram": ("s--", "Unigram")}
 
@@ -20,7 +21,7 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Write the picture; what is in it."""
+    """Write the picture; returns what is in it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,12 +66,5 @@ def run(config: Config) -> dict[str, Any]:
     return {"models": len(rows), "bytes": Path(config.picture).stat().st_size}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    print(run(Config(**vars(parser.parse_args()))))
-
-
 if __name__ == "__main__":
-    main()
+    print(run(parse(Config, __doc__)))

@@ -9,7 +9,6 @@ the greedy one. One JSON line per row:
     python -m experiments.tokenization.speed
 """
 
-import argparse
 import dataclasses
 import functools
 import os
@@ -18,14 +17,14 @@ import resource
 import time
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import tokenizers
 
-from experiments.models.train_reference import Config as Training
-from experiments.models.train_reference import commit, library_files, sha256
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import library_files, sha256
 from jaxcompress import reporting, tokenization
 from jaxcompress.tokenization import unigrams
 
@@ -51,6 +50,7 @@ def seconds() -> float:
 
 
 def timed(work: Callable[[], int]) -> tuple[float, float, int]:
+    """Time work in this process and in its children: processor, passed, tokens."""
     cpu, wall = seconds(), time.perf_counter()
     tokens = work()
     return seconds() - cpu, time.perf_counter() - wall, tokens
@@ -138,7 +138,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             repeats=1,
             lengths="100,1000",
         )
-    files = library_files(Training(fast=config.fast))
+    files = library_files(few=config.fast)
     names = sorted(files, key=sha256)
     train, texts, size = [], [], 0
     for name in names:
@@ -148,29 +148,23 @@ def run(config: Config) -> list[dict[str, Any]]:
         part.append(files[name])
         size += len(files[name].encode())
     megabytes = len("".join(texts).encode()) / 1e6
-    about = {
-        "experiment": "tokenizers_speed",
-        "config": {
-            key: value
-            for key, value in dataclasses.asdict(config).items()
-            if key != "results"
-        },
-        "cores": os.cpu_count(),
-        "commit": commit(),
-        "versions": {
-            name: metadata.version(name) for name in ("sentencepiece", "tokenizers")
-        },
-    }
+    packages = ("sentencepiece", "tokenizers")
+    results = Results(
+        config,
+        hide=("config",),
+        experiment="tokenizers_speed",
+        config=dataclasses.asdict(config),
+        versions={name: metadata.version(name) for name in packages},
+    )
     work = engines(train, texts, config.vocab_size)
     times: dict[str, list] = {name: [] for name in work}
     order = [name for name in work for _ in range(config.repeats)]
     random.Random(0).shuffle(order)
     for name in reporting.track(order, "encoding", unit="runs"):
         times[name].append(timed(work[name]))
-    rows = []
     for name, found in times.items():
         cpu, wall, tokens = sorted(found)[len(found) // 2]
-        rows.append(
+        results.add(
             {
                 "engine": name,
                 "megabytes": megabytes,
@@ -182,26 +176,10 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "mb_per_second": megabytes / wall,
             }
         )
-    rows += sentence_rows(train, [int(x) for x in config.lengths.split(",")])
-    return [row | about for row in rows]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    config = Config(**vars(parser.parse_args()))
-    rows = run(config)
-    Path(config.results).parent.mkdir(parents=True, exist_ok=True)
-    reporting.append_lines(config.results, rows)
-    for row in rows:
-        print({key: value for key, value in row.items() if key not in ("config",)})
+    for row in sentence_rows(train, [int(x) for x in config.lengths.split(",")]):
+        results.add(row)
+    return results.rows
 
 
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))

@@ -9,11 +9,8 @@ of the domain. One JSON line per row; rows that are there are not computed again
     python -m experiments.tokenization.trimming SmolLM2.gguf text.txt
 """
 
-import argparse
 import dataclasses
-import json
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.models.train_reference import commit
-from experiments.quantization.nearest import docstrings
-from jaxcompress import reporting, tokenization
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import docstrings
+from jaxcompress import tokenization
 from jaxcompress.evaluation import Apply, LanguageModelMetrics, windows
 
 
@@ -102,27 +100,17 @@ def run(config: Config) -> list[dict[str, Any]]:
     size = config.calibration * (config.tokens - 1) + 1
     chosen = ids[-size:] if config.calibrated == "other" else ids[:size]
     calibration = windows(chosen, config.tokens, 1, limit=config.calibration)
-    about = {
-        "experiment": "tokenizers_trimming",
+    labels = {
         "model": Path(config.model).name,
         "text": Path(config.text).stem or "docstrings",
         "windows": config.windows,
         "calibrated": config.calibrated,
         "tokens": config.tokens,
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "device": jax.devices()[0].device_kind,
     }
-    identity = ("model", "text", "windows", "tokens", "calibrated")
-    path, done = Path(config.results), set()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            there = json.loads(line)
-            done.add((*(there[key] for key in identity), there["cut_off"]))
-    rows, likely = [], None
+    results = Results(config, experiment="tokenizers_trimming", **labels)
+    likely = None
     for cut_off in config.cut_off.split(","):
-        if (*(about[key] for key in identity), cut_off) in done:
+        if results.holds(cut_off=cut_off, **labels):
             continue
         trimmed, lost = (model, params, tokenizer), 0.0
         if cut_off != "none":
@@ -137,10 +125,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             "lost_probability": lost,
             **measure(*trimmed, parts, config),
         }
-        rows.append(row | about)
-        reporting.append_lines(path, rows[-1:])
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        results.add(row)
+    return results.rows
 
 
 def measure(
@@ -178,19 +164,5 @@ def measure(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.name in ("model", "text"):
-            parser.add_argument(field.name, nargs="?", default=field.default)
-        elif field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    run(Config(**vars(parser.parse_args())))
-
-
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))

@@ -9,12 +9,9 @@ lines that are there are not computed again:
     python -m experiments.tokenization.vocabulary
 """
 
-import argparse
 import dataclasses
-import json
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +19,17 @@ import jax
 import numpy as np
 
 import jaxcompress as jc
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import hold_out, library_files, sha256
 from experiments.models.train_reference import Config as Training
 from experiments.models.train_reference import (
     batch_at,
-    commit,
     initial_params,
-    library_files,
     make_evaluation,
     make_optimizer,
     make_step,
-    sha256,
-    split,
 )
-from jaxcompress import reporting
 from jaxcompress.models.transformer import Transformer
 
 
@@ -56,8 +51,8 @@ class Config:
 
 def texts(config: Config) -> tuple[list[str], str]:
     """Training files in the order of the hash of their names, and held-out text."""
-    files = library_files(Training(fast=config.fast))
-    train, held, _ = split(files, config.heldout_bytes)
+    files = library_files(few=config.fast)
+    train, held, _ = hold_out(files, config.heldout_bytes)
     chosen, size = [], 0
     for name in sorted(train, key=sha256):
         chosen.append(train[name])
@@ -178,48 +173,21 @@ def run(config: Config) -> list[dict[str, Any]]:
             train_bytes=200_000,
             heldout_bytes=8_000,
         )
-    about = {
-        "experiment": "tokenizers_vocabulary",
-        "config": {
-            key: value
-            for key, value in dataclasses.asdict(config).items()
-            if key not in ("kinds", "sizes", "results", "seed")
-        },
-        "commit": commit(),
-        "jax": metadata.version("jax"),
-        "flax": metadata.version("flax"),
-        "device": jax.devices()[0].device_kind,
+    settings = {
+        key: value
+        for key, value in dataclasses.asdict(config).items()
+        if key not in ("kinds", "sizes", "results", "seed")
     }
-    path, done = Path(config.results), set()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row["config"] == about["config"]:
-                done.add((row["kind"], row["vocab_size"], row["seed"]))
+    results = Results(config, experiment="tokenizers_vocabulary", config=settings)
     train, heldout = texts(config)
-    rows = []
     for size in map(int, config.sizes.split(",")):
         for kind in config.kinds.split(","):
-            if (kind, size, config.seed) in done:
+            labels = {"kind": kind, "vocab_size": size, "seed": config.seed}
+            if results.holds(config=settings, **labels):
                 continue
-            rows.append(train_one(config, kind, size, train, heldout) | about)
-            reporting.append_lines(path, rows[-1:])
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for field in dataclasses.fields(Config):
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{field.name}", type=field.type, default=field.default
-            )
-    run(Config(**vars(parser.parse_args())))
+            results.add(train_one(config, kind, size, train, heldout))
+    return results.rows
 
 
 if __name__ == "__main__":
-    main()
+    run(parse(Config, __doc__))

@@ -11,7 +11,6 @@ divergence from the float model and by bits per byte. One JSON line per row:
 """
 
 import dataclasses
-import json
 import time
 from typing import Any
 
@@ -21,8 +20,9 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
-from experiments.common.library_text import training_tokens
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import training_tokens
 from jaxcompress import reporting
 from jaxcompress.evaluation import Apply, divergence, windows
 from jaxcompress.models.bundled_text import heldout_text
@@ -119,7 +119,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     seen = tokens[: config.calibration * 256].reshape(-1, 4, 256)
     moments = jc.collect_moments(model, params, list(seen), where=KERNELS)
     layout = jc.find_layouts(model, params, heldout[0]["tokens"])
-    rows: list[dict[str, Any]] = []
+    results = Results(config)
 
     def add(name: str, small: Any, seconds: float) -> Any:
         dense = jax.jit(jc.materialize)(small)
@@ -128,7 +128,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         weights = sum(
             x.size for part in ("attention", "mlp") for x in params_of(params, part)
         )
-        rows.append(
+        results.add(
             {
                 "bits": config.bits,
                 "block": config.block,
@@ -144,7 +144,6 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "processor_seconds": seconds,
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
         return small
 
     options = f"bits={config.bits}, block={config.block}"
@@ -163,7 +162,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     latent = jc.qat.prepare(lambda _: best)(params)
     whole, seconds = train(apply_fn, params, latent, tokens, config)
     add("learned, then weights and steps trained through rounding", whole, seconds)
-    return [row | about() for row in rows]
+    return results.rows
 
 
 def params_of(params: Any, part: str) -> list[jax.Array]:
@@ -172,5 +171,4 @@ def params_of(params: Any, part: str) -> list[jax.Array]:
 
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__)
-    reporting.append_lines(config.results, run(config))
+    run(parse(Config, __doc__))

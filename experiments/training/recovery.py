@@ -18,7 +18,6 @@ already are not run again:
 
 import dataclasses
 import functools
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -30,11 +29,11 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from experiments.common.command import about, parse, rows_of
-from experiments.common.library_text import batch_at, training_tokens
+from experiments.common.config import parse
+from experiments.common.results import Results
+from experiments.common.texts import batch_at, cut, split, training_tokens
 from experiments.pruning import pruned
-from experiments.quantization.nearest import docstrings
-from jaxcompress import distillation, models, reporting
+from jaxcompress import distillation, models
 from jaxcompress.evaluation import Apply
 from jaxcompress.running.decode_once import code_again, decode_once
 
@@ -125,26 +124,26 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
     name = Path(config.model).name
     tokens = config.steps * config.batch * config.tokens
-    keys = ("model", "row", "seed", "training_tokens")
-    held = {tuple(row[key] for key in keys) for row in rows_of(config.results)}
+    results = Results(config)
     todo = [
         (row, seed)
         for row in (ROWS[:1] if config.fast and not config.only else ROWS)
         for seed in range(config.seeds)
-        if config.only in row and (name, row, seed, tokens) not in held
+        if config.only in row
+        and not results.holds(model=name, row=row, seed=seed, training_tokens=tokens)
     ]
     if not todo:
         return []
     model, params, tokenizer = models.load(config.model, scan=False)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    learned_from, measured_on = pruned.texts(config)
+    parts = split(config.text, fraction=config.fraction)
     if config.text:
-        text = np.asarray(tokenizer.encode(learned_from), np.int32)
+        text = np.asarray(tokenizer.encode(parts.calibration), np.int32)
     else:
         text = training_tokens(tokenizer, 50_000 if config.fast else 2_000_000)
     heldout, other = (
-        pruned.cut(tokenizer, each, config, config.windows)
-        for each in (measured_on, docstrings())
+        cut(tokenizer, each, tokens=config.tokens, limit=config.windows, batch=2)
+        for each in parts.measured.values()
     )
     seen = text[: config.calibration // 2 * 2 * config.tokens]
     seen = seen.reshape(-1, 2, config.tokens)
@@ -156,7 +155,6 @@ def run(config: Config) -> list[dict[str, Any]]:
         return jc.compare(teach, stacked, ready, batches, small_apply_fn=Apply(less))
 
     made: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
     for row, seed in todo:
         kind, way = row.rsplit(", ", 1)
         if kind not in made:
@@ -200,7 +198,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         small = code_again(small, start) if coded else small
         after, after_other = measure(less, small), measure(less, small, other)
         back = (before.kl - after.kl) / before.kl
-        rows.append(
+        results.add(
             {
                 "model": name,
                 "row": row,
@@ -231,12 +229,9 @@ def run(config: Config) -> list[dict[str, Any]]:
                     config.coded_rate,
                 ],
                 "processor_seconds": seconds,
-                **about(),
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
-        reporting.append_lines(config.results, rows[-1:])
-    return rows
+    return results.rows
 
 
 def file_bytes(params: Any) -> int:

@@ -5,16 +5,6 @@ import pytest
 
 
 @pytest.mark.slow
-def test_gaussian_weights(experiment):
-    module = experiment("rate_distortion.gaussian_bound")
-    rows = module.run(module.Config(fast=True))
-    gaps = {(row["covariance"], row["states"]): row["gap"] for row in rows}
-    assert len(gaps) == len(rows) == 9
-    for name in module.covariances(8):
-        assert 0 < gaps[name, 128] < gaps[name, 8] < gaps[name, 0] < 0.6
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "states", "most"), [(4.05, 0, 0.30), (2.05, 128, 0.15)]
 )
@@ -32,16 +22,3 @@ def test_the_gap_of_the_hardest_covariance(experiment, rate, states, most):
     )
     assert found["bits_per_weight"] == pytest.approx(rate, rel=0.005)
     assert 0 < found["gap"] < most
-
-
-@pytest.mark.nightly
-def test_a_model(experiment, tmp_path):
-    module = experiment("rate_distortion.models")
-    config = module.Config(fast=True, results=str(tmp_path / "rows.jsonl"))
-    rows = module.run(config)
-    found = {(row["variant"], row["text"]): row for row in rows}
-    assert len(found) == len(rows) == 4
-    for text in ("heldout", "docstrings"):
-        planned, tuned = found["planned", text], found["planned, tuned", text]
-        assert tuned["file_bytes"] == pytest.approx(planned["file_bytes"], rel=0.01)
-        assert 0 < tuned["kl"] < planned["kl"]
