@@ -34,7 +34,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Seconds, peak bytes of the process, and the errors that were reported."""
+    """Measure seconds, the peak of memory and the errors reported; one row."""
     if config.fast:
         config = dataclasses.replace(config, calibration=1, store="")
         model, weights, tokenizer = jc.models.load("reference")

@@ -40,7 +40,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row for each way to hold the weights and to run them."""
+    """Measure each way to hold the weights and to run them; a row for each."""
     model, params, _ = jc.models.load(config.model)
     if config.fast:
         config = dataclasses.replace(config, tokens=32, rounds=2)

@@ -34,7 +34,7 @@ class Config:
 
 
 def arrays(rows: int, columns: int) -> dict[str, np.ndarray]:
-    """Gaussian weights of unequal rows as codes and numbers; a sparse mask."""
+    """Draw Gaussian weights of unequal rows as codes and numbers; a sparse mask."""
     random = np.random.default_rng(0)
     scale = np.exp(random.normal(0, 0.2, (rows, 1)))
     weights = (random.normal(0, 0.04, (rows, columns)) * scale).astype(np.float32)
@@ -49,7 +49,7 @@ def arrays(rows: int, columns: int) -> dict[str, np.ndarray]:
 
 
 def peers() -> dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]:
-    """Name -> (compress, decompress)."""
+    """Collect other coders: name to (compress, decompress)."""
     found = {
         "zlib 6": (zlib.compress, zlib.decompress),
         "lzma 1": (lambda x: lzma.compress(x, preset=1), lzma.decompress),
@@ -63,14 +63,14 @@ def peers() -> dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes
 
 
 def ours(array: np.ndarray) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """Encode, and decode what that gave."""
+    """Make calls that encode an array, and decode the result."""
     method = code_floats if array.dtype == jax.numpy.bfloat16 else entropy_code
     decode = jax.jit(lambda leaf: leaf.materialize())
     return lambda: method(array), decode
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row per array and coder: bits per number, megabytes of numbers per second."""
+    """Measure bits per number and megabytes a second; a row per array and coder."""
     if config.fast:
         config = dataclasses.replace(config, rows=512, rounds=2)
     results = Results(config)

@@ -55,7 +55,7 @@ class Config:
 
 
 def weights(config: Config) -> dict[str, np.ndarray]:
-    """Floating-point tensors by name."""
+    """Load or draw floating-point tensors by name."""
     if config.model:
         found = load_file(config.model)
         return {name: x for name, x in found.items() if x.dtype == np.float32}
@@ -70,7 +70,7 @@ def weights(config: Config) -> dict[str, np.ndarray]:
 
 
 def ours(tensors: list[np.ndarray], threads: int, fast: bool) -> Coder:
-    """Chunks in memory, as files hold them; without checksums, as the peers."""
+    """Make our coder: chunks in memory, as files hold them, without checksums."""
 
     def encode(_: bytes) -> list[tuple[str | None, list[bytes]]]:
         made = []
@@ -126,7 +126,7 @@ def ours(tensors: list[np.ndarray], threads: int, fast: bool) -> Coder:
 
 @contextlib.contextmanager
 def one_core(wanted: bool) -> Iterator[None]:
-    """Keeps to one processor, where the system can; XLA makes no other thread then.
+    """Keep to one processor, where the system can; XLA makes no other thread then.
 
     If JAX has begun no work before.
     """
@@ -142,7 +142,7 @@ def one_core(wanted: bool) -> Iterator[None]:
 
 
 def file_bits(tensors: dict[str, np.ndarray], fast: bool = False) -> float:
-    """Bits per weight of the file that `save` writes."""
+    """Count the bits per weight of the file that `save` writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.safetensors")
         save(path, tensors, coding="decode" if fast else "size")
@@ -150,7 +150,7 @@ def file_bits(tensors: dict[str, np.ndarray], fast: bool = False) -> float:
 
 
 def only_sizes(config: Config, source: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Bits per weight alone: one row per kind and coder."""
+    """Measure bits per weight alone; a row per kind and coder."""
     results = Results(config, experiment="lossless_sizes")
     for kind in config.kinds.split(","):
         tensors = {name: x.astype(jnp.dtype(kind)) for name, x in source.items()}
@@ -168,7 +168,7 @@ def only_sizes(config: Config, source: dict[str, np.ndarray]) -> list[dict[str, 
 
 
 def stacked(tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Large tensors, those of all layers together."""
+    """Stack the large tensors of all layers."""
     groups: dict[str, list[np.ndarray]] = {}
     for name, x in tensors.items():
         if x.ndim == 2 and x.size > 50_000:
@@ -177,7 +177,7 @@ def stacked(tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def in_xla(tensors: dict[str, np.ndarray], rounds: int, fast: bool) -> dict[str, Any]:
-    """Gigabytes of output per processor second, and bits per weight held in memory."""
+    """Measure gigabytes per processor second in XLA, and bits per weight in memory."""
     decode = jax.jit(lambda leaf: leaf.materialize())
     dense = stacked(tensors)
     coded = [code_floats(x, speed="decode" if fast else "size") for x in dense]
@@ -208,7 +208,7 @@ def in_xla(tensors: dict[str, np.ndarray], rounds: int, fast: bool) -> dict[str,
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row per kind and coder."""
+    """Measure all coders on each kind of weights; a row per kind and coder."""
     with one_core(config.threads == 1):
         return measure(config)
 

@@ -17,7 +17,7 @@ Coder = tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], int]]
 
 
 def peers(data: bytes, kind: str) -> dict[str, Coder]:
-    """Other coders that are installed: encode bytes, decode, size."""
+    """Collect other coders that are installed: encode bytes, decode, size."""
     found: dict[str, Any] = {}
     numbers = np.frombuffer(data, jnp.dtype(kind))
     if util.find_spec("zipnn"):
@@ -68,7 +68,7 @@ def peers(data: bytes, kind: str) -> dict[str, Coder]:
 
 
 def programs(tensors: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
-    """Other programs that are on the path, on files: bits, seconds forth and back.
+    """Run other programs on files: bits per weight, seconds forth and back.
 
     Bits per weight; processor seconds beyond those that a file of 64 KB takes, which
     are those of their start.
@@ -108,6 +108,6 @@ def programs(tensors: dict[str, np.ndarray]) -> dict[str, tuple[float, float, fl
 
 
 def _of_children() -> float:
-    """Processor seconds of the processes that this one has waited for."""
+    """Count the processor seconds of processes that this one has waited for."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

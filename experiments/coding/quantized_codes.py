@@ -37,7 +37,7 @@ class Config:
 
 
 def tensors(config: Config) -> dict[str, np.ndarray]:
-    """Float tensors `[outputs, inputs]` by name."""
+    """Load float tensors `[outputs, inputs]` by name."""
     if config.model.endswith(".safetensors"):
         found = load_file(config.model)
     else:
@@ -58,7 +58,7 @@ def tensors(config: Config) -> dict[str, np.ndarray]:
 
 
 def quantized(x: np.ndarray, kind: str) -> dict[str, np.ndarray]:
-    """Codes and scales of one tensor."""
+    """Quantize one tensor to codes and scales."""
     if kind == "8 bits per channel":
         scale = np.abs(x).max(axis=1, keepdims=True) / 127
     elif kind == "4 bits, blocks of 128":
@@ -73,6 +73,7 @@ def quantized(x: np.ndarray, kind: str) -> dict[str, np.ndarray]:
 
 
 def file_bytes(tree: Any, *, coded: bool) -> int:
+    """Count the bytes of the file of a tree, coded without loss or not."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.safetensors")
         jc.save(path, tree, coding="size" if coded else "none")
@@ -80,13 +81,13 @@ def file_bytes(tree: Any, *, coded: bool) -> int:
 
 
 def packed(part: dict[str, np.ndarray], bits: int) -> dict[str, Any]:
-    """Codes in as many bits as they have, as a quantized leaf holds them."""
+    """Pack codes in as many bits as they have, as a quantized leaf holds them."""
     codes = (part["codes"].astype(np.int16) + (1 << bits - 1)).astype(np.uint8)
     return {"codes": pack_bits(codes, bits), "scale": part["scale"]}
 
 
 def entropies(parts: dict[str, dict[str, np.ndarray]], window: int) -> float:
-    """Order-0 bits per code where each window of codes has a table of its own, free.
+    """Count order-0 bits per code, each window with a table of its own, free.
 
     More than this a model that adapts as it goes can't gain; it pays for learning.
     """
@@ -102,7 +103,7 @@ def entropies(parts: dict[str, dict[str, np.ndarray]], window: int) -> float:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row per way to quantize."""
+    """Measure each way to quantize; a row for each."""
     given = tensors(config)
     results = Results(config, experiment="lossless_codes")
     for kind in ("8 bits per channel", "4 bits, blocks of 128", "one step per tensor"):
@@ -157,7 +158,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 def levels_row(
     config: Config, given: dict[str, np.ndarray], rate: float
 ) -> dict[str, Any]:
-    """Levels that were made for an entropy coder, with it and without."""
+    """Measure levels that were made for an entropy coder, with it and without."""
     method = jc.rate_distortion(rate=rate)
     clock = time.process_time()
     found = {name: method(x.T) for name, x in track(given.items(), "quantizing")}

@@ -59,7 +59,7 @@ def inner_loss(
     batch: Any,
     key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Divergence of predictions, hidden states and, if asked, attention maps."""
+    """Sum divergences of predictions, hidden states and, if asked, attention maps."""
     del key
     names = (HIDDEN, MAPS) if attention else (HIDDEN,)
     tokens, mask = batch["tokens"], batch["mask"][:, 1:]
@@ -83,7 +83,7 @@ def inner_loss(
 
 
 def objective(row: str, config: Config, student: Any, teacher: Any, bound: Any) -> Any:
-    """The loss function of a row of the table."""
+    """Make the loss function of a row of the table."""
     if row == "hard":
         return distillation.hard_labels(Apply(student))
     if row == "soft":
@@ -94,7 +94,7 @@ def objective(row: str, config: Config, student: Any, teacher: Any, bound: Any) 
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows of the table; the student before any training first."""
+    """Train a student by each objective; a row for each, untrained first."""
     if config.fast:
         config = dataclasses.replace(
             config, steps=3, batch=2, tokens=32, windows=2, rows="soft"

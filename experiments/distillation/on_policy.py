@@ -53,7 +53,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows of the table; the warmed-up student first."""
+    """Train a student on each mixture of texts; a row for each, warmed up first."""
     chosen = dict(ROWS)
     if config.fast:
         config = dataclasses.replace(

@@ -49,13 +49,13 @@ class Config:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of 20 characters or more, each once, in order."""
+    """Split a text into sentences of 20 characters or more, each once, in order."""
     found = (" ".join(x.split()) for x in re.split(r"(?<=[.!?])\s+|\n\n+", text))
     return list(dict.fromkeys(x for x in found if 20 <= len(x) <= 400))
 
 
 def encoded(tokenizer: Any, texts: list[str], length: int) -> dict[str, np.ndarray]:
-    """Tokens between the marks of the model's vocabulary, and the mask."""
+    """Encode texts between the marks of the model's vocabulary, with the mask."""
     first, last = tokenizer.encode("[CLS]")[0], tokenizer.encode("[SEP]")[0]
     tokens = np.zeros((len(texts), length), np.int32)
     mask = np.zeros((len(texts), length), bool)
@@ -74,7 +74,7 @@ def loss(
     batch: Any,
     key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Relative error of hidden states, relations of the last layers, embeddings."""
+    """Sum the relative errors of hidden states, relations and embeddings."""
     del key
     tokens, mask = batch["tokens"], batch["mask"]
     names = (HIDDEN, *STATES)
@@ -101,7 +101,7 @@ def loss(
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows of the table: the student before and after training."""
+    """Measure the student before and after training; two rows."""
     if config.fast:
         config = dataclasses.replace(config, steps=2, batch=2, tokens=16, heldout=8)
     teacher, params, tokenizer = models.load(config.model, scan=True)

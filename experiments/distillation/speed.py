@@ -44,7 +44,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows of the table: one a kind of step, then the devices."""
+    """Time each kind of step, then compare devices; a row for each."""
     kinds = KINDS
     if config.fast:
         config = dataclasses.replace(config, rounds=1, batch=2, tokens=16, steps=2)

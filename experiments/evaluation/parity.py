@@ -37,7 +37,7 @@ class Config:
 
 
 def text_windows(tokenizer: Any, config: Config) -> np.ndarray:
-    """Tokens [windows, tokens] of the last part of the text, one after another.
+    """Cut the last part of the text into tokens [windows, tokens].
 
     Each window begins with the tokenizer's begin mark, where its model expects one.
     """
@@ -56,14 +56,14 @@ def text_windows(tokenizer: Any, config: Config) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def window_losses(model, params, tokens):
-    """Nats per predicted token, float32 [windows, tokens - 1]."""
+    """Compute nats per predicted token, float32 [windows, tokens - 1]."""
     logits = model.apply({"params": params}, tokens[:, :-1])
     scores = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
 
 
 def torch_losses(reference, tokens: np.ndarray) -> np.ndarray:
-    """The same from a transformers model."""
+    """Compute the same by a transformers model."""
     import torch
 
     ids = torch.asarray(tokens, dtype=torch.long)
@@ -74,7 +74,7 @@ def torch_losses(reference, tokens: np.ndarray) -> np.ndarray:
 
 
 def in_transformers(model, params, tokenizer) -> Any:
-    """The model as transformers loads it from our export."""
+    """Load the model in transformers, from our export."""
     import torch
     import transformers
 
@@ -86,7 +86,7 @@ def in_transformers(model, params, tokenizer) -> Any:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Both perplexities and how far they, and single losses, are apart."""
+    """Measure both perplexities, and how far single losses are apart; one row."""
     start = time.perf_counter()
     if config.fast:
         config = dataclasses.replace(config, windows=2, tokens=64)

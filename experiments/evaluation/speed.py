@@ -42,7 +42,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Seconds per batch of windows of both, and their ratios."""
+    """Time batches of windows in both, in turn; one row."""
     import torch
 
     start = time.perf_counter()

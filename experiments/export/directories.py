@@ -65,7 +65,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row for each recipe."""
+    """Have each recipe's directories read; a row for each."""
     torch.set_num_threads(1)
     model, params, tokenizer = jc.models.load(config.model, scan=False)
     text = jc.tokenization.read_text(config.text) if config.text else heldout_text()

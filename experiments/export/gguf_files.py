@@ -64,7 +64,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row for each file."""
+    """Have each file read and run; a row for each."""
     if config.fast:
         config = dataclasses.replace(config, windows=2, calibration=2)
     model, params, tokenizer = jc.models.load(config.model, scan=False)
@@ -112,7 +112,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def windows(text: str, tokenizer: Any, config: Config) -> tuple[list[Any], list[Any]]:
-    """Windows [1, tokens] to calibrate on, and the windows after them."""
+    """Cut windows [1, tokens] to calibrate on, and the windows after them."""
     count = config.calibration + config.windows
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     step = config.tokens - len(begin)
@@ -124,7 +124,7 @@ def windows(text: str, tokenizer: Any, config: Config) -> tuple[list[Any], list[
 
 
 def apply(model: Any, params: Any, tokens: np.ndarray) -> jax.Array:
-    """Logits [tokens, vocabulary] of one window, float32."""
+    """Compute logits [tokens, vocabulary] of one window, float32."""
     return _jitted(model)({"params": params}, tokens)[0]
 
 

@@ -77,7 +77,7 @@ class Config:
 
 
 def names(config: Config) -> list[str]:
-    """Every row of the table, in order."""
+    """List the rows of the table, in order."""
     found = [f"{way} {fraction}" for fraction in FRACTIONS for way in WAYS]
     found += [*CORRECTIONS, "chain"]
     if config.fast:
@@ -86,7 +86,7 @@ def names(config: Config) -> list[str]:
 
 
 def truncated(full: Any, ranks: dict[str, int | None], params: Any) -> Any:
-    """The leading ranks of full decompositions; the dense kernel where it is None."""
+    """Truncate full decompositions to ranks; the dense kernel where it is None."""
 
     def cut_off(path: Any, leaf: Any, dense: Any) -> Any:
         name = "/".join(str(key.key) for key in path)
@@ -101,7 +101,7 @@ def truncated(full: Any, ranks: dict[str, int | None], params: Any) -> Any:
 
 
 def keep(params: Any, fraction: float) -> dict[str, int]:
-    """The rank of each kernel that leaves this fraction of its weights, as in svd."""
+    """Choose the rank of each kernel that keeps this fraction of its weights."""
     found = {}
     for name, x in kernels(params):
         share = fraction * x.shape[0] * x.shape[1] / sum(x.shape)
@@ -110,7 +110,7 @@ def keep(params: Any, fraction: float) -> dict[str, int]:
 
 
 def planned(rules: list[Any]) -> dict[str, int | None]:
-    """The ranks in a recipe of `plan_ranks`."""
+    """Read the ranks in a recipe of `plan_ranks`."""
     found: dict[str, int | None] = {}
     for pattern, method in rules:
         number = method and re.search(r"rank=(\d+)", method)[1]
@@ -119,7 +119,7 @@ def planned(rules: list[Any]) -> dict[str, int | None]:
 
 
 def identity_gap(params: Any, small: Any, moments: Any) -> tuple[float, float]:
-    """Summed weighted loss, and how far a layer's is from its discarded values."""
+    """Sum the weighted loss; find how far a layer's is from its discarded values."""
     worst, total = 0.0, 0.0
     factors = dict(roots(small))
     for name, x in kernels(params):
@@ -167,7 +167,7 @@ class Rows:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """New rows of the table, in order; appends each to the results as it is done."""
+    """Measure the rows that the results lack, in order."""
     if config.fast:
         config = dataclasses.replace(
             config, model="reference", text="", calibration=4, windows=4, tokens=128
@@ -215,7 +215,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def stored(model: Any, params: Any, small: Any, tokenizer: Any) -> dict[str, Any]:
-    """Sizes of the file of a compressed model, once it came back bit for bit."""
+    """Measure the file of a compressed model, once it came back bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
         jc.models.save(path, model, small, tokenizer)

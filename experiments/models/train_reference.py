@@ -84,7 +84,7 @@ def initial_params(model: Transformer, seed: int):
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Muon for the layers' kernels, Adam for the rest; the rate is applied outside."""
+    """Use Muon for the layers' kernels, Adam for the rest, of rates relative to 1."""
 
     def dimension(path, x):
         kernel = path[0].key.startswith("layer_") and x.ndim == 2
@@ -102,7 +102,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def token_losses(model, params, windows):
-    """Natural-log losses [B, T] of windows [B, T + 1]."""
+    """Compute natural-log losses [B, T] of windows [B, T + 1]."""
     logits = model.apply({"params": params}, windows[:, :-1])
     labels = windows[:, 1:]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

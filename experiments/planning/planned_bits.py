@@ -58,7 +58,7 @@ class Config:
 def measured(
     model: Any, params: Any, ids: np.ndarray, config: Config, moments: Any
 ) -> dict[str, float]:
-    """Sensitivity of each kernel, in nats per relative squared error."""
+    """Measure the sensitivity of each kernel, in nats per relative squared error."""
     path = Path(config.sensitivities) if config.sensitivities else None
     if path is not None and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def measured(
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Rows of uniform and planned bits, for each rate and text."""
+    """Compare uniform and planned bits; a row for each rate and text."""
     rates = (4, 3)
     if config.fast:
         config = dataclasses.replace(
@@ -167,7 +167,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def leaves(params: Any) -> dict[str, Any]:
-    """Leaves and arrays by their path."""
+    """Collect leaves and arrays by their path."""
     flat = jax.tree_util.tree_leaves_with_path(
         params, is_leaf=lambda x: isinstance(x, jc.Leaf)
     )
@@ -175,7 +175,7 @@ def leaves(params: Any) -> dict[str, Any]:
 
 
 def chosen(recipe: list[tuple[str, str]], count: int) -> Counter[str]:
-    """How many kernels have each number of bits."""
+    """Count the kernels of each number of bits."""
     bits = [method.split("bits=")[1].split(",")[0] for _, method in recipe]
     return Counter(bits * (count if len(bits) == 1 else 1))
 

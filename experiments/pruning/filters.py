@@ -38,7 +38,7 @@ class Config:
 
 
 def digits(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Images [B, 8, 8, 1] from 0 to 1 and labels [B]: 1 297 to train on, 500 more."""
+    """Load images [B, 8, 8, 1] from 0 to 1 and labels [B]: 1 297 and 500."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -51,7 +51,7 @@ def digits(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
 def train(
     model: ConvNet, variables: Any, data: Any, epochs: int, rate: float, seed: int
 ) -> Any:
-    """The variables after some epochs of Adam, whose rate falls to zero."""
+    """Train for some epochs of Adam, whose rate falls to zero."""
     images, labels = data
     steps = len(images) // BATCH
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, epochs * steps))
@@ -84,7 +84,7 @@ def train(
 
 
 def measured_norms(model: ConvNet, variables: Any, images: np.ndarray) -> Any:
-    """The variables with batch statistics of these images; weights as they are."""
+    """Measure batch statistics anew on these images; weights as they are."""
     same = model.clone(momentum=0.0)  # what is measured replaces what was
     _, changed = jax.jit(
         lambda variables, images: same.apply(
@@ -100,7 +100,7 @@ def accuracy(model: ConvNet, variables: Any, data: Any) -> float:
 
 
 def milliseconds(model: ConvNet, variables: Any, images: np.ndarray) -> float:
-    """Processor time of one forward pass, the least of several."""
+    """Time one forward pass: the least of several, of the processor."""
     run, dense = jax.jit(model.apply), jax.jit(jc.materialize)(variables)
     run(dense, images).block_until_ready()
     times = []
@@ -112,7 +112,7 @@ def milliseconds(model: ConvNet, variables: Any, images: np.ndarray) -> float:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows of the table; the trained network first."""
+    """Train a network, remove filters and factorize; a row for each, trained first."""
     if config.fast:
         config = dataclasses.replace(config, filters=8, epochs=2)
     data, test = digits(config.seed)

@@ -67,7 +67,7 @@ def inputs_of(tokenizer: Any, config: Any) -> tuple[np.ndarray, list[dict[str, A
 
 
 def curved(model: Any, params: Any, ids: Any, moments: Any, pattern: str) -> Any:
-    """The moments with curvatures, of 32 windows of 128 tokens spread over `ids`."""
+    """Measure curvatures on 32 windows of 128 tokens spread over `ids`."""
     short = np.asarray(ids).reshape(-1, 128)
     short = short[:: max(1, len(short) // 32)][:32]
     return jc.measure_curvatures(
@@ -90,7 +90,7 @@ def _losses(params: Any, small: Any, seconds: dict[str, jax.Array]) -> dict[str,
 
 
 def kernels(params: Any) -> list[tuple[str, jax.Array]]:
-    """Name and array of the kernels of all layers, dense."""
+    """List name and array of the kernels of all layers, dense."""
     return [
         (f"{layer}/{part}/{name}/kernel", arrays["kernel"])
         for layer, parts in params.items()
@@ -102,19 +102,19 @@ def kernels(params: Any) -> list[tuple[str, jax.Array]]:
 
 
 def layer_losses(params: Any, small: Any, moments: Any) -> dict[str, float]:
-    """The loss of each layer, by the name of its kernel."""
+    """Compute the loss of each layer, by the name of its kernel."""
     seconds = {name: known.second for name, known in moments.items()}
     found = _losses(params, small, seconds)
     return {name: float(f"{float(loss):.5g}") for name, loss in found.items()}
 
 
 def pruned_kernels(row: dict[str, Any]) -> str:
-    """The pattern of the kernels that a row pruned."""
+    """Return the pattern of the kernels that a row pruned."""
     return row.get("kernels", KERNELS)
 
 
 def orders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each model and setting with all methods: how often each beats the one before.
+    """Count how often each method beats the one before, by model and setting.
 
     On the losses with the moments of the text that was measured on.
     """
@@ -146,7 +146,7 @@ def orders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """New rows of the table, in order; appends each to the results as it is done."""
+    """Measure the rows that the results lack, in order."""
     if config.fast:
         config = dataclasses.replace(
             config, model="reference", text="", calibration=4, windows=4, tokens=128

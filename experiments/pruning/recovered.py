@@ -66,7 +66,7 @@ def train(
     optimizer: optax.GradientTransformation,
     windows: np.ndarray,
 ) -> Any:
-    """The parameters after a step on each of the windows `[steps, batch, tokens]`."""
+    """Train by a step on each of the windows `[steps, batch, tokens]`."""
     state = jax.jit(optimizer.init)(params)
 
     @jax.jit
@@ -88,7 +88,7 @@ def train(
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """New rows of the table, in order; appends each to the results as it is done."""
+    """Measure the rows that the results lack, in order."""
     todo = ROWS
     if config.fast:
         config = dataclasses.replace(

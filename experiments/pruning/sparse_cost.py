@@ -56,7 +56,7 @@ class Config(pruned.Config):
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """New rows of both tables; appends each to the results as it is done."""
+    """Measure the rows of both tables that the results lack."""
     disk = DISK
     if config.fast:
         config = dataclasses.replace(config, calibration=4, windows=4, tokens=64)

@@ -36,7 +36,7 @@ class Config(pruned.Config):
 
 
 def forward_seconds(runs: list[tuple[Any, Any]], tokens: Any, turns: int) -> list:
-    """Least processor time of each model's forward pass, measured in turns."""
+    """Time each model's forward pass in turns: the least, of the processor."""
     calls = [
         functools.partial(jax.jit(Apply(model)), params, tokens)
         for model, params in runs
@@ -45,7 +45,7 @@ def forward_seconds(runs: list[tuple[Any, Any]], tokens: Any, turns: int) -> lis
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """New rows of the table, in order; appends each to the results as it is done."""
+    """Measure the rows that the results lack, in order."""
     fractions = (0.1, 0.2, 0.3)
     if config.fast:
         config = dataclasses.replace(

@@ -74,7 +74,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows of one number of bits that the results do not hold yet."""
+    """Measure the methods of one number of bits that the results lack."""
     names = list(METHODS) + list(FORMATS if config.bits == 4 else {})
     if config.fast:
         names = ["nearest", "gptq", "gptq, blockwise"]
@@ -160,7 +160,7 @@ def label(config: Config, name: str) -> str:
 
 
 def rules(config: Config, name: str) -> list[Any]:
-    """The recipe of a method: all kernels, and the embedding if asked for."""
+    """Build the recipe of a method: all kernels, and the embedding if asked for."""
     if name == "planned":
         return json.loads(Path(config.planned).read_text(encoding="utf-8"))
     method = (METHODS | FORMATS)[name].format(b=config.bits)
@@ -198,7 +198,7 @@ def texts(config: Any, tokenizer: Any) -> tuple[list[np.ndarray], dict[str, list
 def one_shot(
     config: Any, model: Any, params: Any, batches: list[np.ndarray]
 ) -> dict[str, jc.Moments]:
-    """Moments of the original model; parts of them are kept in the cache."""
+    """Collect moments of the original model; the cache keeps parts of them."""
     total: dict[str, jc.Moments] = {}
     for number, batch in enumerate(batches):
         name = f"{Path(config.model).stem}-{config.tokens}-{number:03}.safetensors"
@@ -218,7 +218,7 @@ def one_shot(
 
 
 def stored(path: Path, params: Any) -> dict[str, float]:
-    """Bytes of the file, and bits per weight of what is compressed in it."""
+    """Measure the file, and bits per weight of what is compressed in it."""
     with jc.open_checkpoint(path) as file:
         described = {name: file.describe(name) for name in file.names}
         leaves = [name for name, (kind, *_) in described.items() if kind != "array"]

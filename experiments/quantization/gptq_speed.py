@@ -36,7 +36,7 @@ class Config:
 
 
 def case(width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights `[inputs, outputs]`, second moment of uneven, correlated inputs."""
+    """Draw weights `[inputs, outputs]`, and the moment of uneven, correlated inputs."""
     rng = np.random.default_rng(width)
     x = rng.standard_normal((width, width), np.float32)
     inputs = rng.standard_normal((2 * width, width), np.float32)
@@ -46,7 +46,7 @@ def case(width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_numpy(x: np.ndarray, second: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """The rounded weights; `x` and `steps` `[inputs, outputs]`."""
+    """GPTQ in NumPy: the rounded weights; `x` and `steps` `[inputs, outputs]`."""
     order = np.argsort(-np.diag(second))
     w, s = x[order].T.copy(), steps[order].T
     h = second[np.ix_(order, order)]
@@ -68,7 +68,7 @@ def by_numpy(x: np.ndarray, second: np.ndarray, steps: np.ndarray) -> np.ndarray
 
 
 def by_torch(x: Any, second: Any, steps: Any) -> Any:
-    """The same in PyTorch, as its authors wrote it."""
+    """GPTQ in PyTorch, as its authors wrote it."""
     import torch
 
     order = torch.argsort(torch.diag(second), descending=True)
@@ -95,7 +95,7 @@ def by_torch(x: Any, second: Any, steps: Any) -> Any:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row per width."""
+    """Time one layer of each width; a row for each."""
     if config.fast:
         config = dataclasses.replace(config, widths=(256,), rounds=1)
     try:

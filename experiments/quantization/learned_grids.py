@@ -41,7 +41,7 @@ class Config:
 
 
 def methods(config: Config) -> list[str]:
-    """Recipes of the rows."""
+    """List the recipes of the rows."""
     options = f"bits={config.bits}, block={config.block}"
     descent = f"block={config.block}, grid='asymmetric', steps={config.steps}"
     found = [
@@ -57,7 +57,7 @@ def methods(config: Config) -> list[str]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows, one per method."""
+    """Measure each method; a row for each."""
     if config.fast:
         config = dataclasses.replace(
             config,

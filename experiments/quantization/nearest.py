@@ -52,7 +52,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows of the table, one per recipe and text; float32 first."""
+    """Measure each recipe on each text; a row for each, float32 first."""
     recipes = [rules for rules in RECIPES if config.only in str(rules)]
     if config.fast:
         config = dataclasses.replace(config, model="reference", windows=2, tokens=128)

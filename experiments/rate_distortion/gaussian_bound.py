@@ -34,7 +34,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """All rows, appended to the results as they are found."""
+    """Measure each covariance, states, prior and rate; a row for each."""
     if config.fast:
         config = dataclasses.replace(
             config, inputs=64, outputs=256, rates="2.05", prior=0.0
@@ -64,7 +64,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 def beside_the_bound(
     x: np.ndarray, covariance: np.ndarray, **options: Any
 ) -> dict[str, float]:
-    """Bits of the file, and those that the bound allows at the distortion reached."""
+    """Measure bits of the file, and those that the bound allows at its distortion."""
     moments = jc.moments_from_covariance(jnp.asarray(covariance, jnp.float32))
     small = jc.rate_distortion(jnp.asarray(x), moments, **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def beside_the_bound(
 
 
 def covariances(size: int) -> dict[str, np.ndarray]:
-    """Three covariances of trace `size`: rotated, with outlier channels, a process."""
+    """Build covariances of trace `size`: rotated, with outlier channels, a process."""
     rng = np.random.default_rng(0)
     turns = [np.linalg.qr(rng.standard_normal((size, size)))[0] for _ in range(2)]
     scales = np.exp(1.5 * rng.standard_normal(size))
@@ -101,7 +101,7 @@ def covariances(size: int) -> dict[str, np.ndarray]:
 
 
 def bound(variances: np.ndarray, distortion: float) -> float:
-    """Bits per component of a Gaussian vector at a mean squared error per component."""
+    """Reverse water-filling: bits per component at a mean squared error."""
     low, high = 0.0, float(variances.max())
     for _ in range(200):
         level = (low + high) / 2

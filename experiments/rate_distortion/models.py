@@ -67,7 +67,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows that the results do not hold yet: rates by variants."""
+    """Measure the rates and variants that the results lack; a row for each text."""
     if config.fast:
         config = dataclasses.replace(
             config,
@@ -209,7 +209,7 @@ def compared(
 
 
 def stack(moments: dict[str, jc.Moments]) -> dict[str, jc.Moments]:
-    """Moments of the looped model as those of the scanned one."""
+    """Stack moments of the looped model as those of the scanned one."""
     places: dict[str, dict[int, str]] = {}
     for name in moments:
         found = re.match(r"layer_(\d+)/", name)
@@ -231,7 +231,7 @@ def with_curvatures(
     calibration: list[np.ndarray],
     layout: Any,
 ) -> dict[str, jc.Moments]:
-    """The moments with curvatures, which the cache keeps for the next run."""
+    """Measure curvatures, which the cache keeps for the next run."""
     each = config.variants.split(";")
     joint = any(x.startswith("planned") and "apart" not in x for x in each)
     size = f"{config.calibration}-{config.curvature}"
@@ -272,7 +272,7 @@ def with_curvatures(
 
 
 def looped_moments(moments: dict[str, jc.Moments]) -> dict[str, jc.Moments]:
-    """Moments of the scanned model as those of the looped one."""
+    """Split moments of the scanned model as those of the looped one."""
     found = {}
     for name, value in moments.items():
         if name.startswith("layers/"):
@@ -286,7 +286,7 @@ def looped_moments(moments: dict[str, jc.Moments]) -> dict[str, jc.Moments]:
 
 
 def averaged(moments: jc.Moments) -> jc.Moments:
-    """One curvature for all outputs of a leaf."""
+    """Average the curvatures of all outputs of a leaf."""
     found = moments.curvatures
     if found is None:
         return moments
@@ -297,7 +297,7 @@ def averaged(moments: jc.Moments) -> jc.Moments:
 def tuned(
     config: Config, model: Any, dense: Any, small: Any, calibration: list[np.ndarray]
 ) -> Any:
-    """The steps and norms that bring the predictions nearest; levels stay."""
+    """Train steps and norms towards the predictions; levels stay."""
     optimizer = jc.optimizers.relative(
         optax.adam(optax.cosine_decay_schedule(config.tuning_rate, config.tuning))
     )

@@ -51,7 +51,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row per group and shrinkage."""
+    """Measure each group of kernels at each shrinkage; a row for each."""
     if config.fast:
         small = {"layers": (1,), "groups": ("o", "q k v"), "sequences": 4}
         small |= {"calibration": 4, "tokens": 128, "model": "reference", "text": ""}
@@ -128,7 +128,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def gain(measured: Any, held: Any, shrinkage: float | None) -> float:
-    """Bits per weight, over one weight per output; None: without any weights."""
+    """Compute bits per weight over one weight per output; None: without any weights."""
     measured, held = (np.asarray(x, np.float64) for x in (measured, held))
     weights = (8 * np.diagonal(measured) + np.diagonal(measured).mean()) / 9
     logs = np.log(weights).mean()
@@ -146,11 +146,13 @@ def gain(measured: Any, held: Any, shrinkage: float | None) -> float:
 
 
 def name_of(layer: int, short: str) -> str:
+    """Name the kernel of a layer by its short name."""
     place = "attention" if short in "qkvo" else "mlp"
     return f"layer_{layer}/{place}/{short}_proj/kernel"
 
 
 def leaf(params: Any, name: str) -> jax.Array:
+    """Find an array by its name."""
     for part in name.split("/"):
         params = params[part]
     return params

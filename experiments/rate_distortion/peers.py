@@ -51,7 +51,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows that the results do not hold yet."""
+    """Measure the files of the peers that the results lack."""
     original = load(config.model)
     model, params, tokenizer = original.model, original.params, original.tokenizer
     scanned, dense = original.scanned, original.dense
@@ -102,7 +102,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def llama(config: Config, folder: Path, text: str, kind: str) -> Path:
-    """A file of llama.cpp, calibrated; the embedding stays as it is."""
+    """Write a file of llama.cpp, calibrated; the embedding stays as it is."""
     matrix, seen, path = folder / "matrix.gguf", folder / "text.txt", folder / "x.gguf"
     threads = str(config.threads)
     if not matrix.exists():
@@ -118,7 +118,7 @@ def llama(config: Config, folder: Path, text: str, kind: str) -> Path:
 
 
 def gguf_bits(path: Path) -> float:
-    """Bits of a weight of the linear layers in a .gguf file."""
+    """Count the bits of a weight of the linear layers in a .gguf file."""
     import gguf
 
     tensors = gguf.GGUFReader(path).tensors
@@ -130,7 +130,7 @@ def gguf_bits(path: Path) -> float:
 def autoround(
     config: Config, folder: Path, ids: np.ndarray, bits: int
 ) -> tuple[Path, Path]:
-    """Folders of AutoRound's weights: dense, and packed."""
+    """Run AutoRound: the folders of its weights, dense and packed."""
     import torch
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -159,7 +159,7 @@ def autoround(
 
 
 def packed_bits(folder: Path, bits: int) -> float:
-    """Bits of a weight of the linear layers in AutoRound's packed files."""
+    """Count the bits of a weight of the linear layers in AutoRound's packed files."""
     size = weights = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "np") as file:

@@ -57,7 +57,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row per way and rate."""
+    """Measure each way at each rate; a row for each."""
     if config.fast:
         small = {"layers": "1", "rates": "2.05", "calibration": 96, "held": 48}
         config = dataclasses.replace(config, tokens=64, **small)
@@ -105,7 +105,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 def start_at(
     config: Config, model: Any, params: Any, batches: list, first: int
 ) -> dict[str, jc.Moments]:
-    """Moments of the batches from `first` on: all of them less those before."""
+    """Subtract the moments of the batches before `first` from those of all."""
     whole = calibrated.one_shot(config, model, params, batches)
     before = calibrated.one_shot(config, model, params, batches[:first])
     after = {}
@@ -120,7 +120,7 @@ def start_at(
 def ways(
     x: jax.Array, moments: jc.Moments, fewer: jc.Moments, held: np.ndarray, rate: float
 ) -> dict[str, float]:
-    """The loss on other inputs by each way, at equal bits."""
+    """Measure the loss on other inputs by each way, at equal bits."""
     original = np.asarray(x, np.float64)
 
     def loss(weights: np.ndarray, bits: float) -> float:
@@ -145,7 +145,7 @@ def ways(
 
 
 def size(leaf: jc.RateCoded) -> float:
-    """Bits per weight in a file."""
+    """Count the bits per weight in a file."""
     stream = leaf.levels.stored()["stream"].nbytes
     return 8 * (stream + leaf.steps.nbytes) / leaf.size
 
@@ -153,7 +153,7 @@ def size(leaf: jc.RateCoded) -> float:
 def afterwards(
     x: np.ndarray, leaf: jc.RateCoded, moments: jc.Moments
 ) -> dict[str, tuple[np.ndarray, float]]:
-    """Weights and bits once something is fitted again; numbers for it are not counted.
+    """Fit something again: weights and bits, without the numbers that it adds.
 
     The least-squares scale of each row or each column; or all levels, row after row,
     each row once more given all others.
@@ -196,7 +196,7 @@ def swept(
     *,
     states: int,
 ) -> jax.Array:
-    """The weights after one sweep of coordinate descent over the rows."""
+    """Sweep once over the rows by coordinate descent."""
     outputs = x.shape[1]
     count, places = trellis.walks(outputs)
     if count * places != outputs and states:

@@ -34,7 +34,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row per number of inputs."""
+    """Time each number of inputs; a row for each."""
     if config.fast:
         config = dataclasses.replace(config, width=256, rank=64, rows=(8,), rounds=3)
     model = nn.Dense(config.width)

@@ -61,7 +61,7 @@ class Config:
 
 
 def weights(model: Transformer, dtype: str) -> Any:
-    """Random parameters; time does not depend on their values."""
+    """Draw random parameters; time does not depend on their values."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     flat, structure = jax.tree.flatten(shapes)
@@ -76,7 +76,7 @@ def weights(model: Transformer, dtype: str) -> Any:
 def programs(
     model: Transformer, activations: str | None
 ) -> dict[str, Callable[..., jax.Array]]:
-    """The jitted forward pass and step of decoding."""
+    """Jit the forward pass and the step of decoding."""
 
     def run(params: Any, tokens: jax.Array, cache: Any = None) -> jax.Array:
         result = model.apply({"params": params}, tokens, cache=cache)
@@ -91,7 +91,7 @@ def programs(
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row per way, batch size and kind of call."""
+    """Time each way, batch size and kind of call; a row for each."""
     if config.fast:
         config = dataclasses.replace(
             config, vocabulary=512, width=128, layers=2, mlp_width=256, rounds=2

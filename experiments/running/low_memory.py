@@ -41,7 +41,7 @@ class Config:
 
 
 def sizes(model: Any, params: Any, tokens: Any, context: Any) -> dict[str, float]:
-    """MiB of parameters and of temporaries of the compiled forward pass."""
+    """Measure MiB of parameters and of temporaries of the compiled forward pass."""
 
     def forward(params: Any, tokens: jax.Array) -> jax.Array:
         with context():
@@ -57,7 +57,7 @@ def sizes(model: Any, params: Any, tokens: Any, context: Any) -> dict[str, float
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row per model (looped, scanned) and way to run it."""
+    """Compile each model in each way; a row for each."""
     if config.fast:
         config = dataclasses.replace(
             config, vocabulary=2048, width=256, layers=6, mlp_width=1024

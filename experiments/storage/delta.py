@@ -41,7 +41,7 @@ class Config:
 
 
 def write(folder: Path, params: Any, kind: str) -> int:
-    """A directory with one file of all weights; how many there are."""
+    """Write a directory with one file of all weights; returns how many there are."""
     folder.mkdir()
     found = {
         name: np.asarray(x).astype(jnp.dtype(kind))
@@ -52,7 +52,7 @@ def write(folder: Path, params: Any, kind: str) -> int:
 
 
 def row(folder: Path, base: Path, later: Path, count: int) -> dict[str, Any]:
-    """Bits per weight and seconds, alone and against the base."""
+    """Pack alone and against the base: bits per weight and seconds."""
     alone = storage.pack(later, folder / "alone")
     clock = time.process_time()
     against = storage.pack(later, folder / "against", base=base)
@@ -74,7 +74,7 @@ def row(folder: Path, base: Path, later: Path, count: int) -> dict[str, Any]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A row for each rate, number of steps and dtype."""
+    """Train and pack; a row for each rate, number of steps and dtype."""
     if config.fast:
         config = dataclasses.replace(config, steps="1", rates="1e-5", batch=1)
     model, first, tokenizer = jc.models.load("reference")

@@ -59,17 +59,18 @@ class Source(NamedTuple):
 
 
 def load(folder: Path) -> Any:
+    """Load a file and make it dense."""
     return jax.tree.map(np.asarray, jc.materialize(storage.load(folder / NAME)))
 
 
 def load_rows(folder: Path) -> Any:
-    """A part of each array: digests of chunks, not of arrays, find what was altered."""
+    """Read a part of each array; digests of chunks, not of arrays, find alterations."""
     with storage.open_checkpoint(folder / NAME) as stored:
         return {name: stored.rows(name, *ROWS) for name in stored.names}
 
 
 def unpack(folder: Path, base: Path | None = None) -> Any:
-    """The bytes of the files of an archive, by name; an error leaves nothing."""
+    """Unpack an archive: the bytes of its files by name; an error leaves nothing."""
     out = folder / "out"
     before = os.listdir(folder)
     try:
@@ -84,12 +85,13 @@ def unpack(folder: Path, base: Path | None = None) -> Any:
 
 
 def contents(folder: Path) -> dict[str, np.ndarray]:
+    """Read the bytes of all files of a folder, by their relative names."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(x.relative_to(folder)): np.fromfile(x, np.uint8) for x in files}
 
 
 def sources(folder: Path) -> dict[str, Source]:
-    """One of each kind; a base stays in the directory."""
+    """Write one file of each kind; a base stays in the directory."""
     random = np.random.default_rng(0)
     w = random.normal(0, 0.05, (160, 128)) * np.exp(random.normal(0, 1, (160, 1)))
     w = w.astype(np.float32)
@@ -149,7 +151,7 @@ def sources(folder: Path) -> dict[str, Source]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Counts of what became of the files."""
+    """Alter files and read them; one row counts what became of them."""
     count = 300 if config.fast else config.count
     clock = Clock()
     with tempfile.TemporaryDirectory() as name:
@@ -180,7 +182,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _bounded(megabytes: int) -> Iterator[dict[str, float]]:
-    """Few addresses beyond those in use; says how much memory became resident."""
+    """Bound the addresses beyond those in use; says how much memory became resident."""
     found: dict[str, float] = {}
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
     held, used = _status("VmRSS"), _status("VmSize")
@@ -195,7 +197,7 @@ def _bounded(megabytes: int) -> Iterator[dict[str, float]]:
 
 
 def _status(key: str) -> int:
-    """Bytes, as Linux counts them for this process."""
+    """Read bytes, as Linux counts them for this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{key}:"))
     return 1024 * int(line.split()[1])
@@ -204,7 +206,7 @@ def _status(key: str) -> int:
 def _count(
     place: Path, given: dict[str, Source], count: int, random: np.random.Generator
 ) -> dict[str, collections.Counter]:
-    """Of each kind, how often it ended how."""
+    """Count for each kind how often it ended how."""
     counts = {kind: collections.Counter() for kind in given}
     for number in range(count):
         kind = list(given)[number % len(given)]
@@ -238,7 +240,7 @@ def _count(
 
 
 def _write(files: dict[str, bytes], place: Path) -> None:
-    """Makes these the files of a directory."""
+    """Make these the files of a directory."""
     place.mkdir(exist_ok=True)
     for name in set(os.listdir(place)) - files.keys():
         (place / name).unlink()

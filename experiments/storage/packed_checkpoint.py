@@ -39,7 +39,7 @@ class Config:
 
 
 def make(folder: Path, size: float, shard: float) -> None:
-    """A checkpoint of so many gigabytes."""
+    """Make up a checkpoint of so many gigabytes."""
     random = np.random.default_rng(0)
     pool = random.standard_normal((2048, WIDTH), np.float32) * 0.03
     folder.mkdir(parents=True)
@@ -63,7 +63,7 @@ def make(folder: Path, size: float, shard: float) -> None:
 
 
 def measured(*arguments: str) -> tuple[float, float, int]:
-    """Seconds passed, processor seconds, and peak bytes, of a command of ours.
+    """Run a command of ours: seconds passed, of the processor, peak bytes.
 
     The peak is read while the process runs: what the system reports behind it counts
     this process too, from which it was forked.
@@ -93,7 +93,7 @@ def measured(*arguments: str) -> tuple[float, float, int]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """One row per size."""
+    """Pack, verify and unpack each size; a row for each."""
     sizes = [0.02] if config.fast else [float(x) for x in config.sizes.split(",")]
     results = Results(config, experiment="lossless_checkpoint")
     with tempfile.TemporaryDirectory(dir=config.folder or None) as name:

@@ -38,7 +38,7 @@ class Config:
 
 @jax.jit
 def bits(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Bits of each token but the first, `[tokens - 1]`."""
+    """Compute the bits of each token but the first, `[tokens - 1]`."""
     scores = jax.nn.log_softmax(logits[:-1])
     chosen = jnp.take_along_axis(scores, tokens[1:, None], axis=-1)[:, 0]
     return -chosen / math.log(2)

@@ -47,7 +47,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A row for each file and process: whether bytes and file were the same."""
+    """Decode each file in each process; a row for each, whether all was the same."""
     lanes = [int(x) for x in config.lanes.split(",")]
     flags = os.environ.get("XLA_FLAGS", "")
     places = {
@@ -89,7 +89,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def elsewhere(python: str, xla: str, file: bytes, options: dict[str, Any]) -> Any:
-    """What another process decodes and encodes."""
+    """Decode and encode in another process."""
     with tempfile.NamedTemporaryFile() as stored:
         stored.write(file)
         stored.flush()

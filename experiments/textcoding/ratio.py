@@ -50,7 +50,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A row for each setting, and one for each other compressor."""
+    """Code a text by each setting and compressor; a row for each."""
     if config.fast:
         config = dataclasses.replace(config, bytes=2000, settings="64/32/2")
     text = Path(config.text).read_bytes() if config.text else b""
@@ -103,7 +103,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 @jax.jit
 def surprise(model: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Bits of the targets `[T]` that follow the inputs `[T]`."""
+    """Compute the bits of the targets `[T]` that follow the inputs `[T]`."""
     logits = model.apply(inputs[None])[0]
     logits = (logits - logits.max(-1, keepdims=True)) * (math.log(2) / 4096)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], -1)
@@ -113,7 +113,7 @@ def surprise(model: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
 def cross_entropy(
     exact: Any, tokenizer: Any, data: bytes, window: int, overlap: int, lanes: int
 ) -> float:
-    """Bits of all tokens, each predicted from the context that the coder has."""
+    """Sum the bits of all tokens, each predicted from the context of the coder."""
     ids = pieces.to_pieces(tokenizer, data).ids
     first = next(i for i in (tokenizer.bos_id, tokenizer.eos_id, 0) if i is not None)
     length = -(-len(ids) // lanes)
@@ -131,7 +131,7 @@ def cross_entropy(
 
 
 def other_compressors(data: bytes) -> list[dict[str, Any]]:
-    """Those that this machine has, at their best settings."""
+    """Run the compressors that this machine has, at their best settings."""
     named = {
         "gzip -9": lambda: gzip.compress(data, 9),
         "bzip2 -9": lambda: bz2.compress(data, 9),
@@ -162,7 +162,7 @@ def other_compressors(data: bytes) -> list[dict[str, Any]]:
 
 
 def outside(data: bytes, program: str) -> bytes:
-    """The archive of zpaq's strongest method."""
+    """Run zpaq's strongest method; its archive."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

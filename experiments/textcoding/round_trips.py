@@ -41,7 +41,7 @@ class Config:
 
 
 def draw(random: np.random.Generator, longest: int) -> bytes:
-    """Noise, code points of any plane, text, or a mixture of all."""
+    """Draw noise, code points of any plane, text, or a mixture of all."""
     size = int(random.integers(0, longest + 1))
     noise = random.bytes(size)
     points = random.integers(0, 0x110000, size // 3)
@@ -56,7 +56,7 @@ def draw(random: np.random.Generator, longest: int) -> bytes:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """How many came back, and how many damaged files were refused."""
+    """Count what comes back, and damaged files that are refused; one row."""
     if config.fast:
         config = dataclasses.replace(config, inputs=12, flips=12, longest=12)
     random = np.random.default_rng(0)

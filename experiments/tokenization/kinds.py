@@ -69,7 +69,7 @@ class Config:
 
 
 def fuzz_texts(count: int, seed: int) -> Iterator[str]:
-    """Strings of any code points but surrogates, controls, spaces, reserved pieces."""
+    """Draw strings of any code points but surrogates, controls, reserved pieces."""
     draw = random.Random(seed)
     for _ in range(count):
         parts = []
@@ -86,7 +86,7 @@ def fuzz_texts(count: int, seed: int) -> Iterator[str]:
 
 
 def failures(tokenizer: tokenization.Tokenizer, count: int) -> dict[str, int]:
-    """How many random strings, and random bytes, did not come back."""
+    """Count random strings, and random bytes, that do not come back."""
     strings = sum(
         tokenizer.decode(tokenizer.encode(text)) != text
         for text in fuzz_texts(count, seed=1)
@@ -126,7 +126,7 @@ class Plain:
 
 
 def huggingface(lines: list[str], kind: str, size: int) -> tokenization.Tokenizer:
-    """Byte-level BPE, or Unigram with SentencePiece's spaces, of `tokenizers`."""
+    """Train byte-level BPE, or Unigram with SentencePiece's spaces, of `tokenizers`."""
     if kind == "bpe":
         built = tokenizers.Tokenizer(tokenizers.models.BPE())
         level = tokenizers.pre_tokenizers.ByteLevel
@@ -150,7 +150,7 @@ def huggingface(lines: list[str], kind: str, size: int) -> tokenization.Tokenize
 
 
 def build(name: str, lines: list[str], size: int) -> Any:
-    """The tokenizer, as large as asked for or as the corpus carries."""
+    """Train a tokenizer, as large as asked for or as the corpus carries."""
     family, _, kind = name.partition(" ")
     if family == "HF":
         return huggingface(lines, kind, size)
@@ -168,6 +168,7 @@ def build(name: str, lines: list[str], size: int) -> Any:
 
 
 def row(name: str, size: int, lines, inside, outside, fuzz: int) -> dict[str, Any]:
+    """Train one tokenizer and measure it on both texts; its row."""
     clock = time.process_time()
     tokenizer = build(name, lines, size)
     training = time.process_time() - clock
@@ -193,7 +194,7 @@ def row(name: str, size: int, lines, inside, outside, fuzz: int) -> dict[str, An
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows that the results file lacks; each is appended when it is done."""
+    """Measure the rows that the results lack."""
     if config.fast:
         config = dataclasses.replace(config, sizes="600", fuzz=300)
     if config.text:

@@ -41,7 +41,7 @@ class Config:
 
 
 def seconds() -> float:
-    """Processor time of this process and of children that have ended."""
+    """Count processor time of this process and of children that have ended."""
     usage = [
         resource.getrusage(who)
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -57,7 +57,7 @@ def timed(work: Callable[[], int]) -> tuple[float, float, int]:
 
 
 def engines(train: list[str], texts: list[str], size: int) -> dict[str, Callable]:
-    """What encodes all texts and returns the number of ids, by name."""
+    """Make calls that encode all texts and return the number of ids, by name."""
     found: dict[str, Callable[[], int]] = {}
     for kind in ("bpe", "unigram"):
         stored = tokenization.train(train, kind=kind, vocab_size=size).to_bytes()
@@ -101,7 +101,7 @@ def engines(train: list[str], texts: list[str], size: int) -> dict[str, Callable
 
 
 def sentence_rows(train: list[str], lengths: list[int]) -> list[dict[str, Any]]:
-    """Seconds of Viterbi and greedy segmentation of one sentence without spaces."""
+    """Time Viterbi and greedy segmentation of one sentence without spaces."""
     tokenizer = tokenization.train(train, kind="unigram", vocab_size=2000)
     scores = {p.text: p.score for p in tokenizer.table if p.type == 1}
     longest = max(map(len, scores))
@@ -128,7 +128,7 @@ def sentence_rows(train: list[str], lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A row for each engine, and one for each length of a sentence."""
+    """Time each engine, and each length of a sentence; a row for each."""
     if config.fast:
         config = dataclasses.replace(
             config,

@@ -41,7 +41,7 @@ class Config:
 
 
 def mean_probabilities(model: Any, params: Any, batches: list) -> np.ndarray:
-    """Mean over tokens of what the model predicts for each piece, float64 [V]."""
+    """Average over tokens what the model predicts for each piece, float64 [V]."""
 
     @jax.jit
     def total(params, tokens):
@@ -54,7 +54,7 @@ def mean_probabilities(model: Any, params: Any, batches: list) -> np.ndarray:
 
 
 def kept_pieces(used: np.ndarray, likely: np.ndarray, cut_off: float) -> np.ndarray:
-    """Used pieces, and the likeliest others until the rest have less than `cut_off`."""
+    """Choose used pieces, and likely ones until the rest have less than `cut_off`."""
     others = np.flatnonzero(~used)
     others = others[np.argsort(-likely[others])]
     rest = likely[others].sum() - np.cumsum(likely[others])
@@ -65,7 +65,7 @@ def kept_pieces(used: np.ndarray, likely: np.ndarray, cut_off: float) -> np.ndar
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows that the results file lacks; each is appended when it is done."""
+    """Measure the rows that the results lack."""
     if config.fast:
         config = dataclasses.replace(
             config,
@@ -132,7 +132,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 def measure(
     model: Any, params: Any, tokenizer: Any, parts: dict, config: Config
 ) -> dict:
-    """Sizes, and for each text bytes per token, perplexity and bits per byte."""
+    """Measure sizes, and for each text perplexity, bits per byte, bytes per token."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

@@ -50,7 +50,7 @@ class Config:
 
 
 def texts(config: Config) -> tuple[list[str], str]:
-    """Training files in the order of the hash of their names, and held-out text."""
+    """Read training files in the order of their names' hash, and held-out text."""
     files = library_files(few=config.fast)
     train, held, _ = hold_out(files, config.heldout_bytes)
     chosen, size = [], 0
@@ -63,6 +63,7 @@ def texts(config: Config) -> tuple[list[str], str]:
 
 
 def make_model(config: Config, vocab_size: int) -> Transformer:
+    """Build a model of a configuration for a number of pieces."""
     heads = config.width // 32
     return Transformer(
         vocab_size=vocab_size,
@@ -77,7 +78,7 @@ def make_model(config: Config, vocab_size: int) -> Transformer:
 
 
 def operations_per_token(config: Config, params: Any) -> int:
-    """Floating-point operations of training on one token: products, scores and head.
+    """Count the operations of training on one token: products, scores and head.
 
     Two for each weight, the tied embedding counted once, as the head; the backward pass
     costs twice the forward one.
@@ -90,7 +91,7 @@ def operations_per_token(config: Config, params: Any) -> int:
 def train_one(
     config: Config, kind: str, size: int, train: list[str], heldout: str
 ) -> dict[str, Any]:
-    """The row of one tokenizer and its model."""
+    """Train one tokenizer and its model; its row."""
     clock = time.process_time()
     tokenizer = jc.tokenization.train(
         train, kind=kind, vocab_size=size, character_coverage=0.9999
@@ -160,7 +161,7 @@ def train_one(
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Rows of the models that the results file lacks; each is appended when done."""
+    """Measure the models that the results lack; a row for each."""
     if config.fast:
         config = dataclasses.replace(
             config,

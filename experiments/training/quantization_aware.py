@@ -52,7 +52,7 @@ class Config:
 def train(
     apply_fn: Any, dense: Any, tree: Any, tokens: np.ndarray, config: Config
 ) -> tuple[Any, float]:
-    """The tree after training towards the dense model; processor seconds."""
+    """Train a tree towards the dense model: the tree, and processor seconds."""
     side = not any(
         isinstance(x, jc.FakeQuantized)
         for x in jax.tree.leaves(
@@ -104,7 +104,7 @@ def train(
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """The rows of one number of bits: three after training, two trained."""
+    """Measure one number of bits: three rows after training, two trained."""
     if config.fast:
         config = dataclasses.replace(
             config, steps=2, batch=2, tokens=64, calibration=4, windows=4
@@ -166,7 +166,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def params_of(params: Any, part: str) -> list[jax.Array]:
-    """The kernels of one part of all layers."""
+    """List the kernels of one part of all layers."""
     return [x["kernel"] for x in params["layers"][part].values()]
 
 

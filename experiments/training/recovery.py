@@ -73,7 +73,7 @@ class Config(pruned.Config):
 def start_of(
     kind: str, model: Any, params: Any, moments: Any, seen: Any, measure: Any
 ) -> tuple[Any, Any, str]:
-    """The model, its compressed parameters, and the recipe, of least divergence."""
+    """Compress by the best method: the model, its parameters, and the recipe."""
     if kind == "four fifths of the neurons":
         groups = models.neuron_groups(model)
         scores = jc.structured.score_units(moments, groups, params=params)
@@ -102,6 +102,8 @@ def start_of(
 
 
 def optimizer_of(way: str, config: Config) -> optax.GradientTransformation:
+    """Make the optimizer of what a row trains."""
+
     def adam(rate: float) -> optax.GradientTransformation:
         return optax.adam(optax.linear_schedule(rate, 0.0, config.steps))
 
@@ -117,7 +119,7 @@ def optimizer_of(way: str, config: Config) -> optax.GradientTransformation:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """New rows of the table, in order; appends each to the results as it is done."""
+    """Measure the rows that the results lack, in order."""
     if config.fast:
         config = dataclasses.replace(
             config, steps=2, batch=2, tokens=32, calibration=4, windows=2, seeds=1
@@ -235,6 +237,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def file_bytes(params: Any) -> int:
+    """Count the bytes of the file of a tree."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         jc.save(path, params)
