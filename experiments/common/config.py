@@ -7,6 +7,20 @@ from typing import Any
 POSITIONAL = ("model", "text")
 
 
+@dataclasses.dataclass(frozen=True)
+class OnText:
+    """What experiments on a model and a text have in common."""
+
+    model: str = "reference"
+    text: str = ""  # the packaged held-out text, for the reference model
+    fraction: float = 0.2  # of the text, from its end, to measure on; else calibration
+    calibration: int = 64  # windows
+    windows: int = 32  # to measure on
+    tokens: int = 256  # in a window
+    only: str = ""  # rows whose name or recipe holds this
+    fast: bool = False  # the reference model and little text
+
+
 def parse(
     config: type, description: str | None, *, leave_out: tuple[str, ...] = ()
 ) -> Any:

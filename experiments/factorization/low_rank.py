@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.config import parse
+from experiments.common.config import OnText, parse
 from experiments.common.models import quality
 from experiments.common.results import Results
 from experiments.pruning.pruned import KERNELS, curved, inputs_of, kernels
@@ -64,15 +64,7 @@ CHAIN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    model: str = "reference"
-    text: str = ""  # the packaged held-out text, for the reference model
-    fraction: float = 0.2  # of the text, from its end, to measure on; else calibration
-    calibration: int = 64  # windows
-    windows: int = 32  # to measure on
-    tokens: int = 256  # in a window
-    only: str = ""  # rows whose name holds this
-    fast: bool = False  # the reference model, four windows of each text, two rows
+class Config(OnText):
     results: str = "experiments/factorization/results/low_rank.jsonl"
 
 

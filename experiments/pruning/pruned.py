@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import jaxcompress as jc
-from experiments.common.config import parse
+from experiments.common.config import OnText, parse
 from experiments.common.models import quality
 from experiments.common.results import Results
 from experiments.common.texts import cut, full_windows, split
@@ -35,20 +35,14 @@ SETTINGS = ("sparsity=0.5", "sparsity=0.7", "nm='2:4'")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    model: str = "reference"
-    text: str = ""  # the packaged held-out text, for the reference model
-    fraction: float = 0.2  # of the text, from its end, to measure on; else calibration
-    calibration: int = 64  # windows
-    windows: int = 32  # to measure on
-    tokens: int = 256  # in a window
-    only: str = ""  # rows whose recipe holds this
+class Config(OnText):
     kernels: str = KERNELS  # to be pruned; others stay dense
-    fast: bool = False
     results: str = "experiments/pruning/results/pruned.jsonl"
 
 
-def inputs_of(tokenizer: Any, config: Any) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def inputs_of(
+    tokenizer: Any, config: OnText
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Cut windows to calibrate on, `[batches, 2, tokens]`, and batches to measure on.
 
     Args:
