@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 
+from experiments.common.tables import Row, read_rows
 from jaxcompress import reporting
 from jaxcompress.storage.checksummed_file import VERSION
-
-Row = dict[str, Any]
 
 
 def commit() -> str:
@@ -38,14 +37,6 @@ def about() -> Row:
     }
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read the rows of a file; none where there is no file."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 class Results:
     """The rows of a run, each completed, shown and appended as it is measured.
 
@@ -64,7 +55,8 @@ class Results:
             config.fast and config.results == committed
         )
         self.path = Path(config.results) if kept else None
-        self.held = read_rows(self.path) if self.path else []
+        there = self.path is not None and self.path.exists()
+        self.held = read_rows(self.path) if there else []
         self.rows: list[Row] = []
         self._constant, self._hide = constant, hide
         self._clock = time.perf_counter()

@@ -41,10 +41,9 @@ class Table:
     files: int = 0
 
 
-def read_rows(room: str, results: str) -> list[Row]:
-    """Read the rows of `<room>/results/<results>.jsonl`."""
-    path = ROOT / room / "results" / f"{results}.jsonl"
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+def read_rows(path: str | Path) -> list[Row]:
+    """Read the rows of a file of results."""
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
 def rooms() -> list[str]:
@@ -67,7 +66,8 @@ def render(table: Table, room: str) -> str:
     Raises:
         ValueError: if no row is chosen, or a column is empty in all of them.
     """
-    chosen = list(table.rows(read_rows(room, table.results)))
+    path = ROOT / room / "results" / f"{table.results}.jsonl"
+    chosen = list(table.rows(read_rows(path)))
     if not chosen:
         raise ValueError(
             f"{room}: no row of {table.results}.jsonl is chosen for `{table.command}`"
