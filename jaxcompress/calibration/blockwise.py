@@ -33,9 +33,8 @@ from jaxcompress.tracing.blocks import Segment
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.layouts import Layout, choose_layout
 from jaxcompress.tree.leaf import materialize
-from jaxcompress.tree.paths import entries
 from jaxcompress.tree.record import LeafReport, output_error
-from jaxcompress.tree.selection import choose
+from jaxcompress.tree.selection import bind
 
 CURVATURES = "curvatures", "joint_curvatures"
 BLOCKS = r"(.*/)?(layers?|blocks?|h)([_/]?\d+)?"
@@ -177,11 +176,9 @@ def _shown(parts: Iterator[Part], count: int, show: bool) -> Iterator[Part]:
 
 def _wanted(source: Source, recipe: Any) -> set[str]:
     """List names of the outermost leaves that a recipe takes; check its first stage."""
-    root = {entry.name: entry.root for entry in entries(source.tree)}
     taken: set[str] = set()
     for i, stage in enumerate(chain(recipe).stages):
-        chosen, _ = choose(source.tree, stage, part=i > 0)
-        taken |= {root[name] for name in chosen}
+        taken |= {e.root for e in bind(source.tree, stage, part=i > 0).selected}
     return taken
 
 

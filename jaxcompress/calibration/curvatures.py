@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxcompress.calibration.output_feedback import (
 )
 from jaxcompress.checks import check_concrete
 from jaxcompress.progress import each_item
-from jaxcompress.tree.layouts import Layout, choose_layout, matricize
+from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.paths import Entry
 from jaxcompress.tree.selection import planned_entries
 from jaxcompress.types import Batch, Params
@@ -83,14 +83,50 @@ def measure_curvatures(
     2505.22988) use it.
     """
     check_concrete(params, "measure_curvatures")
-    layouts = layouts or {}
     planned = planned_entries(params, moments, where, layouts)
-    kinds = {entry.name: default_layout(entry, layouts) for entry in planned}
+    rows = [row for batch in batches for row in jnp.asarray(batch["tokens"])]
+    if not rows:
+        raise ValueError("there are no batches; pass at least one")
     factors = {
         entry.name: _factors(entry, damping)
         for entry in planned
         if getattr(entry.moments, "second", None) is not None
     }
+    gradients = _sampled_gradients(apply_fn, params, rows, key, progress)
+    total: dict[str, list[Any]] = {entry.name: [None, None] for entry in planned}
+    for number, gradient in enumerate(gradients):
+        for entry in planned_entries(gradient, moments, where, layouts):
+            matrix = entry.matrix()
+            pairs = joint and not entry.embedding and _pairs(matrix)
+            products = _products(matrix, factors.get(entry.name), pairs=pairs)
+            half = total[entry.name]
+            wide = np.float32 if products.ndim == 3 else np.float64
+            products = np.asarray(products, wide)
+            if half[number % 2] is None:
+                half[number % 2] = products.copy()
+            else:
+                half[number % 2] += products
+    tokens = sum(row.size for row in rows)
+    completed = dict(moments)
+    for entry in planned:
+        halves = [half for half in total.pop(entry.name) if half is not None]
+        completed[entry.name] = _completed(entry, halves, tokens)
+    return completed
+
+
+def _sampled_gradients(
+    apply_fn: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
+    rows: list[jax.Array],
+    key: jax.Array,
+    progress: bool | Callable[[list[Any]], Iterable[Any]],
+) -> Iterator[Params]:
+    """Yield the gradient of the log-probability of what the model says of each row.
+
+    Args:
+      rows: of tokens, `[T]` each.
+      key: that the model's answers are sampled with.
+    """
 
     @jax.jit
     def gradient(params: Params, tokens: jax.Array, key: jax.Array) -> Params:
@@ -102,71 +138,48 @@ def measure_curvatures(
 
         return jax.grad(score)(params)
 
-    rows = [row for batch in batches for row in jnp.asarray(batch["tokens"])]
-    if not rows:
-        raise ValueError("there are no batches; pass at least one")
-    total: dict[str, list[Any]] = {name: [None, None] for name in kinds}
     tokens = 0
-    for number, row in enumerate(
-        each_item(rows, progress, label="curvatures", unit="sequences")
-    ):
-        found = gradient(params, row, jax.random.fold_in(key, tokens))
+    for row in each_item(rows, progress, label="curvatures", unit="sequences"):
+        yield gradient(params, row, jax.random.fold_in(key, tokens))
         tokens += row.size
-        for entry in planned_entries(found, None, where):
-            matrix = matricize(entry.value, kinds[entry.name])
-            products = _products(
-                matrix,
-                factors.get(entry.name),
-                pairs=joint and not entry.embedding and _pairs(matrix),
-            )
-            half = total[entry.name]
-            wide = np.float32 if products.ndim == 3 else np.float64
-            products = np.asarray(products, wide)
-            if half[number % 2] is None:
-                half[number % 2] = products.copy()
-            else:
-                half[number % 2] += products
-    completed = dict(moments)
-    for entry in planned:
-        matrix = matricize(entry.value, kinds[entry.name])
-        shape = *matrix.shape[:-2], matrix.shape[-1]
-        halves = [half for half in total.pop(entry.name) if half is not None]
-        pairs, found = None, sum(halves) / (2 * tokens * matrix.shape[-2])
-        finite = bool(np.isfinite(found).all())
-        if found.ndim == 3:
-            shrinkage = 1.0
-            if finite and len(halves) > 1:
-                shrinkage = choose_shrinkage(halves)
-            del halves
-            if shrinkage < 1:
-                pairs = shrunk(found, shrinkage).reshape(*shape, shape[-1])
-                pairs = jnp.asarray(pairs, jnp.float32)
-            found = np.diagonal(found, axis1=1, axis2=2)
-        found = found.reshape(shape)
-        if not finite:
-            raise ValueError(
-                f"{entry.name}: its gradient is not finite on these batches; look for "
-                "NaN in the weights before it"
-            )
-        if entry.embedding:
-            found = np.broadcast_to(found.mean(axis=-1, keepdims=True), shape)
-        known = moments.get(entry.name) or Moments(jnp.zeros(shape[:-1]))
-        completed[entry.name] = dataclasses.replace(
-            known,
-            curvatures=jnp.asarray(found, jnp.float32),
-            joint_curvatures=pairs,
-            layout=known.layout or layouts.get(entry.name),
+
+
+def _completed(entry: Entry, halves: list[np.ndarray], tokens: int) -> Moments:
+    """Return an entry's moments with its curvatures.
+
+    Args:
+      halves: sums of `_products` over every other sequence; emptied.
+      tokens: of all sequences.
+    """
+    matrix = entry.matrix()
+    shape = *matrix.shape[:-2], matrix.shape[-1]
+    pairs, found = None, sum(halves) / (2 * tokens * matrix.shape[-2])
+    finite = bool(np.isfinite(found).all())
+    if found.ndim == 3:
+        shrinkage = 1.0
+        if finite and len(halves) > 1:
+            shrinkage = choose_shrinkage(halves)
+        halves.clear()  # as large as what is made of them
+        if shrinkage < 1:
+            pairs = shrunk(found, shrinkage).reshape(*shape, shape[-1])
+            pairs = jnp.asarray(pairs, jnp.float32)
+        found = np.diagonal(found, axis1=1, axis2=2)
+    found = found.reshape(shape)
+    if not finite:
+        raise ValueError(
+            f"{entry.name}: its gradient is not finite on these batches; look for NaN "
+            "in the weights before it"
         )
-    return completed
-
-
-def default_layout(entry: Entry, layout: Mapping[str, Layout]) -> Layout:
-    return choose_layout(
-        entry.name,
-        entry.value.shape,
-        layout.get(entry.name),
-        entry.moments,
-        embedding=entry.embedding,
+    if entry.embedding:
+        found = np.broadcast_to(found.mean(axis=-1, keepdims=True), shape)
+    known = (entry.moments if not entry.depth else None) or Moments(
+        jnp.zeros(shape[:-1])
+    )
+    return dataclasses.replace(
+        known,
+        curvatures=jnp.asarray(found, jnp.float32),
+        joint_curvatures=pairs,
+        layout=known.layout or entry.given,
     )
 
 

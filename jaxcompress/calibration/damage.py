@@ -1,6 +1,5 @@
 """What an error of one leaf costs: squares of outputs, or nats by curvatures."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,49 +7,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.moments import require
-from jaxcompress.tree.layouts import Layout, choose_layout, matricize
+from jaxcompress.tree.layouts import Layout, matricize
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import Entry
 
 
-def entry_layout(entry: Entry, layout: Mapping[str, Layout]) -> dict[str, Layout]:
-    if entry.depth and entry.value.ndim == 3:
-        return {entry.name: Layout((0,), (1,), (2,))}
-    return {entry.name: layout[entry.name]} if entry.name in layout else {}
-
-
-def relative_square(entry: Entry, value: Any, layout: Mapping[str, Layout]) -> float:
+def relative_square(entry: Entry, value: Any) -> float:
     """Return squared error over squared size, of the layer's outputs where moments are
     known.
 
     Measured in float64 sums of float32 products; 0 for an all-zero leaf.
     """
-    error, size = (x.sum() for x in _output_squares(entry, value, layout))
+    error, size = (x.sum() for x in _output_squares(entry, value))
     return float(error / size) if size > 0 else 0.0
 
 
-def divergence(entry: Entry, value: Any, layout: Mapping[str, Layout]) -> float:
+def divergence(entry: Entry, value: Any) -> float:
     """Return nats per token that an error costs, by the curvatures of its outputs."""
-    error, _ = _output_squares(entry, value, layout)
+    error, _ = _output_squares(entry, value)
     return float(np.sum(error * np.asarray(entry.moments.curvatures, np.float64)))
 
 
-def _output_squares(
-    entry: Entry, value: Any, layout: Mapping[str, Layout]
-) -> list[np.ndarray]:
+def _output_squares(entry: Entry, value: Any) -> list[np.ndarray]:
     """Return squares of error and weights, `[..., outputs]`, as `_squares` has them."""
     second = getattr(entry.moments, "second", None)
     if second is None and getattr(entry.moments, "curvatures", None) is None:
-        kind = Layout((), tuple(range(entry.value.ndim - 1)), (entry.value.ndim - 1,))
+        last = entry.value.ndim - 1
+        kind = Layout((), tuple(range(last)), (last,))
+        parts = [matricize(dense(x), kind) for x in (entry.value, value)]
     else:
-        kind = choose_layout(
-            entry.name,
-            entry.value.shape,
-            entry_layout(entry, layout).get(entry.name),
-            entry.moments,
-            embedding=entry.embedding,
-        )
-    parts = [matricize(dense(x), kind) for x in (entry.value, value)]
+        parts = [entry.matrix(), entry.matrix(value)]
     if getattr(entry.moments, "curvatures", None) is not None:
         require(entry.moments, parts[0], entry.name, fields=("curvatures",))
     return [np.asarray(x, np.float64) for x in _squares(*parts, second)]

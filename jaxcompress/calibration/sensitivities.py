@@ -57,10 +57,9 @@ def measure_sensitivities(
         raise ValueError(
             f"measure_sensitivities takes sizes of noise above 0, not {sizes!r}"
         )
-    layouts = layouts or {}
     found: dict[str, float] = {}
     base = float(loss_fn(params))
-    planned = planned_entries(params, moments, where)
+    planned = planned_entries(params, moments, where, layouts)
     turns = iter(
         each_item([entry.name for entry in planned], progress, label="sensitivities")
     )
@@ -68,7 +67,7 @@ def measure_sensitivities(
         next(turns, None)
         x = dense(entry.value)
         noise = jax.random.normal(jax.random.fold_in(key, number), x.shape, jnp.float32)
-        unit = relative_square(entry, x + noise.astype(x.dtype), layouts)
+        unit = relative_square(entry, x + noise.astype(x.dtype))
         growth = []
         for size in sizes:
             scaled = x + (noise * (size / unit**0.5)).astype(x.dtype)

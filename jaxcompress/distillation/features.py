@@ -5,13 +5,13 @@ what modules sow, `layer_0/attention/attention`. They are checked against the mo
 while it is traced: a name that is not there is an error, never an empty result.
 """
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from jaxcompress.tree.names import nearest
 from jaxcompress.tree.paths import key_name
 from jaxcompress.types import Params
 
@@ -47,11 +47,11 @@ def capture(model: nn.Module, names: Iterable[str]) -> Callable[..., Any]:
         missing = [name for name in names if name not in found]
         if missing:
             everything = feature_names(model, params, *args, **options)
-            near = difflib.get_close_matches(missing[0], everything, n=3, cutoff=0.0)
             raise ValueError(
                 f"the model gives nothing called {', '.join(missing)}; the nearest of "
-                f"its {len(everything)} names are {', '.join(near)}. Inside nn.scan, "
-                "modules are seen only if variable_axes has 'intermediates'"
+                f"its {len(everything)} names are {nearest(missing[0], everything)}. "
+                "Inside nn.scan, modules are seen only if variable_axes has "
+                "'intermediates'"
             )
         return output, {name: found[name] for name in names}
 

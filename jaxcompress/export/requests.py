@@ -1,6 +1,5 @@
 """What a caller asks of an export: checked, and applied to one leaf after the other."""
 
-import difflib
 import re
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jaxcompress.export.named_leaves import NamedLeaf, apply_method, is_compressed
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tree.methods import parse
+from jaxcompress.tree.names import match
 
 
 def check_model(model: Any, context: int) -> None:
@@ -79,12 +79,7 @@ class Changes(NamedTuple):
         patterns = [where for where, _ in self.requantize]
         patterns += [] if self.dense is None else [self.dense]
         for pattern in patterns:
-            if not any(map(pattern.fullmatch, names)):
-                near = difflib.get_close_matches(pattern.pattern, names, 3, cutoff=0.0)
-                raise ValueError(
-                    f"the pattern {pattern.pattern!r} matches no leaf; the nearest "
-                    f"names are {', '.join(near)}"
-                )
+            match(pattern, names)
 
     def apply(self, leaf: NamedLeaf) -> tuple[NamedLeaf, float]:
         """The leaf as it is written, and the relative error that this adds."""

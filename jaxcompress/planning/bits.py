@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress.calibration.damage import divergence, entry_layout, relative_square
+from jaxcompress.calibration.damage import divergence, relative_square
 from jaxcompress.calibration.moments import check_curvatures
 from jaxcompress.checks import check_concrete
 from jaxcompress.planning.allocation import choose_candidates, prefer_candidates
@@ -106,7 +106,7 @@ def plan_bits(
     candidates = CANDIDATES if free else candidates
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"plan_bits takes a list of candidates, not {candidates!r}")
-    layouts, candidates = layouts or {}, list(candidates)
+    candidates = list(candidates)
     planned = planned_entries(params, moments, where, layouts)
     curved = sensitivities is None and check_curvatures(
         {entry.name: entry.moments for entry in planned}
@@ -124,9 +124,9 @@ def plan_bits(
     for i, entry in enumerate(planned):
         next(turns, None)
         for j, candidate in enumerate(candidates):
-            small = _compressed(entry, candidate, layouts, coded)
+            small = _compressed(entry, candidate, coded)
             costs[i, j] = held_bytes(small)
-            losses[i, j] = weights[entry.name] * damage(entry, small, layouts)
+            losses[i, j] = weights[entry.name] * damage(entry, small)
     for _ in turns:
         pass
     weights_count = sum(entry.value.size for entry in planned)
@@ -195,13 +195,12 @@ def _weights(
     return {name: float(sensitivities[name]) for name in names}
 
 
-def _compressed(
-    entry: Entry, candidate: Any, layout: Mapping[str, Layout], coded: bool
-) -> Any:
+def _compressed(entry: Entry, candidate: Any, coded: bool) -> Any:
     name = entry.name
     stages = [[(re.escape(name), candidate)], *(CODING if coded else ())]
     moments = None if entry.moments is None else {name: entry.moments}
     # One leaf as a tree of its own; a slash in a key is a slash in a name.
-    kinds = entry_layout(entry, layout)
-    small = compress({name: entry.value}, chain(*stages), moments, layouts=kinds)
+    known = entry.depth > 0 or entry.given is not None
+    layouts = {name: entry.layout} if known else None
+    small = compress({name: entry.value}, chain(*stages), moments, layouts=layouts)
     return small[name]

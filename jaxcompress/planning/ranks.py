@@ -5,17 +5,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxcompress.calibration.moments import check_curvatures
+from jaxcompress.checks import check_concrete
 from jaxcompress.factorization.svd import check_damping, energies, svd
 from jaxcompress.planning.allocation import Curve, allocate, total_loss
 from jaxcompress.planning.budget import byte_limit
-from jaxcompress.tree.layouts import Layout, choose_layout, matricize
-from jaxcompress.tree.leaf import dense
-from jaxcompress.tree.paths import Entry, entries
-from jaxcompress.tree.selection import choose
+from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.paths import Entry
+from jaxcompress.tree.selection import bind
 from jaxcompress.types import Params, Rule
 
 
@@ -80,22 +79,13 @@ def plan_ranks(
       TypeError: params under a trace.
     """
     check_damping("plan_ranks", damping)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
-        raise TypeError(
-            "plan_ranks reads values on the host, so it can't run under jit, vmap or "
-            "scan; plan outside and use the recipe inside"
-        )
+    check_concrete(params, "plan_ranks")
     stage = svd(rank=1) if where is None else [(where, svd(rank=1))]
-    traced = {*(layouts or {}), *(moments or {})}
-    chosen, _ = choose(params, stage, traced=traced)
-    every = entries(params, moments, traced)
-    found = [entry for entry in every if entry.name in chosen]
+    found = bind(params, stage, moments, layouts).selected
     weighted = moments is not None
     relative = not weighted if relative is None else relative
     check_curvatures({entry.name: entry.moments for entry in found})
-    leaves = [
-        _spectrum(entry, layouts or {}, weighted, relative, damping) for entry in found
-    ]
+    leaves = [_spectrum(entry, weighted, relative, damping) for entry in found]
     total = sum(int(leaf.costs[-1]) for leaf in leaves)
     least = sum(int(leaf.costs[0]) for leaf in leaves)
     limit = byte_limit(
@@ -128,13 +118,9 @@ def plan_ranks(
 
 
 def _spectrum(
-    entry: Entry,
-    layout: Mapping[str, Layout],
-    weighted: bool,
-    relative: bool,
-    damping: float,
+    entry: Entry, weighted: bool, relative: bool, damping: float
 ) -> _Spectrum:
-    x = _matrix(entry, layout)
+    x = entry.matrix()
     inputs, outputs = x.shape[-2:]
     if weighted and getattr(entry.moments, "second", None) is None:
         raise ValueError(
@@ -162,25 +148,6 @@ def _spectrum(
     ranks = np.arange(1, saving + 1, dtype=np.int64)
     costs = np.append(ranks * (inputs + outputs), inputs * outputs) * copies
     return _Spectrum(costs, losses, entry.name)
-
-
-def _matrix(entry: Entry, layout: Mapping[str, Layout]) -> jax.Array:
-    """Return the entry as a method sees it, `[..., inputs, outputs]`."""
-    x = dense(entry.value)
-    if x.ndim < 2:
-        raise ValueError(
-            f"{entry.name}: shape {x.shape} is not a matrix; narrow the pattern"
-        )
-    if entry.depth:
-        return x
-    kind = choose_layout(
-        entry.name,
-        x.shape,
-        layout.get(entry.name),
-        entry.moments,
-        embedding=entry.embedding,
-    )
-    return matricize(x, kind)
 
 
 def _uniform(leaves: list[_Spectrum], limit: int) -> list[int]:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.curvatures import default_layout
 from jaxcompress.calibration.moments import check_curvatures
 from jaxcompress.calibration.output_feedback import (
     output_costs,
@@ -19,7 +18,7 @@ from jaxcompress.coding.levels import leaf as coded_levels
 from jaxcompress.planning.budget import byte_limit
 from jaxcompress.quantization.rate_distortion import prepare
 from jaxcompress.quantization.rate_model import deviations, gaussian_bits
-from jaxcompress.tree.layouts import Layout, matricize
+from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import nbytes as held_bytes
 from jaxcompress.tree.methods import precise
 from jaxcompress.tree.selection import planned_entries
@@ -73,7 +72,7 @@ def plan_rates(
         information.
     """
     check_concrete(params, "plan_rates")
-    layouts, planned = layouts or {}, planned_entries(params, moments, where, layouts)
+    planned = planned_entries(params, moments, where, layouts)
     limit = byte_limit(
         "plan_rates",
         bits_per_weight=bits_per_weight,
@@ -88,8 +87,7 @@ def plan_rates(
     measured = check_curvatures({entry.name: entry.moments for entry in planned})
     slices, sizes, spreads, floors, bends = [], [], [], [], []
     for entry in planned:
-        kind = default_layout(entry, layouts)
-        matrix = matricize(entry.value, kind)
+        matrix = entry.matrix()
         inputs, outputs = matrix.shape[-2:]
         count = entry.value.size // (inputs * outputs)
         slices.append(count if matrix.ndim > 2 else 0)

@@ -11,12 +11,7 @@ from jaxcompress.pruning.choices import Choice, choice, keep_largest, select
 from jaxcompress.pruning.scores import magnitude_scores, taylor_scores, wanda_scores
 from jaxcompress.pruning.sparse import Sparse
 from jaxcompress.tree.layouts import (
-    DENSE,
-    ROWS,
     Layout,
-    check_layout,
-    matricize,
-    restore,
 )
 from jaxcompress.tree.leaf import Leaf, Reshaped, dense, is_leaf
 from jaxcompress.tree.paths import Entry, entries, map_entries
@@ -68,7 +63,7 @@ def make(
       ValueError: nothing scored, scores that do not fit, options out of range.
     """
     arrays = {e.name: e.value for e in entries(params) if not e.depth}
-    scored = entries(scores)
+    scored = entries(scores, None, layouts)
     if not scored:
         raise ValueError("no leaf has scores; narrow or widen the names to be scored")
     for entry in scored:
@@ -83,10 +78,7 @@ def make(
             raise ValueError("a pattern is chosen within a leaf, not scope='global'")
         masks = _pooled(scored, sparsity)
     else:
-        masks = {
-            entry.name: _one_mask(entry, sparsity, scope, nm, layouts or {})
-            for entry in scored
-        }
+        masks = {entry.name: _one_mask(entry, sparsity, scope, nm) for entry in scored}
     return map_entries(lambda entry: masks[entry.name], scores)
 
 
@@ -101,31 +93,14 @@ def _pooled(scored: list[Entry], sparsity: Any) -> dict[str, jax.Array]:
     return masks
 
 
-def _one_mask(
-    entry: Entry,
-    sparsity: Any,
-    scope: str,
-    nm: str | None,
-    layouts: Mapping[str, Layout],
-) -> jax.Array:
-    score, kind = entry.value, layouts.get(entry.name)
-    if kind is None and score.ndim == 2:
-        kind = ROWS if entry.embedding else DENSE
-    if kind is None and (scope != "leaf" or nm is not None):
-        raise ValueError(
-            f"{entry.name}: shape {score.shape} has {score.ndim} axes, and which are "
-            "inputs is unknown; pass layouts=find_layouts(model, params, batch)"
-        )
-    if kind is None:
-        matrix = score.reshape(-1, 1)
-    else:
-        check_layout(entry.name, score.shape, kind)
-        matrix = matricize(score, kind)
+def _one_mask(entry: Entry, sparsity: Any, scope: str, nm: str | None) -> jax.Array:
+    score = entry.value
+    known = entry.given is not None or score.ndim == 2
+    plain = not known and scope == "leaf" and nm is None  # places do not matter
+    matrix = score.reshape(-1, 1) if plain else entry.matrix()
     chosen = _choice(matrix.shape, f"{entry.name}: masks.make", sparsity, nm, scope)
     mask = select(matrix, chosen, _kept(chosen, sparsity))
-    if kind is None:
-        return mask.reshape(score.shape)
-    return dense(restore(mask, score.shape, kind))
+    return mask.reshape(score.shape) if plain else dense(entry.restore(mask))
 
 
 def _choice(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.pruning.choices import Choice, choice, select
 from jaxcompress.pruning.sparse import Sparse, sparse
-from jaxcompress.tree.layouts import Layout, choose_layout, matricize, restore
+from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import dense, is_leaf
 from jaxcompress.tree.methods import method, only
 from jaxcompress.tree.paths import Entry, entries, is_float, map_entries
@@ -241,26 +241,17 @@ def wanda_scores(
     Raises:
       ValueError: no leaf has moments, moments do not fit, or a layout is missing.
     """
-    layouts = layouts or {}
 
     def score(entry: Entry) -> jax.Array | None:
-        known = moments.get(entry.name)
+        known = entry.moments
         if known is None or known.looked_up:
             return None
-        x = entry.value
-        kind = choose_layout(
-            entry.name,
-            x.shape,
-            layouts.get(entry.name),
-            known,
-            embedding=entry.embedding,
-        )
-        matrix = matricize(x, kind)
+        matrix = entry.matrix()
         second = second_of(matrix, known, entry.name)
         product = jnp.abs(_wide(matrix)) * _norms(second)
-        return dense(restore(product, x.shape, kind))
+        return dense(entry.restore(product))
 
-    scores = _scored(params, where, score)
+    scores = _scored(params, where, score, moments, layouts)
     if not jax.tree.leaves(scores):
         raise ValueError(
             "no leaf to be scored has moments of its inputs; collect them with the "
@@ -274,7 +265,11 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def _scored(
-    params: Params, names: str | None, score: Callable[[Entry], jax.Array | None]
+    params: Params,
+    names: str | None,
+    score: Callable[[Entry], jax.Array | None],
+    moments: Mapping[str, Any] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> Any:
     plain = jax.tree.map(lambda x: None if is_leaf(x) else x, params, is_leaf=is_leaf)
     found = 0
@@ -291,7 +286,7 @@ def _scored(
         found += 1
         return score(entry)
 
-    scores = map_entries(one, plain)
+    scores = map_entries(one, plain, moments, layouts)
     if not found:
         raise ValueError(
             f"no dense kernel or embedding of {SMALLEST} weights or more to score; "

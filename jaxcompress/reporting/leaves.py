@@ -11,12 +11,13 @@ import jax
 
 from jaxcompress.reporting.tables import leaf_table, render, table
 from jaxcompress.storage.checkpoint import open_checkpoint, save
-from jaxcompress.tree.compress import chain, choose, compress
+from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.methods import describe, traits
-from jaxcompress.tree.paths import entries, roots
+from jaxcompress.tree.paths import roots
 from jaxcompress.tree.record import LeafReport, leaf_reports
+from jaxcompress.tree.selection import bind
 from jaxcompress.types import Params, Recipe
 
 
@@ -176,15 +177,15 @@ def explain(
     reasons: dict[str, str] = {}
     stages, small, note = chain(recipe).stages, shapes, ""
     for number, stage in enumerate(stages):
-        choices, why = choose(small, stage, traced=layouts or ())
-        owner = {entry.name: entry.root for entry in entries(small)}
-        for name, reason in why.items():
+        bound = bind(small, stage, layouts=layouts)
+        owner = {entry.name: entry.root for entry in bound.entries}
+        for name, reason in bound.reasons.items():
             reasons.setdefault(owner[name], reason)
-        for name, method in choices.items():
+        for name, method in bound.methods.items():
             methods.setdefault(owner[name], []).append(describe(method))
         if number + 1 == len(stages):
             break
-        host = [describe(f) for f in choices.values() if not traits(f).traceable]
+        host = [describe(f) for f in bound.methods.values() if not traits(f).traceable]
         if host:
             later = ", ".join(map(str, stages[number + 1 :]))
             note = f"not foretold, because {host[0]} looks at values: {later}"

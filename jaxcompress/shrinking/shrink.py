@@ -148,7 +148,7 @@ def shrink(
     predicted = None
     if moments is not None:
         later = dict(roots(attempt.params))
-        predicted = sum(divergence(e, later[e.name], layouts) for e in planned)
+        predicted = sum(divergence(e, later[e.name]) for e in planned)
     shrunk = Shrunk(
         model=subject.with_params(attempt.params),
         params=attempt.params,

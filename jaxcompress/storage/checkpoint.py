@@ -5,7 +5,6 @@ the versions are one JSON object, the array `__about__`.
 """
 
 import contextlib
-import difflib
 import gc
 import importlib.metadata
 import os
@@ -29,6 +28,7 @@ from jaxcompress.storage.checksummed_file import (
 from jaxcompress.storage.file_writer import beside, write
 from jaxcompress.storage.tree_json import ODD, FileDamaged, Slot
 from jaxcompress.tree.leaf import dense
+from jaxcompress.tree.names import nearest
 from jaxcompress.types import Params
 
 CODINGS = ("size", "decode", "none")
@@ -319,8 +319,8 @@ class StoredParams:
 
     def _find(self, name: str) -> tuple[Any, tree_json.Path]:
         if name not in self._nodes:
-            near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.0)
-            raise KeyError(f"{self.path} has no leaf {name!r}; near: {', '.join(near)}")
+            near = nearest(name, self.names)
+            raise KeyError(f"{self.path} has no leaf {name!r}; near: {near}")
         node, path = self._nodes[name]
         if "same" in node:
             return self._find(node["same"])

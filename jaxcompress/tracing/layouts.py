@@ -1,6 +1,5 @@
 """`find_layouts`: which axes of each kernel a model contracts, without computing."""
 
-import difflib
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from jaxcompress.tracing.modules import model_function
 from jaxcompress.tree.compress import NAMED
 from jaxcompress.tree.layouts import Layout, suggestion
 from jaxcompress.tree.leaf import is_leaf, nbytes
+from jaxcompress.tree.names import nearest
 from jaxcompress.tree.paths import check_names, check_tree, roots
 from jaxcompress.tree.selection import SMALLEST
 from jaxcompress.types import Params
@@ -92,10 +92,9 @@ def matching(names: list[str], where: Where) -> list[str]:
         chosen = [name for name in names if re.fullmatch(where, name)]
     if not chosen:
         pattern = where if isinstance(where, str) else "kernel"
-        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
         raise ValueError(
             f"no weight is selected by where={where!r}; the nearest of the "
-            f"{len(names)} arrays of two axes or more are {', '.join(near)}"
+            f"{len(names)} arrays of two axes or more are {nearest(pattern, names)}"
         )
     return chosen
 

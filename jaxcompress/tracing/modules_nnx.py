@@ -1,6 +1,5 @@
 """Parameters of NNX modules as trees, and modules that run on such trees."""
 
-import difflib
 import warnings
 from typing import Any
 
@@ -10,6 +9,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from jaxcompress.tree.leaf import Leaf, nbytes, unboxed
+from jaxcompress.tree.names import nearest
 from jaxcompress.tree.paths import roots
 from jaxcompress.types import Params
 
@@ -100,10 +100,9 @@ def with_params(module: nnx.Module, params: Params) -> nnx.Module:
     variables |= {name: others[name] for name in given if name in others}
     for name in sorted(given.keys() ^ variables.keys()):
         where, other = ("module", variables) if name in given else ("tree", given)
-        near = difflib.get_close_matches(name, other, n=3, cutoff=0.0)
         raise ValueError(
-            f"{name}: the {where} has no such parameter; nearest: {', '.join(near)}. "
-            "Start from params_of(module)"
+            f"{name}: the {where} has no such parameter; nearest: "
+            f"{nearest(name, other)}. Start from params_of(module)"
         )
     linen = _inside_linen(copy)
     new: dict[int, nnx.Variable] = {}

@@ -6,7 +6,6 @@ decay did before. Masks are part of the optimizer state, so a checkpoint of the 
 resumes with them.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import optax
 from jaxcompress.pruning.masks import Scope, check_mask
 from jaxcompress.pruning.masks import make as make_masks
 from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.names import match
 from jaxcompress.tree.paths import EMBEDDING, array_names
 from jaxcompress.types import Masks, Params
 
@@ -223,12 +223,7 @@ def by_name(
         names = array_names(params)
         flat = jax.tree.leaves(names)
         for pattern in patterns:
-            if not any(map(pattern.fullmatch, flat)):
-                near = difflib.get_close_matches(pattern.pattern, flat, n=3, cutoff=0.0)
-                raise ValueError(
-                    f"the pattern {pattern.pattern!r} matches no array that trains; "
-                    f"the nearest of {len(flat)} are {', '.join(near)}"
-                )
+            match(pattern, flat, "array that trains")
 
         def label(name: str) -> str:
             for number, pattern in enumerate(patterns):

@@ -15,6 +15,7 @@ from jaxcompress.tree.compress import Chain, compress
 from jaxcompress.tree.generic_leaves import Mixed, Sum
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import Leaf, Reshaped, data_fields, dense, is_leaf
+from jaxcompress.tree.methods import unwrap
 from jaxcompress.types import Params
 
 __all__ = ["convert", "prepare"]
@@ -84,9 +85,7 @@ def convert(params: Params) -> Params:
 
 
 def _is_recipe(transform: Any) -> bool:
-    inner = transform
-    while isinstance(inner, functools.partial):
-        inner = inner.func
+    inner, _ = unwrap(transform)
     listed = isinstance(transform, str | list | tuple | Chain)
     return listed or hasattr(inner, "traits")
 

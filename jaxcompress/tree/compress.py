@@ -1,7 +1,6 @@
 """`compress`: a recipe decides which method takes which leaf."""
 
 import dataclasses
-import difflib
 import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -11,26 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.progress import each_item
-from jaxcompress.tree.layouts import (
-    Layout,
-    choose_layout,
-    matricize,
-    restore,
-    suggestion,
-    with_layout,
-)
+from jaxcompress.tree.layouts import Layout, suggestion, with_layout
 from jaxcompress.tree.leaf import Leaf, dense, is_box, is_leaf, nbytes
-from jaxcompress.tree.methods import describe, parse, traits, with_default
+from jaxcompress.tree.methods import describe, traits, unwrap, with_default
+from jaxcompress.tree.names import nearest
 from jaxcompress.tree.paths import (
     Entry,
-    entries,
     is_float,
     key_name,
     map_entries,
     roots,
 )
 from jaxcompress.tree.record import LeafReport, leaf_reports
-from jaxcompress.tree.selection import SMALLEST, choose, with_data
+from jaxcompress.tree.selection import SMALLEST, Choices, bind
 from jaxcompress.types import Method, Params
 
 NAMED = 0.01  # of all bytes: what is left alone and larger is named in a warning
@@ -108,22 +100,19 @@ def compress(
         the leaf.
       TypeError: a host method under a trace, a `TrainState`.
     """
-    stages = chain(recipe).stages
+    layouts = layouts or {}
     _check_moments(params, moments)
-    traced = {*(layouts or {}), *(moments or {})}
+    _check_layouts(params, layouts)
     done: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
     instead: dict[str, str] = {}
     small = params
-    for number, stage in enumerate(stages):
-        choices, why = choose(small, stage, part=part, traced=traced)
-        if not part and not number:
-            _name_large(small, stage, choices, traced)
-        if isinstance(stage, str) or callable(stage):
-            choices = with_data(small, choices, moments, instead)
-        small = _run(
-            small, choices, why, moments, layouts or {}, progress, done, reasons
-        )
+    for number, stage in enumerate(chain(recipe).stages):
+        bound = bind(small, stage, moments, layouts, part=part)
+        if not part and not number and (isinstance(stage, str) or callable(stage)):
+            _name_large(small, bound, {*layouts, *(moments or {})})
+        small = _run(small, bound, moments, layouts, progress, done, reasons)
+        instead |= bound.instead
     _check_boxes(small)
     if record is not None:
         record += leaf_reports(params, small, done, reasons, moments, layouts, instead)
@@ -149,40 +138,41 @@ def _check_moments(params: Params, moments: Mapping[str, Any] | None) -> None:
     known = [name for name, _ in roots(params)]
     if moments and not moments.keys() & set(known):
         name = next(iter(moments))
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
         raise ValueError(
             f"the moments are of another model: they name {name!r} and "
             f"{len(moments) - 1} others, none of which this tree has; the nearest of "
-            f"its names are {', '.join(near)}. Collect them with this model"
+            f"its names are {nearest(name, known)}. Collect them with this model"
         )
 
 
-def _run(
-    params: Params,
-    choices: Mapping[str, Method],
-    why: Mapping[str, str],
-    moments: Mapping[str, Any] | None,
-    layout: Mapping[str, Layout],
-    progress: bool | Callable[[list[str]], Iterable[str]],
-    done: dict[str, list[str]],
-    reasons: dict[str, str],
-) -> Params:
-    for name in layout.keys() - {name for name, _ in roots(params)}:
+def _check_layouts(params: Params, layouts: Mapping[str, Layout]) -> None:
+    """Raise ValueError where a layout is of no leaf of this tree."""
+    for name in layouts.keys() - {name for name, _ in roots(params)}:
         raise ValueError(
             f"the layout names {name!r}, which the tree does not have; "
             "make it from the same parameters"
         )
 
-    turns = iter(each_item(list(choices), progress, label="compressing"))
+
+def _run(
+    params: Params,
+    bound: Choices,
+    moments: Mapping[str, Any] | None,
+    layouts: Mapping[str, Layout],
+    progress: bool | Callable[[list[str]], Iterable[str]],
+    done: dict[str, list[str]],
+    reasons: dict[str, str],
+) -> Params:
+    turns = iter(each_item(list(bound.methods), progress, label="compressing"))
 
     def replace(entry: Entry) -> Any:
-        f = choices.get(entry.name)
+        f = bound.methods.get(entry.name)
         if f is None:
-            reasons.setdefault(entry.root, why[entry.name])
+            reasons.setdefault(entry.root, bound.reasons[entry.name])
             return entry.value
         next(turns, None)
         try:
-            new = _apply(f, entry, layout)
+            new = _apply(f, entry)
         except (ValueError, TypeError) as error:
             message = str(error)
             if message.startswith(entry.name):
@@ -194,7 +184,7 @@ def _run(
         done.setdefault(entry.root, []).append(describe(f))
         return new
 
-    small = map_entries(replace, params, moments, {*layout, *(moments or {})})
+    small = map_entries(replace, params, moments, layouts)
     for _ in turns:
         pass
     for name, methods in done.items():
@@ -202,18 +192,16 @@ def _run(
     return small
 
 
-def _name_large(
-    params: Params, stage: Any, choices: Mapping[str, Method], traced: Collection[str]
-) -> None:
+def _name_large(params: Params, bound: Choices, traced: Collection[str]) -> None:
     """Warn of large leaves that a method leaves alone by default."""
-    if not (isinstance(stage, str) or callable(stage)):
+    if not bound.methods:
         return
-    f = parse(stage) if isinstance(stage, str) else stage
+    f = next(iter(bound.methods.values()))
     left = {
         entry.name: entry.value
-        for entry in entries(params)
+        for entry in bound.entries
         if not entry.depth
-        and entry.name not in choices
+        and entry.name not in bound.methods
         and is_float(entry.value)
         and not isinstance(entry.value, Leaf)
         and entry.value.ndim > 1
@@ -239,10 +227,10 @@ def _name_large(
     )
 
 
-def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
+def _apply(f: Method, entry: Entry) -> Any:
     x = dense(entry.value)
     if traits(f).selects != "weights":
-        known = layout.get(entry.name) or getattr(entry.moments, "layout", None)
+        known = entry.given or getattr(entry.moments, "layout", None)
         stack = entry.stack
         if known is not None and not entry.depth:
             stack = x.ndim - len(known.inputs) - len(known.outputs)
@@ -256,31 +244,9 @@ def _apply(f: Method, entry: Entry, layout: Mapping[str, Layout]) -> Any:
     moments = entry.moments
     if traits(f).data and hasattr(moments, "checked"):
         moments = moments.checked(entry.name)
-    if entry.depth:
-        if x.ndim < 2:
-            raise ValueError(_needs_matrix(f, x))
-        seen = getattr(moments, "layout", None)
-        if seen is not None:
-            raise ValueError(
-                f"{entry.root} was compressed along other axes than those of the "
-                f"moments, which were collected with {seen} (axes counted from the "
-                "last); compress the dense weights with these moments, or with "
-                "layouts=find_layouts(model, params, batch)"
-            )
-        return _call(f, x, moments)
-    if x.ndim < 2:
-        raise ValueError(_needs_matrix(f, x))
-    kind = choose_layout(
-        entry.name,
-        x.shape,
-        layout.get(entry.name),
-        moments,
-        embedding=entry.embedding,
-    )
+    matrix = entry.matrix(x)
     # Without the layout, so that equal shapes share a compilation.
-    moments = with_layout(moments, None)
-    small = _call(f, matricize(x, kind), moments)
-    return restore(small, x.shape, kind)
+    return entry.restore(_call(f, matrix, with_layout(moments, None)))
 
 
 def _gains_nothing(f: Method, old: Any, new: Any) -> bool:
@@ -296,20 +262,10 @@ def _gains_nothing(f: Method, old: Any, new: Any) -> bool:
     return new is old or isinstance(old, Leaf)
 
 
-def _needs_matrix(f: Method, x: jax.Array) -> str:
-    return (
-        f"{describe(f)} needs a matrix, this has shape {x.shape}; narrow the pattern, "
-        "or put (pattern, None) for it before"
-    )
-
-
 def _call(f: Method, x: jax.Array, moments: Any) -> Any:
     if not traits(f).traceable:
         return f(x, moments)
-    options = {}
-    while isinstance(f, functools.partial):
-        options = {**f.keywords, **options}
-        f = f.func
+    f, options = unwrap(f)
     try:
         hash(key := tuple(sorted(options.items())))
     except TypeError:

@@ -108,16 +108,22 @@ def method(
     return register
 
 
+def unwrap(f: Method) -> tuple[Method, dict[str, Any]]:
+    """Return the function under partial applications, and the options they set."""
+    options: dict[str, Any] = {}
+    while isinstance(f, functools.partial):
+        options = {**f.keywords, **options}
+        f = f.func
+    return f, options
+
+
 def traits(f: Method) -> Traits:
     """Return the traits of a method, looked up through partials; a plain function's
     default.
 
     A function of the user's own counts as a host method on weights: it always works.
     """
-    options: dict[str, Any] = {}
-    while isinstance(f, functools.partial):
-        options = {**f.keywords, **options}
-        f = f.func
+    f, options = unwrap(f)
     found = getattr(f, "traits", Traits("weights", False))
     instead = found.without_data
     return dataclasses.replace(
@@ -140,9 +146,7 @@ def with_default(f: Method, option: str, value: Any) -> Method:
     """Return the method with one option set, if it has that option and it is not set
     yet.
     """
-    inner, options = f, {}
-    while isinstance(inner, functools.partial):
-        inner, options = inner.func, {**inner.keywords, **options}
+    inner, options = unwrap(f)
     if option in options or option not in inspect.signature(inner).parameters:
         return f
     return functools.partial(f, **{option: value})
@@ -152,10 +156,7 @@ def describe(f: Method) -> str:
     """Return the string form of a method, `name(option=value, ...)`, which `parse`
     reads.
     """
-    options: dict[str, Any] = {}
-    while isinstance(f, functools.partial):
-        options = {**f.keywords, **options}
-        f = f.func
+    f, options = unwrap(f)
     inside = ", ".join(f"{key}={value!r}" for key, value in options.items())
     return f"{getattr(f, '__name__', type(f).__name__)}({inside})"
 

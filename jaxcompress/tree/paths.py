@@ -1,18 +1,28 @@
 """Names of the leaves of a tree, and a walk that sees inside leaf types."""
 
 import dataclasses
-import difflib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.tree.layouts import leaf_layout, trailing, with_layout
-from jaxcompress.tree.leaf import Leaf, data_fields, is_box, is_variable
+from jaxcompress.tree.layouts import (
+    DENSE,
+    Layout,
+    choose_layout,
+    leading,
+    leaf_layout,
+    matricize,
+    restore,
+    trailing,
+    with_layout,
+)
+from jaxcompress.tree.leaf import Leaf, data_fields, dense, is_box, is_variable
+from jaxcompress.tree.names import match
 
 KERNEL, EMBEDDING = "kernel", "embedding"
 VECTORS = ("bias", "scale", "mean", "var")  # one axis in a layer that is not stacked
@@ -29,7 +39,7 @@ class Entry:
     layers, as far as its place tells: all but the last of a vector by name (`VECTORS`),
     all but the last two of any other array, and no fewer than the axes that everything
     in some subtree around it shares, kernels with stack axes among them.
-    `moments` are those of its inputs.
+    `moments` are those of its inputs; `given` is the layout that the caller gave.
     """
 
     name: str
@@ -40,6 +50,45 @@ class Entry:
     root: str
     stack: int
     moments: Any = None
+    given: Layout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The axes of the value that are stack, inputs and outputs.
+
+        Raises ValueError where they are unknown, or contradict the moments'.
+        """
+        shape, seen = self.value.shape, getattr(self.moments, "layout", None)
+        if len(shape) < 2:
+            raise ValueError(
+                f"{self.name} needs a matrix, this has shape {shape}; narrow the "
+                "pattern, or put (pattern, None) for it before"
+            )
+        if not self.depth:
+            return choose_layout(
+                self.name, shape, self.given, self.moments, embedding=self.embedding
+            )
+        if seen is not None:
+            raise ValueError(
+                f"{self.root} was compressed along other axes than those of the "
+                f"moments, which were collected with {seen} (axes counted from the "
+                "last); compress the dense weights with these moments, or with "
+                "layouts=find_layouts(model, params, batch)"
+            )
+        return leading(DENSE, len(shape))
+
+    def matrix(self, value: Any = None) -> jax.Array:
+        """The value, or another in its place, as `[..., inputs, outputs]`.
+
+        Args:
+          value: an array or a leaf of the same shape.
+        """
+        value = self.value if value is None else value
+        return matricize(dense(value), self.layout)
+
+    def restore(self, matrix: Any) -> Any:
+        """A leaf or an array `[..., inputs, outputs]` in the shape of the value."""
+        return restore(matrix, self.value.shape, self.layout)
 
 
 def key_name(key: Any) -> str:
@@ -68,17 +117,18 @@ def map_entries(
     function: Callable[[Entry], Any],
     params: Any,
     moments: Any = None,
-    traced: Collection[str] = (),
+    layouts: Mapping[str, Layout] | None = None,
 ) -> Any:
     """Return the tree with every entry's value replaced by `function(entry)`.
 
     `moments` maps names of dense kernels to their `Moments`; inside a leaf they follow
-    where they still mean something (`Leaf.inner_moments`). `traced` names weights that
-    a model multiplies, whatever they are called. Python numbers and strings stay.
+    where they still mean something (`Leaf.inner_moments`). What `moments` or `layouts`
+    name is a weight, whatever it is called. Python numbers and strings stay.
 
     Raises TypeError for a `TrainState`.
     """
-    moments = moments or {}
+    moments, layouts = moments or {}, layouts or {}
+    traced = {*moments, *layouts}
     check_tree(params)
     seen: Memo = {}
 
@@ -119,6 +169,7 @@ def map_entries(
             if depth == 0:
                 place["weight"] = place["weight"] or name in traced
                 place["moments"] = moments.get(name)
+                place["given"] = layouts.get(name)
                 place["stack"] = _stack_axes(node, name, above, seen)
             return function(Entry(name, node, depth, root=root or name, **place))
         rebuilt = []
@@ -181,7 +232,9 @@ def _shared_axes(node: Any, seen: Memo) -> Shared:
 
 
 def entries(
-    params: Any, moments: Any = None, traced: Collection[str] = ()
+    params: Any,
+    moments: Any = None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> list[Entry]:
     """Return every addressable array of the tree, in order."""
     found: list[Entry] = []
@@ -190,7 +243,7 @@ def entries(
         found.append(entry)
         return entry.value
 
-    map_entries(keep, params, moments, traced)
+    map_entries(keep, params, moments, layouts)
     return found
 
 
@@ -317,13 +370,10 @@ def partition(params: Any, where: str | None = None) -> tuple[Any, Any]:
         named = wanted is None or wanted.fullmatch(entry.name) is not None
         return named and not isinstance(entry.value, Leaf) and is_inexact(entry.value)
 
-    if wanted is not None and not any(map(trains, entries(params))):
-        names = [entry.name for entry in entries(params)]
-        near = difflib.get_close_matches(where, names, n=3, cutoff=0.0)
-        raise ValueError(
-            f"the pattern {where!r} matches no floating-point array; the nearest "
-            f"names are {', '.join(near)}"
-        )
+    if wanted is not None:
+        floats = (e for e in entries(params) if not isinstance(e.value, Leaf))
+        names = [entry.name for entry in floats if is_inexact(entry.value)]
+        match(wanted, names, "floating-point array")
 
     def split(keep_trainable: bool) -> Any:
         def pick(entry: Entry) -> Any:

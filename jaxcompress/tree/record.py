@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.tree.layouts import Layout, choose_layout, matricize
+from jaxcompress.tree.layouts import Layout, matricize
 from jaxcompress.tree.leaf import dense, nbytes
 from jaxcompress.tree.paths import Entry, entries, roots
 from jaxcompress.types import Params
@@ -67,7 +67,7 @@ def leaf_reports(
     methods, reasons, layouts = methods or {}, reasons or {}, layouts or {}
     instead = instead or {}
     later = dict(roots(after))
-    measured = {e.root: e for e in entries(before, moments) if not e.depth}
+    measured = {e.root: e for e in entries(before, moments, layouts) if not e.depth}
     reports = []
     for name, old in roots(before):
         if not hasattr(old, "dtype"):
@@ -87,7 +87,7 @@ def leaf_reports(
                 reason=instead.get(name, "")
                 if name in methods
                 else reasons.get(name, "unchanged"),
-                output_error=_output_error(entry, new, layouts) if changed else None,
+                output_error=_output_error(entry, new) if changed else None,
             )
         )
     return reports
@@ -108,21 +108,11 @@ def _relative_error(old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), error)
 
 
-def _output_error(
-    entry: Entry | None, new: Any, layouts: Mapping[str, Layout]
-) -> float | None:
+def _output_error(entry: Entry | None, new: Any) -> float | None:
     second = None if entry is None else getattr(entry.moments, "second", None)
     if entry is None or second is None:
         return None
-    layout = choose_layout(
-        entry.name,
-        entry.value.shape,
-        layouts.get(entry.name),
-        entry.moments,
-        embedding=entry.embedding,
-    )
-    old, new = (matricize(dense(x), layout) for x in (entry.value, new))
-    return float(relative_output(old, new, second))
+    return float(relative_output(entry.matrix(), entry.matrix(new), second))
 
 
 def output_error(old: Any, new: Any, second: jax.Array, layout: Layout) -> float:

@@ -1,6 +1,5 @@
 """Trees of parameters under the names and in the shapes of another program."""
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxcompress.tree.leaf import is_leaf
+from jaxcompress.tree.names import nearest
 from jaxcompress.tree.paths import key_name
 from jaxcompress.types import Params
 
@@ -114,10 +114,9 @@ def _filled(template: str, numbers: tuple[int, ...]) -> str:
 
 
 def _lacking(template: str, name: str, old: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(old), n=3, cutoff=0.0)
     return (
         f"{template}: params have no {name}; the nearest of their names are "
-        f"{', '.join(near)}"
+        f"{nearest(name, old)}"
     )
 
 

@@ -1,70 +1,127 @@
 """Which method a recipe chooses for each leaf, and why it leaves others alone."""
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcompress.tree.layouts import suggestion
+from jaxcompress.tree.layouts import Layout, suggestion
 from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.methods import describe, parse, traits
+from jaxcompress.tree.names import match
 from jaxcompress.tree.paths import Entry, check_names, entries, is_float
 from jaxcompress.types import Method, Params
 
 SMALLEST = 4096  # elements; below it a kernel is not worth a method by default
 
 
-def choose(
-    params: Params, stage: Any, *, part: bool = False, traced: Collection[str] = ()
-) -> tuple[dict[str, Method], dict[str, str]]:
-    """Return the method of each selected entry, and why each other entry is left alone.
+class Choices(NamedTuple):
+    """A stage of a recipe, bound to the leaves of a tree.
 
-    By default a method takes the weights that are `traced`, and those known by name.
-    Raises ValueError where the stage says something of leaves that are not there,
-    unless `params` are a `part` of a tree.
+    Args:
+      entries: of the tree, in order.
+      methods: of the selected ones, by name.
+      reasons: why the others are left alone, by name.
+      instead: why a leaf takes another method, by the name of the outermost leaf.
     """
-    found = entries(params, traced=traced)
+
+    entries: list[Entry]
+    methods: dict[str, Method]
+    reasons: dict[str, str]
+    instead: dict[str, str]
+
+    @property
+    def selected(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.name in self.methods]
+
+
+def bind(
+    params: Params,
+    stage: Any,
+    moments: Mapping[str, Any] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    *,
+    part: bool = False,
+) -> Choices:
+    """Bind one stage of a recipe to a tree: a method for each leaf, or a reason.
+
+    By default a method takes the weights that `moments` or `layouts` name, and those
+    known by name. Of these, embeddings that are only looked up take a method that needs
+    no data.
+
+    Args:
+      params: the tree; shapes are enough.
+      stage: a method, its string, or rules.
+      moments, layouts: by name.
+      part: `params` are a part of a tree, which may lack what the stage names.
+
+    Raises:
+      ValueError: the stage is no recipe, or names leaves that are not there.
+    """
+    found = entries(params, moments, layouts)
     check_names([entry.name for entry in found])
-    choices: dict[str, Method] = {}
-    why: dict[str, str] = {}
     if isinstance(stage, str) or callable(stage):
         f = parse(stage) if isinstance(stage, str) else stage
-        for entry in found:
-            why[entry.name] = _refused(entry, traits(f).selects, traced)
-            if not why[entry.name]:
-                choices[entry.name] = f
-        if not choices and not part and traits(f).selects == "weights":
-            reasons = ", ".join(f"{name} ({why[name]})" for name in list(why)[:3])
-            raise ValueError(
-                f"{describe(f)} takes no leaf of this tree by default: {reasons}, ...; "
-                "name the leaves with a list of (pattern, method)"
-            )
-        return choices, why
+        traced = {*(moments or {}), *(layouts or {})}
+        return _bind_method(f, found, traced, part)
     if not isinstance(stage, list | tuple):
         raise ValueError(
             f"{stage!r} is not a recipe; give a method, its string, a list of "
             "(pattern, method) or a chain of these"
         )
-    names = [entry.name for entry in found]
-    rules = [_rule(rule) for rule in stage]
-    for pattern, _ in rules:
-        if not part and not any(pattern.fullmatch(name) for name in names):
-            near = difflib.get_close_matches(pattern.pattern, names, n=3, cutoff=0.0)
-            raise ValueError(
-                f"the pattern {pattern.pattern!r} matches no leaf; the nearest names "
-                f"are {', '.join(near)}. leaf_names(params) lists all {len(names)}"
+    return _bind_rules([_rule(rule) for rule in stage], found, part)
+
+
+def _bind_method(
+    f: Method, found: list[Entry], traced: Collection[str], part: bool
+) -> Choices:
+    """Bind one method, which takes leaves by default."""
+    kind, result = traits(f), Choices(found, {}, {}, {})
+    for entry in found:
+        why = _refused(entry, kind.selects, traced)
+        result.reasons[entry.name] = why
+        if why:
+            continue
+        result.methods[entry.name] = f
+        rule = kind.without_data
+        only_looked_up = getattr(entry.moments, "looked_up", False)
+        if only_looked_up and rule is not None and describe(rule) != describe(f):
+            result.methods[entry.name] = rule
+            result.instead[entry.root] = (
+                f"only looked up, no inputs that {describe(f)} could go by: took "
+                f"{describe(rule)}"
             )
+    if not result.methods and not part and kind.selects == "weights":
+        some = list(result.reasons.items())[:3]
+        reasons = ", ".join(f"{name} ({why})" for name, why in some)
+        raise ValueError(
+            f"{describe(f)} takes no leaf of this tree by default: {reasons}, ...; "
+            "name the leaves with a list of (pattern, method)"
+        )
+    return result
+
+
+def _bind_rules(
+    rules: list[tuple[re.Pattern[str], Method | None]],
+    found: list[Entry],
+    part: bool,
+) -> Choices:
+    """Bind rules: of each leaf the first whose pattern fully matches its name."""
+    names = [entry.name for entry in found]
+    for pattern, _ in rules:
+        if not part:
+            match(pattern, names)
+    result = Choices(found, {}, {}, {})
     for name in names:
-        why[name] = "no rule matches it"
+        result.reasons[name] = "no rule matches it"
         for pattern, f in rules:
             if pattern.fullmatch(name):
-                why[name] = f"kept by the rule {pattern.pattern!r}"
+                result.reasons[name] = f"kept by the rule {pattern.pattern!r}"
                 if f is not None:
-                    choices[name] = f
+                    result.methods[name] = f
                 break
-    return choices, why
+    return result
 
 
 def _rule(rule: Any) -> tuple[re.Pattern[str], Method | None]:
@@ -107,32 +164,6 @@ def _refused(entry: Entry, selects: str, traced: Collection[str]) -> str:
     return ""
 
 
-def with_data(
-    params: Params,
-    choices: Mapping[str, Method],
-    moments: Mapping[str, Any] | None,
-    instead: dict[str, str],
-) -> dict[str, Method]:
-    """Return the choices, of methods that their leaf's moments suffice for.
-
-    Of an embedding that is only looked up moments know no inputs. `instead` takes note
-    of why a leaf's method was replaced, by the name of the outermost leaf.
-    """
-    changed = dict(choices)
-    for entry in entries(params, moments):
-        if entry.name not in choices or not getattr(entry.moments, "looked_up", False):
-            continue
-        f = choices[entry.name]
-        rule = traits(f).without_data
-        if rule is not None and describe(rule) != describe(f):
-            changed[entry.name] = rule
-            instead[entry.root] = (
-                f"only looked up, no inputs that {describe(f)} could go by: took "
-                f"{describe(rule)}"
-            )
-    return changed
-
-
 def _weight(x: Any, moments: Any = None) -> Any:
     """Return a method that changes nothing; what it takes by default is what is
     planned.
@@ -142,13 +173,13 @@ def _weight(x: Any, moments: Any = None) -> Any:
 
 
 def planned_entries(
-    params: Params, moments: Any, where: str | None, layouts: Any = None
+    params: Params,
+    moments: Mapping[str, Any] | None,
+    where: str | None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> list[Entry]:
     """Return the leaves whose names the pattern matches, or that a method takes by
     default.
     """
-    traced = {*(layouts or {}), *(moments or {})}
     stage = _weight if where is None else [(where, _weight)]
-    chosen, _ = choose(params, stage, traced=traced)
-    found = entries(params, moments, traced)
-    return [entry for entry in found if entry.name in chosen]
+    return bind(params, stage, moments, layouts).selected

@@ -362,9 +362,9 @@ def test_curvatures_take_the_place_of_sensitivities():
     stacked = {"c": {"kernel": jnp.stack([params[n]["kernel"] for n in "ab"])}}
     both = jax.tree.map(lambda *a: jnp.stack(a), *curved.values())
     options = {"layouts": {"c/kernel": jc.Layout((0,), (1,), (2,))}}
-    (entry,) = entries(stacked, {"c/kernel": both})
+    (entry,) = entries(stacked, {"c/kernel": both}, options["layouts"])
     small = jc.compress(stacked, candidates[0], **options)["c"]["kernel"]
-    found = damage_of.divergence(entry, small, options["layouts"])
+    found = damage_of.divergence(entry, small)
     wanted = damage("a", candidates[0]) + damage("b", candidates[0])
     assert found == pytest.approx(wanted, rel=1e-4)
 
@@ -380,7 +380,7 @@ def test_curvatures_take_the_place_of_sensitivities():
     for name in "ab":
         entry = next(e for e in entries(params, curved) if e.name == f"{name}/kernel")
         small = jc.compress(params[name], candidates[0])["kernel"]
-        found = damage_of.divergence(entry, small, {})
+        found = damage_of.divergence(entry, small)
         assert found == pytest.approx(damage(name, candidates[0]), rel=1e-4)
     zero = dataclasses.replace(moments, curvatures=jnp.zeros(96))
     with pytest.raises(ValueError, match="a/kernel: curvatures that are all zero"):

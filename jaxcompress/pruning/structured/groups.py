@@ -1,13 +1,13 @@
 """Groups: axes of several leaves that are one dimension, and its units."""
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from jaxcompress.tree.names import match
 
 Member = tuple[str, int] | tuple[str, int, int]
 
@@ -101,13 +101,10 @@ def find_places(
     """
     axes: dict[tuple[str, int], int] = {}
     for pattern, axis, *rest in group.members:
-        names = [name for name in shapes if re.fullmatch(pattern, name)]
-        if not names:
-            near = difflib.get_close_matches(pattern, shapes, n=3, cutoff=0.0)
-            raise ValueError(
-                f"{_said(label)}: the pattern {pattern!r} matches no leaf; the nearest "
-                f"names are {', '.join(near)}"
-            )
+        try:
+            names = match(pattern, shapes)
+        except ValueError as error:
+            raise ValueError(f"{_said(label)}: {error}") from error
         for name in names:
             ndim = len(shapes[name])
             if not -ndim <= axis < ndim:

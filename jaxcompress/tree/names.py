@@ -1,0 +1,33 @@
+"""Patterns on names of leaves, and the nearest names where one is not there."""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """List the three known names that are most like one that is not known."""
+    return ", ".join(difflib.get_close_matches(name, list(known), n=3, cutoff=0.0))
+
+
+def match(
+    pattern: str | re.Pattern[str], names: Collection[str], what: str = "leaf"
+) -> list[str]:
+    """List the names that a pattern fully matches.
+
+    Args:
+      pattern: a regular expression.
+      names: to choose from.
+      what: a name stands for, for the error.
+
+    Raises:
+      ValueError: there are none; tells the nearest.
+    """
+    compiled = re.compile(pattern)
+    found = [name for name in names if compiled.fullmatch(name)]
+    if not found:
+        raise ValueError(
+            f"the pattern {compiled.pattern!r} matches no {what}; the nearest names "
+            f"are {nearest(compiled.pattern, names)} (of {len(names)})"
+        )
+    return found
