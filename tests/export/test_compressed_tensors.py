@@ -17,6 +17,7 @@ from exports_for_tests import (
 
 import jaxcompress as jc
 from jaxcompress.export import compressed_tensors
+from jaxcompress.export.compressed_tensors_layout import store
 from jaxcompress.models.packed_words import pack_words, unpack_words
 from jaxcompress.models.saved import open_saved, save
 from jaxcompress.models.transformer import stack_layers
@@ -128,6 +129,20 @@ def test_words_are_those_of_compressed_tensors():
     np.testing.assert_array_equal(unpack_words(np.array(words), 8, 11), codes)
     with pytest.raises(ValueError, match="3 bits per code"):
         pack_words(codes, 3)
+
+
+def test_pairs_of_nvfp4_are_those_of_compressed_tensors():
+    # pack_fp4_to_uint8 of compressed-tensors 0.20.1, of all levels in two orders
+    levels = np.array([*E2M1, *(-x for x in E2M1)])
+    x = np.stack([levels, levels[np.arange(16) * 5 % 16]]).T.astype(np.float32)
+    leaf = jc.nvfp4(x)  # the largest of 16 is 6: the codes are the levels themselves
+    scheme, tensors = store(leaf, dynamic=False)
+    assert scheme.format == NV
+    wanted = bytes.fromhex("1032547690badcfe50fa943ed0721cb6")
+    assert tensors["weight_packed"].tobytes() == wanted
+    # 448 is the largest scale of e4m3: the global scale, a divisor, makes it 1.
+    assert tensors["weight_scale"].astype(np.float32).tolist() == [[448], [448]]
+    np.testing.assert_allclose(tensors["weight_global_scale"], [448], rtol=2**-22)
 
 
 def test_tensors_have_the_names_shapes_and_dtypes_of_the_format(tmp_path):
