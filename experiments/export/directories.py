@@ -115,7 +115,7 @@ def compare(
         return found  # its logits differ: it rounds what the dense one does not
     wanted = np.asarray(jax.jit(model.apply)({"params": jc.materialize(small)}, tokens))
     # transformers decompresses nvfp4 into bfloat16 only, unless all is dequantized.
-    option = {"dequantize": found["format"].startswith("nvfp4")}
+    option = {"dequantize": found["layout"].startswith("nvfp4")}
     found |= option
     f32 = logits(folder / "f32", tokens, torch.float32, **option)
     found["largest_logit"] = float(np.abs(wanted).max())
@@ -180,7 +180,7 @@ def tensors_differing(packed: Path, dense: Path) -> dict[str, Any]:
     for name, want in wanted.items():
         differing += not torch.equal(tensors[name].float(), want.float())
     return {
-        "format": format,
+        "layout": format,
         "layers": len(layers),
         "tensors_differing": differing,
         "largest_relative_difference": worst,

@@ -20,7 +20,7 @@ def by_model(rows: list[Row]) -> list[Row]:
 
 
 def of_layers(row: Row) -> str:
-    if row["format"].startswith("nvfp4"):
+    if row["layout"].startswith("nvfp4"):
         return f"all by up to {row['largest_relative_difference']:.1e}"
     return f"{row['tensors_differing']} of {row['layers']}"
 
@@ -48,7 +48,7 @@ def unlike(row: Row) -> str:
 COLUMNS: dict[str, Any] = {
     "model": model,
     "row": "{row}",
-    "format": "{format}",
+    "layout": "{layout}",
     "layers that differ": of_layers,
     "in tpu-inference": on_tpu,
     "logits, to ours": relative,

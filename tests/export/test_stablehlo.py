@@ -144,3 +144,17 @@ def test_the_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "jax._src.export.serialization", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"jaxcompress\[stablehlo\]"):
         exported.save(tmp_path / "a.safetensors")
+
+
+def test_modules_of_nnx_are_programs_too():
+    from flax import nnx
+
+    module = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
+    x = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
+    kernel = dense_params()["layer_1"]["mlp"]["up_proj"]["kernel"].astype(np.float32)
+    params = {"kernel": kernel, "bias": jnp.ones(128)}
+    params = jc.compress(params, METHOD)
+    exported = stablehlo(module, params, x, platforms="cpu")
+    assert exported.names == ("bias", "kernel/codes/packed", "kernel/scale")
+    wanted = x @ np.asarray(params["kernel"].materialize()) + 1
+    np.testing.assert_allclose(exported(x), wanted, atol=1e-5)
