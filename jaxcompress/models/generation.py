@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.running.compressed_matmul.context import compressed_matmul, surrounding
+from jaxcompress.running.compressed_matmul.products import multiplies
 from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.tree.leaf import is_leaf, materialize
@@ -33,9 +34,8 @@ def generate(
     the likeliest token each time, any other needs a `key`.
 
     Parameters may be compressed. Losslessly coded arrays are decoded once, before the
-    first token, and so is an embedding that is also the head, which every step reads
-    whole; layers multiply by the other stored parts, as in `fast`, with the activations
-    of a `fast` around the call.
+    first token; layers multiply by the other stored parts, as in `compressed_matmul`,
+    with the activations of a `compressed_matmul` around the call.
 
     Raises:
       ValueError: options out of range, or an empty prompt where the tokenizer has no
@@ -116,9 +116,8 @@ def _drawn(
 def _to_run(model: Transformer, params: Params) -> Params:
     """Decodes what every step would decode again."""
     params = decode_once(params)
-    if model.tied and any(
-        map(is_leaf, jax.tree.leaves(params["embed"], is_leaf=is_leaf))
-    ):
+    table = params["embed"]["embedding"]
+    if model.tied and is_leaf(table) and not multiplies(table, (1,)):
         params = {**params, "embed": jax.jit(materialize)(params["embed"])}
     return params
 

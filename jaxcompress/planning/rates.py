@@ -14,7 +14,7 @@ from jaxcompress.calibration.output_feedback import (
     output_costs,
 )
 from jaxcompress.checks import check_concrete
-from jaxcompress.coding.levels import leaf as coded_levels
+from jaxcompress.coding.levels import rate_coded
 from jaxcompress.planning.budget import byte_limit
 from jaxcompress.quantization.rate_distortion import prepare
 from jaxcompress.quantization.rate_model import deviations, gaussian_bits
@@ -94,14 +94,12 @@ def plan_rates(
         bent = np.ones((count, outputs))
         if measured:
             bent, _ = output_costs(entry.moments, matrix, entry.name)
-        scales = coded_levels.column_scales(bent)
-        finer = coded_levels.SCALES[scales]
+        scales = rate_coded.column_scales(bent)
+        finer = rate_coded.SCALES[scales]
         matrix = matrix.reshape(count, inputs, outputs) / finer[:, None]
         spreads += _spreads(matrix, entry.moments, order, damping)
         sizes += [inputs * outputs] * count
-        column = COLUMN_BITS + coded_levels.scale_bits(
-            coded_levels.packed_scales(scales)
-        )
+        column = COLUMN_BITS + rate_coded.scale_bits(rate_coded.packed_scales(scales))
         floors += [ROW_BITS / outputs + column / inputs] * count
         bends += list(
             0.5 * np.log2((bent * finer.astype(np.float64) ** 2).mean(axis=1))

@@ -30,6 +30,7 @@ from jaxcompress.tree.leaf import (
     static,
     take_columns,
 )
+from jaxcompress.tree.products import cut_columns
 
 Block = int | str | None  # inputs per step; None: all of one output; "tensor": all
 Bits = int | tuple[int, int]  # per code; of the positive and the negative side
@@ -215,6 +216,7 @@ class Quantized(Leaf):
     block: Block = static()
     dtype: np.dtype = static()
 
+    has_tiles: ClassVar[bool] = True
     integers: ClassVar[tuple[str, ...]] = ("codes",)
 
     @property
@@ -258,6 +260,24 @@ class Quantized(Leaf):
             return super().contract(x, how)
         prepare = before_use.get()
         return integer_product(x, self if prepare is None else prepare(self))
+
+    def tiles(self) -> Callable[[jax.Array, int], jax.Array]:
+        whole_bytes = isinstance(self.codes, Packed) and self.codes.axis == -2
+        codes = self.codes if whole_bytes else dense(self.codes)
+        steps = self.steps
+
+        def make(start: jax.Array, size: int) -> jax.Array:
+            if whole_bytes:
+                packed = cut_columns(codes.packed, start, size)
+                part = dataclasses.replace(codes, packed=packed)
+            else:
+                part = cut_columns(codes, start, size)
+            scale, zero, negative = (cut_columns(x, start, size) for x in steps)
+            return dataclasses.replace(
+                self, codes=part, scale=scale, zero_point=zero, negative_scale=negative
+            ).materialize()
+
+        return make
 
     def take_columns(self, indices: jax.Array) -> jax.Array:
         """Compute `materialize()[:, indices]` of a 2-D leaf, reading only those

@@ -17,9 +17,9 @@ from jaxcompress.calibration.output_feedback import (
     output_feedback,
     stretched,
 )
-from jaxcompress.coding.levels import contexts, trellis
+from jaxcompress.coding.levels import contexts, rate_coded, trellis
 from jaxcompress.coding.levels import leaf as coded_levels
-from jaxcompress.coding.levels.leaf import RateCoded
+from jaxcompress.coding.levels.rate_coded import RateCoded
 from jaxcompress.coding.threads import in_order
 from jaxcompress.quantization.grids import round_to
 from jaxcompress.quantization.rate_model import first_guess
@@ -119,16 +119,16 @@ def rate_distortion(
     costs, joint = output_costs(moments, x, "rate_distortion")
     scales = np.zeros((*lead, x.shape[-1]), np.uint8)
     if costs is not None:
-        scales = coded_levels.column_scales(costs).reshape(scales.shape)
-    finer = coded_levels.SCALES[scales]
+        scales = rate_coded.column_scales(costs).reshape(scales.shape)
+    finer = rate_coded.SCALES[scales]
     x32 = target.astype(jnp.float32) / finer[..., None, :]
     finer = finer.reshape(count, -1)
     flat = [
         None if a is None else np.asarray(a).reshape(-1, *a.shape[-2:])
         for a in (x32, second)
     ]
-    scales = coded_levels.packed_scales(scales)
-    side = coded_levels.scale_bits(scales) / x.shape[-2]
+    scales = rate_coded.packed_scales(scales)
+    side = rate_coded.scale_bits(scales) / x.shape[-2]
     holders = jnp.asarray(x).sharding.addressable_devices
     devices = sorted(holders, key=lambda device: device.id)
 

@@ -112,11 +112,28 @@ def _after(activation: jax.Array, stored: Leaf) -> Leaf:
     zero = _zero_after(jax.lax.stop_gradient(activation))
 
     def wait(x: jax.Array) -> jax.Array:
+        if x.dtype in (jnp.bfloat16, jnp.float16):
+            return _held(x, zero)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return x * (1 + zero).astype(x.dtype)
         return x ^ zero.astype(x.dtype)
 
     return jax.tree.map(wait, stored)
+
+
+@jax.custom_jvp
+def _held(x: jax.Array, zero: jax.Array) -> jax.Array:
+    """16-bit numbers, not available before the zero is; its derivative is that of `x`.
+
+    CPUs multiply them as float32 and round again, which costs more than a product.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16) ^ zero.astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_held.defjvp
+def _held_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+    return _held(*primals), tangents[0]
 
 
 @jax.custom_batching.custom_vmap

@@ -11,7 +11,7 @@ import importlib
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,12 @@ from flax.core import meta
 
 from jaxcompress.tree.array_access import ArrayAccess, one_line
 from jaxcompress.tree.decoding import decoding
+from jaxcompress.tree.products import (
+    Arithmetic,
+    product_in_tiles,
+    tiles_pay,
+    wide_product,
+)
 
 _REGISTRY: dict[str, type["Leaf"]] = {}
 Convolution = Callable[..., jax.Array]
@@ -28,18 +34,6 @@ Convolution = Callable[..., jax.Array]
 before_use: ContextVar[Callable[["Leaf"], "Leaf"] | None] = ContextVar(
     "before_use", default=None
 )
-
-
-class Arithmetic(NamedTuple):
-    """How a layer multiplies: what `contract` passes on to the products within.
-
-    `precision` is that of `jax.lax.dot_general`; `activations` says whether a leaf of
-    integers may round the inputs to integers too: "float" (no), "int8", or "auto"
-    (where that is known to be faster).
-    """
-
-    precision: Any = None
-    activations: str = "float"
 
 
 class _Materialized:
@@ -65,6 +59,7 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
 
     lossless: ClassVar[bool] = False  # one array, bit for bit; names stop here
     entropy_coded: ClassVar[bool] = False  # nothing more to gain from coding it
+    has_tiles: ClassVar[bool] = False  # whether `tiles` is defined
     weights: ClassVar[tuple[str, ...]] = ()  # fields that are weights themselves
     integers: ClassVar[tuple[str, ...]] = ()  # fields that arithmetic must not change
 
@@ -111,7 +106,17 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
         layer's product. A type whose parts can be multiplied one after the other
         overrides it, and the costs below.
         """
+        if tiles_pay(self.shape) and self.has_tiles:
+            return product_in_tiles(x, self.tiles(), self.shape, how)
         return contract(x, self.unbox(), how)
+
+    def tiles(self) -> Callable[[jax.Array, int], jax.Array]:
+        """A function of a traced start and a size: these outputs of a 2-D leaf, dense.
+
+        `contract` makes a large weight with it, one tile at a time. What a tile cannot
+        be cut from, such as entropy-coded codes, is decoded once, here.
+        """
+        raise TypeError(f"{type(self).__name__} does not define tiles()")
 
     def convolve(
         self,
@@ -269,14 +274,9 @@ def contract(x: jax.Array, weight: Any, how: Arithmetic) -> jax.Array:
 
     The weight is read in the dtype of `x`, `[..., inputs]`.
     """
-    if isinstance(weight, Leaf):
+    if hasattr(weight, "contract"):
         return weight.contract(x, how)
-    return jnp.matmul(
-        x,
-        weight.astype(x.dtype),
-        precision=how.precision,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-    )
+    return wide_product(x, weight, how)
 
 
 def unboxed(x: Any) -> jax.Array:

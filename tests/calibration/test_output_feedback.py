@@ -19,7 +19,7 @@ from jaxcompress.calibration.output_feedback import (
     stretched,
 )
 from jaxcompress.coding.levels import leaf as coded_levels
-from jaxcompress.coding.levels import trellis
+from jaxcompress.coding.levels import rate_coded, trellis
 from jaxcompress.quantization.rate_distortion import sweep
 from jaxcompress.storage import tree_json
 from jaxcompress.tree.equality import same_bits
@@ -276,7 +276,7 @@ def test_a_plan_counts_what_feedback_saves():
     rate = [float(rule.split("rate=")[1].split(",")[0]) for rule in (first, second)]
 
     def cost(counts):  # of an error that is white where outputs are scaled
-        squares = coded_levels.SCALES[coded_levels.column_scales(counts)] ** 2
+        squares = rate_coded.SCALES[rate_coded.column_scales(counts)] ** 2
         return np.log2((counts * squares).mean()) - np.log2(squares).mean()
 
     gain = cost(np.diag(joint)) - cost(output_feedback(joint).curvatures)

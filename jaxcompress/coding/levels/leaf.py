@@ -1,4 +1,4 @@
-"""A step per input times integers at their entropy: `RateCoded` of `CodedLevels`."""
+"""Integers at their entropy, decoded inside `jit`: `CodedLevels`."""
 
 import dataclasses
 import math
@@ -18,45 +18,11 @@ from jaxcompress.coding.levels import (
 from jaxcompress.coding.levels import (
     record as level_record,
 )
-from jaxcompress.coding.levels.shrinkage import shrink_to_mean
-from jaxcompress.coding.packing import bits_needed, pack_bits
-from jaxcompress.tree.leaf import Leaf, dense, leaf, static
+from jaxcompress.coding.packing import bits_needed
+from jaxcompress.tree.leaf import Leaf, leaf, static
 
 TABLE_BITS = 1000  # about, in front of steps that are coded
-OCTAVE = 4  # column scales to a factor of two
-MOST_SCALES = 64
-SCALES = np.exp2(-np.arange(MOST_SCALES) / OCTAVE).astype(np.float32)
 LARGEST = 1 << 15  # levels are below it: one word holds an escaped one
-
-
-@leaf
-class RateCoded(Leaf):
-    """Weights `steps[i] * 2^(-scales[o] / 4) * levels[i, o]`.
-
-    Args:
-      levels: integers `[..., inputs, outputs]`, as a rule `CodedLevels`.
-      steps: bfloat16 `[..., inputs]`.
-      scales: uint8 `[..., 1, outputs]` below 64, as a rule `Packed`; None: all zero.
-      dtype: of the weights.
-    """
-
-    levels: Any
-    steps: jax.Array
-    scales: Any
-    dtype: np.dtype = static()
-
-    integers: ClassVar[tuple[str, ...]] = ("levels", "scales")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.levels.shape
-
-    def materialize(self) -> jax.Array:
-        weights = dense(self.levels).astype(jnp.float32)
-        weights = weights * self.steps.astype(jnp.float32)[..., None]
-        if self.scales is not None:
-            weights = weights * jnp.take(SCALES, dense(self.scales), mode="clip")
-        return weights.astype(self.dtype)
 
 
 @leaf
@@ -340,33 +306,6 @@ def _filled(x: jax.Array, axis: int, size: int, value: int) -> Any:
     room[axis] = (0, size - x.shape[axis])
     xp = jnp if isinstance(x, jax.Array) and len(x.devices()) > 1 else np
     return xp.pad(xp.asarray(x), room, constant_values=value)
-
-
-def column_scales(curvatures: np.ndarray) -> np.ndarray:
-    """Return how much finer than the coarsest each output is quantized, in quarter
-    octaves.
-
-    Errors go in inverse proportion to the root of what they do. uint8 `[..., outputs]`.
-    """
-    wide = shrink_to_mean(np.asarray(curvatures, np.float64), np)
-    finer = OCTAVE / 2 * np.log2(wide / wide.min(axis=-1, keepdims=True))
-    return np.minimum(np.rint(finer), MOST_SCALES - 1).astype(np.uint8)
-
-
-def packed_scales(scales: np.ndarray) -> Any:
-    """Return the `scales` of a `RateCoded`, of `[..., outputs]`: None where all are
-    zero.
-    """
-    if not scales.any():
-        return None
-    return pack_bits(jnp.asarray(scales[..., None, :]), bits_needed(scales.max()))
-
-
-def scale_bits(scales: Any) -> float:
-    """Return bits of a column's scale in a file, for what `packed_scales` gives."""
-    if scales is None:
-        return 0.0
-    return 8 * array_codecs.estimate(np.asarray(scales.packed)) / scales.size
 
 
 def side_bits(found: contexts.Contexts, outputs: int) -> int:

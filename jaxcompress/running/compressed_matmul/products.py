@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.tree.layouts import product
+from jaxcompress.running.compressed_matmul.narrow import is_narrow, narrow_product
+from jaxcompress.tree.layouts import Product, product
 from jaxcompress.tree.leaf import Arithmetic, Leaf, is_box
 
 
@@ -28,6 +29,29 @@ def bias_of(module: nn.Module) -> jax.Array | None:
 def overrides(weight: Any, method: str) -> bool:
     """Whether a leaf type has a way of its own to multiply."""
     return getattr(type(weight), method) is not getattr(Leaf, method)
+
+
+def multiplies(kernel: Leaf, axes: tuple[int, ...]) -> bool:
+    """Whether a leaf multiplies along these axes by itself, a part at a time."""
+    found = product(kernel, axes)
+    return found is not None and (
+        overrides(found.weight, "contract") or found.weight.has_tiles
+    )
+
+
+def stored_product(
+    kernel: Any, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> Product | None:
+    """The product with a kernel stored as a leaf or in 16 bits, along these axes.
+
+    None where Flax's own code is to run: the kernel is dense in 32 bits or more, its
+    shape is another one (Flax names it), or its leaf type only makes the array.
+    """
+    if getattr(kernel, "shape", None) != shape:
+        return None
+    if isinstance(kernel, Leaf):
+        return product(kernel, axes) if multiplies(kernel, axes) else None
+    return narrow_product(kernel, axes) if is_narrow(kernel) else None
 
 
 def dense(module: nn.Dense, activations: str, inputs: jax.Array) -> jax.Array | None:
@@ -92,10 +116,8 @@ def einsum(
 def attend(module: nn.Embed, activations: str, query: jax.Array) -> jax.Array | None:
     table = stored(module, "embedding")
     shape = (module.num_embeddings, query.shape[-1])
-    if not isinstance(table, Leaf) or table.shape != shape:
-        return None
-    found = product(table, (1,))
-    if found is None or not overrides(found.weight, "contract"):
+    found = stored_product(table, shape, (1,))
+    if found is None:
         return None
     query, _ = module.promote_dtype(
         query, jnp.zeros((), table.dtype), dtype=module.dtype
@@ -119,10 +141,8 @@ def _affine(
     bias repeats, besides all that it lacks in front.
     """
     kernel = stored(module, "kernel")
-    if not isinstance(kernel, Leaf) or kernel.shape != shape:
-        return None  # dense, or Flax says which shape is wanted
-    found = product(kernel, axes)
-    if found is None or not overrides(found.weight, "contract"):
+    found = stored_product(kernel, shape, axes)
+    if found is None:
         return None
     if x.shape[x.ndim - len(axes) :] != tuple(shape[axis] for axis in axes):
         return None
