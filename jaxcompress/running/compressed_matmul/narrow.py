@@ -15,9 +15,6 @@ from jaxcompress.tree.layouts import Product
 from jaxcompress.tree.leaf import before_use
 from jaxcompress.tree.products import (
     Arithmetic,
-    cut_columns,
-    product_in_tiles,
-    tiles_pay,
     wide_product,
 )
 
@@ -31,17 +28,11 @@ class Narrow:
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
         """`x @ matrix`, `[..., inputs]` to `[..., outputs]`, summed in float32."""
-        if tiles_pay(self.array.shape):
-            shape = self.array.shape[::-1] if self.transposed else self.array.shape
-            return product_in_tiles(x, self.columns, shape, how)
+        if self.transposed:  # XLA widens it inside the sum
+            return wide_product(x, self.array.T, how)
         hold = before_use.get()
         held = self.array if hold is None else hold(self.array)
-        return wide_product(x, held.T if self.transposed else held, how)
-
-    def columns(self, start: jax.Array, size: int) -> jax.Array:
-        if self.transposed:
-            return jax.lax.dynamic_slice_in_dim(self.array, start, size, axis=0).T
-        return cut_columns(self.array, start, size)
+        return wide_product(x, held, how)
 
 
 def is_narrow(x: Any) -> bool:
