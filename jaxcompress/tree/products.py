@@ -43,7 +43,7 @@ def wide_product(x: jax.Array, weight: jax.Array, how: Arithmetic) -> jax.Array:
 
 
 def tiles_pay(shape: tuple[int, ...]) -> bool:
-    """Whether a matrix of this shape is multiplied by tile by tile.
+    """Return whether a matrix of this shape is multiplied by tile by tile.
 
     On accelerators the compiler may fuse dequantization into the product instead.
     """

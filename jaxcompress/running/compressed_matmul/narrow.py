@@ -36,14 +36,14 @@ class Narrow:
 
 
 def is_narrow(x: Any) -> bool:
-    """Whether it is an array of floating-point numbers of 16 bits or fewer."""
+    """Return whether it is an array of floating-point numbers of 16 bits or fewer."""
     dtype = getattr(x, "dtype", None)
     floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     return floating and jnp.dtype(dtype).itemsize < 4
 
 
 def narrow_product(kernel: jax.Array, axes: tuple[int, ...]) -> Product:
-    """The product that contracts these axes of a dense kernel."""
+    """Return the product that contracts these axes of a dense kernel."""
     others = tuple(axis for axis in range(kernel.ndim) if axis not in axes)
     sizes = tuple(kernel.shape[axis] for axis in others)
     transposed = others + axes == tuple(range(kernel.ndim))
