@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from experiments.common.command import about, parse
 
 import jaxcompress as jc
-from experiments.common.command import about, parse
 from experiments.common.models import smollm2
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.reporting import append_lines
