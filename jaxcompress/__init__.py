@@ -8,6 +8,7 @@ __version__ = "0.2.0"
 # Public names by the module that defines them. They are imported when first used, so
 # that importing the package stays light.
 _NAMES = {
+    "calibration.block_curvatures": "measure_curvatures_blockwise",
     "calibration.blockwise": "compress_blockwise",
     "calibration.collect": "collect_moments",
     "calibration.curvatures": "measure_curvatures",

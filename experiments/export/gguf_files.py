@@ -3,8 +3,7 @@
 Writes a model as GGUF files of several types, has them read back by the gguf package,
 bit for bit, and run by llama.cpp on the CPU; the last rows are files that llama.cpp
 quantized itself. It rounds activations where weights are quantized: its logits and
-those of our dequantized weights differ by that. Rows that the file of results holds are
-not computed again. Needs the `readers` extra:
+those of our dequantized weights differ by that. Needs the `readers` extra:
 
     python -m experiments.export.gguf_files SmolLM2.gguf text.txt
 """
@@ -13,7 +12,6 @@ import contextlib
 import ctypes
 import dataclasses
 import os
-import re
 import tempfile
 import time
 from collections import Counter
@@ -31,9 +29,7 @@ import jaxcompress as jc
 from experiments.common.config import parse
 from experiments.common.results import Results
 from jaxcompress.export.named_leaves import dense_tensor
-from jaxcompress.models.assembly import foreign_name
 from jaxcompress.models.bundled_text import heldout_text
-from jaxcompress.models.gguf_settings import ARCHITECTURES
 from jaxcompress.tree.paths import roots
 
 KERNELS = "layer_.*/kernel"
@@ -68,7 +64,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Have each file read and run; a row for each that the results lack."""
+    """Have each file read and run; a row for each."""
     if config.fast:
         config = dataclasses.replace(config, windows=2, calibration=2)
     model, params, tokenizer = jc.models.load(config.model, scan=False)
@@ -78,14 +74,13 @@ def run(config: Config) -> list[dict[str, Any]]:
     names = [x for x in ROWS if x == "F32" or config.only in x]
     names = [x for x in names if x in FAST or not config.fast]
     packages, moments = ("gguf", "llama_cpp_python"), None
-    short, tokens = Path(config.model).name, config.windows * config.tokens
-    readers = {x: metadata.version(x) for x in packages}
-    results = Results(config, model=short, readers=readers)
-    names = [x for x in names if not results.holds(model=short, row=x, tokens=tokens)]
-    dense = [np.asarray(apply(model, params, x)) for x in held]
+    results = Results(
+        config,
+        model=Path(config.model).name,
+        readers={x: metadata.version(x) for x in packages},
+    )
     with tempfile.TemporaryDirectory() as folder:
-        start = Path(folder) / "start.gguf"
-        jc.export.gguf(start, model, params, tokenizer)
+        start = Path(folder) / "F32.gguf"
         for name in names:
             path, clock = Path(folder) / f"{name}.gguf", time.perf_counter()
             row: dict[str, Any] = {"row": name}
@@ -104,13 +99,15 @@ def run(config: Config) -> list[dict[str, Any]]:
             row["types"], row["bytes"] = types_of(path), path.stat().st_size
             there = Llama(path, config)
             if name == "F32":
+                dense = [np.asarray(apply(model, small, x)) for x in held]
                 row["same_greedy_tokens"] = same_text(
                     there, model, small, tokenizer, config.prompt
                 )
             row |= scores(model, jc.materialize(small), there, held, dense)
             there.close()
             results.add({**row, "seconds": time.perf_counter() - clock})
-            path.unlink()
+            if name != "F32":
+                path.unlink()
     return results.rows
 
 
@@ -233,15 +230,15 @@ def types_of(path: Path) -> dict[str, int]:
 
 def tensors_differing(path: Path, model: Any, small: Any) -> dict[str, int]:
     """Compare what the gguf package dequantizes with the values of our leaves."""
-    reader, differing = gguf.GGUFReader(path), 0
-    architecture = ARCHITECTURES[reader.fields["general.architecture"].contents()]
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    from jaxcompress.models.assembly import foreign_name
+    from jaxcompress.models.gguf_settings import MODULES
+
+    tensors, differing = {x.name: x for x in gguf.GGUFReader(path).tensors}, 0
     leaves = list(roots(small))
     for name, value in leaves:
-        tensor = tensors.pop(foreign_name(name, architecture.modules))
+        tensor = tensors.pop(foreign_name(name, MODULES))
         want = dense_tensor(name, value).astype(np.float32)
-        rotates = re.search("/[qk]_proj/", name) is not None
-        if architecture.interleaved and rotates:  # pairs (2i, 2i + 1)
+        if "/q_proj/" in name or "/k_proj/" in name:  # pairs (2i, 2i + 1) rotate
             halves = want.reshape(-1, 2, model.head_size // 2, want.shape[1])
             want = halves.swapaxes(1, 2).reshape(want.shape)
         read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)

@@ -52,7 +52,7 @@ class Streams:
             segment = segments[number]
             read = [held[v] for v in segment.reads]
             if segment not in ready:
-                ready[segment] = self._compiled(_run(segment), weights, read)
+                ready[segment] = self.compile(_run(segment), weights, read)
             after.append(_carried(segment, held, ready[segment](weights, read)))
         return after
 
@@ -84,13 +84,13 @@ class Streams:
                 step = functools.partial(
                     _measured, segment=segment, names=names, layouts=layouts
                 )
-                ready[segment] = self._compiled(step, weights, changed, read, mask)
+                ready[segment] = self.compile(step, weights, changed, read, mask)
             results, more = ready[segment](weights, changed, read, mask)
             total = more if total is None else _add(total, more)
             after.append(_carried(segment, values[i], results))
         return after, total or {}, layouts
 
-    def _compiled(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def compile(self, function: Callable[..., Any], *arguments: Any) -> Any:
         lowered = jax.jit(function).lower(*arguments)
         key = lowered.as_text(), lowered.in_tree, lowered.out_tree
         if key not in self.compiled:

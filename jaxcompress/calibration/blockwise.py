@@ -202,7 +202,7 @@ class _Job:
 
     @property
     def unused(self) -> list[str]:
-        used = {n for s in self.streams.segments for n in _full_names(s).values()}
+        used = {n for s in self.streams.segments for n in full_names(s).values()}
         return sorted(self.source.shapes.keys() - used)
 
     @property
@@ -225,7 +225,7 @@ class _Job:
             yield part
         original = drifted = self.streams.start()
         for i, segment in enumerate(self.streams.segments):
-            names = _full_names(segment)
+            names = full_names(segment)
             leaves = {n: self.fetch(segment, key) for key, n in names.items()}
             weights = _dense({key: leaves[n] for key, n in names.items()})
             behind = None
@@ -254,7 +254,7 @@ class _Job:
 
     def fetch(self, segment: Segment, key: str) -> Any:
         """Return leaf that a segment calls `key`: its slice, where it is stacked."""
-        name = _full_names(segment)[key]
+        name = full_names(segment)[key]
         if key.startswith("/") or segment.block.index is None:
             return self.source.fetch(name)
         if not any(n.startswith(f"{segment.block.path}/") for n in self.stack):
@@ -334,7 +334,7 @@ class _Job:
         layouts: dict[str, Layout] = {}
         values = self.streams.start()
         for i, segment in enumerate(self.streams.segments):
-            names = _full_names(segment)
+            names = full_names(segment)
             weights = _dense({key: self.fetch(segment, key) for key in names})
             keys = [f"/{n}" for n in segment.outer if n in self.shared]
             keys = [key for key in keys if weights[key].ndim > 1]
@@ -378,7 +378,7 @@ class _Job:
         return Part(label, index, tuple(n for n in whole if n in leaves), small, rows)
 
 
-def _full_names(segment: Segment) -> dict[str, str]:
+def full_names(segment: Segment) -> dict[str, str]:
     """Map a segment's names of its weights to their full names."""
     block, outer = segment.block, {f"/{name}": name for name in segment.outer}
     own = {name: f"{block.path}/{name}" for name in block.names} if block else {}

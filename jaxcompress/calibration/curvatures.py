@@ -1,21 +1,19 @@
 """`measure_curvatures`: how the divergence from the model grows with each output."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jaxcompress.calibration.curvature_sums import (
+    CurvatureSum,
+    column_products,
+    has_use_for_pairs,
+)
 from jaxcompress.calibration.error_feedback import inverse_factor
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.calibration.output_feedback import (
-    choose_shrinkage,
-    count_groups,
-    shrunk,
-)
 from jaxcompress.checks import check_concrete
 from jaxcompress.progress import each_item
 from jaxcompress.tree.layouts import Layout
@@ -93,24 +91,28 @@ def measure_curvatures(
         if getattr(entry.moments, "second", None) is not None
     }
     gradients = _sampled_gradients(apply_fn, params, rows, key, progress)
-    total: dict[str, list[Any]] = {entry.name: [None, None] for entry in planned}
+    sums = {entry.name: CurvatureSum() for entry in planned}
     for number, gradient in enumerate(gradients):
         for entry in planned_entries(gradient, moments, where, layouts):
-            matrix = entry.matrix()
-            pairs = joint and not entry.embedding and _pairs(matrix)
-            products = _products(matrix, factors.get(entry.name), pairs=pairs)
-            half = total[entry.name]
-            wide = np.float32 if products.ndim == 3 else np.float64
-            products = np.asarray(products, wide)
-            if half[number % 2] is None:
-                half[number % 2] = products.copy()
-            else:
-                half[number % 2] += products
+            matrix, factor = entry.matrix(), factors.get(entry.name)
+            pairs = joint and not entry.embedding and has_use_for_pairs(matrix.shape)
+            sums[entry.name].add(number, column_products(matrix, factor, pairs=pairs))
     tokens = sum(row.size for row in rows)
     completed = dict(moments)
     for entry in planned:
-        halves = [half for half in total.pop(entry.name) if half is not None]
-        completed[entry.name] = _completed(entry, halves, tokens)
+        shape = entry.matrix().shape
+        singles, pairs = sums.pop(entry.name).finish(
+            entry.name, shape, tokens, embedding=entry.embedding
+        )
+        known = (entry.moments if not entry.depth else None) or Moments(
+            jnp.zeros(shape[:-2])
+        )
+        completed[entry.name] = dataclasses.replace(
+            known,
+            curvatures=singles,
+            joint_curvatures=pairs,
+            layout=known.layout or entry.given,
+        )
     return completed
 
 
@@ -144,75 +146,8 @@ def _sampled_gradients(
         tokens += row.size
 
 
-def _completed(entry: Entry, halves: list[np.ndarray], tokens: int) -> Moments:
-    """Return an entry's moments with its curvatures.
-
-    Args:
-      halves: sums of `_products` over every other sequence; emptied.
-      tokens: of all sequences.
-    """
-    matrix = entry.matrix()
-    shape = *matrix.shape[:-2], matrix.shape[-1]
-    pairs, found = None, sum(halves) / (2 * tokens * matrix.shape[-2])
-    finite = bool(np.isfinite(found).all())
-    if found.ndim == 3:
-        shrinkage = 1.0
-        if finite and len(halves) > 1:
-            shrinkage = choose_shrinkage(halves)
-        halves.clear()  # as large as what is made of them
-        if shrinkage < 1:
-            pairs = shrunk(found, shrinkage).reshape(*shape, shape[-1])
-            pairs = jnp.asarray(pairs, jnp.float32)
-        found = np.diagonal(found, axis1=1, axis2=2)
-    found = found.reshape(shape)
-    if not finite:
-        raise ValueError(
-            f"{entry.name}: its gradient is not finite on these batches; look for NaN "
-            "in the weights before it"
-        )
-    if entry.embedding:
-        found = np.broadcast_to(found.mean(axis=-1, keepdims=True), shape)
-    known = (entry.moments if not entry.depth else None) or Moments(
-        jnp.zeros(shape[:-1])
-    )
-    return dataclasses.replace(
-        known,
-        curvatures=jnp.asarray(found, jnp.float32),
-        joint_curvatures=pairs,
-        layout=known.layout or entry.given,
-    )
-
-
 def _factors(entry: Entry, damping: float) -> jax.Array:
     """Return a factor of each slice's second moment, `[slices, inputs, inputs]`."""
     second = jnp.asarray(entry.moments.second)
     flat = second.reshape(-1, *second.shape[-2:])
     return jnp.stack([inverse_factor(each, damping=damping) for each in flat])
-
-
-def _pairs(matrix: jax.Array) -> bool:
-    """Return whether joint curvatures are worth their memory, and can be made use
-    of.
-    """
-    inputs, outputs = matrix.shape[-2:]
-    return outputs <= inputs and count_groups(outputs) > 1
-
-
-@functools.partial(jax.jit, static_argnames="pairs")
-def _products(
-    gradient: jax.Array, factors: jax.Array | None, *, pairs: bool
-) -> jax.Array:
-    """Return products of a gradient's columns in its inputs' metric.
-
-    `[slices, outputs]`, those of each with itself, or `[slices, outputs, outputs]`.
-
-    Args:
-      gradient: `[..., inputs, outputs]`; factors: `[slices, inputs, inputs]`.
-    """
-    flat = gradient.reshape(-1, *gradient.shape[-2:]).astype(jnp.float32)
-    high = jax.lax.Precision.HIGHEST
-    if factors is not None:
-        flat = jnp.matmul(factors, flat, precision=high)
-    if pairs:
-        return jnp.matmul(flat.swapaxes(1, 2), flat, precision=high)
-    return jnp.sum(flat * flat, axis=1)

@@ -55,6 +55,8 @@ CALLS = {
 
 
 Visit = Callable[[Use], dict[str, jax.Array]]
+# What an operation that uses weights returns: of its equation, values, tags and uses.
+Multiply = Callable[[Any, list, Sequence, list[Use]], list]
 
 
 def trace_uses(
@@ -90,8 +92,13 @@ def run_uses(
     visit: Visit,
     *,
     tagged: Sequence[str] | None = None,
+    multiply: Multiply | None = None,
 ) -> tuple[Any, Sums]:
-    """What `function` returns, and what `trace_uses` does."""
+    """What `function` returns, and what `trace_uses` does.
+
+    With `multiply`, functions that bring their own derivative keep it: what happens to
+    weights inside of them is not seen.
+    """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(
         dict(weights), arguments
     )
@@ -107,7 +114,8 @@ def run_uses(
         # What is multiplied decides whether a gather picks experts or rows of a table.
         probe = _Reader(lambda use: {}, {}, experts, probing=True)
         jax.eval_shape(lambda *values: probe.run(closed, values, tags)[0], *values)
-    results, _, sums = _Reader(visit, {}, experts).run(closed, values, tags)
+    reader = _Reader(visit, {}, experts, multiply=multiply)
+    results, _, sums = reader.run(closed, values, tags)
     return jax.tree.unflatten(jax.tree.structure(shapes), results), sums
 
 
@@ -119,6 +127,7 @@ class _Reader:
     probing: bool = False  # finding them
     looped: bool = False
     mapped: bool = False  # inside a call that `vmap` made
+    multiply: Multiply | None = None
 
     def run(self, closed: Any, values: Sequence, tags: Sequence) -> tuple:
         """Results, their tags, and sums of a program on tagged values."""
@@ -152,6 +161,8 @@ class _Reader:
     def step(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         """Results, their tags, and sums of one operation that reads a weight."""
         name, mapped = eqn.primitive.name, self.mapped or is_vmapped(eqn)
+        if self.multiply and name.startswith("custom_"):
+            return bind(eqn, values), [None] * len(eqn.outvars), {}
         inside = dataclasses.replace(self, mapped=mapped)
         if name in CALLS and (inner := called(eqn)) is not None:
             return inside.run(inner, values, tags)
@@ -167,9 +178,16 @@ class _Reader:
             if name == "shard_map":
                 return run_sharded(inside.run, eqn, values, tags)
         sums: Sums = {}
-        for use in uses_of(eqn, values, tags, mapped=mapped, experts=self.experts):
+        uses = [
+            dataclasses.replace(use, looped=self.looped)
+            for use in uses_of(eqn, values, tags, mapped=mapped, experts=self.experts)
+        ]
+        for use in uses:
             self.note(use, sums)
-        results = bind(eqn, values)
+        if self.multiply and uses:
+            results = self.multiply(eqn, values, tags, uses)
+        else:
+            results = bind(eqn, values)
         if name in _EACH and len(results) == len(tags):
             return results, list(tags), sums
         after = moved(eqn, values, tags, results)
@@ -186,7 +204,6 @@ class _Reader:
             return
         first = self.layouts.setdefault(use.name, use.layout)
         if first == use.layout:
-            use = dataclasses.replace(use, looped=self.looped)
             _add(sums, {use.name: stacked_sums(use, self.visit)})
             return
         warnings.warn(

@@ -10,7 +10,7 @@ import pytest
 from quantization.test_rate_distortion import covariance, gaussian, natural
 
 import jaxcompress as jc
-from jaxcompress.calibration import curvatures
+from jaxcompress.calibration import curvature_sums
 from jaxcompress.calibration import output_feedback as module
 from jaxcompress.calibration.output_feedback import (
     choose_shrinkage,
@@ -208,7 +208,7 @@ def test_the_shrinkage_that_serves_the_other_half():
 def test_joint_curvatures_are_measured_where_they_are_of_use(monkeypatch):
     kept = []
     monkeypatch.setattr(
-        curvatures, "choose_shrinkage", lambda halves: kept.extend(halves) or 0.2
+        curvature_sums, "choose_shrinkage", lambda halves: kept.extend(halves) or 0.2
     )
     tokens = jax.random.randint(jax.random.key(1), (3, 24), 0, 11)
     params = jax.jit(Model().init)(jax.random.key(0), tokens)["params"]
@@ -256,7 +256,7 @@ def test_joint_curvatures_are_measured_where_they_are_of_use(monkeypatch):
     small = jc.compress(params, plan, found)
     assert small["square"]["kernel"].levels.groups == 2
     assert small["wide"]["kernel"].levels.groups == 1
-    monkeypatch.setattr(curvatures, "choose_shrinkage", lambda halves: 1.0)
+    monkeypatch.setattr(curvature_sums, "choose_shrinkage", lambda halves: 1.0)
     none = jc.measure_curvatures(apply, params, batches, moments, **options)
     assert all(x.joint_curvatures is None for x in none.values())
     np.testing.assert_array_equal(none["square/kernel"].curvatures, known.curvatures)

@@ -1,0 +1,221 @@
+"""`measure_curvatures_blockwise`: curvatures of a model that is larger than memory."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.calibration.activations import Streams
+from jaxcompress.calibration.block_passes import SCORE, Job, Passes
+from jaxcompress.calibration.blockwise import BLOCKS, full_names
+from jaxcompress.calibration.collect import check_seen
+from jaxcompress.calibration.lazy_params import Source, source_of
+from jaxcompress.calibration.moment_files import moments_to_arrays
+from jaxcompress.calibration.moments import Moments
+from jaxcompress.calibration.spool import Spool
+from jaxcompress.progress import each_item
+from jaxcompress.tracing.blocks import Segment, cut
+from jaxcompress.tracing.metric_gradients import find_uses
+from jaxcompress.tracing.modules import model_function
+from jaxcompress.tree.layouts import choose_layout
+from jaxcompress.tree.selection import planned_entries
+from jaxcompress.types import Batch
+
+
+def measure_curvatures_blockwise(
+    model: Any,
+    params: Any,
+    batches: Iterable[Batch],
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    blocks: str = BLOCKS,
+    where: str | None = None,
+    joint: bool = False,
+    damping: float = 0.01,
+    store: str | os.PathLike | None = None,
+    key: jax.Array,
+    progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
+) -> dict[str, Moments]:
+    """Measure moments and curvatures with one block of the model in memory.
+
+    Sequences run forward through one block after the other, as in
+    `compress_blockwise`; the values between blocks go to disk. Then their gradients run
+    backward, block after block. The results are those of `collect_moments` and
+    `measure_curvatures` on the same sequences, and both take the place of the whole
+    model's gradient. In each block the metric of the inputs is applied to the rows that
+    meet a weight and not to its gradient, which takes fewer operations.
+
+    Memory: weights, moments, factors and gradients of one block, and per leaf its
+    curvatures. What is returned has its second moments on disk where there is a
+    `store`: planners read one leaf at a time.
+
+    Args:
+      model: Linen or NNX module, or a function of `(params, batch)`; returns logits
+        `[B, T, V]`.
+      params: a tree; or a path, or an open checkpoint, as in `compress_blockwise`.
+      batches: dicts with "tokens" `[B, T]`, and "mask" if there is padding.
+      moments: by name, with second moments; measured on the batches if None.
+      blocks: pattern of the blocks' paths, as in `compress_blockwise`.
+      where: pattern of the leaves' names; by default those that a method takes.
+      joint, damping, key: as in `measure_curvatures`. In a stack each slice chooses its
+        own shrinkage of joint curvatures.
+      store: a directory for what is finished. A killed run resumes there.
+      progress: as in `compress`, of the stretches of both passes.
+
+    Returns:
+      Moments by name, with `curvatures` and, where they are of use,
+      `joint_curvatures`.
+
+    Raises:
+      ValueError: no batches, outputs that are no logits, gradients that are not finite,
+        blocks that do not follow one another, a store of another run.
+
+    Source: as `measure_curvatures`.
+
+    Example:
+      >>> moments = measure_curvatures_blockwise(
+      ...     model, "model.safetensors", batches, store="run", key=jax.random.key(0)
+      ... )
+      >>> recipe = jc.planning.plan_rates(params, moments, bits_per_weight=3.0)
+    """
+    rows = _sequences(batches, key)
+    with source_of(params) as source, tempfile.TemporaryDirectory() as scratch:
+        job = _job(model, source, rows, moments, blocks, where, joint, damping)
+        about = [blocks, where, joint, damping, sorted(job.layouts), moments is None]
+        job = dataclasses.replace(
+            job, spool=Spool(store or scratch, _digest(about, rows, moments))
+        )
+        count = len(job.segments)
+        stretches = [(False, i) for i in range(count)]
+        stretches += [(True, i) for i in reversed(range(count))]
+        run = Passes(job)
+        for backward, number in each_item(
+            stretches, progress, label="curvatures", unit="stretches"
+        ):
+            (run.backward if backward else run.forward)(number)
+        return run.finish(keep=store is not None)
+
+
+def _sequences(batches: Iterable[Batch], key: jax.Array) -> list[dict[str, Any]]:
+    """Split batches into sequences, each with the key that samples its tokens."""
+    if isinstance(batches, Mapping):
+        raise TypeError("batches is one dict; pass an iterable of them: [batch]")
+    rows, tokens = [], 0
+    for batch in batches:
+        for i in range(len(batch["tokens"])):
+            inputs = {name: np.asarray(x)[i : i + 1] for name, x in batch.items()}
+            own = jax.random.key_data(jax.random.fold_in(key, tokens))
+            row = {"inputs": inputs, "key": np.asarray(own)}
+            if "mask" in inputs:
+                row["mask"] = inputs["mask"]
+            rows.append(row)
+            tokens += inputs["tokens"].size
+    if not rows:
+        raise ValueError("there are no batches; pass at least one")
+    return rows
+
+
+def _score(function: Callable[[Any, Any], jax.Array], params: Any, row: Any) -> Any:
+    """Return the log-probability of tokens that the model itself would say."""
+    logits = function(params, row["inputs"])
+    if getattr(logits, "ndim", 0) != 3:
+        raise ValueError(
+            "curvatures are those of a language model's predictions: the model has to "
+            f"return logits [B, T, V], not {jax.typeof(logits)}; wrap it in a function "
+            "of (params, batch) that does"
+        )
+    logits = logits[0].astype(jnp.float32)
+    key = jax.random.wrap_key_data(row["key"])
+    said = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+    logs = jax.nn.log_softmax(logits)
+    each = jnp.take_along_axis(logs, said[:, None], axis=-1)[:, 0]
+    mask = row.get("mask")
+    return each.sum() if mask is None else jnp.where(mask[0] > 0, each, 0).sum()
+
+
+def _digest(about: Any, rows: Sequence[Any], moments: Any) -> str:
+    found = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
+    known = {n: moments_to_arrays(m) for n, m in (moments or {}).items()}
+    for x in jax.tree.leaves([rows, known]):
+        found.update(f"{x.dtype}{x.shape}".encode())
+        found.update(np.ascontiguousarray(x).tobytes())
+    return found.hexdigest()
+
+
+def _job(
+    model: Any,
+    source: Source,
+    rows: list[dict[str, Any]],
+    moments: Mapping[str, Moments] | None,
+    blocks: str,
+    where: str | None,
+    joint: bool,
+    damping: float,
+) -> Job:
+    function = model_function(model)
+    shapes = {**source.shapes, SCORE: jax.ShapeDtypeStruct((), jnp.float32)}
+    programs: dict[Any, Any] = {}
+
+    def run(weights: Mapping[str, Any], row: Any) -> jax.Array:
+        return _score(function, source.rebuild(weights), row) * weights[SCORE]
+
+    def program(row: Any) -> Any:
+        key = tuple((n, x.shape, x.dtype) for n, x in row["inputs"].items())
+        if key not in programs:
+            segments, inputs = cut(run, shapes, row, blocks)
+            last = segments[-1]
+            score = last.equations[-1].outvars[:1]
+            segments[-1] = dataclasses.replace(
+                last, writes=tuple(score), alive=frozenset(score)
+            )
+            programs[key] = segments, inputs
+        return programs[key]
+
+    streams = Streams(rows, [program(row) for row in rows])
+    uses, layouts = [], {}
+    for segment in streams.segments:
+        names = full_names(segment)
+        whole = {
+            name: jax.ShapeDtypeStruct(
+                shapes[full].shape[1 if _sliced(segment, name) else 0 :],
+                shapes[full].dtype,
+            )
+            for name, full in names.items()
+        }
+        read = [v.aval for v in segment.reads]
+        uses.append(find_uses(segment, whole, read))
+        for name, layout in uses[-1].layouts.items():
+            layouts.setdefault(names[name], layout)
+    found, embeddings = {}, set()
+    planned = planned_entries(source.tree, moments, where, layouts)
+    check_seen([entry.name for entry in planned], layouts)
+    for entry in planned:
+        layout, known = layouts[entry.name], (moments or {}).get(entry.name)
+        count = sum(map(len, (layout.stack, layout.inputs, layout.outputs)))
+        shape = entry.value.shape[-count:]
+        found[entry.name] = choose_layout(entry.name, shape, layout, known)
+        if entry.embedding:
+            embeddings.add(entry.name)
+    return Job(
+        source,
+        streams,
+        uses,
+        found,
+        frozenset(embeddings),
+        moments,
+        joint,
+        damping,
+        rows,
+    )
+
+
+def _sliced(segment: Segment, name: str) -> bool:
+    block = segment.block
+    return block is not None and block.index is not None and not name.startswith("/")

@@ -1,0 +1,354 @@
+"""The two passes of curvatures by blocks: values forward, their gradients backward."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.calibration.activations import Streams, Values
+from jaxcompress.calibration.block_gradients import (
+    backward_products,
+    is_float,
+    weight_gradient,
+)
+from jaxcompress.calibration.blockwise import full_names
+from jaxcompress.calibration.collect import check_finite
+from jaxcompress.calibration.curvature_sums import (
+    CurvatureSum,
+    column_products,
+    has_use_for_pairs,
+)
+from jaxcompress.calibration.error_feedback import inverse_factor
+from jaxcompress.calibration.lazy_params import Source
+from jaxcompress.calibration.moment_files import moments_from_arrays, moments_to_arrays
+from jaxcompress.calibration.moments import Moments, both_uses
+from jaxcompress.calibration.spool import Spool
+from jaxcompress.tracing.blocks import Segment
+from jaxcompress.tracing.metric_gradients import Uses
+from jaxcompress.tree.layouts import Layout, matricize
+from jaxcompress.tree.leaf import dense
+
+SCORE = "score"  # a weight of one, by which the score is multiplied at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    source: Source
+    streams: Streams
+    uses: Sequence[Uses]  # by segment, names as the segment has them
+    layouts: Mapping[str, Layout]  # by full name of what is measured, of a slice
+    embeddings: frozenset[str]
+    moments: Mapping[str, Moments] | None
+    joint: bool
+    damping: float
+    rows: Sequence[Any]
+    spool: Spool | None = None
+
+    @property
+    def segments(self) -> list[Segment]:
+        return self.streams.segments
+
+    def weights(self, number: int) -> dict[str, jax.Array]:
+        """Return dense weights of a segment, by its names."""
+        segment = self.segments[number]
+        found = {}
+        for name, full in full_names(segment).items():
+            if full == SCORE:
+                found[name] = jnp.ones(())
+                continue
+            leaf = self.source.fetch(full)
+            index = self.slot(number, name)[1]
+            if index is not None:
+                leaf = jax.tree.map(lambda x, i=index: x[i], leaf)
+            found[name] = dense(leaf)
+        return found
+
+    def measured(self, number: int) -> dict[str, str]:
+        """Return full names of the measured weights of a segment, by its names."""
+        names = full_names(self.segments[number])
+        return {name: full for name, full in names.items() if full in self.layouts}
+
+    def matrix_shape(self, full: str, weight: jax.Array) -> tuple[int, ...]:
+        """Return the shape of a weight, or of a slice, as a matrix."""
+        return jax.eval_shape(lambda x: matricize(x, self.layouts[full]), weight).shape
+
+    def slot(self, number: int, name: str) -> tuple[str, int | None]:
+        """Return the full name of a segment's weight, and the slice of a stack."""
+        block = self.segments[number].block
+        index = None if block is None or name.startswith("/") else block.index
+        return full_names(self.segments[number])[name], index
+
+
+class Passes:
+    """What lies between the stretches of a program, and what is finished of them.
+
+    `values` are where the forward pass is; `cotangents`, by the place where a value was
+    made, where the backward pass is.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.values: list[Values] = job.streams.start()
+        self.cotangents: list[dict[str, np.ndarray]] = [{} for _ in self.values]
+        self.places = [_places(*program) for program in job.streams.programs]
+        self.moments: dict[str, dict[int | None, Moments]] = {}
+        self.curvatures: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
+        readers = [full for segment in job.segments for full in segment.outer]
+        self.latest: dict[int, Any] = {}  # values of stretches, from disk
+        self.shared = {full for full in job.layouts if readers.count(full) > 1}
+
+    def segment(self, batch: int, number: int) -> Segment:
+        return self.job.streams.programs[batch][0][number]
+
+    def forward(self, number: int) -> None:
+        """Run a stretch, measure its moments, and put what it writes on disk."""
+        job, names = self.job, self.job.measured(number)
+        found = job.spool.load(f"moments-{number}")
+        written = job.spool.load(f"values-{number}")
+        if found is None or written is None:
+            weights = job.weights(number)
+            wanted = [n for n in names if job.moments is None and weights[n].ndim > 1]
+            after, moments, _ = job.streams.measure(
+                number, weights, self.values, None, wanted
+            )
+            written = {
+                str(b): _numbered(held[v] for v in self.segment(b, number).writes)
+                for b, held in enumerate(after)
+            }
+            found = {}
+            for name, known in moments.items():
+                check_finite(names[name], known)
+                if known.second is not None:
+                    np.save(self._second(number, name), np.asarray(known.second))
+                known = dataclasses.replace(known, second=None)
+                found[str(list(names).index(name))] = moments_to_arrays(known)
+            job.spool.save(f"values-{number}", written)
+            job.spool.save(f"moments-{number}", found)
+        for place, arrays in found.items():
+            name = list(names)[int(place)]
+            known, second = moments_from_arrays(arrays), self._second(number, name)
+            if os.path.exists(second):
+                mapped = np.load(second, mmap_mode="r")
+                known = dataclasses.replace(known, second=mapped)
+            full, index = job.slot(number, name)
+            parts = self.moments.setdefault(full, {})
+            parts[index] = both_uses(parts.get(index), known)
+        for b, held in enumerate(self.values):
+            segment = self.segment(b, number)
+            new = dict(zip(segment.writes, _listed(written[str(b)]), strict=True))
+            self.values[b] = {v: new[v] if v in new else held[v] for v in segment.alive}
+
+    def backward(self, number: int) -> None:
+        """Carry cotangents through a stretch; finish the curvatures of its weights."""
+        job, names = self.job, self.job.measured(number)
+        found = job.spool.load(f"cotangents-{number}")
+        if found is None:
+            found = self._carry(number)
+            job.spool.save(f"cotangents-{number}", found)
+        for b, cotangents in enumerate(self.cotangents):
+            for v in self.segment(b, number).writes:
+                cotangents.pop(self.places[b][v], None)
+            cotangents |= found["below"].get(str(b), {})
+        for place, arrays in found["curvatures"].items():
+            full, index = job.slot(number, list(names)[int(place)])
+            self.curvatures.setdefault(full, {})[index] = arrays
+
+    def finish(self, *, keep: bool) -> dict[str, Moments]:
+        """Return the moments of all leaves; second ones stay on disk if `keep`."""
+        for full in sorted(self.shared):
+            self.curvatures[full] = {None: self._shared(full)}
+        found = dict(self.job.moments or {})
+        for full, parts in self.curvatures.items():
+            each = [
+                arrays for _, arrays in sorted(parts.items(), key=lambda x: x[0] or 0)
+            ]
+            known = found.get(full) or self._known(full, keep)
+            stacked = None not in parts
+            arrays = {
+                key: np.stack([a[key] for a in each]) if stacked else each[0][key]
+                for key in each[0]
+                if all(key in a for a in each)
+            }
+            arrays = {key: jnp.asarray(x) for key, x in arrays.items()}
+            found[full] = dataclasses.replace(known, **arrays)
+        return found
+
+    def _carry(self, number: int) -> dict[str, Any]:
+        """Return what `backward` puts on disk."""
+        job, names = self.job, self.job.measured(number)
+        weights = job.weights(number)
+        own = [name for name, full in names.items() if full not in self.shared]
+        factors = {n: f for n in own if (f := self._factor(number, n)) is not None}
+        sums = {name: CurvatureSum() for name in own}
+        shapes = {name: job.matrix_shape(names[name], weights[name]) for name in own}
+        options = {
+            "layouts": {name: job.layouts[names[name]] for name in own},
+            "plain": job.uses[number].plain,
+            "pairs": {
+                name: self._has_pairs(names[name], shape)
+                for name, shape in shapes.items()
+            },
+        }
+        ready: dict[Any, Any] = {}
+        below, above = {}, {}
+        for b in range(len(self.values)):
+            segment, read, slopes = self._around(b, number)
+            if segment not in ready:
+                step = functools.partial(backward_products, segment=segment, **options)
+                arguments = weights, factors, read, slopes
+                ready[segment] = job.streams.compile(step, *arguments)
+            products, found = ready[segment](weights, factors, read, slopes)
+            for name, each in products.items():
+                sums[name].add(b, each)
+            places = [self.places[b][v] for v in segment.reads if is_float(v)]
+            below[str(b)] = {
+                place: np.asarray(x) + self.cotangents[b].get(place, 0)
+                for place, x in zip(places, found, strict=True)
+            }
+            above[str(b)] = _numbered(slopes)
+        if any(full in self.shared for full in names.values()):
+            job.spool.save(f"above-{number}", above)
+        curvatures = {
+            str(list(names).index(name)): self._finished(
+                total, names[name], shapes[name]
+            )
+            for name, total in sums.items()
+        }
+        return {"below": below, "curvatures": curvatures}
+
+    def _shared(self, full: str) -> dict[str, Any]:
+        """Return the curvatures of a weight that several stretches read.
+
+        Its gradient of a sequence is the sum over all of them.
+        """
+        job = self.job
+        weight = dense(job.source.fetch(full))
+        readers = [i for i, s in enumerate(job.segments) if full in s.outer]
+        above = {number: job.spool.load(f"above-{number}") for number in readers}
+        factor = self._factor(readers[0], f"/{full}")
+        shape = job.matrix_shape(full, weight)
+        pairs, total = self._has_pairs(full, shape), CurvatureSum()
+        held = {number: job.weights(number) for number in readers}
+        ready: dict[Any, Any] = {}
+        for b in range(len(self.values)):
+            gradient: Any = 0
+            for number in readers:
+                segment, read, _ = self._around(b, number)
+                slopes = _listed(above[number][str(b)])
+                arguments = held[number], read, slopes
+                if segment not in ready:
+                    step = functools.partial(
+                        weight_gradient, segment=segment, name=f"/{full}"
+                    )
+                    ready[segment] = job.streams.compile(step, *arguments)
+                gradient = gradient + ready[segment](*arguments)
+            matrix = matricize(gradient, job.layouts[full])
+            total.add(b, column_products(matrix, factor, pairs=pairs))
+        return self._finished(total, full, shape)
+
+    def _finished(
+        self, total: CurvatureSum, full: str, shape: tuple[int, ...]
+    ) -> dict[str, Any]:
+        masks = [x.get("mask", x["inputs"]["tokens"] * 0 + 1) for x in self.job.rows]
+        tokens = float(sum(np.sum(mask > 0) for mask in masks))
+        embedding = full in self.job.embeddings
+        singles, joint = total.finish(full, shape, tokens, embedding=embedding)
+        found = {"curvatures": np.asarray(singles)}
+        return (
+            found if joint is None else found | {"joint_curvatures": np.asarray(joint)}
+        )
+
+    def _has_pairs(self, full: str, shape: tuple[int, ...]) -> bool:
+        allowed = self.job.joint and full not in self.job.embeddings
+        return allowed and has_use_for_pairs(shape)
+
+    def _factor(self, number: int, name: str) -> jax.Array | None:
+        """Return inverse factors of a weight's inputs, `[slices, inputs, inputs]`."""
+        full, index = self.job.slot(number, name)
+        if self.job.moments is None:
+            second = getattr(self.moments.get(full, {}).get(index), "second", None)
+        else:
+            second = getattr(self.job.moments.get(full), "second", None)
+            second = second if index is None or second is None else second[index]
+        if second is None:
+            return None
+        flat = jnp.asarray(second).reshape(-1, *second.shape[-2:])
+        return jnp.stack([inverse_factor(x, damping=self.job.damping) for x in flat])
+
+    def _around(self, b: int, number: int) -> tuple[Segment, list, list]:
+        """Return a stretch, the values that it reads, and the cotangents above it."""
+        segment, places = self.segment(b, number), self.places[b]
+        leaves = jax.tree.leaves(self.job.rows[b])
+        read = []
+        for v in segment.reads:
+            maker, place = places[v].split("-")
+            if maker == "row":
+                read.append(leaves[int(place)])
+            else:
+                read.append(self._written(int(maker))[str(b)][place])
+        slopes = [
+            self.cotangents[b].get(places[v], np.zeros(v.aval.shape, v.aval.dtype))
+            for v in segment.writes
+            if is_float(v)
+        ]
+        if number == len(self.job.segments) - 1:
+            slopes = [np.ones((), np.float32)]
+        return segment, read, slopes
+
+    def _written(self, number: int) -> Any:
+        """Return the values of one stretch; the last two asked for are held."""
+        if number not in self.latest:
+            for old in sorted(self.latest, reverse=True)[: len(self.latest) - 1]:
+                del self.latest[old]
+            self.latest[number] = self.job.spool.load(f"values-{number}")
+        return self.latest[number]
+
+    def _second(self, number: int, name: str) -> str:
+        place = list(self.job.measured(number)).index(name)
+        os.makedirs(self.job.spool.directory, exist_ok=True)
+        return os.path.join(self.job.spool.directory, f"second-{number}-{place}.npy")
+
+    def _known(self, full: str, keep: bool) -> Moments:
+        """Return the moments that were measured of a leaf, slices of a stack as one."""
+        parts = sorted(self.moments.get(full, {}).items(), key=lambda x: x[0] or 0)
+        if not parts:
+            return Moments(jnp.zeros(()))
+        seconds = [known.second for _, known in parts]
+        rest = [dataclasses.replace(known, second=None) for _, known in parts]
+        second, known = seconds[0], rest[0]
+        if parts[0][0] is not None:
+            known = jax.tree.map(lambda *x: jnp.stack(x), *rest)
+            if second is not None:
+                shape = len(parts), *second.shape
+                if keep:
+                    number = sorted(self.moments).index(full)
+                    path = os.path.join(self.job.spool.directory, f"stack-{number}.npy")
+                    second = np.lib.format.open_memmap(path, "w+", "float32", shape)
+                else:
+                    second = np.empty(shape, np.float32)
+                for i, each in enumerate(seconds):
+                    second[i] = each
+        if second is not None and not keep:
+            second = jnp.asarray(second)
+        return dataclasses.replace(known, second=second)
+
+
+def _places(segments: Sequence[Segment], inputs: Sequence[Any]) -> dict[Any, str]:
+    """Return where each value is made: "row-leaf" or "stretch-position"."""
+    found = {v: f"row-{k}" for k, v in enumerate(inputs)}
+    for i, segment in enumerate(segments):
+        found |= {v: f"{i}-{k}" for k, v in enumerate(segment.writes)}
+    return found
+
+
+def _numbered(values: Iterable[Any]) -> dict[str, np.ndarray]:
+    return {str(k): np.asarray(x) for k, x in enumerate(values)}
+
+
+def _listed(numbered: Mapping[str, Any]) -> list[Any]:
+    return [numbered[str(k)] for k in range(len(numbered))]
