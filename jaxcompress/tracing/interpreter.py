@@ -55,7 +55,7 @@ CALLS = {
 
 
 Visit = Callable[[Use], dict[str, jax.Array]]
-# What an operation that uses weights returns: of its equation, values, tags and uses.
+# What an operation on weights returns: of its equation, values, tags and uses, if any.
 Multiply = Callable[[Any, list, Sequence, list[Use]], list]
 
 
@@ -162,7 +162,8 @@ class _Reader:
         """Results, their tags, and sums of one operation that reads a weight."""
         name, mapped = eqn.primitive.name, self.mapped or is_vmapped(eqn)
         if self.multiply and name.startswith("custom_"):
-            return bind(eqn, values), [None] * len(eqn.outvars), {}
+            results = self.multiply(eqn, values, tags, [])
+            return results, [None] * len(results), {}
         inside = dataclasses.replace(self, mapped=mapped)
         if name in CALLS and (inner := called(eqn)) is not None:
             return inside.run(inner, values, tags)
@@ -184,7 +185,7 @@ class _Reader:
         ]
         for use in uses:
             self.note(use, sums)
-        if self.multiply and uses:
+        if self.multiply:
             results = self.multiply(eqn, values, tags, uses)
         else:
             results = bind(eqn, values)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from jaxcompress.tracing.interpreter import run_uses
 from jaxcompress.tracing.jaxpr_compat import bind
-from jaxcompress.tracing.provenance import Weight, is_weight
+from jaxcompress.tracing.movements import moved
+from jaxcompress.tracing.provenance import Joined, Weight, is_weight
 from jaxcompress.tracing.uses import Use, uses_of
 from jaxcompress.tree.layouts import Layout
 
@@ -40,6 +41,7 @@ def find_uses(
     layouts: dict[str, Layout] = {}
     counts: Counter[str] = Counter()
     plain: Counter[str] = Counter()
+    other: set[str] = set()  # what is added, or goes into a function unseen
 
     def visit(use: Use) -> dict[str, jax.Array]:
         layouts.setdefault(use.name, use.layout)
@@ -49,14 +51,17 @@ def find_uses(
     def multiply(eqn: Any, values: list, tags: Sequence, uses: list[Use]) -> list:
         product = eqn.primitive.name == "dot_general" and len(uses) == 1
         plain.update(use.name for use in uses if product and _is_plain(use))
-        return bind(eqn, values)
+        results = bind(eqn, values)
+        if not uses and not any(map(is_weight, moved(eqn, values, tags, results))):
+            other.update(name for tag in tags for name in _names(tag))
+        return results
 
     def run(weights: Any, arguments: Any) -> None:
         run_uses(function, weights, arguments, visit)
         run_uses(function, weights, arguments, lambda use: {}, multiply=multiply)
 
     jax.eval_shape(run, dict(weights), arguments)
-    names = {name for name in plain if plain[name] == counts[name]}
+    names = {n for n in plain.keys() - other if plain[n] == counts[n]}
     return Uses(layouts, frozenset(names))
 
 
@@ -81,6 +86,12 @@ def run_in_metric(
         return [_product(eqn, values, tags, factors[uses[0].name])]
 
     return run_uses(function, weights, arguments, lambda use: {}, multiply=multiply)[0]
+
+
+def _names(tag: Any) -> list[str]:
+    """Return names of the weights in a tag."""
+    parts = [part for part, _, _ in tag.parts] if isinstance(tag, Joined) else [tag]
+    return [part.name for part in parts if isinstance(part, Weight)]
 
 
 def _is_plain(use: Use) -> bool:
