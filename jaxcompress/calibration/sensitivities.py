@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import checks
 from jaxcompress.calibration.damage import relative_square
 from jaxcompress.checks import check_concrete
 from jaxcompress.progress import each_item
@@ -53,7 +54,7 @@ def measure_sensitivities(
       ValueError: sizes out of range, a loss that is not finite.
     """
     check_concrete(params, "measure_sensitivities")
-    if not sizes or not all(np.isfinite(size) and size > 0 for size in sizes):
+    if not sizes or not all(checks.is_number(n) and n > 0 for n in sizes):
         raise ValueError(
             f"measure_sensitivities takes sizes of noise above 0, not {sizes!r}"
         )

@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import checks
 from jaxcompress.evaluation.language import divergence
 
 
@@ -40,7 +41,7 @@ def loss(
 
     Source: Hinton, Vinyals and Dean 2015 (arXiv 1503.02531).
     """
-    _check_fraction("soft_weight", soft_weight, closed=True)
+    checks.fraction("loss", "soft_weight", soft_weight, zero=True, one=True)
     soft = forward_kl(
         student_logits, teacher_logits, temperature=temperature, mask=mask
     )
@@ -140,7 +141,7 @@ def jensen_shannon(
 
     Source: Agarwal et al. 2024, GKD (arXiv 2306.13649, equation 1).
     """
-    _check_fraction("beta", beta)
+    checks.fraction("jensen_shannon", "beta", beta)
     student, teacher = _both(student_logits, teacher_logits, temperature, mask)
     middle = _mixture(teacher, student, beta)
     both = beta * divergence(teacher, middle) + (1 - beta) * divergence(student, middle)
@@ -160,7 +161,7 @@ def skewed_kl(
     p is the teacher, q the student. Errors as `forward_kl`, and `alpha` not inside
     (0, 1). Source: Ko et al. 2024, DistiLLM (arXiv 2402.03898, equation 4).
     """
-    _check_fraction("alpha", alpha)
+    checks.fraction("skewed_kl", "alpha", alpha)
     return _kl(student_logits, teacher_logits, temperature, mask, alpha=alpha)
 
 
@@ -175,7 +176,7 @@ def skewed_reverse_kl(
     """Compute `T^2 KL(q || a q + (1 - a) p)`, `[...]`: the student's side of
     `skewed_kl`.
     """
-    _check_fraction("alpha", alpha)
+    checks.fraction("skewed_reverse_kl", "alpha", alpha)
     return _kl(
         student_logits, teacher_logits, temperature, mask, alpha=alpha, reverse=True
     )
@@ -289,10 +290,3 @@ def _kl(
 def _mixture(first: jax.Array, second: jax.Array, weight: float) -> jax.Array:
     """Log of `weight exp(first) + (1 - weight) exp(second)`."""
     return jnp.logaddexp(math.log(weight) + first, math.log1p(-weight) + second)
-
-
-def _check_fraction(name: str, value: float, *, closed: bool = False) -> None:
-    inside = 0 <= value <= 1 if closed else 0 < value < 1
-    if not inside:
-        bounds = "from 0 to 1" if closed else "above 0 and below 1"
-        raise ValueError(f"{name} is {value}; it must be {bounds}")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jaxcompress import checks
 from jaxcompress.export.named_leaves import NamedLeaf, apply_method, is_compressed
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tree.methods import parse
@@ -21,8 +22,7 @@ def check_model(model: Any, context: int) -> None:
             "its parameters into a Transformer with jc.tree.rename, or write any model "
             "with export.stablehlo"
         )
-    if type(context) is not int or context < 1:
-        raise ValueError(f"context must be a positive number of tokens, not {context}")
+    checks.integer("an export", "context (of tokens)", context)
 
 
 def float_dtype(dtype: Any) -> Any:

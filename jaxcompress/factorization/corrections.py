@@ -5,12 +5,10 @@ from typing import Any
 
 import jax
 
+from jaxcompress import checks
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.factorization.svd import (
     Weighted,
-    check_count,
-    check_damping,
-    check_weights,
     nearest,
     statistics,
 )
@@ -70,9 +68,9 @@ def corrected(
     Source: Zhang et al. 2024, "QERA" (arXiv 2410.06040), theorem 1; the whitening is by
     a Cholesky factor instead of the symmetric root, which gives the same product.
     """
-    check_weights("corrected", x)
-    check_damping("corrected", damping)
-    check_count("corrected", "rank", rank, min(x.shape[-2:]))
+    checks.weights("corrected", x)
+    checks.fraction("corrected", "damping", damping, zero=True)
+    checks.integer("corrected", "rank", rank, most=min(x.shape[-2:]))
     known = statistics("corrected", x, moments, weighted, damping)
     coarse = _method(base)(x, moments)
     if getattr(coarse, "shape", None) != x.shape:

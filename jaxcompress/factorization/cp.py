@@ -8,14 +8,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import each_slice, float64
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.factorization.low_rank import LowRank, multiply
 from jaxcompress.factorization.svd import (
     Weighted,
-    check_count,
-    check_damping,
-    check_weights,
     unwhiten,
 )
 from jaxcompress.factorization.tucker import (
@@ -172,17 +170,14 @@ def cp(
     applications", section 3.4; degeneracy: de Silva and Lim 2008 (math/0607647). The
     ridge is a deviation from plain alternating least squares.
     """
-    check_weights("cp", x)
-    check_damping("cp", damping)
+    checks.weights("cp", x)
+    checks.fraction("cp", "damping", damping, zero=True)
     sizes, inputs = unfolded("cp", x, sizes)
-    check_count("cp", "rank", rank, math.prod(sizes) // max(sizes))
-    check_count("cp", "sweeps", sweeps, 10**6)
-    if not 0 < ridge < 1:
-        raise ValueError(f"cp takes a ridge between 0 and 1, not {ridge!r}")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"cp takes a tolerance from 0 to 1, not {tolerance!r}")
-    if init not in ("svd", "random"):
-        raise ValueError(f"cp takes init='svd' or 'random', not {init!r}")
+    checks.integer("cp", "rank", rank, most=math.prod(sizes) // max(sizes))
+    checks.integer("cp", "sweeps", sweeps, most=10**6)
+    checks.fraction("cp", "ridge", ridge)
+    checks.fraction("cp", "tolerance", tolerance, zero=True)
+    checks.one_of("cp", "init", init, ("svd", "random"))
     second, target, _ = axis_statistics("cp", x, moments, weighted, inputs, damping)
     one = functools.partial(
         _fit,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import damped, each_slice, float64
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.coding.levels.shrinkage import shrink_to_mean
@@ -96,8 +97,8 @@ def svd(
     Fisher information as a weight: FWSVD (arXiv 2207.00112), there by rows; Halko,
     Martinsson, Tropp 2011 (arXiv 0909.4061), algorithm 4.4.
     """
-    check_weights("svd", x)
-    check_damping("svd", damping)
+    checks.weights("svd", x)
+    checks.fraction("svd", "damping", damping, zero=True)
     known = statistics("svd", x, moments, weighted, damping)
     inputs, outputs = x.shape[-2:]
     if sum(option is not None for option in (rank, fraction, energy)) != 1:
@@ -108,14 +109,16 @@ def svd(
     if energy is not None:
         rank = _rank_of_energy(x, known, energy=energy, damping=damping)
     elif fraction is not None:
-        check_fraction("svd", "fraction", fraction)
+        checks.fraction("svd", "fraction", fraction, one=True)
         share = fraction * inputs * outputs / (inputs + outputs)
         rank = max(1, int(share + 1e-9))  # 0.3 times ten is not three
-    check_count("svd", "rank", rank, min(inputs, outputs))
+    checks.integer("svd", "rank", rank, most=min(inputs, outputs))
     sketch = None
     if _is_randomized(randomized, rank + oversampling, x.shape) and energy is None:
-        check_count("svd", "oversampling", oversampling, inputs + outputs, least=0)
-        check_count("svd", "power_iterations", power_iterations, 100, least=0)
+        checks.integer(
+            "svd", "oversampling", oversampling, most=inputs + outputs, least=0
+        )
+        checks.integer("svd", "power_iterations", power_iterations, most=100, least=0)
         sketch = Sketch(oversampling, power_iterations, seed)
     return nearest(x, None, known, rank=rank, damping=damping, sketch=sketch)
 
@@ -136,8 +139,8 @@ def energies(
     Returns:
       `[..., min(inputs, outputs)]`, float32.
     """
-    check_weights("energies", x)
-    check_damping("energies", damping)
+    checks.weights("energies", x)
+    checks.fraction("energies", "damping", damping, zero=True)
     known = statistics("energies", x, moments, weighted, damping)
     return _energies(x, *known, damping=damping)
 
@@ -322,7 +325,7 @@ def _energies(
 def _rank_of_energy(
     x: jax.Array, known: Statistics, *, energy: float, damping: float
 ) -> int:
-    check_fraction("svd", "energy", energy)
+    checks.fraction("svd", "energy", energy, one=True)
     if any(isinstance(a, jax.core.Tracer) for a in (x, *known)):
         raise TypeError(
             "svd with energy is a host method: the rank it finds depends on values, so "
@@ -341,37 +344,3 @@ def _is_randomized(option: Weighted, dimensions: int, shape: tuple[int, ...]) ->
         side = min(shape[-2:])
         return side >= LARGE and 16 * dimensions <= side
     return bool(option)
-
-
-def check_weights(name: str, x: jax.Array) -> None:
-    """Raise where `x` is not floating-point `[..., inputs, outputs]`, not empty."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} takes floating-point weights, not {x.dtype}")
-    if x.ndim < 2 or not x.size:
-        raise ValueError(
-            f"{name} takes weights [..., inputs, outputs] that are not empty, not "
-            f"shape {x.shape}"
-        )
-
-
-def check_damping(name: str, damping: float) -> None:
-    if not 0 <= damping < 1:
-        raise ValueError(f"{name} takes a damping from 0 to 1, not {damping!r}")
-
-
-def check_fraction(name: str, option: str, value: Any) -> None:
-    """Raise ValueError where `value` is not above 0 and at most 1."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= 1:
-        raise ValueError(
-            f"{name} takes {option} above 0 and at most 1, a fraction, not {value!r}"
-        )
-
-
-def check_count(
-    name: str, option: str, value: Any, most: int, *, least: int = 1
-) -> None:
-    """Raise ValueError where `value` is not an integer from `least` to `most`."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not least <= value <= most:
-        raise ValueError(f"{name} takes {option}={least} to {most} here, not {value!r}")

@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import each_slice, float64
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.factorization.svd import (
     Statistics,
     Weighted,
-    check_count,
-    check_damping,
-    check_weights,
     statistics,
     unwhiten,
     whiten,
@@ -181,9 +179,9 @@ def tucker(
     decomposition" and "On the best rank-1 and rank-(R1, ..., RN) approximation";
     Tucker-2 for convolutions as in Kim et al. 2016 (arXiv 1511.06530).
     """
-    check_weights("tucker", x)
-    check_damping("tucker", damping)
-    check_count("tucker", "sweeps", sweeps, 10**6, least=0)
+    checks.weights("tucker", x)
+    checks.fraction("tucker", "damping", damping, zero=True)
+    checks.integer("tucker", "sweeps", sweeps, most=10**6, least=0)
     sizes, inputs = unfolded("tucker", x, sizes)
     if not isinstance(ranks, tuple | list) or len(ranks) != len(sizes):
         raise ValueError(
@@ -192,7 +190,7 @@ def tucker(
         )
     for axis, (rank, size) in enumerate(zip(ranks, sizes, strict=True)):
         if rank is not None:
-            check_count("tucker", f"ranks[{axis}]", rank, size)
+            checks.integer("tucker", f"ranks[{axis}]", rank, most=size)
     second, target, _ = axis_statistics("tucker", x, moments, weighted, inputs, damping)
     one = functools.partial(
         _core_and_factors,

@@ -4,6 +4,8 @@ import math
 import re
 from typing import Any
 
+from jaxcompress import checks
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -22,10 +24,10 @@ def parse_bytes(size: int | str) -> int:
       ValueError: another form, or not above 0.
     """
     wrong = f"{size!r} is not a size; write bytes as an integer, or '60MB', '57.2MiB'"
-    if isinstance(size, bool) or not isinstance(size, int | str):
+    if not (checks.is_integer(size) or isinstance(size, str)):
         raise ValueError(wrong)
-    if isinstance(size, int):
-        count = size
+    if not isinstance(size, str):
+        count = int(size)
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", size.lower())
         unit = (_UNITS | _BINARY).get(match[2]) if match else None
@@ -74,15 +76,10 @@ def byte_limit(
     if nbytes is not None:
         return parse_bytes(nbytes)
     name, value = next(iter(given.items()))
-    number = isinstance(value, int | float) and not isinstance(value, bool)
     if fraction is not None:
-        if not (number and 0 < value <= 1):
-            raise ValueError(
-                f"{planner} takes a fraction of the bytes now, above 0 and at most 1, "
-                f"not {name}={value!r}"
-            )
+        checks.fraction(planner, f"a {name} of the bytes now", value, one=True)
         return int(value * total)
-    if not (number and 0 < value <= 64):
+    if not (checks.is_number(value) and 0 < value <= 64):
         raise ValueError(
             f"{planner} takes bits per weight above 0 and at most 64, not "
             f"{name}={value!r}"

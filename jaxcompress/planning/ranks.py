@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxcompress import checks
 from jaxcompress.calibration.moments import check_curvatures
 from jaxcompress.checks import check_concrete
-from jaxcompress.factorization.svd import check_damping, energies, svd
+from jaxcompress.factorization.svd import energies, svd
 from jaxcompress.planning.allocation import Curve, allocate, total_loss
 from jaxcompress.planning.budget import byte_limit
 from jaxcompress.tree.layouts import Layout
@@ -78,7 +79,7 @@ def plan_ranks(
         layout that is missing.
       TypeError: params under a trace.
     """
-    check_damping("plan_ranks", damping)
+    checks.fraction("plan_ranks", "damping", damping, zero=True)
     check_concrete(params, "plan_ranks")
     stage = svd(rank=1) if where is None else [(where, svd(rank=1))]
     found = bind(params, stage, moments, layouts).selected

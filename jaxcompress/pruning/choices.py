@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import checks
+
 
 class Choice(NamedTuple):
     """How many weights stay, and among which they compete; hashable.
@@ -50,8 +52,7 @@ def choice(
     divide the weights; the message calls the method by `name`.
     """
     inputs, outputs = shape[-2:]
-    if scope not in ("leaf", "row"):
-        raise ValueError(f"{name} takes scope='leaf' or 'row', not {scope!r}")
+    checks.one_of(name, "scope", scope, ("leaf", "row"))
     parsed = None if nm is None else _pattern(nm, name)
     if parsed and parsed[0] == ":":
         _, keep, group = parsed
@@ -66,12 +67,7 @@ def choice(
                 f"these weights have {inputs}; prune by sparsity instead"
             )
         return Choice("group", (group, 1), group, keep)
-    number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
-    if not number or not 0 <= sparsity < 1:
-        raise ValueError(
-            f"{name} takes the fraction of weights to drop, at least 0 and below 1, "
-            f"not {sparsity!r}"
-        )
+    checks.fraction(name, "a sparsity (the fraction to drop)", sparsity, zero=True)
     if parsed:
         _, rows, columns = parsed
         if scope != "leaf":

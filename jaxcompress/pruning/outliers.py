@@ -4,9 +4,10 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxcompress import checks
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.pruning.choices import Choice, select
-from jaxcompress.pruning.scores import check_weights, input_norms, kept_weights
+from jaxcompress.pruning.scores import input_norms, kept_weights
 from jaxcompress.tree.generic_leaves import Sum
 from jaxcompress.tree.methods import method
 
@@ -49,16 +50,10 @@ def outliers(
     Source: SpQR (Dettmers et al. 2023, arXiv 2306.03078) and SqueezeLLM (Kim et al.
     2023, arXiv 2306.07629, section 4.2).
     """
-    check_weights(x, "outliers")
-    number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
-    if not number or not 0 < fraction < 1:
-        raise ValueError(
-            f"outliers takes the fraction of weights to keep apart, above 0 and below "
-            f"1, not {fraction!r}"
-        )
+    checks.weights("outliers", x)
+    checks.fraction("outliers", "a fraction (of weights kept apart)", fraction)
     score = score or ("weight" if moments is None else "activation")
-    if score not in SCORES:
-        raise ValueError(f"outliers takes score in {SCORES}, not {score!r}")
+    checks.one_of("outliers", "score", score, SCORES)
     worth = jnp.abs(x.astype(jnp.float32))
     if score == "activation":
         worth = worth * input_norms(x, moments, "outliers")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import (
     damped,
     each_slice,
@@ -17,7 +18,6 @@ from jaxcompress.calibration.error_feedback import (
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.pruning.choices import Choice, choice, keep_largest, select
 from jaxcompress.pruning.scores import (
-    check_weights,
     kept_weights,
     magnitude_instead,
     second_of,
@@ -60,9 +60,8 @@ def sparsegpt(
     Source: Frantar and Alistarh 2023, "SparseGPT" (arXiv 2301.00774, sections 3.2 to
     3.4 and appendix A). Here inputs that are always zero are worth nothing.
     """
-    check_weights(x, "sparsegpt")
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"sparsegpt takes a block of one or more rows, not {block!r}")
+    checks.weights("sparsegpt", x)
+    checks.integer("sparsegpt", "block (of rows)", block)
     chosen, second = _problem(x, moments, "sparsegpt", sparsity, nm, damping)
     if chosen.among == "block":
         raise ValueError(
@@ -107,7 +106,7 @@ def alps(
     Source: Meng et al. 2024, "ALPS" (arXiv 2406.07831, section 3 and its penalty
     schedule); here each output takes conjugate gradient steps of its own length.
     """
-    check_weights(x, "alps")
+    checks.weights("alps", x)
     chosen, second = _problem(x, moments, "alps", sparsity, nm, damping)
     one = functools.partial(_alternate, chosen=chosen, damping=damping)
     value, mask = each_slice(one, x.astype(jnp.float32), second)
@@ -122,8 +121,7 @@ def _problem(
     nm: str | None,
     damping: float,
 ) -> tuple[Choice, jax.Array]:
-    if not 0 < damping < 1:
-        raise ValueError(f"{name} takes a damping between 0 and 1, not {damping!r}")
+    checks.fraction(name, "damping", damping)
     chosen = choice(x.shape, name, sparsity=sparsity, nm=nm)
     return chosen, second_of(x, moments, name)
 

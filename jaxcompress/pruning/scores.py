@@ -1,7 +1,6 @@
 """What each weight is worth; pruning by it, with nothing made up for."""
 
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import checks
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.pruning.choices import Choice, choice, select
 from jaxcompress.pruning.sparse import Sparse, sparse
@@ -64,9 +64,7 @@ def magnitude(
         raise ValueError(
             "magnitude takes a threshold, or a sparsity or pattern, not both"
         )
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if not number or not 0 <= threshold < math.inf:
-        raise ValueError(f"magnitude takes a threshold of 0 or more, not {threshold!r}")
+    checks.positive("magnitude", "a threshold", threshold, zero=True)
     if isinstance(x, jax.core.Tracer):
         raise TypeError(
             "how many weights a threshold keeps is not known under jit, vmap or scan; "
@@ -124,17 +122,6 @@ def input_norms(x: jax.Array, moments: Any, name: str) -> jax.Array:
     return _norms(second_of(x, moments, name))
 
 
-def check_weights(x: jax.Array, name: str) -> None:
-    """Raise where `x` is not floating point, or not `[..., inputs, outputs]`."""
-    if not is_float(x):
-        raise TypeError(f"{name} takes floating-point weights, not {x.dtype}")
-    if x.ndim < 2 or not x.size:
-        raise ValueError(
-            f"{name} takes weights [..., inputs, outputs] of one or more each, not "
-            f"shape {x.shape}; reshape a vector to [inputs, 1]"
-        )
-
-
 @functools.partial(jax.jit, static_argnames=("chosen",))
 def kept_weights(x: jax.Array, mask: jax.Array, chosen: Choice) -> Sparse:
     """Return the leaf of the weights `x` that a choice's mask keeps; traceable."""
@@ -153,7 +140,7 @@ def _kept(x: jax.Array, score: jax.Array, chosen: Choice) -> Sparse:
 
 
 def _magnitudes(x: jax.Array, name: str) -> jax.Array:
-    check_weights(x, name)
+    checks.weights(name, x)
     return jnp.abs(x.astype(jnp.float32))
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import each_slice, layer_loss
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.quantization.grids import Block, Steps, quantized, round_to
@@ -118,12 +119,8 @@ def awq(
     Source: Lin et al. 2023, "AWQ" (arXiv 2306.00978, section 3.2), with the root mean
     square in place of the mean magnitude, and the full second moment in the error.
     """
-    if grid not in NEAREST:
-        raise ValueError(f"awq takes grid={' or '.join(NEAREST)}, not {grid!r}")
-    if isinstance(candidates, bool) or not isinstance(candidates, int):
-        raise ValueError(f"awq takes a number of candidates, not {candidates!r}")
-    if candidates < 1:
-        raise ValueError(f"awq takes 1 or more candidates, not {candidates}")
+    checks.one_of("awq", "grid", grid, NEAREST)
+    checks.integer("awq", "number of candidates", candidates)
     known = require(moments, x, "awq", fields=())
     target, second = known.target_problem(x, "awq", damping=DAMPING)
     one = functools.partial(

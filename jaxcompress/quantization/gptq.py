@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import (
     each_slice,
     feed_back,
@@ -95,10 +96,8 @@ def gptq(
     Source: Frantar et al. 2022 (arXiv 2210.17323); the corrected target as in GPTAQ
     and Qronos (arXiv 2505.11695).
     """
-    if order not in ("activation", "natural"):
-        raise ValueError(f"gptq takes order='activation' or 'natural', not {order!r}")
-    if not 0 < damping < 1:
-        raise ValueError(f"gptq takes a damping between 0 and 1, not {damping!r}")
+    checks.one_of("gptq", "order", order, ("activation", "natural"))
+    checks.fraction("gptq", "damping", damping)
     known = require(moments, x, "gptq", fields=())
     target, second = known.target_problem(x, "gptq", damping=damping)
     start = _start(x, grid, bits, block=block, search=search, scale_dtype=scale_dtype)

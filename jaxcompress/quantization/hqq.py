@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import checks
 from jaxcompress.quantization.grids import (
     Block,
     Quantized,
@@ -65,12 +66,9 @@ def hqq(
     del moments
     check_bits("hqq", bits, 8)
     check_weights(x, "hqq", block, scale_dtype)
-    if not 0 < norm <= 1:
-        raise ValueError(f"hqq takes a norm above 0, at most 1, not {norm!r}")
-    if penalty <= 0:
-        raise ValueError(f"hqq takes a penalty above 0, not {penalty!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"hqq takes one or more steps, not {steps!r}")
+    checks.fraction("hqq", "a norm", norm, one=True)
+    checks.positive("hqq", "a penalty", penalty)
+    checks.integer("hqq", "number of steps", steps)
     return _half_quadratic(x, bits, block, norm, penalty, steps, scale_dtype)
 
 

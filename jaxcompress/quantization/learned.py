@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import damped, each_slice, layer_loss
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.quantization.adaround import descend_relaxed
@@ -150,21 +151,19 @@ def _objective(objective: Objective, moments: Any) -> str:
 def _check(
     bits: Any, grid: str, kind: str, rounding: str, steps: Any, cost: Any
 ) -> None:
-    if grid not in NEAREST:
-        raise ValueError(f"learned takes grid={' or '.join(NEAREST)}, not {grid!r}")
+    checks.one_of("learned", "grid", grid, NEAREST)
     if rounding not in ROUNDINGS[kind]:
         raise ValueError(
             f"learned takes rounding={' or '.join(map(repr, ROUNDINGS[kind]))} where "
             f"the objective is {kind}, not {rounding!r}"
         )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"learned takes one or more steps, not {steps!r}")
+    checks.integer("learned", "number of steps", steps)
     if grid == "symmetric" and bits == 1:
         raise ValueError("learned takes 2 or more bits: one bit has only its mean")
     if isinstance(bits, str) and bits != "auto":
         raise ValueError(f"learned takes bits='auto' or numbers, not {bits!r}")
-    if bits == "auto" and not (isinstance(cost, int | float) and 0 < cost < math.inf):
-        raise ValueError(f"learned takes a cost of bits above 0, not {cost!r}")
+    if bits == "auto":
+        checks.positive("learned", "a cost of bits", cost)
 
 
 def _sides(width: int, grid: str) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import each_slice, inverse_factor
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.quantization.gptq import NEAREST
@@ -59,17 +60,10 @@ def mixed_channels(
     Source: outlier columns as in LLM.int8() (arXiv 2208.07339) and OWQ (arXiv
     2306.02272).
     """
-    if grid not in ("symmetric", "asymmetric"):
-        raise ValueError(
-            f"mixed_channels takes grid='symmetric' or 'asymmetric', not {grid!r}"
-        )
-    if axis not in ("inputs", "outputs"):
-        raise ValueError(
-            f"mixed_channels takes axis='inputs' or 'outputs', not {axis!r}"
-        )
+    checks.one_of("mixed_channels", "grid", grid, ("symmetric", "asymmetric"))
+    checks.one_of("mixed_channels", "axis", axis, ("inputs", "outputs"))
     score = score or ("weight" if moments is None else "activation")
-    if score not in SCORES:
-        raise ValueError(f"mixed_channels takes score in {SCORES}, not {score!r}")
+    checks.one_of("mixed_channels", "score", score, SCORES)
     if fine_bits is not None:
         check_bits("mixed_channels", fine_bits, 8)
     where = -2 if axis == "inputs" else -1
@@ -103,11 +97,9 @@ def _count(fraction: float | None, channels: int | None, total: int) -> int:
         )
     count = channels
     if fraction is not None:
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-            raise ValueError(f"mixed_channels takes a fraction, not {fraction!r}")
+        checks.fraction("mixed_channels", "a fraction", fraction, zero=True, one=True)
         count = round(fraction * total)
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise ValueError(f"mixed_channels takes a number of channels, not {count!r}")
+    checks.integer("mixed_channels", "number of channels", count, least=0)
     if not 1 <= count < total:
         raise ValueError(
             f"mixed_channels would keep {count} of {total} channels finer; keep at "

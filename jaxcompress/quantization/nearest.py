@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import checks
 from jaxcompress.quantization.grids import (
     Block,
     Quantized,
@@ -133,29 +134,18 @@ def sign_split(
 
 def check_bits(name: str, bits: Any, most: int) -> None:
     """Raise ValueError where `bits` is not an integer from 1 to `most`."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= most:
-        raise ValueError(f"{name} takes an integer of 1 to {most} bits, not {bits!r}")
+    checks.integer(name, "number of bits", bits, most=most)
 
 
 def check_weights(x: jax.Array, name: str, block: Block, scale_dtype: str) -> None:
-    whole = isinstance(block, int) and not isinstance(block, bool) and block >= 1
+    whole = checks.is_integer(block) and block >= 1
     if not (whole or block is None or block == "tensor"):
         raise ValueError(
             f"{name} takes a block of one or more inputs, None (per output) or "
             f"'tensor', not {block!r}"
         )
-    if scale_dtype not in SMALLEST_STEP:
-        raise ValueError(
-            f"{name} stores scales in {', '.join(sorted(SMALLEST_STEP))}, "
-            f"not {scale_dtype!r}"
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} takes floating-point weights, not {x.dtype}")
-    if x.ndim < 2 or not x.shape[-2]:
-        raise ValueError(
-            f"{name} takes weights [..., inputs, outputs] of one input or more, not "
-            f"shape {x.shape}; reshape a vector to [inputs, 1]"
-        )
+    checks.one_of(name, "scale_dtype", scale_dtype, sorted(SMALLEST_STEP))
+    checks.weights(name, x, outputs=False)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import damped, feed_back, inverse_factor
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.calibration.output_feedback import (
@@ -98,20 +99,10 @@ def rate_distortion(
             "one for each slice"
         )
     rates = np.broadcast_to(rates, count).tolist()
-    if states != 0 and states not in trellis.CHECKS:
-        known = ", ".join(map(str, trellis.CHECKS))
-        raise ValueError(f"rate_distortion takes 0 or {known} states, not {states!r}")
-    if order not in ORDERS:
-        raise ValueError(
-            f"rate_distortion takes order={' or '.join(map(repr, ORDERS))}, not "
-            f"{order!r}"
-        )
-    if not 0 < damping < 1:
-        raise ValueError(
-            f"rate_distortion takes a damping between 0 and 1, not {damping!r}"
-        )
-    if not (prior >= 0 and math.isfinite(prior)):
-        raise ValueError(f"rate_distortion takes a prior of 0 or more, not {prior!r}")
+    checks.one_of("rate_distortion", "states", states, (0, *trellis.CHECKS))
+    checks.one_of("rate_distortion", "order", order, ORDERS)
+    checks.fraction("rate_distortion", "damping", damping)
+    checks.positive("rate_distortion", "a prior", prior, zero=True)
     target, second = x, None
     if moments is not None and not (isinstance(moments, Moments) and moments.looked_up):
         known = require(moments, x, "rate_distortion", fields=())

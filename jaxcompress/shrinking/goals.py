@@ -1,8 +1,8 @@
 """What a caller asks for: a size of the file, or a divergence from the model."""
 
 import dataclasses
-import math
 
+from jaxcompress import checks
 from jaxcompress.planning.budget import parse_bytes
 
 REACHED = 0.99  # of the size asked: what counts as reached
@@ -44,9 +44,7 @@ def parse_goal(
     if size is not None:
         return Goal(parse_bytes(size), None)
     (name, value), *_ = given.items()
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"shrink takes {name} above 0, not {value!r}")
+    checks.positive("shrink", name, value)
     if kl is not None:
         return Goal(None, float(kl))
     if value > 64:

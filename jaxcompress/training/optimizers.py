@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcompress import checks
 from jaxcompress.pruning.masks import Scope, check_mask
 from jaxcompress.pruning.masks import make as make_masks
 from jaxcompress.tree.layouts import Layout
@@ -108,8 +109,7 @@ def gradual_pruning(
 
     Source: Zhu and Gupta 2017, "To prune, or not to prune" (arXiv 1710.01878).
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"gradual_pruning chooses every 1 or more steps, not {every}")
+    checks.integer("gradual_pruning", "every", every)
 
     def init(params: Params) -> PruningState:
         scores = jax.eval_shape(score, params, params)
@@ -346,8 +346,7 @@ def project(
     Raises:
       ValueError: `every` below 1; in `update`, no parameters.
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"project works every 1 or more steps, not {every}")
+    checks.integer("project", "every", every)
 
     def init(params: Params) -> ProjectionState:
         del params

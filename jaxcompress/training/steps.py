@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxcompress import checks
 from jaxcompress.tree.paths import combine, is_float, partition
 from jaxcompress.types import Batch, Params
 
@@ -115,10 +116,7 @@ def make_train_step(
         `accumulate` does not divide, metrics that are not scalars or are called as one
         of the step's own.
     """
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
-        raise ValueError(f"accumulate is {accumulate!r}; it is a whole number of parts")
-    if accumulate < 1:
-        raise ValueError(f"accumulate is {accumulate}; it must be at least 1")
+    checks.integer("make_train_step", "accumulate", accumulate)
     if compute_dtype is not None:
         compute_dtype = jnp.dtype(compute_dtype)
         if compute_dtype not in (jnp.bfloat16, jnp.float32):

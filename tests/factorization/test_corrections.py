@@ -87,12 +87,12 @@ def test_corrections_of_stacks_and_in_recipes():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"base": BASE, "rank": 25}, "rank=1 to 24 here, not 25"),
-        ({"base": BASE, "rank": 0}, "rank=1 to 24 here, not 0"),
+        ({"base": BASE, "rank": 25}, "rank from 1 to 24, not 25"),
+        ({"base": BASE, "rank": 0}, "rank from 1 to 24, not 0"),
         ({"base": "entropy_code()", "rank": 2}, "a method on weights"),
         ({"base": 4, "rank": 2}, "a method on weights"),
         ({"base": "rounded_up()", "rank": 2}, "unknown method"),
-        ({"base": BASE, "rank": 2, "damping": 2}, "damping from 0 to 1"),
+        ({"base": BASE, "rank": 2, "damping": 2}, "damping at least 0"),
         ({"base": BASE, "rank": 2, "weighted": True}, "corrected needs moments"),
         ({"base": "gptq(bits=4)", "rank": 2}, "gptq needs moments"),
     ],

@@ -268,7 +268,7 @@ def test_moments_that_are_missing_or_of_another_model(method):
 def test_what_masks_and_scores_refuse():
     with pytest.raises(ValueError, match=r"sparsegpt takes .* not blocks"):
         sparsegpt(weights(INPUTS, OUTPUTS), moments(), sparsity=0.5, nm="4x5")
-    with pytest.raises(ValueError, match="damping between 0 and 1, not 0"):
+    with pytest.raises(ValueError, match="damping above 0 and below 1, not 0"):
         alps(weights(INPUTS, OUTPUTS), moments(), sparsity=0.5, damping=0)
     with pytest.raises(ValueError, match="no Sparse leaf"):
         masks_of(TREE)

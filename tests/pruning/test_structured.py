@@ -509,7 +509,7 @@ def test_moments_and_trees_that_do_not_fit():
         score_units(known, GROUP, by="luck")
     with pytest.raises(ValueError, match="pass params"):
         score_units(known, GROUP, by="loss")
-    with pytest.raises(ValueError, match="damping between 0 and 1, not 0"):
+    with pytest.raises(ValueError, match="damping above 0 and below 1, not 0"):
         remove_units(params, GROUP, [0], known, damping=0)
     model, tree = transformer()
     scanned = model.clone(scan=True)

@@ -227,10 +227,10 @@ def test_stacked_moments_stay_with_their_layer(case):
         (lambda x, m: jc.gptq(x[:-1], m, bits=4), r"shape \(48, 48\)"),
         (lambda x, m: jc.gptq(x, m, bits=4, grid="nope"), "grid=symmetric"),
         (lambda x, m: jc.gptq(x, m, bits=4, order="up"), "order="),
-        (lambda x, m: jc.gptq(x, m, bits=9), "1 to 8 bits"),
+        (lambda x, m: jc.gptq(x, m, bits=9), "from 1 to 8"),
         (lambda x, m: jc.gptq(x, m, bits=4, damping=0), "damping"),
         (lambda x, m: jc.learned(x, m, bits=1), "2 or more"),
-        (lambda x, m: jc.learned(x, m, bits=4, steps=0), "one or more steps"),
+        (lambda x, m: jc.learned(x, m, bits=4, steps=0), "steps of 1 or more"),
         (lambda x, m: jc.mixed_channels(x, bits=3, channels=0), "at least one"),
         (lambda x, m: jc.mixed_channels(x, bits=3, channels=48), "fewer than all"),
         (

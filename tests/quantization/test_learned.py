@@ -185,7 +185,7 @@ def test_widths_differ_by_leaf_and_are_judged_by_outputs(case):
         ({"objective": jnp.sum, "rounding": "coordinates"}, "'relaxed' or 'offsets'"),
         ({"bits": "some"}, "bits='auto' or numbers"),
         ({"bits": "auto", "cost": 0}, "cost of bits above 0"),
-        ({"bits": 9}, "1 to 8 bits, not 9"),
+        ({"bits": 9}, "from 1 to 8, not 9"),
     ],
 )
 def test_errors_say_what_is_allowed(case, options, message):

@@ -392,18 +392,22 @@ def test_float16_scales_that_overflow_do_not_pass_for_weights():
 @pytest.mark.parametrize(
     ("method", "error", "message"),
     [
-        (symmetric(bits=0), ValueError, "1 to 8 bits, not 0"),
-        (symmetric(bits=9), ValueError, "1 to 8 bits, not 9"),
-        (symmetric(bits=4.0), ValueError, "integer of 1 to 8"),
+        (symmetric(bits=0), ValueError, "from 1 to 8, not 0"),
+        (symmetric(bits=9), ValueError, "from 1 to 8, not 9"),
+        (symmetric(bits=4.0), ValueError, "bits from 1 to 8"),
         (symmetric(bits=True), ValueError, "not True"),
-        (asymmetric(bits=16), ValueError, "asymmetric takes an integer of 1 to 8"),
+        (
+            asymmetric(bits=16),
+            ValueError,
+            "asymmetric takes an integer number of bits from 1 to 8",
+        ),
         (sign_split(bits=4), ValueError, r"bits=\(positive, negative\), not 4"),
-        (sign_split(bits=(0, 3)), ValueError, "1 to 7 bits, not 0"),
-        (sign_split(bits=(3, 8)), ValueError, "1 to 7 bits, not 8"),
+        (sign_split(bits=(0, 3)), ValueError, "from 1 to 7, not 0"),
+        (sign_split(bits=(3, 8)), ValueError, "from 1 to 7, not 8"),
         (symmetric(bits=4, block=0), ValueError, "block of one or more inputs"),
         (symmetric(bits=4, block="row"), ValueError, "'tensor', not 'row'"),
         (asymmetric(bits=4, block=True), ValueError, "not True"),
-        (symmetric(bits=4, scale_dtype="int8"), ValueError, "bfloat16, float16"),
+        (symmetric(bits=4, scale_dtype="int8"), ValueError, "bfloat16' or 'float16"),
     ],
 )
 def test_options_out_of_range_say_what_is_allowed(method, error, message):

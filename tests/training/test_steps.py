@@ -391,7 +391,7 @@ WRONG = {
         "step 1: an empty batch",
     ),
     "parts": (lambda: stepper(4)(start(), batch_at(0, 6)), "6 examples .* into 4"),
-    "no parts": (lambda: d.make_train_step(LOSS, OPTIMIZER, accumulate=0), "is 0"),
+    "no parts": (lambda: d.make_train_step(LOSS, OPTIMIZER, accumulate=0), "not 0"),
     "float16": (
         lambda: d.make_train_step(LOSS, OPTIMIZER, compute_dtype=jnp.float16),
         "compute_dtype is float16",

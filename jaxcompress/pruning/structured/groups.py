@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxcompress import checks
 from jaxcompress.tree.names import match
 
 Member = tuple[str, int] | tuple[str, int, int]
@@ -198,14 +199,9 @@ def choose_units(
         label: np.asarray(values, np.float64)
         for label, values in ({"": scores} if one else scores).items()
     }
-    number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
-    if not number or not 0 <= sparsity < 1:
-        raise ValueError(
-            "choose_units takes the fraction of units to drop, at least 0 and below "
-            f"1, not {sparsity!r}"
-        )
-    if scope not in ("group", "global"):
-        raise ValueError(f"choose_units takes scope='group' or 'global', not {scope!r}")
+    dropped = "a sparsity (the fraction to drop)"
+    checks.fraction("choose_units", dropped, sparsity, zero=True)
+    checks.one_of("choose_units", "scope", scope, ("group", "global"))
     for label, values in arrays.items():
         if values.ndim != 1 or not values.size or not np.all(np.isfinite(values)):
             raise ValueError(

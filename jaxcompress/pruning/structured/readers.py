@@ -81,8 +81,3 @@ def statistic(
     fields = ("second",) if bias is None else ("second", "mean")
     known = require(known, matrix, f"{name}: {method}", fields=fields)
     return known.second if bias is None else known.covariance
-
-
-def check_damping(damping: float, method: str) -> None:
-    if not 0 < damping < 1:
-        raise ValueError(f"{method} takes a damping between 0 and 1, not {damping!r}")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import damped, float64
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.pruning.structured.groups import (
@@ -21,7 +22,6 @@ from jaxcompress.pruning.structured.readers import (
     DAMPING,
     beside,
     bias_of,
-    check_damping,
     dense_arrays,
     find_reader,
     statistic,
@@ -71,7 +71,7 @@ def remove_units(
     Source: Frantar and Alistarh 2022, "Optimal brain compression" (arXiv 2208.11580),
     for groups; the bias as in An et al. 2023, "FLAP" (arXiv 2312.11983).
     """
-    check_damping(damping, "remove_units")
+    checks.fraction("remove_units", "damping", damping)
     arrays = dense_arrays(params)
     layouts, known = layouts or {}, None if moments is None else dict(moments)
     named = named_groups(groups)

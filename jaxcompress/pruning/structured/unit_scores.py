@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import damped, float64
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.pruning.structured.groups import (
@@ -20,7 +21,6 @@ from jaxcompress.pruning.structured.groups import (
 from jaxcompress.pruning.structured.readers import (
     DAMPING,
     bias_of,
-    check_damping,
     dense_arrays,
     find_reader,
     statistic,
@@ -79,7 +79,7 @@ def score_units(
         by = "activation" if params is None else "loss"
     if by == "loss" and params is None:
         raise ValueError("score_units by='loss' looks at weights; pass params=params")
-    check_damping(damping, "score_units")
+    checks.fraction("score_units", "damping", damping)
     arrays = None if params is None else dense_arrays(params)
     layouts = layouts or {}
     named = named_groups(groups)
