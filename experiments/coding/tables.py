@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from experiments.common.tables import Row, Table, named, spread, where
+from experiments.common.tables import Row, Table, last, named, spread, where
 
 DTYPES = ("bfloat16", "float32", "float16")
 
@@ -21,6 +21,20 @@ def earlier(rows: list[Row]) -> list[Row]:
     """Choose speeds of an earlier revision, measured as memory comes."""
     timed = where(experiment="lossless")(rows[:EARLIER])
     return by_dtype([row for row in timed if not row.get("memory_kept")])
+
+
+def file_format(row: Row) -> str:
+    """Name the format of files of ours; the first rows do not say it."""
+    ours = "kind" in row or row["coder"].startswith("ours")
+    return str(row.get("format") or 2) if ours else ""
+
+
+def sizes(rows: list[Row]) -> list[Row]:
+    """Join the dtypes of each coder and format."""
+    chosen = where(experiment="lossless_sizes")(rows)
+    chosen = [row | {"written": file_format(row)} for row in chosen]
+    joined = spread(chosen, "kind", "coder", "written")
+    return sorted(joined, key=lambda row: not row["coder"].startswith("ours"))
 
 
 def to_zipnn(what: str) -> Callable[[Row], str]:
@@ -91,7 +105,8 @@ def quantized_model(row: Row) -> str:
 
 def windows(rows: list[Row]) -> list[Row]:
     """Choose the rows that compare tables by tensor with tables by window."""
-    return [row for row in rows if "entropy_by_window_of_16384" in row]
+    chosen = [row for row in rows if "entropy_by_window_of_16384" in row]
+    return last(chosen, "model", "layers", "kind")
 
 
 TABLES = {
@@ -121,9 +136,10 @@ TABLES = {
         "coding.lossless MODEL.safetensors --sizes",
         {
             "coder": "{coder}",
+            "format": "{written}",
             **{dtype: f"{{{dtype}[file_bits]:.3f}}" for dtype in DTYPES},
         },
-        lambda rows: spread(where(experiment="lossless_sizes")(rows), "kind", "coder"),
+        sizes,
         files=2,
     ),
     "memory_kept": Table(
@@ -157,6 +173,7 @@ TABLES = {
                     for rate in (2.05, 3.05)
                 },
             ),
+            "format": file_format,
             "packed": "{bits_packed:.3f}",
             "as `save` codes it": "{bits_saved_plainly:.3f}",
             "`entropy_code`, `code_floats`": "{bits_entropy_coded:.3f}",
