@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import each_slice, float64
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.factorization.low_rank import LowRank, multiply
+from jaxcompress.factorization.low_rank import FactoredLeaf, LowRank, multiply
 from jaxcompress.factorization.svd import (
     Weighted,
     unwhiten,
@@ -27,7 +27,6 @@ from jaxcompress.factorization.tucker import (
 from jaxcompress.tree.leaf import (
     Arithmetic,
     Convolution,
-    Leaf,
     contract,
     dense,
     leaf,
@@ -46,7 +45,7 @@ class Start(NamedTuple):
 
 
 @leaf
-class CP(Leaf):
+class CP(FactoredLeaf):
     """A weight `[..., inputs, outputs]` whose inputs or outputs unfold into axes.
 
     Invariant: `factors[i]` is `[..., size, rank]` of axis i; the unfolded weight is the
@@ -83,7 +82,7 @@ class CP(Leaf):
         """Return None: no factor meets the layer's inputs by itself."""
         del field, moments
 
-    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+    def contract_factors(self, x: jax.Array, how: Arithmetic) -> jax.Array:
         """Return two thin products, with the products of the columns of either side."""
         left, right = self.factors[: self.inputs], self.factors[self.inputs :]
         first = left[0] if self.inputs == 1 else self._columns(left)
@@ -106,9 +105,8 @@ class CP(Leaf):
         wide = jnp.promote_types(self.dtype, jnp.float32)
         return column_products([unboxed(factor).astype(wide) for factor in factors])
 
-    def product_cost(self, rows: int) -> int:
-        apart = rows * self.rank * sum(self.shape[-2:])
-        return min(apart, super().product_cost(rows))
+    def factored_cost(self, rows: int) -> int:
+        return rows * self.rank * sum(self.shape[-2:])
 
     def dense_cost(self) -> int:
         return self.rank * math.prod(self.shape[-2:])

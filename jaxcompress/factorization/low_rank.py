@@ -21,8 +21,34 @@ from jaxcompress.tree.leaf import (
 )
 
 
+class FactoredLeaf(Leaf):
+    """A product of factors: multiplied one after another where that is cheaper.
+
+    A type gives `factored_cost` and `contract_factors`; one that convolves by its
+    factors overrides `convolve`.
+    """
+
+    def factored_cost(self, rows: int) -> int:
+        """Multiplications of so many rows with one factor after another."""
+        raise NotImplementedError(f"{type(self).__name__}.factored_cost")
+
+    def contract_factors(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """`contract`, one factor after another."""
+        raise NotImplementedError(f"{type(self).__name__}.contract_factors")
+
+    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """Multiply by the factors, or by the array where making it is cheaper."""
+        rows = math.prod(x.shape[:-1])
+        if self.factored_cost(rows) > super().product_cost(rows):
+            return super().contract(x, how)
+        return self.contract_factors(x, how)
+
+    def product_cost(self, rows: int) -> int:
+        return min(self.factored_cost(rows), super().product_cost(rows))
+
+
 @leaf
-class LowRank(Leaf):
+class LowRank(FactoredLeaf):
     """A weight that is a product, summed in float32 or wider.
 
     Invariant: `left` is `[..., inputs, rank]` and `right` `[..., rank, outputs]`, both
@@ -70,13 +96,7 @@ class LowRank(Leaf):
     def materialize(self) -> jax.Array:
         return multiply(dense(self.left), dense(self.right))
 
-    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """Return two thin products, unless making the array first takes fewer
-        operations.
-        """
-        rows = math.prod(x.shape[:-1])
-        if self._cost_apart(rows) > super().product_cost(rows):
-            return super().contract(x, how)
+    def contract_factors(self, x: jax.Array, how: Arithmetic) -> jax.Array:
         inner = contract(x, self.left, how).astype(x.dtype)
         return contract(inner, self.right, how)
 
@@ -92,11 +112,8 @@ class LowRank(Leaf):
         inner = convolution(x, self.left)
         return contract(inner, self.right, how).astype(x.dtype)
 
-    def _cost_apart(self, rows: int) -> int:
+    def factored_cost(self, rows: int) -> int:
         return product_cost(self.left, rows) + product_cost(self.right, rows)
-
-    def product_cost(self, rows: int) -> int:
-        return min(self._cost_apart(rows), super().product_cost(rows))
 
     def dense_cost(self) -> int:
         inside = dense_cost(self.left) + dense_cost(self.right)

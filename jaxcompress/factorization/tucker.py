@@ -13,6 +13,7 @@ import numpy as np
 from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import each_slice, float64
 from jaxcompress.calibration.moments import Moments
+from jaxcompress.factorization.low_rank import FactoredLeaf
 from jaxcompress.factorization.svd import (
     Statistics,
     Weighted,
@@ -23,7 +24,6 @@ from jaxcompress.factorization.svd import (
 from jaxcompress.tree.leaf import (
     Arithmetic,
     Convolution,
-    Leaf,
     contract,
     dense,
     leaf,
@@ -36,7 +36,7 @@ Sizes = tuple[int, ...]
 
 
 @leaf
-class Tucker(Leaf):
+class Tucker(FactoredLeaf):
     """A weight `[..., inputs, outputs]` whose inputs or outputs unfold into axes.
 
     Invariant: `core` is `[..., *ranks]`, one axis per entry of `factors`; `factors[i]`
@@ -78,13 +78,10 @@ class Tucker(Leaf):
         """Sizes of the core's axes."""
         return self.core.shape[-len(self.factors) :]
 
-    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+    def contract_factors(self, x: jax.Array, how: Arithmetic) -> jax.Array:
         """Multiply by the input factors axis by axis, the core, and the output
         factors.
         """
-        rows = math.prod(x.shape[:-1])
-        if self._cost_apart(rows) > super().product_cost(rows):
-            return super().contract(x, how)
         inwards = self.factors[: self.inputs]
         y = multiply_axes(x, self.sizes[: self.inputs], inwards, how).astype(x.dtype)
         core = unboxed(self.core).reshape((y.shape[-1], -1))
@@ -115,14 +112,11 @@ class Tucker(Leaf):
         ]
         return multiply_axes(y.astype(dtype), self.ranks[self.inputs :], factors, how)
 
-    def _cost_apart(self, rows: int) -> int:
+    def factored_cost(self, rows: int) -> int:
         cut, ranks = self.inputs, self.ranks
         inwards = axes_cost(self.sizes[:cut], ranks[:cut], self.factors[:cut])
         outwards = axes_cost(ranks[cut:], self.sizes[cut:], self.factors[cut:])
         return rows * (inwards + math.prod(ranks) + outwards)
-
-    def product_cost(self, rows: int) -> int:
-        return min(self._cost_apart(rows), super().product_cost(rows))
 
     def dense_cost(self) -> int:
         return axes_cost(self.ranks, self.sizes, self.factors)

@@ -135,42 +135,10 @@ def make_train_step(
     def step(
         state: TrainState, batch: Batch, loss_fn: LossFn
     ) -> tuple[TrainState, Metrics]:
-        trainable, frozen = partition(state.params)
+        parts = partition(state.params)
         key = jax.random.fold_in(state.key, state.step)
-
-        def loss_of(trainable: Params, batch: Batch, key: jax.Array) -> Any:
-            params = _cast(combine(trainable, frozen), compute_dtype)
-            loss, metrics = loss_fn(params, batch, key)
-            _check_metrics(loss, metrics)
-            return loss.astype(jnp.float32), metrics
-
-        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        if accumulate == 1:
-            (loss, metrics), gradients = gradient_of(trainable, batch, key)
-        else:
-            loss, metrics, gradients = _accumulated(
-                gradient_of, trainable, _parts(batch, accumulate), key
-            )
-        updates, optimizer_state = update(
-            gradients, state.optimizer, trainable, value=loss, gradients=gradients
-        )
-        norms = {"gradient_norm": _norm(gradients), "update_norm": _norm(updates)}
-        finite = jnp.isfinite(jnp.stack([loss, *norms.values()])).all()
-        finite &= jnp.asarray(metrics.get("weight", 1)) > 0
-        moved = optax.apply_updates(trainable, updates)
-        after = TrainState(
-            optax.safe_increment(state.step),
-            combine(moved, frozen),
-            optimizer_state,
-            state.key,
-        )
-        after = jax.tree.map(
-            lambda new, old: old if new is old else jnp.where(finite, new, old),
-            after,
-            state,
-        )
-        own = {"loss": loss, **norms, "finite": finite}
-        return after, metrics | own
+        found = _differentiate(loss_fn, parts, batch, key, accumulate, compute_dtype)
+        return _advance(update, state, parts, *found)
 
     compiled: dict[Any, Any] = {}
 
@@ -185,6 +153,62 @@ def make_train_step(
         return compiled[where](state, batch, bound)
 
     return call
+
+
+def _differentiate(
+    loss_fn: LossFn,
+    parts: tuple[Params, Params],
+    batch: Batch,
+    key: jax.Array,
+    accumulate: int,
+    compute_dtype: Any,
+) -> tuple[jax.Array, Metrics, Params]:
+    """Return loss, metrics and gradient on a batch; `parts` are of `partition`."""
+    trainable, frozen = parts
+
+    def loss_of(trainable: Params, batch: Batch, key: jax.Array) -> Any:
+        params = _cast(combine(trainable, frozen), compute_dtype)
+        loss, metrics = loss_fn(params, batch, key)
+        _check_metrics(loss, metrics)
+        return loss.astype(jnp.float32), metrics
+
+    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+    if accumulate > 1:
+        pieces = _parts(batch, accumulate)
+        return _accumulated(gradient_of, trainable, pieces, key)
+    (loss, metrics), gradients = gradient_of(trainable, batch, key)
+    return loss, metrics, gradients
+
+
+def _advance(
+    update: Callable[..., Any],
+    state: TrainState,
+    parts: tuple[Params, Params],
+    loss: jax.Array,
+    metrics: Metrics,
+    gradients: Params,
+) -> tuple[TrainState, Metrics]:
+    """Return the state after an update, the same where one is not finite; metrics."""
+    trainable, frozen = parts
+    updates, optimizer_state = update(
+        gradients, state.optimizer, trainable, value=loss, gradients=gradients
+    )
+    norms = {"gradient_norm": _norm(gradients), "update_norm": _norm(updates)}
+    finite = jnp.isfinite(jnp.stack([loss, *norms.values()])).all()
+    finite &= jnp.asarray(metrics.get("weight", 1)) > 0
+    moved = optax.apply_updates(trainable, updates)
+    after = TrainState(
+        optax.safe_increment(state.step),
+        combine(moved, frozen),
+        optimizer_state,
+        state.key,
+    )
+    after = jax.tree.map(
+        lambda new, old: old if new is old else jnp.where(finite, new, old),
+        after,
+        state,
+    )
+    return after, metrics | {"loss": loss, **norms, "finite": finite}
 
 
 def check_batch(batch: Batch, parts: int = 1) -> None:
