@@ -12,7 +12,6 @@ from jaxcompress.calibration.collect import averages, row_sums
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.tracing.blocks import Segment, cut
 from jaxcompress.tracing.interpreter import run_uses
-from jaxcompress.tracing.modules import model_function
 from jaxcompress.tracing.uses import Use
 from jaxcompress.tree.layouts import Layout, check_layout
 
@@ -99,13 +98,16 @@ class Streams:
 
 
 def streams(
-    model: Any, shapes: Mapping[str, Any], rebuild: Any, batches: Any, pattern: str
+    function: Callable[[Any, Any], Any],
+    shapes: Mapping[str, Any],
+    rebuild: Any,
+    batches: Any,
+    pattern: str | None,
 ) -> Streams:
-    """Return batches at the start of the model, cut by `pattern` as in `segments.cut`.
+    """Return batches at the start of the model, cut by `pattern` as in `blocks.cut`.
 
     Raises ValueError where batches of unlike shapes use the weights in unlike ways.
     """
-    function = model_function(model)
     known: dict[Any, Any] = {}
     programs = []
     for batch in batches:

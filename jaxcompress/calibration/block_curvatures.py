@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxcompress.calibration.activations import Streams
 from jaxcompress.calibration.block_passes import SCORE, Job, Passes
-from jaxcompress.calibration.blockwise import BLOCKS, full_names
+from jaxcompress.calibration.blockwise_parts import full_names
 from jaxcompress.calibration.collect import check_seen
 from jaxcompress.calibration.lazy_params import Source, source_of
 from jaxcompress.calibration.moment_files import moments_to_arrays
@@ -35,7 +35,7 @@ def measure_curvatures_blockwise(
     batches: Iterable[Batch],
     *,
     moments: Mapping[str, Moments] | None = None,
-    blocks: str = BLOCKS,
+    blocks: str | None = None,
     where: str | None = None,
     joint: bool = False,
     damping: float = 0.01,

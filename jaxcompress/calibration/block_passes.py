@@ -16,7 +16,7 @@ from jaxcompress.calibration.block_gradients import (
     is_float,
     weight_gradient,
 )
-from jaxcompress.calibration.blockwise import full_names
+from jaxcompress.calibration.blockwise_parts import full_names
 from jaxcompress.calibration.collect import check_finite
 from jaxcompress.calibration.curvature_sums import (
     CurvatureSum,

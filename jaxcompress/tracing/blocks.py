@@ -9,17 +9,15 @@ carried on, in a transformer the residual stream. No help of the model is needed
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 
-from jaxcompress.tracing.interpreter import CALLS
-from jaxcompress.tracing.jaxpr_compat import bind, called, closed_of, scan_sizes
-from jaxcompress.tracing.provenance import SAME
+from jaxcompress.tracing.block_names import find_blocks, guess_blocks
+from jaxcompress.tracing.jaxpr_compat import bind
+from jaxcompress.tracing.unrolled import Held, Stack, scanned, unroll
 
 Shapes = Mapping[str, Any]  # by weight name: anything with a shape and a dtype
 
@@ -70,49 +68,45 @@ class Segment:
         return [held[var] for var in self.writes]
 
 
-def find_blocks(names: Sequence[str], pattern: str) -> dict[str, list[str]]:
-    """Short names of the weights of each submodule whose path the pattern matches.
-
-    The longest path of a weight that fully matches decides. Raises ValueError where
-    none does.
-    """
-    compiled = re.compile(pattern)
-    found: dict[str, list[str]] = {}
-    for name in names:
-        parts = name.split("/")
-        for depth in range(len(parts) - 1, 0, -1):
-            path = "/".join(parts[:depth])
-            if compiled.fullmatch(path):
-                found.setdefault(path, []).append("/".join(parts[depth:]))
-                break
-    if not found:
-        paths = dict.fromkeys(name.rsplit("/", 1)[0] for name in names)
-        tops = dict.fromkeys(name.split("/")[0] for name in names)
-        raise ValueError(
-            f"no submodule is called {pattern!r}, so that there are no blocks; the "
-            f"model has {', '.join(list(tops)[:8])} (as {', '.join(list(paths)[:4])}). "
-            "Pass blocks= a pattern that fully matches the path of each block, or "
-            "compress the model whole with collect_moments"
-        )
-    return found
-
-
 def cut(
     function: Callable[[Mapping[str, Any], Any], Any],
     shapes: Shapes,
     batch: Any,
-    pattern: str,
+    pattern: str | None,
 ) -> tuple[list[Segment], list[Any]]:
     """The segments of `function(weights, batch)`, and the variables of the batch.
 
     Traces abstractly. What the function returns is not kept: the last segment ends
-    with the last use of a weight.
+    with the last use of a weight. Without a pattern blocks are guessed; those that the
+    model goes back to after others are no blocks.
 
     Raises:
       ValueError: no submodule matches, or blocks do not follow one another.
     """
-    groups = find_blocks(list(shapes), pattern)
-    outer, blocks, flat, consts = _flattened(function, shapes, batch, groups)
+    closed = jax.make_jaxpr(function)(dict(shapes), batch)
+    if pattern is not None:
+        return _cut(closed, shapes, batch, find_blocks(list(shapes), pattern))
+    order = sorted(shapes)
+    loops = {name: loop for name, (loop, _) in scanned(closed, order).items()}
+    groups = guess_blocks(order, loops)
+    while True:
+        try:
+            return _cut(closed, shapes, batch, groups)
+        except _Interleaved as error:
+            groups = {p: n for p, n in groups.items() if p not in error.paths}
+
+
+class _Interleaved(ValueError):
+    """Blocks that do not follow one another; `paths` of those that others interrupt."""
+
+    paths: frozenset[str] = frozenset()
+
+
+def _cut(
+    closed: Any, shapes: Shapes, batch: Any, groups: Mapping[str, list[str]]
+) -> tuple[list[Segment], list[Any]]:
+    """Cut a traced program into these blocks."""
+    outer, blocks, flat, consts = _flattened(closed, shapes, batch, groups)
     sizes = [len(outer), *(len(block.names) for block in blocks)]
     owners: dict[Any, tuple[int, str]] = {}  # block number (-1: none) and name
     left = iter(flat.invars)
@@ -126,15 +120,14 @@ def cut(
 
 
 def _flattened(
-    function: Callable, shapes: Shapes, batch: Any, groups: Mapping[str, list[str]]
+    closed: Any, shapes: Shapes, batch: Any, groups: Mapping[str, list[str]]
 ) -> tuple[list[str], list[Block], Any, list]:
     """Outer names, blocks, and the program with its loops over blocks unrolled."""
     full = {f"{p}/{name}": (p, name) for p, names in groups.items() for name in names}
-    closed = jax.make_jaxpr(function)(dict(shapes), batch)
     order = sorted(shapes)
     tags = [name if name in full else None for name in order]
     lengths: dict[str, int] = {}
-    for name, length in _scanned(closed, tags).items():
+    for name, (_, length) in scanned(closed, tags).items():
         if lengths.setdefault(full[name][0], length) != length:
             raise ValueError(f"{name}: loops of unlike lengths run over its block")
     blocks, numbers = [], {}
@@ -150,14 +143,14 @@ def _flattened(
             path, short = full.get(name, (None, name))
             first = numbers.get(path, -1)
             if path is None:
-                values.append(_Held(outer[name], -1))
+                values.append(Held(outer[name], -1))
             elif path not in lengths:
-                values.append(_Held(parts[first][short], first))
+                values.append(Held(parts[first][short], first))
             else:
                 turns = range(first, first + lengths[path])
-                slices = [_Held(parts[i][short], i) for i in turns]
-                values.append(_Stack(slices))
-        return _unroll(closed, values + list(map(_Held, jax.tree.leaves(batch))))
+                slices = [Held(parts[i][short], i) for i in turns]
+                values.append(Stack(slices))
+        return unroll(closed, values + list(map(Held, jax.tree.leaves(batch))))
 
     def shape(block: Block, name: str) -> jax.ShapeDtypeStruct:
         x = shapes[f"{block.path}/{name}"]
@@ -167,92 +160,6 @@ def _flattened(
     parts = [{name: shape(block, name) for name in block.names} for block in blocks]
     made = jax.make_jaxpr(run)({name: shapes[name] for name in outer}, parts, batch)
     return outer, blocks, made.jaxpr, made.consts
-
-
-def _scanned(closed: Any, tags: Sequence[str | None]) -> dict[str, int]:
-    """Lengths of the loops that take slices of weights, by the weight's name."""
-    found: dict[str, int] = {}
-    tag_of = dict(zip(closed.jaxpr.invars, tags, strict=False))
-    for eqn in closed.jaxpr.eqns:
-        here = [None if _literal(v) else tag_of.get(v) for v in eqn.invars]
-        if not any(here):
-            continue
-        if eqn.primitive.name in CALLS and (inner := called(eqn)) is not None:
-            found |= _scanned(inner, here)
-        elif eqn.primitive.name == "scan":
-            sliced = here[sum(scan_sizes(eqn.params, len(here))) :]
-            found |= {tag: eqn.params["length"] for tag in sliced if tag}
-        elif eqn.primitive.name in SAME:
-            tag_of[eqn.outvars[0]] = here[0]
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Held:
-    """A value, and the number of the block it is a weight of (-1: of none)."""
-
-    value: Any
-    owner: int | None = None
-
-
-class _Stack(list):
-    """The slices of a stacked weight, each a weight of its own."""
-
-    @property
-    def value(self) -> jax.Array:
-        return jnp.stack([held.value for held in self])
-
-
-def _unroll(closed: Any, values: Sequence[_Held | _Stack]) -> list:
-    """Runs a program; calls that read several blocks, and loops over them, are opened.
-
-    Returns arrays.
-    """
-    jaxpr = closed.jaxpr
-    env: dict[Any, Any] = dict(
-        zip(jaxpr.constvars, map(_Held, closed.consts), strict=True)
-    )
-    env |= zip(jaxpr.invars, values, strict=True)
-    for eqn in jaxpr.eqns:
-        inputs = [_Held(v.val) if _literal(v) else env[v] for v in eqn.invars]
-        stacks = [x for x in inputs if isinstance(x, _Stack)]
-        owners = {x.owner for x in inputs if isinstance(x, _Held)} - {None}
-        name = eqn.primitive.name
-        several = stacks or len(owners) > 1
-        if several and name in CALLS and (inner := called(eqn)) is not None:
-            results = list(map(_Held, _unroll(inner, inputs)))
-        elif stacks and name == "scan":
-            results = list(map(_Held, _turns(eqn, inputs)))
-        elif stacks and name in SAME:
-            each = [bind(eqn, [held.value])[0] for held in stacks[0]]
-            owned = zip(each, stacks[0], strict=True)
-            results = [_Stack(_Held(x, held.owner) for x, held in owned)]
-        else:
-            results = list(map(_Held, bind(eqn, [x.value for x in inputs])))
-            if name in SAME and owners:
-                results = [_Held(results[0].value, inputs[0].owner)]
-        env |= zip(eqn.outvars, results, strict=True)
-    return [v.val if _literal(v) else env[v].value for v in jaxpr.outvars]
-
-
-def _turns(eqn: Any, inputs: Sequence[_Held | _Stack]) -> list:
-    """The results of a loop, its turns one after the other."""
-    body, length = closed_of(eqn.params["jaxpr"]), eqn.params["length"]
-    consts, carries = scan_sizes(eqn.params, len(inputs))
-    fixed = [_Held(x.value) if isinstance(x, _Stack) else x for x in inputs[:consts]]
-    carry = [_Held(x.value) for x in inputs[consts : consts + carries]]
-    collected: list[Any] = [None] * length
-    turns = range(length)
-    for i in reversed(turns) if eqn.params["reverse"] else turns:
-        xs = [
-            x[i] if isinstance(x, _Stack) else _Held(x.value[i])
-            for x in inputs[consts + carries :]
-        ]
-        results = _unroll(body, [*fixed, *carry, *xs])
-        carry = list(map(_Held, results[:carries]))
-        collected[i] = results[carries:]
-    stacked = [jnp.stack(ys) for ys in zip(*collected, strict=True)]
-    return [x.value for x in carry] + stacked
 
 
 def _segments(
@@ -327,17 +234,10 @@ def _spans(
         for number in numbers - {-1}:
             first.setdefault(number, i)
             last[number] = i
-    if not first:
+    if (blocks and not first) or not any(readers):
         raise ValueError("the model uses no weight of any block on these batches")
     spans = sorted(((n, first[n], last[n]) for n in first), key=lambda span: span[1])
-    for (a, _, stop), (b, start, _) in itertools.pairwise(spans):
-        if start <= stop:
-            raise ValueError(
-                f"the blocks {blocks[a].label} and {blocks[b].label} do not follow one "
-                "another: the model goes back to the first after it has used the "
-                "second. Pass blocks= a pattern of modules that run in turn, or "
-                "compress the model whole with collect_moments"
-            )
+    _check_turns(blocks, spans)
     inside = {i for _, start, stop in spans for i in range(start, stop + 1)}
     for i, numbers in enumerate(readers):
         if -1 in numbers and i not in inside:
@@ -350,6 +250,40 @@ def _spans(
         else:
             merged.append((number, start, stop))
     return merged
+
+
+def _check_turns(
+    blocks: Sequence[Block], spans: Sequence[tuple[int, int, int]]
+) -> None:
+    """Raise `_Interleaved` where a block begins before another ends.
+
+    Of two such blocks the one that is used last is named in `paths`.
+    """
+    overlaps = [
+        (a, b)
+        for (a, _, stop), (b, start, _) in itertools.pairwise(spans)
+        if start <= stop
+    ]
+    if not overlaps:
+        return
+    a, b = overlaps[0]
+    error = _Interleaved(
+        f"the blocks {blocks[a].label} and {blocks[b].label} do not follow one "
+        "another: the model goes back to the first after it has used the second. Pass "
+        "blocks= a pattern of modules that run in turn, or compress the model whole "
+        "with collect_moments"
+    )
+    kept: list[tuple[int, int, int]] = []
+    paths = set()
+    for span in spans:
+        while kept and span[1] <= kept[-1][2] and span[2] < kept[-1][2]:
+            paths.add(blocks[kept.pop()[0]].path)
+        if kept and span[1] <= kept[-1][2]:
+            paths.add(blocks[span[0]].path)
+        else:
+            kept.append(span)
+    error.paths = frozenset(paths)
+    raise error
 
 
 def _cuts(

@@ -17,7 +17,8 @@ def model_function(
     """The function `(params, batch) -> anything` that runs a model.
 
     Args:
-      model: a Linen module, an NNX module, or such a function.
+      model: a Linen module, an NNX module, a Flax model of transformers, or such a
+        function.
       variables: further collections of a Linen module, by name.
     """
     if is_nnx(model):
@@ -29,6 +30,8 @@ def model_function(
             f"a model is a Linen or an NNX module, or a function of (params, batch), "
             f"not a {type(model).__name__}; wrap it in a function"
         )
+    if hasattr(getattr(model, "module", None), "apply"):
+        return lambda params, batch: _call_holder(model, params, batch)
     return model
 
 
@@ -43,6 +46,12 @@ def _call_nnx(model: Any, params: Params, batch: Any) -> Any:
 
     positional, named = _arguments(batch, type(model).__call__)
     return with_params(model, params)(*positional, **named)
+
+
+def _call_holder(model: Any, params: Params, batch: Any) -> Any:
+    """Calls what holds a Linen module and takes `params=`, as transformers' models."""
+    positional, named = _arguments(batch, type(model).__call__)
+    return model(*positional, **named, params=params)
 
 
 def _apply(model: Any, params: Params, batch: Any, variables: Mapping[str, Any]) -> Any:

@@ -56,6 +56,7 @@ def compress(
     record: list[LeafReport] | None = None,
     progress: bool | Callable[[list[str]], Iterable[str]] = False,
     part: bool = False,
+    traced: Collection[str] = (),
 ) -> Params:
     """Replace the leaves that a recipe selects by what its methods return.
 
@@ -81,7 +82,8 @@ def compress(
       progress: True for a bar, or what wraps the list of names that a stage works on,
         such as `tqdm.tqdm`.
       part: `params` are a part of a larger tree: what the recipe says of leaves that
-        are not there is left out.
+        are not there is left out, and leaves without moments take rules without data.
+      traced: names that count as seen by a trace, beside those of layouts and moments.
 
     Returns:
       The tree, with a leaf type where each selected array stood:
@@ -108,7 +110,9 @@ def compress(
     instead: dict[str, str] = {}
     small = params
     for number, stage in enumerate(chain(recipe).stages):
-        bound = bind(small, stage, moments, layouts, part=part)
+        bound = bind(
+            small, stage, moments, layouts, part=part, spare=part, traced=traced
+        )
         if not part and not number and (isinstance(stage, str) or callable(stage)):
             _name_large(small, bound, {*layouts, *(moments or {})})
         small = _run(small, bound, moments, layouts, progress, done, reasons)

@@ -1,6 +1,7 @@
 """Which method a recipe chooses for each leaf, and why it leaves others alone."""
 
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ def bind(
     layouts: Mapping[str, Layout] | None = None,
     *,
     part: bool = False,
+    spare: bool = False,
+    traced: Collection[str] = (),
 ) -> Choices:
     """Bind one stage of a recipe to a tree: a method for each leaf, or a reason.
 
@@ -55,6 +58,9 @@ def bind(
       stage: a method, its string, or rules.
       moments, layouts: by name.
       part: `params` are a part of a tree, which may lack what the stage names.
+      spare: what has no moments is not used by the model, or not in a way that a trace
+        follows: it takes a method that needs no data too, with a warning.
+      traced: names that count as those of layouts do.
 
     Raises:
       ValueError: the stage is no recipe, or names leaves that are not there.
@@ -63,14 +69,16 @@ def bind(
     check_names([entry.name for entry in found])
     if isinstance(stage, str) or callable(stage):
         f = parse(stage) if isinstance(stage, str) else stage
-        traced = {*(moments or {}), *(layouts or {})}
-        return _bind_method(f, found, traced, part)
+        seen = {*(moments or {}), *(layouts or {}), *traced}
+        bound = _bind_method(f, found, seen, part)
+        return _spare_unseen(bound) if spare else bound
     if not isinstance(stage, list | tuple):
         raise ValueError(
             f"{stage!r} is not a recipe; give a method, its string, a list of "
             "(pattern, method) or a chain of these"
         )
-    return _bind_rules([_rule(rule) for rule in stage], found, part)
+    bound = _bind_rules([_rule(rule) for rule in stage], found, part)
+    return _spare_unseen(bound) if spare else bound
 
 
 def _bind_method(
@@ -97,9 +105,37 @@ def _bind_method(
         reasons = ", ".join(f"{name} ({why})" for name, why in some)
         raise ValueError(
             f"{describe(f)} takes no leaf of this tree by default: {reasons}, ...; "
-            "name the leaves with a list of (pattern, method)"
+            "pass layouts=find_layouts(model, params, batch), or name the leaves with "
+            "a list of (pattern, method)"
         )
     return result
+
+
+def _spare_unseen(bound: Choices) -> Choices:
+    """Give leaves without moments methods that need none, and warn of them."""
+    unseen = []
+    for entry in bound.selected:
+        f = bound.methods[entry.name]
+        rule = traits(f).without_data
+        if rule is None or describe(rule) == describe(f):
+            continue
+        if entry.moments is not None or entry.depth:
+            continue
+        unseen.append(entry.name)
+        bound.methods[entry.name] = rule
+        bound.instead[entry.root] = (
+            f"its inputs were not seen, which {describe(f)} goes by: took "
+            f"{describe(rule)}"
+        )
+    if unseen:
+        warnings.warn(
+            f"{', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}: not used by "
+            "the model on these batches, or not by a product that the trace follows; "
+            f"compressed without data, by {describe(bound.methods[unseen[0]])}. Keep "
+            "them by rules (pattern, None), or pass batches that reach them",
+            stacklevel=4,
+        )
+    return bound
 
 
 def _bind_rules(

@@ -17,10 +17,10 @@ from calibration.test_moments import (
 from models_for_tests import Language
 
 import jaxcompress as jc
-from jaxcompress.calibration.blockwise import BLOCKS
 from jaxcompress.calibration.moments import Moments, by_input
 from jaxcompress.storage.checkpoint import StoredParams
-from jaxcompress.tracing.blocks import cut, find_blocks
+from jaxcompress.tracing.block_names import find_blocks, guess_blocks
+from jaxcompress.tracing.blocks import cut
 from jaxcompress.tracing.layouts import flat_weights, model_function
 from jaxcompress.tree.paths import entries
 
@@ -301,7 +301,8 @@ def test_any_function_of_parameters_and_batch_is_a_model(stream):
     rules = [(KERNELS, jc.gptq(bits=3))]
     batches = [TOKENS[0], TOKENS[1], TOKENS[0][:2]]
     plain = jc.compress_blockwise(Stream(), stream, rules, batches)
-    jitted = jc.compress_blockwise(call, stream, rules, batches)
+    with pytest.warns(UserWarning, match=r"cannot take .*arithmetic over the tree"):
+        jitted = jc.compress_blockwise(call, stream, rules, batches)
     for a, b in zip(*map(jax.tree.leaves, (plain, jitted)), strict=True):
         assert np.mean(np.asarray(a) != np.asarray(b)) < 0.02
 
@@ -489,7 +490,11 @@ def test_blocks_that_cannot_be_found_or_cut(stream):
     with pytest.raises(
         ValueError, match="layer_0 and layer_1 do not follow one another"
     ):
-        jc.compress_blockwise(twice, params, rules, [random(3, 4)])
+        jc.compress_blockwise(twice, params, rules, [random(3, 4)], blocks=r"layer_\d")
+    record = []
+    jc.compress_blockwise(twice, params, [(KERNELS, seen(record))], [random(3, 4)])
+    # No block: the first, used twice, has moments of both uses.
+    assert [float(moments.count) for _, moments in record] == [6, 3]
 
 
 def test_weights_in_a_loop_inside_a_block():
@@ -557,15 +562,33 @@ def test_layers_that_do_not_stack(stream):
 # Cutting.
 
 
-def test_the_default_pattern():
-    for path in ("layer_0", "layers", "encoder/blocks_11", "h/3", "model/layers/0"):
-        assert re.fullmatch(BLOCKS, path), path
-    for path in ("embed", "head", "layernorm", "lm/head"):
-        assert not re.fullmatch(BLOCKS, path), path
-    found = find_blocks(
-        ["layers/0/a/kernel", "layers/1/a/kernel", "head/kernel"], BLOCKS
-    )
-    assert found == {"layers/0": ["a/kernel"], "layers/1": ["a/kernel"]}
+BY_NAME = {  # kernels of a model, and the paths of its blocks
+    "numbers": (["embed", "h_0/a", "h_1/a", "head"], ["h_0", "h_1"]),
+    "flax": (["TransformerBlock_0/Dense_0", "TransformerBlock_1/Dense_0"], None),
+    "lists": (["blocks/0/mlp/1", "blocks/1/mlp/0", "norm"], ["blocks/0", "blocks/1"]),
+    "dots": (["blocks.0/a/q", "blocks.1/a/q"], ["blocks.0", "blocks.1"]),
+    "outermost": (["e/block/0/layer/0/q", "e/block/1/layer/0/q"], None),
+    "one family inside one": (["Vit_0/block_0/Dense_0", "Vit_0/block_1/Dense_0"], None),
+    "words": (["encoderblock/Dense_0", "head"], ["encoderblock"]),
+    "none": (["encoder/fc1", "decoder/fc1"], ["encoder/fc1", "decoder/fc1"]),
+    "layers of norms": (["LayerNorm_0", "LayerNorm_1", "layer_0"], ["layer_0"]),
+    "statistics": (["params/layer_0/a", "batch_stats/layer_0/a"], ["params/layer_0"]),
+}
+
+
+@pytest.mark.parametrize("case", BY_NAME)
+def test_blocks_by_name(case):
+    modules, paths = BY_NAME[case]
+    found = guess_blocks([f"{module}/kernel" for module in modules])
+    if paths is None:  # all but the last module
+        paths = [module.rsplit("/", 1)[0] for module in modules]
+        paths = ["e/block/0", "e/block/1"] if case == "outermost" else paths
+    assert list(found) == paths
+    names = ["layers/0/a/kernel", "layers/1/a/kernel", "head/kernel"]
+    assert find_blocks(names, r"(.*/)?layers/\d+") == {
+        "layers/0": ["a/kernel"],
+        "layers/1": ["a/kernel"],
+    }
 
 
 @pytest.mark.parametrize("kind", ["loop", "scan_remat"])
@@ -574,7 +597,7 @@ def test_segments_run_one_after_the_other_are_the_model(stream, kind):
     shapes, rebuild = flat_weights(params)
     function = model_function(Stream(kind))
     run = lambda weights, batch: function(rebuild(weights), batch)  # noqa: E731
-    segments, inputs = cut(run, shapes, TOKENS[0], BLOCKS)
+    segments, inputs = cut(run, shapes, TOKENS[0], None)
     labels = [s.block.label if s.block else None for s in segments]
     name = "layers[{}]" if "scan" in kind else "layer_{}"
     assert labels == [None, *(name.format(i) for i in range(3)), None]
