@@ -1,6 +1,7 @@
 """`check`: whether a model takes a compressed tree, found without computing."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,13 @@ from jaxcompress.tree.paths import leaf_names
 from jaxcompress.types import Params
 
 
-def check(model: Any, small: Params, batch: Any) -> None:
+def check(
+    model: Any,
+    small: Params,
+    batch: Any,
+    *,
+    variables: Mapping[str, Any] | None = None,
+) -> None:
     """Applies a model abstractly to a compressed tree, and names a leaf that fails.
 
     Nothing is computed. Warns where the tree has no compressed leaf any more: an
@@ -22,14 +29,14 @@ def check(model: Any, small: Params, batch: Any) -> None:
     Args:
       model: as for `find_layouts`.
       small: pytree of arrays and leaves.
-      batch: as for `find_layouts`.
+      batch, variables: as for `find_layouts`.
 
     Raises:
       ValueError: the model takes the dense tree but not this one; names the leaf that
         it cannot take by itself, or says that only several together fail.
       Exception: whatever the model raises of the dense tree too.
     """
-    function = model_function(model)
+    function = model_function(model, variables)
     leaves, treedef = jax.tree.flatten(small, is_leaf=is_leaf)
     if not any(map(is_leaf, leaves)):
         warnings.warn(

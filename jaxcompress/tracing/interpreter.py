@@ -110,11 +110,14 @@ def run_uses(
     values = [weights[name] for name in names] + jax.tree.leaves(arguments)
     tags += [None] * (len(values) - len(tags))
     experts: set[str] = set()
-    if any(isinstance(t, Weight) and len(t.axes) > 2 for t in tags):
-        # What is multiplied decides whether a gather picks experts or rows of a table.
-        probe = _Reader(lambda use: {}, {}, experts, probing=True)
+    batched: set[str] = set()
+    stacks = any(isinstance(t, Weight) and len(t.axes) > 2 for t in tags)
+    if stacks or any(jnp.ndim(x) for x in closed.consts):
+        # What is multiplied decides whether a gather picks experts or rows of a table,
+        # and whether a product with constants counts.
+        probe = _Reader(lambda use: {}, {}, experts, batched, probing=True)
         jax.eval_shape(lambda *values: probe.run(closed, values, tags)[0], *values)
-    reader = _Reader(visit, {}, experts, multiply=multiply)
+    reader = _Reader(visit, {}, experts, batched, multiply=multiply)
     results, _, sums = reader.run(closed, values, tags)
     return jax.tree.unflatten(jax.tree.structure(shapes), results), sums
 
@@ -124,7 +127,8 @@ class _Reader:
     visit: Visit
     layouts: dict[str, Layout]  # of the weights met so far
     experts: set[str]  # weights whose gathered slices are multiplied
-    probing: bool = False  # finding them
+    batched: set[str]  # weights multiplied by what depends on the batch
+    probing: bool = False  # finding these two
     looped: bool = False
     mapped: bool = False  # inside a call that `vmap` made
     multiply: Multiply | None = None
@@ -183,8 +187,9 @@ class _Reader:
             dataclasses.replace(use, looped=self.looped)
             for use in uses_of(eqn, values, tags, mapped=mapped, experts=self.experts)
         ]
+        fixed = all(tag is not None for tag in tags)
         for use in uses:
-            self.note(use, sums)
+            self.note(use, sums, fixed=fixed and not use.lookup)
         if self.multiply:
             results = self.multiply(eqn, values, tags, uses)
         else:
@@ -197,11 +202,19 @@ class _Reader:
             after = [None]
         return results, after, sums
 
-    def note(self, use: Use, sums: Sums) -> None:
-        """Adds what `visit` returns for a use to the sums."""
+    def note(self, use: Use, sums: Sums, *, fixed: bool) -> None:
+        """Adds what `visit` returns for a use to the sums.
+
+        `fixed`: no operand depends on the batch, as in a power iteration. It counts
+        where the weight has no other use.
+        """
         if self.probing:
             if use.chosen is not None:
                 self.experts.add(use.name)
+            if not fixed:
+                self.batched.add(use.name)
+            return
+        if fixed and use.name in self.batched:
             return
         first = self.layouts.setdefault(use.name, use.layout)
         if first == use.layout:

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
+from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.types import Params
 
 # Keys of a batch that a module is given only if it has an argument of that name.
@@ -59,6 +62,16 @@ def _apply(model: Any, params: Params, batch: Any, variables: Mapping[str, Any])
     try:
         return model.apply({**variables, "params": params}, *positional, **named)
     except Exception as error:
+        reached = type(error).__name__ == "ScopeParamNotFoundError"
+        reached = reached or "GetAttrKey" in str(error)
+        if reached and any(map(is_leaf, jax.tree.leaves(params, is_leaf=is_leaf))):
+            raise TypeError(
+                f"{type(model).__name__} changes its parameters as a tree before its "
+                "layers read them (nn.WeightNorm, nn.SpectralNorm, nn.map_variables), "
+                f"and reaches the parts of a compressed leaf: {error}. Fold the norm "
+                "into the kernel and leave the wrapper out, keep the kernels inside it "
+                "by a rule (pattern, None), or apply materialize(small)"
+            ) from error
         if type(error).__name__ == "ScopeCollectionNotFound":
             raise TypeError(
                 f"{type(model).__name__} reads other collections than params: {error}. "

@@ -1,5 +1,6 @@
 """`check` names the leaf that a model cannot take, and computes nothing."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -44,3 +45,26 @@ def test_a_model_that_fails_by_itself_says_so():
 def test_a_dense_tree_is_warned_about():
     with pytest.warns(UserWarning, match=r"no compressed leaf.*tree\.unbox"):
         jc.check(fine, PARAMS, BATCH)
+
+
+class Wrapped(nn.Module):
+    norm: str
+
+    @nn.compact
+    def __call__(self, x):
+        if self.norm == "spectral":
+            return nn.SpectralNorm(nn.Dense(64))(x, update_stats=False)
+        return nn.WeightNorm(nn.Dense(64))(x)
+
+
+@pytest.mark.parametrize("norm", ["spectral", "weight"])
+def test_a_norm_around_a_kernel_says_what_to_do(norm):
+    model = Wrapped(norm)
+    variables = model.init(jax.random.key(0), jnp.ones((2, 64)))
+    params = variables.pop("params")
+    layouts = jc.find_layouts(model, params, BATCH, variables=variables)
+    # The power iteration, which no batch reaches, is no use of the kernel.
+    assert layouts == {"Dense_0/kernel": jc.Layout((), (0,), (1,))}
+    small = jc.compress(params, "symmetric(bits=4)", layouts=layouts)
+    with pytest.raises(ValueError, match=r"Dense_0/kernel: .*Fold the norm into"):
+        jc.check(model, small, BATCH, variables=variables)
