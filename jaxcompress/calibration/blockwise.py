@@ -204,7 +204,7 @@ def _layouts(
     batch: Any,
     given: Mapping[str, Layout],
 ) -> dict[str, Layout]:
-    """Merge layouts that the caller gives with those that a trace of the model finds."""
+    """Merge the layouts that the caller gives with those that a trace finds."""
     for name, layout in given.items():
         if name not in source.shapes:
             raise ValueError(

@@ -192,7 +192,7 @@ class Job:
         return total, layouts
 
     def layout(self, name: str, index: int | None) -> Layout:
-        """Return the layout of a leaf, or of a slice of it along its first stack axis."""
+        """Return the layout of a leaf, or of one slice of it along axis 0."""
         layout = self.layouts[name]
         if index is None:
             return layout
