@@ -49,6 +49,7 @@ PLACES = {
     "flax": [
         "tree/leaf",
         "tree/boxes",
+        "tree/state_dicts",
         "tracing/modules",
         "calibration/collect",
         "running",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxcompress.distillation.cached import TopK, cached_kl
 from jaxcompress.distillation.losses import count, cross_entropy, forward_kl, mean
@@ -63,7 +64,7 @@ def _labels(
     apply_fn: ApplyFn, params: Params, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     del key
-    tokens, mask = batch["tokens"], batch["mask"][:, 1:]
+    tokens, mask = batch["tokens"], _mask(batch)
     values = cross_entropy(apply_fn(params, tokens)[:, :-1], tokens[:, 1:], mask=mask)
     hard = mean(values, mask)
     return hard, {"hard": hard, "weight": count(values, mask)}
@@ -100,7 +101,7 @@ def _mixed(
     params: Params,
     batch: Batch,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    tokens, mask = batch["tokens"], batch["mask"][:, 1:]
+    tokens, mask = batch["tokens"], _mask(batch)
     logits = apply_fn(params, tokens)[:, :-1]
     values = soft(logits, target, mask=mask)
     total = mean(values, mask)
@@ -118,3 +119,9 @@ def _check(soft_weight: float) -> None:
             f"soft_weight is {soft_weight}; it must be above 0 and at most 1 "
             "(hard_labels has no teacher)"
         )
+
+
+def _mask(batch: Batch) -> jax.Array:
+    """Return which of `tokens[:, 1:]` count: all, where the batch has no mask."""
+    mask = batch.get("mask")
+    return jnp.ones(batch["tokens"].shape, bool)[:, 1:] if mask is None else mask[:, 1:]

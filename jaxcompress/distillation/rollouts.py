@@ -136,7 +136,8 @@ def _on_policy(
     batch: Batch,
     key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    tokens, mask = batch["tokens"], batch["mask"] > 0
+    tokens = batch["tokens"]
+    mask = batch.get("mask", jnp.ones(tokens.shape, bool)) > 0
     if not 1 <= prompt < tokens.shape[1]:
         raise ValueError(
             f"prompt is {prompt}; of texts of {tokens.shape[1]} tokens it must leave "

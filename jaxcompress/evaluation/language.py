@@ -130,6 +130,8 @@ def _in_parts(
     limit: int,
 ) -> Metrics:
     """Return metrics of a batch, window by window where its logits exceed the limit."""
+    # A batch without a mask is scored whole.
+    batch = {"mask": jnp.ones(batch["tokens"].shape, bool), **batch}
     logits = jax.eval_shape(apply_fn, params, batch["tokens"])
     if len(batch["tokens"]) == 1 or 4 * math.prod(logits.shape) <= limit:
         return metrics(params, batch)

@@ -25,6 +25,7 @@ from jaxcompress.tree.products import (
     tiles_pay,
     wide_product,
 )
+from jaxcompress.tree.state_dicts import register_state_dict
 
 _REGISTRY: dict[str, type["Leaf"]] = {}
 Convolution = Callable[..., jax.Array]
@@ -203,6 +204,7 @@ def leaf(cls: type) -> type:
     ):
         raise ValueError(f"a leaf type named {cls.__name__} exists: {known}")
     _REGISTRY[cls.__name__] = cls
+    register_state_dict(cls)
     return jax.tree_util.register_dataclass(cls)
 
 

@@ -51,6 +51,20 @@ def test_hard_labels_are_the_loss_of_evaluation(student):
     assert metrics["weight"] == report.tokens
 
 
+def test_a_batch_without_a_mask_counts_whole(student, teacher):
+    tokens = BATCH["tokens"][:2]
+    whole = {"tokens": tokens, "mask": np.ones(tokens.shape, bool)}
+    for loss in (d.hard_labels(APPLY), d.soft_labels(APPLY, APPLY, teacher)):
+        value, _ = loss(student, {"tokens": tokens}, KEY)
+        want, _ = loss(student, whole, KEY)
+        assert value == want
+    first, second = (
+        jc.compare(APPLY, teacher, student, [batch])
+        for batch in ({"tokens": tokens}, whole)
+    )
+    assert first == second and first.tokens == tokens[:, 1:].size
+
+
 @pytest.mark.slow
 def test_soft_labels_are_the_divergence_of_evaluation(student, teacher):
     report = jc.compare(APPLY, teacher, student, [BATCH])

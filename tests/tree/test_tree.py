@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from models_for_tests import Product, Rounded, product, rounded
 
 import jaxcompress as jc
@@ -612,3 +613,18 @@ def test_progress_passes_over_the_leaves_a_stage_takes():
 def test_a_method_that_takes_nothing_says_so():
     with pytest.raises(ValueError, match=r"takes no leaf.*a/bias \(not a kernel"):
         jc.compress({"a": {"bias": jnp.ones(9)}}, "symmetric(bits=4)")
+
+
+def test_flax_serializes_leaves():
+    rng = np.random.default_rng(0)
+    params = {"a": {"kernel": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}}
+    small = jc.compress(params, "svd(rank=8)")
+    small = jc.compress(small, [("a/kernel/left", "symmetric(bits=4)")])
+    data = serialization.to_bytes(small)
+    assert len(data) < jc.nbytes(small) + 1000
+    zeros = jax.tree.map(jnp.zeros_like, small)
+    again = serialization.from_bytes(zeros, data)
+    assert jax.tree.structure(again) == jax.tree.structure(small)
+    jax.tree.map(np.testing.assert_array_equal, again, small)
+    with pytest.raises(ValueError, match=r"a Quantized has \['codes', 'scale"):
+        serialization.from_bytes(jc.compress(params, "symmetric(bits=4)"), data)
