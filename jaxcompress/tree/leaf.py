@@ -189,9 +189,7 @@ def _leading_only(leaf: Leaf, index: int) -> None:
 
 
 def static(**options: Any) -> Any:
-    """Return a static field of a leaf: int, float, str, bool, None, or a tuple of
-    these.
-    """
+    """Return a static field of a leaf: number, str, bool, None, or a tuple of these."""
     return dataclasses.field(metadata={"static": True}, **options)
 
 

@@ -628,3 +628,63 @@ def test_segments_run_one_after_the_other_are_the_model(stream, kind):
     found = Tail().apply({"params": rest}, x)
     wanted = Stream(kind).apply({"params": params}, TOKENS[0])
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+# What other people's models have.
+
+
+class Foreign(nn.Module):
+    """Flax's own names, batch statistics, a weight that no layer of Flax reads."""
+
+    rest: bool = False
+
+    @nn.compact
+    def __call__(self, inputs, targets):
+        x = inputs
+        for _ in range(2):
+            y = nn.BatchNorm(use_running_average=True)(Inner()(x))
+            x = x + nn.tanh(y) * targets
+        if self.rest or self.is_initializing():
+            x = nn.Dense(64, name="rest")(x)
+        return x @ self.param("w_out", nn.initializers.lecun_normal(), (64, 64))
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(64)(nn.gelu(nn.Dense(64)(x)))
+
+
+def test_a_model_of_somebody_else_is_compressed_by_default():
+    """Batch statistics, inputs called targets, a layer at rest, a weight by trace."""
+    batch = {"inputs": random(80, 64), "targets": random(80, 64)}
+    variables = jax.jit(Foreign().init)(jax.random.key(0), **batch)
+    params = variables.pop("params")
+    model, kept = Foreign(), {"w_out": jc.Layout((), (0,), (1,))}
+    record = []
+    unseen = pytest.warns(UserWarning, match=r"16% of the bytes .*: rest/kernel\.")
+    with unseen, pytest.warns(UserWarning, match=r"rest/kernel: not .* without data"):
+        small = jc.compress_blockwise(
+            model, params, "gptq(bits=4)", [batch], variables=variables,
+            layouts=kept, record=record,
+        )  # fmt: skip
+    methods = {row.name: row.method for row in record if row.method}
+    kernels = [f"Inner_{i}/Dense_{j}/kernel" for i in (0, 1) for j in (0, 1)]
+    assert methods == dict.fromkeys([*kernels, "w_out"], "gptq(bits=4)") | {
+        "rest/kernel": methods["rest/kernel"]
+    }
+    assert "gptq" not in methods["rest/kernel"]
+    (row,) = (row for row in record if row.name == "rest/kernel")
+    assert row.reason.startswith("its inputs were not seen")
+    want = model.apply({"params": params, **variables}, **batch)
+    have = model.apply({"params": small, **variables}, **batch)
+    assert jnp.linalg.norm(have - want) < 0.2 * jnp.linalg.norm(want)
+    wrong = {"w_out": jc.Layout((), (1,), (0,))}
+    with unseen, pytest.raises(ValueError, match="w_out: the layout given"):
+        jc.compress_blockwise(
+            model, params, "gptq(bits=4)", [batch], variables=variables, layouts=wrong
+        )
+    with pytest.raises(ValueError, match="'w_in', which the tree does not have"):
+        jc.compress_blockwise(
+            model, params, "gptq(bits=4)", [batch], layouts={"w_in": kept["w_out"]}
+        )

@@ -626,5 +626,5 @@ def test_flax_serializes_leaves():
     again = serialization.from_bytes(zeros, data)
     assert jax.tree.structure(again) == jax.tree.structure(small)
     jax.tree.map(np.testing.assert_array_equal, again, small)
-    with pytest.raises(ValueError, match=r"a Quantized has \['codes', 'scale"):
+    with pytest.raises(ValueError, match=r"a Quantized has .*'codes'"):
         serialization.from_bytes(jc.compress(params, "symmetric(bits=4)"), data)
