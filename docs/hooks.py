@@ -9,6 +9,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 TABLE = re.compile(r"<!-- table from (\w+): (\S+) -->")
 
 
+def on_config(config):
+    """List the rooms of experiments behind their index."""
+    for entry in config.nav:
+        if "Numbers" in entry:
+            entry["Numbers"] += [
+                path.relative_to(ROOT).as_posix()
+                for path in sorted((ROOT / "experiments").glob("*/README.md"))
+            ]
+    return config
+
+
 def on_files(files, config):
     """Add the pages of experiments under the paths that they have in the repository."""
     for path in sorted((ROOT / "experiments").rglob("README.md")):

@@ -18,6 +18,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SLOW = {
     "concepts.md",
     "exports.md",
+    "extending.md",
     "guides/calibrate.md",
     "guides/distil.md",
     "guides/low_rank.md",

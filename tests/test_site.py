@@ -140,11 +140,7 @@ def test_own_links_with_an_address_are_alive():
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text("utf-8")))
     pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
-    rooms = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "experiments").rglob("README.md")
-    }
-    assert listed == pages | rooms
+    assert listed == pages | {"experiments/README.md"}  # its rooms: docs/hooks.py
 
 
 def test_tables_taken_from_experiments_exist():
