@@ -14,14 +14,15 @@ from jaxcompress.calibration.activations import streams
 from jaxcompress.calibration.blockwise_parts import Job
 from jaxcompress.calibration.checkpoints import (
     Part,
-    Store,
-    digest,
+    Parts,
+    digest_run,
     joined,
     reports_of,
 )
 from jaxcompress.calibration.lazy_params import Source, source_of
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.progress import clock, each_item
+from jaxcompress.storage.resume import Results
 from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tracing.modules import model_function
 from jaxcompress.tree.compress import chain
@@ -29,13 +30,14 @@ from jaxcompress.tree.layouts import Layout, check_layout
 from jaxcompress.tree.names import nearest
 from jaxcompress.tree.record import LeafReport
 from jaxcompress.tree.selection import bind
+from jaxcompress.types import LazyParams, Params
 
 CURVATURES = "curvatures", "joint_curvatures"
 
 
 def compress_blockwise(
     model: Any,
-    params: Any,
+    params: Params | LazyParams | str | os.PathLike,
     recipe: Any,
     batches: Iterable[Any],
     *,
@@ -153,8 +155,9 @@ def compress_blockwise(
             moments or {},
             drift,
             streams(function, source.shapes, source.rebuild, batches, blocks),
-            Store(
-                store, digest(recipe, options, source.shapes, [*batches, curvatures])
+            Parts(
+                Results(store),
+                digest_run(recipe, options, source.shapes, [*batches, curvatures]),
             ),
         )
         parts = _shown(job.run(), job.count, progress is True)

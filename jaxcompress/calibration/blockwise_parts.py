@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.activations import Streams, Values
-from jaxcompress.calibration.checkpoints import Part, Store, one_part
+from jaxcompress.calibration.checkpoints import Part, Parts, one_part
 from jaxcompress.calibration.collect import check_finite, warn_few
 from jaxcompress.calibration.lazy_params import Source
 from jaxcompress.calibration.moments import (
@@ -38,7 +38,7 @@ class Job:
     seen: Mapping[str, Moments]  # given by the caller, whose layouts must agree
     drift: float
     streams: Streams
-    store: Store
+    store: Parts
     stack: dict[str, Any] = dataclasses.field(default_factory=dict)  # the latest read
 
     @property

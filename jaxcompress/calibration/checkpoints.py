@@ -1,18 +1,13 @@
 """Finished parts of a long run, kept on disk: a killed one goes on from there."""
 
 import dataclasses
-import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxcompress.storage import checkpoint
+from jaxcompress.storage.resume import Results, digest
 from jaxcompress.tree.compress import LeafReport, chain
 from jaxcompress.tree.methods import describe
 
@@ -33,55 +28,51 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Store:
-    """Parts in a directory, one file each, written beside and renamed; None: nowhere.
+class Parts:
+    """Parts of one run among the results in a directory, by number.
 
-    `digest` says which run they belong to.
+    `run` is the digest of what distinguishes runs.
     """
 
-    directory: str | os.PathLike | None
-    digest: str
+    results: Results
+    run: str
 
     def load(self, number: int) -> Part | None:
-        """Return part `number`, None where it is not there.
+        """Return a part, None where it is not there.
 
         Raises ValueError where it is one of another run.
         """
-        if self.directory is None or not (path := self._path(number)).exists():
+        advice = (
+            "the model, recipe, options, moments or batches differ; delete the "
+            "directory, or pass another store"
+        )
+        found = self.results.load(_name(number), {"run": self.run}, advice)
+        if found is None:
             return None
-        with checkpoint.open_checkpoint(path) as file:
-            about = file.metadata
-            if about.get("run") != self.digest:
-                raise ValueError(
-                    f"{path} was written by a run with another model, recipe, options, "
-                    "moments or batches; delete the directory, or pass another store"
-                )
-            leaves = jax.tree.map(file.read, file.tree)["leaves"]
+        tree, about = found
         reports = [
             LeafReport(**row | {"shape": tuple(row["shape"])})
             for row in about["reports"]
         ]
         whole = tuple(about["whole"])
-        return Part(about["label"], about["index"], whole, leaves, reports)
+        return Part(about["label"], about["index"], whole, tree["leaves"], reports)
 
     def save(self, number: int, part: Part) -> None:
-        if self.directory is None:
-            return
-        Path(self.directory).mkdir(parents=True, exist_ok=True)
         about = {
-            "run": self.digest,
+            "run": self.run,
             "label": part.label,
             "index": part.index,
             "whole": list(part.whole),
             "reports": [dataclasses.asdict(row) for row in part.reports],
         }
-        checkpoint.save(self._path(number), {"leaves": part.leaves}, metadata=about)
-
-    def _path(self, number: int) -> Path:
-        return Path(self.directory) / f"part-{number:04}.safetensors"
+        self.results.save(_name(number), {"leaves": part.leaves}, about)
 
 
-def digest(
+def _name(number: int) -> str:
+    return f"part-{number:04}"
+
+
+def digest_run(
     recipe: Any,
     options: Mapping[str, Any],
     shapes: Mapping[str, Any],
@@ -93,13 +84,7 @@ def digest(
         "options": dict(options),
         "shapes": {n: [str(x.dtype), list(x.shape)] for n, x in shapes.items()},
     }
-    found = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
-    for batch in batches:
-        for x in jax.tree.leaves(batch):
-            x = np.ascontiguousarray(x)
-            found.update(f"{x.dtype}{x.shape}".encode())
-            found.update(x.tobytes())
-    return found.hexdigest()
+    return digest(about, list(batches))
 
 
 def _described(stage: Any) -> Any:

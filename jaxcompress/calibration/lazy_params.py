@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxcompress.storage import checkpoint
 from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.tree.paths import roots
-from jaxcompress.types import Params
+from jaxcompress.types import LazyParams, Params
 
 
 class Source(NamedTuple):
@@ -27,17 +27,15 @@ class Source(NamedTuple):
 
 
 @contextlib.contextmanager
-def source_of(params: Any) -> Iterator[Source]:
+def source_of(params: Params | LazyParams | str | os.PathLike) -> Iterator[Source]:
     """Return the source of a tree, of a path, or of an open checkpoint.
 
-    An open checkpoint has a `tree` with a name in the place of each leaf,
-    `describe(name) -> (type, shape, dtype)` and `[name]`, as `storage.open` gives it.
     Where a stored tree is `{"params": ..., ...}` the parameters are meant.
     """
     if isinstance(params, str | os.PathLike):
         with checkpoint.open_checkpoint(params) as file:
             yield _stored(file)
-    elif hasattr(params, "describe") and hasattr(params, "tree"):
+    elif isinstance(params, LazyParams):
         yield _stored(params)
     else:
         named = dict(roots(params))
@@ -49,7 +47,7 @@ def source_of(params: Any) -> Iterator[Source]:
         )
 
 
-def _stored(file: Any) -> Source:
+def _stored(file: LazyParams) -> Source:
     tree = file.tree
     if isinstance(tree, Mapping) and "params" in tree:
         tree = tree["params"]

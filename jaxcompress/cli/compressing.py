@@ -20,8 +20,9 @@ from jaxcompress.reporting import grouped
 from jaxcompress.shrinking import calibration
 from jaxcompress.shrinking.efforts import choose_effort
 from jaxcompress.shrinking.shrink import plan_recipe, shrink
-from jaxcompress.shrinking.store import Store, digest_arrays
+from jaxcompress.shrinking.store import Store
 from jaxcompress.shrinking.subject import read_subject, stacked
+from jaxcompress.storage.resume import digest
 from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.leaf import nbytes
@@ -245,7 +246,7 @@ def _moments(
     )
     if options.blockwise:
         return None, list(data.batches)
-    known = digest_arrays(params) if options.store else ""
+    known = digest(None, params) if options.store else ""
     key = jax.random.key(options.seed)
     return calibration.calibrate(
         subject, data, {}, effort, store, known, wrap, key

@@ -7,15 +7,11 @@ checksummed file per batch, each under the digest of the batch it belongs to.
 """
 
 import dataclasses
-import hashlib
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress.distillation.losses import (
     check_mask,
@@ -25,7 +21,7 @@ from jaxcompress.distillation.losses import (
     take,
 )
 from jaxcompress.evaluation.language import divergence
-from jaxcompress.storage import checkpoint
+from jaxcompress.storage.resume import Results, digest
 from jaxcompress.types import Batch
 
 _static = {"metadata": {"static": True}}
@@ -188,11 +184,10 @@ def write_cache(
       ValueError: the file there belongs to another batch or source.
       FileDamaged: the file there is not what was written.
     """
-    path = _path(folder, number)
-    if path.exists():
+    results, name = Results(folder), _name(number)
+    if results.path(name).exists():
         return read_cache(folder, number, batch, source=source)
     cached = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {
         field.name: getattr(cached, field.name)
         for field in dataclasses.fields(cached)
@@ -200,12 +195,12 @@ def write_cache(
     }
     about = {
         "kind": type(cached).__name__,
-        "batch": _digest(batch),
+        f"batch {number}": digest(None, dict(batch)),
         "source": source,
         "temperature": cached.temperature,
         "vocabulary": cached.vocabulary,
     }
-    checkpoint.save(path, arrays, about)
+    results.save(name, arrays, about)
     return cached
 
 
@@ -221,40 +216,27 @@ def read_cache(
       ValueError: it belongs to another batch or source.
       FileDamaged: it is not what was written.
     """
-    path = _path(folder, number)
-    if not path.exists():
+    results = Results(folder)
+    wanted = {f"batch {number}": digest(None, dict(batch))}
+    wanted |= {} if source is None else {"source": source}
+    advice = (
+        "read the batches in the order in which the cache was written, take another "
+        "folder, or write it anew"
+    )
+    found = results.load(_name(number), wanted, advice)
+    if found is None:
         raise FileNotFoundError(
-            f"{path}: the teacher was not run on batch {number}; write_cache does it"
+            f"{results.path(_name(number))}: the teacher was not run on batch "
+            f"{number}; write_cache does it"
         )
-    with checkpoint.open_checkpoint(path) as file:
-        about = file.metadata
-        if about["batch"] != _digest(batch):
-            raise ValueError(
-                f"{path} was made from another batch {number} than this one; read the "
-                "batches in the order in which the cache was written, or write it anew"
-            )
-        if source is not None and about["source"] != source:
-            raise ValueError(
-                f"{path} was made by {about['source']!r}, not by {source!r}; take "
-                "another folder, or remove this one"
-            )
-        arrays = {name: file[name] for name in file.names}
+    arrays, about = found
     kind = {"TopK": TopK, "Sampled": Sampled}[about["kind"]]
     settings = {name: about[name] for name in ("temperature", "vocabulary")}
     return kind(**arrays, **settings)
 
 
-def _path(folder: str | os.PathLike, number: int) -> Path:
-    return Path(folder) / f"{number:08d}.safetensors"
-
-
-def _digest(batch: Mapping[str, Any]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(batch):
-        x = np.asarray(batch[name])
-        digest.update(f"{name} {x.dtype} {x.shape} ".encode())
-        digest.update(np.ascontiguousarray(x).tobytes())
-    return digest.hexdigest()
+def _name(number: int) -> str:
+    return f"{number:08d}"
 
 
 def _log_probs(

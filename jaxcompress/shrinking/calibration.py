@@ -17,8 +17,9 @@ from jaxcompress.running.decode_once import decode_once
 from jaxcompress.shrinking.efforts import Effort
 from jaxcompress.shrinking.own_text import write_text
 from jaxcompress.shrinking.quality import first_output
-from jaxcompress.shrinking.store import Store, digest_arrays
+from jaxcompress.shrinking.store import Store
 from jaxcompress.shrinking.subject import Subject
+from jaxcompress.storage.resume import digest
 from jaxcompress.tokenization import read_text
 from jaxcompress.tree.layouts import Layout
 
@@ -93,7 +94,7 @@ def language_data(
     batches = [{"tokens": used[i : i + size]} for i in range(0, len(used), size)]
     if len(batches) > 1 and len(batches[-1]["tokens"]) < size:
         batches.pop()  # one shape, one compilation
-    return Data(batches, held_out, digest_arrays({"rows": rows}), source)
+    return Data(batches, held_out, digest(None, {"rows": rows}), source)
 
 
 def other_data(batches: Iterable[Any]) -> Data:
@@ -109,7 +110,7 @@ def other_data(batches: Iterable[Any]) -> Data:
             "give at least 2"
         )
     kept = max(1, len(batches) // HELD_OUT)
-    found = digest_arrays({str(i): batch for i, batch in enumerate(batches)})
+    found = digest(None, list(batches))
     source = f"{len(batches)} batches given"
     return Data(batches[:-kept], batches[-kept:], found, source)
 

@@ -17,8 +17,9 @@ from jaxcompress.shrinking.estimates import describe_estimate, estimate
 from jaxcompress.shrinking.fitting import Attempt, Coder
 from jaxcompress.shrinking.quality import Quality, measure_quality
 from jaxcompress.shrinking.search import Planner
-from jaxcompress.shrinking.store import Store, digest_arrays
+from jaxcompress.shrinking.store import Store
 from jaxcompress.shrinking.subject import Subject, read_subject
+from jaxcompress.storage.resume import digest
 from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tree.compress import is_compressed
 from jaxcompress.tree.layouts import Layout
@@ -93,7 +94,7 @@ def prepare(
     writes = subject.language and given is None and needs
     amount = estimate(subject, planned, chosen, writes=writes)
     say(f"{grouped(subject.weights)} weights; {describe_estimate(*amount)}")
-    known = "" if store is None else digest_arrays(subject.params)
+    known = "" if store is None else digest(None, subject.params)
     about: list[Any] = [known, effort]
     data = None
     if needs or given is not None:

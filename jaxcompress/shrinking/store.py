@@ -1,31 +1,23 @@
 """Finished steps of a shrink on disk, by a digest of all that they depend on."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import __version__
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.storage import checkpoint
+from jaxcompress.storage.resume import Results, digest
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.paths import roots
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """A directory of results, one file each; None keeps nothing.
-
-    A file is written beside its place and renamed, so that a killed run leaves whole
-    ones; its name has the digest, so that results of other models are never taken.
-    """
+    """Steps in a directory, named by a digest of what they depend on; or nowhere."""
 
     directory: str | os.PathLike | None
 
@@ -37,15 +29,8 @@ class Store:
           about: JSON values that it depends on.
           compute: the work.
         """
-        if self.directory is None:
-            return compute()
-        path = Path(self.directory) / f"{name}-{digest(about)}.safetensors"
-        if path.exists():
-            return checkpoint.load(path)
-        found = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, found)
-        return found
+        key = digest([__version__, about], size=8)
+        return Results(self.directory).get(f"{name}-{key}", compute)
 
     def get_moments(
         self, name: str, about: Any, compute: Callable[[], Mapping[str, Moments]]
@@ -53,23 +38,6 @@ class Store:
         """Return stored moments by name, as `get`."""
         stored = self.get(name, about, lambda: _to_tree(compute()))
         return _from_tree(stored)
-
-
-def digest(about: Any) -> str:
-    """Return a short name of JSON values, and of the version that works on them."""
-    text = json.dumps([__version__, about], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def digest_arrays(tree: Any) -> str:
-    """Return a digest of names, dtypes, shapes and bits of a tree's arrays."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, value in roots(tree):
-        for x in jax.tree.leaves(value):
-            array = np.asarray(x)
-            found.update(f"{name} {array.dtype} {array.shape} ".encode())
-            found.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
-    return found.hexdigest()
 
 
 def _to_tree(moments: Mapping[str, Moments]) -> dict[str, Any]:
