@@ -416,7 +416,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(stream, kind, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     run(tmp_path / "store", 99)
     assert not calls
-    with pytest.raises(ValueError, match="another run .* the model, recipe, options"):
+    with pytest.raises(ValueError, match=r"another run .* the model, recipe, options"):
         jc.compress_blockwise(
             Stream(kind),
             params,
