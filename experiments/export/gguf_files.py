@@ -3,7 +3,8 @@
 Writes a model as GGUF files of several types, has them read back by the gguf package,
 bit for bit, and run by llama.cpp on the CPU; the last rows are files that llama.cpp
 quantized itself. It rounds activations where weights are quantized: its logits and
-those of our dequantized weights differ by that. Needs the `readers` extra:
+those of our dequantized weights differ by that. Rows that the file of results holds are
+not computed again. Needs the `readers` extra:
 
     python -m experiments.export.gguf_files SmolLM2.gguf text.txt
 """
@@ -12,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -29,7 +31,9 @@ import jaxcompress as jc
 from experiments.common.config import parse
 from experiments.common.results import Results
 from jaxcompress.export.named_leaves import dense_tensor
+from jaxcompress.models.assembly import foreign_name
 from jaxcompress.models.bundled_text import heldout_text
+from jaxcompress.models.gguf_settings import ARCHITECTURES
 from jaxcompress.tree.paths import roots
 
 KERNELS = "layer_.*/kernel"
@@ -64,7 +68,7 @@ class Config:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Have each file read and run; a row for each."""
+    """Have each file read and run; a row for each that the results lack."""
     if config.fast:
         config = dataclasses.replace(config, windows=2, calibration=2)
     model, params, tokenizer = jc.models.load(config.model, scan=False)
@@ -74,13 +78,14 @@ def run(config: Config) -> list[dict[str, Any]]:
     names = [x for x in ROWS if x == "F32" or config.only in x]
     names = [x for x in names if x in FAST or not config.fast]
     packages, moments = ("gguf", "llama_cpp_python"), None
-    results = Results(
-        config,
-        model=Path(config.model).name,
-        readers={x: metadata.version(x) for x in packages},
-    )
+    short, tokens = Path(config.model).name, config.windows * config.tokens
+    readers = {x: metadata.version(x) for x in packages}
+    results = Results(config, model=short, readers=readers)
+    names = [x for x in names if not results.holds(model=short, row=x, tokens=tokens)]
+    dense = [np.asarray(apply(model, params, x)) for x in held]
     with tempfile.TemporaryDirectory() as folder:
-        start = Path(folder) / "F32.gguf"
+        start = Path(folder) / "start.gguf"
+        jc.export.gguf(start, model, params, tokenizer)
         for name in names:
             path, clock = Path(folder) / f"{name}.gguf", time.perf_counter()
             row: dict[str, Any] = {"row": name}
@@ -99,15 +104,13 @@ def run(config: Config) -> list[dict[str, Any]]:
             row["types"], row["bytes"] = types_of(path), path.stat().st_size
             there = Llama(path, config)
             if name == "F32":
-                dense = [np.asarray(apply(model, small, x)) for x in held]
                 row["same_greedy_tokens"] = same_text(
                     there, model, small, tokenizer, config.prompt
                 )
             row |= scores(model, jc.materialize(small), there, held, dense)
             there.close()
             results.add({**row, "seconds": time.perf_counter() - clock})
-            if name != "F32":
-                path.unlink()
+            path.unlink()
     return results.rows
 
 
@@ -176,12 +179,11 @@ def same_text(
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     if ids != begin + list(tokenizer.encode(prompt)):
         return -1
-    theirs, ours = there.greedy(ids, GREEDY), list(ids)
-    for _ in range(GREEDY):
-        padded = np.zeros((1, len(ids) + GREEDY), np.int32)
-        padded[0, : len(ours)] = ours
-        ours.append(int(apply(model, params, padded)[len(ours) - 1].argmax()))
-    same = [a == b for a, b in zip(theirs, ours[len(ids) :], strict=True)]
+    theirs = there.greedy(ids, GREEDY)
+    tokens = np.asarray([ids + theirs[:-1]], np.int32)
+    # Where all tokens before are theirs and ours, the likeliest next one is ours.
+    ours = np.asarray(apply(model, params, tokens)).argmax(1)[len(ids) - 1 :]
+    same = [a == b for a, b in zip(theirs, ours, strict=True)]
     return [*same, False].index(False)
 
 
@@ -230,15 +232,15 @@ def types_of(path: Path) -> dict[str, int]:
 
 def tensors_differing(path: Path, model: Any, small: Any) -> dict[str, int]:
     """Compare what the gguf package dequantizes with the values of our leaves."""
-    from jaxcompress.models.assembly import foreign_name
-    from jaxcompress.models.gguf_settings import MODULES
-
-    tensors, differing = {x.name: x for x in gguf.GGUFReader(path).tensors}, 0
+    reader, differing = gguf.GGUFReader(path), 0
+    architecture = ARCHITECTURES[reader.fields["general.architecture"].contents()]
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     leaves = list(roots(small))
     for name, value in leaves:
-        tensor = tensors.pop(foreign_name(name, MODULES))
+        tensor = tensors.pop(foreign_name(name, architecture.modules))
         want = dense_tensor(name, value).astype(np.float32)
-        if "/q_proj/" in name or "/k_proj/" in name:  # pairs (2i, 2i + 1) rotate
+        rotates = re.search("/[qk]_proj/", name) is not None
+        if architecture.interleaved and rotates:  # pairs (2i, 2i + 1)
             halves = want.reshape(-1, 2, model.head_size // 2, want.shape[1])
             want = halves.swapaxes(1, 2).reshape(want.shape)
         read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)

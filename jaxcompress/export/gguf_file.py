@@ -33,7 +33,9 @@ FAMILIES = {
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Gemma3ForCausalLM": "gemma3",
 }
+GEMMA_PERIOD = 6  # of its layers, the last attends to everything
 
 
 def gguf(
@@ -60,7 +62,7 @@ def gguf(
     Args:
       path: must not exist. The file appears when it is complete.
       model: a Transformer of the families Llama, Mistral, Qwen2 or Qwen3 without
-        sliding windows, looped or scanned.
+        sliding windows, or Gemma 3, looped or scanned.
       params: its parameters, or an open checkpoint that is read leaf by leaf.
       tokenizer: byte-level or SentencePiece BPE; llama.cpp needs one to generate.
       dense: a pattern on leaf names; compressed leaves that it matches are written
@@ -166,14 +168,8 @@ def _settings(model: Transformer, context: int) -> tuple[str, dict[str, Any]]:
             f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[name]
-    refused = {
-        "sliding_window": (model.sliding_window, None),
-        "activation": (model.activation, "silu"),
-    }
-    if family == "qwen3":
-        refused["qkv_bias"] = (model.qkv_bias, False)
-    for field, (value, only) in refused.items():
-        if value != only:
+    for field, only in _required(model, family).items():
+        if (value := getattr(model, field)) != only:
             raise ValueError(
                 f"{field}={value}: llama.cpp computes {family} models with {field}="
                 f"{only} only; there is no GGUF file for this model"
@@ -194,9 +190,38 @@ def _settings(model: Transformer, context: int) -> tuple[str, dict[str, Any]]:
         f"{family}.rope.dimension_count": model.head_size,
         f"{family}.rope.freq_base": float(model.rope_theta),
     }
+    if family == "gemma3":
+        settings["gemma3.attention.sliding_window"] = _window(model)
     return family, settings | {
         f"{family}.rope.{key}": value for key, value in _scaling(model).items()
     }
+
+
+def _required(model: Transformer, family: str) -> dict[str, Any]:
+    """The fields that llama.cpp does not read, and their only values."""
+    if family != "gemma3":
+        fields: dict[str, Any] = {"sliding_window": None, "activation": "silu"}
+        return fields | ({"qkv_bias": False} if family == "qwen3" else {})
+    local = [(i + 1) % GEMMA_PERIOD for i in range(model.layers)]
+    windows = tuple(_window(model) if x else None for x in local)
+    fields = {
+        "sliding_window": windows if len(set(windows)) > 1 else windows[0],
+        "sliding_rope_theta": 1e4,
+        "attention_scale": None,
+        "activation": "gelu_tanh",
+        "qkv_bias": False,
+    }
+    if dict(model.rope_scaling or ()).get("rope_type") != "linear":
+        fields["rope_scaling"] = None
+    return fields
+
+
+def _window(model: Transformer) -> int:
+    """The tokens that local layers of Gemma attend to."""
+    window = model.sliding_window
+    return max(
+        filter(None, window if isinstance(window, tuple) else [window]), default=1
+    )
 
 
 def _scaling(model: Transformer) -> dict[str, Any]:

@@ -5,7 +5,7 @@ written down here, from the tokenizers of the models that introduced it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxcompress import tokenization
@@ -154,16 +154,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
     tokens, types = _tokens(metadata), _types(metadata)
     prefixed = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     ids = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for i, token in enumerate(tokens):
-        if types[i] != NORMAL:
-            continue
-        score = metadata["tokenizer.ggml.scores"][i]
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ids and right in ids:
-                merges.append((-score, -len(left), -len(right), i, left, right))
-    merges.sort()
+    merges = piece_merges(tokens, types, metadata["tokenizer.ggml.scores"])
     space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     prefix, strip = [], []
@@ -186,6 +177,21 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
             unk_token=unknown[0] if unknown else None,
         ),
     }
+
+
+def piece_merges(
+    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
+) -> list[tuple]:
+    """Every way to join two pieces, best score first; the pair ends each entry."""
+    known, merges = set(tokens), []
+    for i, token in enumerate(tokens):
+        if types[i] != NORMAL:
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in known and right in known:
+                merges.append((-scores[i], -len(left), -len(right), i, left, right))
+    return sorted(merges)
 
 
 def _bpe(vocabulary: Mapping[str, int], merges: list, **options: Any) -> dict[str, Any]:

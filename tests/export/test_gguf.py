@@ -203,9 +203,7 @@ def train(kind):
 
 
 def test_sentencepiece_tokenizers_come_back(tmp_path):
-    words = tokenization.train(
-        ["the cat that sat there, 1969 " * 9], kind="bpe", vocab_size=272
-    )
+    words = train("bpe")
     model = MODEL.clone(vocab_size=words.vocab_size)
     params = dict(dense_params())
     table = np.zeros((words.vocab_size, 64), np.float32)
@@ -219,6 +217,72 @@ def test_sentencepiece_tokenizers_come_back(tmp_path):
     text = "that cat was there in 1970"
     assert again.encode(text) == words.encode(text)
     assert (again.bos_id, again.eos_id) == (words.bos_id, words.eos_id)
+
+
+def test_sentencepiece_tokenizers_of_json_come_back(tmp_path):
+    """As Gemma's: pieces and merges; their ranks are scores."""
+    words = train("bpe")
+    model = MODEL.clone(vocab_size=words.vocab_size)
+    params = dict(dense_params(), embed={"embedding": np.zeros((272, 64), np.float32)})
+    gguf(tmp_path / "a.gguf", model, params, words)
+    merged = load(tmp_path / "a.gguf")[2]
+    assert b"byte_fallback" in merged.to_bytes()
+    gguf(tmp_path / "b.gguf", model, params, merged)
+    first, second = (
+        {k: v.contents() for k, v in GGUFReader(tmp_path / x).fields.items()}
+        for x in ("a.gguf", "b.gguf")
+    )
+    for key in ("tokens", "token_type", "model", "add_space_prefix", "add_bos_token"):
+        key = f"tokenizer.ggml.{key}"
+        assert first[key] == second[key]
+    assert second["tokenizer.ggml.unknown_token_id"] == 0
+    again = load(tmp_path / "b.gguf")[2]
+    assert again.to_bytes() == merged.to_bytes()
+    contents = json.loads(merged.to_bytes())
+    described = json.loads(contents["tokenizer"])
+    del described["model"]["merges"][0]
+    odd = tokenization.from_huggingface_json(json.dumps(described))
+    with pytest.raises(ValueError, match="not those that scores of pieces give"):
+        gguf(tmp_path / "c.gguf", model, params, odd)
+    described["normalizer"] = {"type": "NFC"}
+    odd = tokenization.from_huggingface_json(json.dumps(described))
+    with pytest.raises(ValueError, match=r"NFC.* has no counterpart; llama"):
+        gguf(tmp_path / "c.gguf", model, params, odd)
+
+
+GEMMA = MODEL.clone(
+    layers=7,
+    qk_norm=True,
+    post_norms=True,
+    scaled_embedding=True,
+    activation="gelu_tanh",
+    rope_theta=1e6,
+    sliding_rope_theta=1e4,
+    sliding_window=(8, 8, 8, 8, 8, None, 8),
+)
+
+
+def test_gemma_comes_back(tmp_path):
+    shapes = jax.eval_shape(GEMMA.init, jax.random.key(0), np.zeros((1, 4), np.int32))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: random.normal(0, 0.1, x.shape).astype(np.float32), shapes["params"]
+    )
+    small = jc.compress(params, [(".*/kernel", f"symmetric(bits=4, block=32, {F16})")])
+    gguf(tmp_path / "a.gguf", GEMMA, small, context=2048)
+    model, again, _ = load(tmp_path / "a.gguf", keep_quantized=True)
+    assert model == GEMMA
+    assert jax.tree.structure(again) == jax.tree.structure(small)
+    for a, b in zip(*map(jax.tree.leaves, (again, small)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for changes in (
+        {"sliding_window": (8, 8, 8, 8, None, 8, 8)},
+        {"sliding_rope_theta": 2e4},
+        {"attention_scale": 0.5},
+    ):
+        name = next(iter(changes))
+        with pytest.raises(ValueError, match=f"{name}=.*computes gemma3 models with"):
+            gguf(tmp_path / "b.gguf", GEMMA.clone(**changes), params)
 
 
 def test_what_has_no_counterpart_is_refused_by_name(tmp_path):
@@ -242,13 +306,9 @@ def test_what_has_no_counterpart_is_refused_by_name(tmp_path):
     refused("overflow in float16", params=big, dtype="float16")
     refused("sliding_window=8", model=MODEL.clone(sliding_window=8))
     refused(r"heads is \(4, 2\)", model=MODEL.clone(heads=(4, 2)))
-    words = tokenization.train(
-        ["the cat that sat there, 1969 " * 9], kind="bpe", vocab_size=272
-    )
+    words = train("bpe")
     refused("272 tokens and the model 96 rows", tokenizer=words)
-    words = tokenization.train(
-        ["the cat that sat there, 1969 " * 9], kind="unigram", vocab_size=272
-    )
+    words = train("unigram")
     refused("of kind unigram has no counterpart", tokenizer=words)
     odd = {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated",
            "invert": False}  # fmt: skip
