@@ -55,10 +55,11 @@ _NAMES = {
     "training.steps": "make_train_step",
     "tree.compress": "chain compress",
     "tree.layouts": "Layout",
-    "tree.generic_leaves": "Mixed Sum",
-    "tree.leaf": "Leaf Reshaped leaf materialize nbytes static",
+    "tree.generic_leaves": "Mixed Reshaped Sum",
+    "tree.leaf": "Leaf leaf materialize nbytes static",
     "tree.methods": "method",
-    "tree.paths": "combine leaf_names partition",
+    "tree.partitions": "combine partition",
+    "tree.paths": "leaf_names",
     "tree.record": "LeafReport",
 }
 _MODULES = {

@@ -1,1 +1,1 @@
-"""What the inputs of each kernel look like on real batches."""
+"""Calibration: statistics of each kernel's inputs and outputs on real batches."""

@@ -45,7 +45,7 @@ class Streams:
     def forward(
         self, number: int, weights: dict[str, Any], values: list[Values]
     ) -> list[Values]:
-        """Return the values behind segment `number`."""
+        """Return the values after segment `number`."""
         after, ready = [], {}
         for (segments, _), held in zip(self.programs, values, strict=True):
             segment = segments[number]
@@ -64,10 +64,10 @@ class Streams:
         names: Sequence[str],
         changed: dict[str, Any] | None = None,
     ) -> tuple[list[Values], dict[str, Moments], dict[str, Layout]]:
-        """Return values behind a segment, and moments and layouts of the weights
+        """Return values after a segment, and moments and layouts of the weights
         `names`.
 
-        Names are those that the segment's `weights` have; layouts come in the order of
+        Names are those that the segment's `weights` have; layouts are in the order of
         first use. `drifted` are the values of the compressed model, where its moments
         are wanted too, and `changed` the weights that these meet, if others.
         """
@@ -108,16 +108,16 @@ def streams(
 
     Raises ValueError where batches of unlike shapes use the weights in unlike ways.
     """
-    known: dict[Any, Any] = {}
+    seen: dict[Any, Any] = {}
     programs = []
     for batch in batches:
         leaves, structure = jax.tree.flatten(batch)
         key = structure, tuple((x.shape, x.dtype) for x in leaves)
-        if key not in known:
+        if key not in seen:
             run = lambda weights, batch: function(rebuild(weights), batch)  # noqa: E731
-            known[key] = cut(run, shapes, batch, pattern)
-        programs.append(known[key])
-    first, *rest = ([(s.block, s.outer) for s in each] for each, _ in known.values())
+            seen[key] = cut(run, shapes, batch, pattern)
+        programs.append(seen[key])
+    first, *rest = ([(s.block, s.outer) for s in each] for each, _ in seen.values())
     if any(other != first for other in rest):
         raise ValueError(
             "batches of different shapes use the weights in different orders; pass "
@@ -175,8 +175,8 @@ def _measured(
     if len(read) > 1:
         _, more = run_uses(segment, changed, read[1], compare, tagged=names)
         sums = {name: named | more.get(name, {}) for name, named in sums.items()}
-    known = {name: named for name, named in sums.items() if named}
-    return results, averages(known, layouts)
+    named_sums = {name: named for name, named in sums.items() if named}
+    return results, averages(named_sums, layouts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

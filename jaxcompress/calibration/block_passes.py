@@ -16,6 +16,7 @@ from jaxcompress.calibration.block_gradients import (
     is_float,
     weight_gradient,
 )
+from jaxcompress.calibration.block_moments import merge_tied
 from jaxcompress.calibration.blockwise_parts import full_names
 from jaxcompress.calibration.collect import check_finite
 from jaxcompress.calibration.curvature_sums import (
@@ -26,7 +27,7 @@ from jaxcompress.calibration.curvature_sums import (
 from jaxcompress.calibration.error_feedback import inverse_factor
 from jaxcompress.calibration.lazy_params import Source
 from jaxcompress.calibration.moment_files import moments_from_arrays, moments_to_arrays
-from jaxcompress.calibration.moments import Moments, both_uses
+from jaxcompress.calibration.moments import Moments
 from jaxcompress.calibration.spool import Spool
 from jaxcompress.tracing.blocks import Segment
 from jaxcompress.tracing.metric_gradients import Uses
@@ -137,7 +138,7 @@ class Passes:
                 known = dataclasses.replace(known, second=mapped)
             full, index = job.slot(number, name)
             parts = self.moments.setdefault(full, {})
-            parts[index] = both_uses(parts.get(index), known)
+            parts[index] = merge_tied(parts.get(index), known)
         for b, held in enumerate(self.values):
             segment = self.segment(b, number)
             new = dict(zip(segment.writes, _listed(written[str(b)]), strict=True))

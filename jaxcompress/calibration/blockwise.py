@@ -50,19 +50,19 @@ def compress_blockwise(
     record: list[LeafReport] | None = None,
     progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
 ) -> Any:
-    """Compute `compress` with the moments that each block meets behind the compressed
-    ones.
+    """Compress block by block, with the moments that each block meets after the
+    compressed ones.
 
     The traced program is cut into blocks by the weights that they read, so that the
     model needs nothing: looped or scanned, remat, any call in between. Every batch runs
-    through one block after the other, on the inputs x' behind the compressed blocks;
+    through one block after the other, on the inputs x' after the compressed blocks;
     the recipe gets their second moments, and the compressed block carries x' on. Inside
     a block x' is what its original weights make of it. With `drift`, batches run a
     second time, on the inputs x of the original model, and the recipe gets the second
     moments of both and their cross moments too (`gptq` then aims towards the original
     outputs); weights are then compressed in the order of their use, and x' is what
     those before them, in the same block too, make of it. A weight outside the blocks
-    that is used in several places, as a tied embedding, comes first, with moments of
+    that is used in several places, as a tied embedding, is first, with moments of
     the original model.
 
     Memory: dense weights and moments of one block (of one stack where the model is
@@ -73,7 +73,7 @@ def compress_blockwise(
       model: a Linen module, an NNX module or a function of `(params, batch)`, as for
         `find_layouts`.
       params: the tree; or the path of a file of `save`, or what `open` or
-        `models.open_weights` give: leaves are then read as their block comes.
+        `models.open_weights` give: leaves are then read with their block.
       recipe: as for `compress`; names are those of the whole tree. In a stack every
         layer is compressed by itself, to leaves that must be alike, so plans of
         `plan_rates` are for the looped model.
@@ -93,8 +93,8 @@ def compress_blockwise(
         ones. Takes about three times as long, and many tokens: of SmolLM2-135M, `gptq`
         at 3 bits with only 8 192, 0.5 took 18 % of the divergence, and 1 added 19 %.
         Weights used in a loop inside a block need 0.
-      store: a directory where each finished block is kept. A run that was killed goes
-        on from there, to the same bytes; the run must be the same.
+      store: a directory where each finished block is kept. A run that was killed
+        resumes there, to the same bytes; the run must be the same.
       record: a list that takes a `LeafReport` per leaf, with output errors.
       progress: True prints each block's errors and the time left; or what wraps the
         iterable of blocks, such as `tqdm.tqdm`.
@@ -111,8 +111,12 @@ def compress_blockwise(
         curvatures. Names the block or the leaf.
       TypeError: `batches` is one batch.
 
+    Example:
+      >>> recipe = [(".*down_proj/kernel", "gptq(bits=3, block=32)")]
+      >>> small = jc.compress_blockwise(model, params, recipe, batches)
+
     Source: block by block as in Frantar et al. 2022, "GPTQ" (arXiv 2210.17323); moments
-    of both streams as in GPTAQ (ICML 2025), whose authors' code makes up for a quarter
+    of both streams as in GPTAQ (ICML 2025), whose authors' code compensates a quarter
     of the drift, and Qronos (arXiv 2505.11695).
     """
     if isinstance(batches, Mapping):

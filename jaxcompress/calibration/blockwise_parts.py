@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.activations import Streams, Values
+from jaxcompress.calibration.block_moments import (
+    group_by_input,
+    interpolate_drift,
+    merge_tied,
+)
 from jaxcompress.calibration.checkpoints import Part, Parts, one_part
 from jaxcompress.calibration.collect import check_finite, warn_few
 from jaxcompress.calibration.lazy_params import Source
 from jaxcompress.calibration.moments import (
     Moments,
-    both_uses,
-    by_input,
-    partly_drifted,
 )
 from jaxcompress.tracing.blocks import Segment
 from jaxcompress.tree.compress import compress
@@ -128,7 +130,7 @@ class Job:
         """
         given = number, weights, new, original, drifted
         behind, moments, layouts = self.measure(*given)
-        groups = by_input(moments, layouts) if self.drift else [set(moments)]
+        groups = group_by_input(moments, layouts) if self.drift else [set(moments)]
         groups = groups or [set()]
         groups[0] |= own.keys() - set().union(*groups)
         segment, changed, parts = self.streams.segments[number], dict(weights), []
@@ -166,7 +168,7 @@ class Job:
             measured = self.streams.measure(number, weights, drifted, None, keys)
         after, moments, layouts = measured
         moments = {
-            new[key]: partly_drifted(m, self.drift) for key, m in moments.items()
+            new[key]: interpolate_drift(m, self.drift) for key, m in moments.items()
         }
         for name, m in moments.items():
             check_finite(f"{_label(number, self.streams.segments[number])}: {name}", m)
@@ -187,7 +189,7 @@ class Job:
             keys = [key for key in keys if weights[key].ndim > 1]
             values, found, kinds = self.streams.measure(i, weights, values, None, keys)
             for key, moments in found.items():
-                total[names[key]] = both_uses(total.get(names[key]), moments)
+                total[names[key]] = merge_tied(total.get(names[key]), moments)
             layouts |= {names[key]: kind for key, kind in kinds.items()}
         return total, layouts
 

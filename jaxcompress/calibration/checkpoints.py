@@ -1,4 +1,4 @@
-"""Finished parts of a long run, kept on disk: a killed one goes on from there."""
+"""Block checkpoints, so that an interrupted run resumes."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from jaxcompress.tree.methods import describe
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What was compressed in one go: leaves and reports by the leaves' full names.
+    """Leaves and reports of one compressed segment, by the leaves' full names.
 
     `index` is the slice of a stack that the leaves are, except those that `whole`
     names.
@@ -110,18 +110,18 @@ def one_part(parts: list[Part]) -> Part:
 
 def joined(parts: list[Part], fetch: Callable[[str], Any]) -> dict[str, Any]:
     """Return all leaves by name; slices of a stack are stacked again."""
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     slices: dict[str, list[tuple[int, Any]]] = {}
     changed = {row.name for part in parts for row in part.reports if row.method}
     for part in parts:
         for name, leaf in part.leaves.items():
             if part.index is None or name in part.whole:
-                found[name] = leaf
+                by_name[name] = leaf
             else:
                 slices.setdefault(name, []).append((part.index, leaf))
     for name, stack in slices.items():
         if name not in changed:
-            found[name] = fetch(name)
+            by_name[name] = fetch(name)
             continue
         leaves = [leaf for _, leaf in sorted(stack, key=lambda pair: pair[0])]
         kinds = {
@@ -137,8 +137,8 @@ def joined(parts: list[Part], fetch: Callable[[str], Any]) -> dict[str, Any]:
                 "cannot be stacked; take methods whose shapes do not depend on values, "
                 "or the looped model (unstack_layers)"
             )
-        found[name] = jax.tree.map(lambda *x: jnp.stack(x), *leaves)
-    return found
+        by_name[name] = jax.tree.map(lambda *x: jnp.stack(x), *leaves)
+    return by_name
 
 
 def reports_of(part: Part) -> list[LeafReport]:

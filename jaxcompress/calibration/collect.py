@@ -63,6 +63,11 @@ def collect_moments(
       ValueError: nothing selected, no batches, a selected weight whose inputs were
         never seen, inputs that are NaN or infinite, a mask that does not fit.
       TypeError: `batches` is one batch.
+
+    Example:
+      >>> moments = jc.collect_moments(model, params, batches)
+      >>> moments["layer_0/mlp/down_proj/kernel"].second.shape
+      (64, 64)
     """
     if isinstance(batches, Mapping):
         raise TypeError("batches is one dict; pass an iterable of them: [batch]")
@@ -96,10 +101,10 @@ def collect_moments(
     total = None
     for batch in each_item(batches, progress, label="calibrating", unit="batches"):
         if total is None:
-            found = jax.eval_shape(sums, params, batch)
-            check_seen(names if where is not None or not found else [], found)
-            warn_unseen({n: shapes[n] for n in names if n not in found}, shapes)
-            empty = jax.eval_shape(lambda x: averages(x, layouts), found)
+            probe = jax.eval_shape(sums, params, batch)
+            check_seen(names if where is not None or not probe else [], probe)
+            warn_unseen({n: shapes[n] for n in names if n not in probe}, shapes)
+            empty = jax.eval_shape(lambda x: averages(x, layouts), probe)
             total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
         total = add(total, params, batch)
         if progress:
@@ -201,11 +206,11 @@ def _real_rows(name: str, rows: tuple[int, ...], mask: Any) -> jax.Array:
 
 def averages(sums: Sums, layouts: Mapping[str, Layout]) -> dict[str, Moments]:
     """Return the moments of sums over rows, each with the layout of its weight."""
-    found = {}
+    moments = {}
     for name, named in sums.items():
         tokens, layout = named.get("tokens"), trailing(layouts[name])
         if "second" not in named:
-            found[name] = Moments(tokens.sum(-1), tokens=tokens, layout=layout)
+            moments[name] = Moments(tokens.sum(-1), tokens=tokens, layout=layout)
             continue
         count = named["count"]
         scale = 1 / jnp.maximum(count, 1)  # a batch of padding alone
@@ -215,12 +220,12 @@ def averages(sums: Sums, layouts: Mapping[str, Layout]) -> dict[str, Moments]:
             if field in named
         }
         mean = named["sum"] * scale[..., None]
-        found[name] = Moments(count, mean, tokens=tokens, layout=layout, **matrices)
-    return found
+        moments[name] = Moments(count, mean, tokens=tokens, layout=layout, **matrices)
+    return moments
 
 
-def check_seen(names: list[str], found: Mapping[str, Any]) -> None:
-    missing = [name for name in names if name not in found]
+def check_seen(names: list[str], seen: Mapping[str, Any]) -> None:
+    missing = [name for name in names if name not in seen]
     if missing:
         raise ValueError(
             f"the inputs of {', '.join(missing)} were never seen: the model does not "

@@ -1,4 +1,6 @@
-"""What an error of one leaf costs: squares of outputs, or nats by curvatures."""
+"""Damage: the cost of an error of one leaf, in squared outputs or in nats by
+curvatures.
+"""
 
 from typing import Any
 
@@ -47,10 +49,10 @@ def _squares(
     x: jax.Array, value: jax.Array, second: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     wide = x.astype(jnp.float32)
-    found = []
+    squares = []
     for part in (value.astype(jnp.float32) - wide, wide):
         moved = part
         if second is not None:
             moved = jnp.matmul(second, part, precision=jax.lax.Precision.HIGHEST)
-        found.append(jnp.sum(part * moved, axis=-2))
-    return found[0], found[1]
+        squares.append(jnp.sum(part * moved, axis=-2))
+    return squares[0], squares[1]

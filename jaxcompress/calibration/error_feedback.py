@@ -1,4 +1,4 @@
-"""Error feedback: rows of a kernel are replaced one by one, the others make up for it.
+"""Error feedback: rows of a kernel are replaced one by one, the others compensate.
 
 One machine for quantizing and pruning with second moments. With `x` `[inputs, outputs]`
 and the second moment S of its inputs, replacing row j by something else changes the
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BLOCK = 32  # rows fed back within, in the cache, before those behind are updated
+BLOCK = 32  # rows fed back within, in the cache, before later ones are updated
 
 if hasattr(jax, "enable_x64"):
     float64 = jax.enable_x64
@@ -63,15 +63,15 @@ def feed_back(
     prepare: Callable[[jax.Array, jax.Array, jax.Array], Any] | None = None,
     block: int = BLOCK,
 ) -> Any:
-    """Replace row after row, feeding each row's error into the rows behind it.
+    """Replace row after row, feeding each row's error into the rows after it.
 
     Args:
       x: float32 weights `[inputs, outputs]`, in the order of replacement.
       factor: `[inputs, inputs]` of `inverse_factor` in the same order.
-      replace: `(aux, j, row) -> (value, out)`: row `j` as it stands, `[outputs]`, to
+      replace: `(aux, j, row) -> (value, out)`: the current row `j`, `[outputs]`, to
         the value that takes its place and whatever is to be kept of it (a pytree).
       prepare: `(start, rows, diagonal) -> aux`, called as a block is reached, with its
-        rows `[block, outputs]` as they stand and the factor's diagonal there; for
+        current rows `[block, outputs]` and the factor's diagonal there; for
         choices made over several rows, such as a mask. Rows past the end are zero.
       block: rows per block; the result does not depend on it but for rounding.
 
@@ -128,12 +128,12 @@ def descend(
     error.
 
     Row after row moves to `replace(j, row)`, `row` `[outputs]` being what would be best
-    for row `j` with all others as they stand. Where `replace` takes the nearest of the
+    for row `j` with all others fixed. Where `replace` takes the nearest of the
     values allowed, the error never grows: each coordinate's error is a parabola.
 
     Args:
       x: original weights, float32 `[inputs, outputs]`.
-      value: what stands for them now, same shape.
+      value: their current replacement, same shape.
       second: `[inputs, inputs]`, with a positive diagonal (`damped`).
       replace: `(j, row) -> row`.
       block: rows updated before the others are; the result does not depend on it.
@@ -178,7 +178,7 @@ def layer_loss(x: jax.Array, value: jax.Array, second: jax.Array) -> jax.Array:
 
     Args:
       x: weights `[..., inputs, outputs]`.
-      value: what stands for them, same shape.
+      value: their replacement, same shape.
       second: `[..., inputs, inputs]`.
 
     Returns:

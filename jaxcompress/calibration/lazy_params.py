@@ -1,4 +1,4 @@
-"""Where `compress_blockwise` takes leaves from: a tree in memory, or a checkpoint."""
+"""Lazily read parameters: trees whose leaves are fetched when they are used."""
 
 import contextlib
 import os
@@ -63,4 +63,4 @@ def _stored(file: LazyParams) -> Source:
 
 def _rebuilder(tree: Any, names: list[str]) -> Callable[[Mapping[str, Any]], Params]:
     structure = jax.tree.structure(tree, is_leaf=is_leaf)
-    return lambda found: jax.tree.unflatten(structure, [found[name] for name in names])
+    return lambda leaves: jax.tree.unflatten(structure, [leaves[n] for n in names])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from jaxcompress.tree.layouts import Layout, trailing
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """Averages over tokens of a kernel's inputs `x`, and how many tokens they are.
+    """Averages over tokens of a kernel's inputs `x`, and the number of tokens.
 
     A commutative monoid under `+`, which weighs by `count`; `empty_moments` is its
     identity. A pytree of float32 or wider arrays; leading axes `...` are the stack axes
@@ -30,9 +30,14 @@ class Moments:
     the other fields are None where they are not known. Not centred: the covariance is
     `covariance`, the sum of `x x^T` is `count * second`.
 
-    `layout` says along which axes of the kernel the inputs and outputs lie, as
-    `trailing` gives it: without the stack, axes counted from the last, so that slices
-    of a stack keep it. None: unknown, `compress` then goes by `layouts=` or the name.
+    `layout` names the axes of the kernel that are inputs and outputs, as `trailing`
+    does: without the stack, axes counted from the last, so that slices of a stack keep
+    it. None: unknown, `compress` then uses `layouts=` or the name.
+
+    Example:
+      >>> both = of_x + of_x
+      >>> both.count == 2 * of_x.count
+      Array(True, dtype=bool)
     """
 
     count: jax.Array  # [...] tokens seen; padding does not count
@@ -72,7 +77,7 @@ class Moments:
         total = self.count + other.count
         share = other.count / jnp.where(total > 0, total, 1)  # both may be empty
         merged: dict[str, Any] = {"count": total}
-        merged["layout"] = _common_layout(self, other)
+        merged["layout"] = common_layout(self, other)
         for field in AVERAGED:
             a, b = getattr(self, field), getattr(other, field)
             if field == "joint_curvatures" and (a is None or b is None):
@@ -99,14 +104,14 @@ class Moments:
     def target_problem(
         self, x: jax.Array, method: str, *, damping: float | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Return what every data-driven method minimizes over: target and second
+        """Return the least-squares problem of data-driven methods: target and second
         moment.
 
         The error of weights W is `tr((W - target)^T second (W - target))`. `second` is
-        that of the inputs which the compressed layer will see: those behind the
-        compressed prefix, where they are known. With a damping, the target then makes
-        up for the prefix, the weights of least squares `drifted^-1 cross^T x`; else it
-        is `x` itself. Traceable.
+        that of the inputs which the compressed layer will see: those after the
+        compressed prefix, where they are known. With a damping, the target then
+        compensates the prefix, the weights of least squares `drifted^-1 cross^T x`;
+        else it is `x` itself. Traceable.
 
         Args:
           x: weights `[..., inputs, outputs]`.
@@ -123,11 +128,11 @@ class Moments:
         if self.drifted is None:
             return x, require(self, x, method).second
         fields = ("drifted",) if damping is None else ("drifted", "cross")
-        known = require(self, x, method, fields=fields)
+        checked = require(self, x, method, fields=fields)
         if damping is None:
-            return x, known.drifted
-        target = corrected_targets(x, known.drifted, known.cross, damping=damping)
-        return target, known.drifted
+            return x, checked.drifted
+        target = corrected_targets(x, checked.drifted, checked.cross, damping=damping)
+        return target, checked.drifted
 
     def checked(self, name: str) -> "Moments":
         """Return the moments, finite, with slices that saw no token as `fill_unseen`
@@ -213,7 +218,7 @@ AVERAGED = (
 )
 
 
-def _common_layout(a: Moments, b: Moments) -> Layout | None:
+def common_layout(a: Moments, b: Moments) -> Layout | None:
     """Return the layout of both; raises ValueError where they know different ones."""
     if a.layout is None or b.layout is None:
         return a.layout or b.layout
@@ -245,10 +250,14 @@ def moments_from_covariance(covariance: jax.Array, *, count: float = 1.0) -> Mom
 
     Args:
       covariance: `[..., inputs, inputs]`, symmetric; kept in float32 or wider.
-      count: tokens it stands for when it is added to other moments.
+      count: its tokens when it is added to other moments.
 
     Raises:
       ValueError: not square, not symmetric, or not finite.
+
+    Example:
+      >>> jc.moments_from_covariance(jnp.eye(64), count=1000).second.shape
+      (64, 64)
     """
     covariance = jnp.asarray(covariance)
     wide = jnp.promote_types(covariance.dtype, jnp.float32)
@@ -281,11 +290,11 @@ def check_curvatures(moments: Mapping[str, Any]) -> bool:
     Raises ValueError, naming a leaf, where only some have them, or where those of a
     slice are all zero or not finite.
     """
-    known = {name: getattr(x, "curvatures", None) for name, x in moments.items()}
-    if all(counts is None for counts in known.values()):
+    curvatures = {name: getattr(x, "curvatures", None) for name, x in moments.items()}
+    if all(counts is None for counts in curvatures.values()):
         return False
     again = "measure them with the same pattern, on batches that reach this leaf"
-    for name, counts in known.items():
+    for name, counts in curvatures.items():
         if counts is None:
             raise ValueError(f"{name}: no curvatures, and others have them; {again}")
         if not (np.isfinite(counts).all() and (np.mean(counts, axis=-1) > 0).all()):
@@ -359,39 +368,3 @@ _ABSENT = {
     "curvatures": "complete the moments with measure_curvatures",
     "joint_curvatures": "complete the moments with measure_curvatures",
 }
-
-
-def partly_drifted(moments: Moments, drift: float) -> Moments:
-    """Interpolate the drift: a part of it is compensated, targets in proportion."""
-    if moments.cross is None or drift == 1:
-        return moments
-    cross = (1 - drift) * moments.drifted + drift * moments.cross
-    return dataclasses.replace(moments, cross=cross)
-
-
-def both_uses(a: Moments | None, b: Moments) -> Moments:
-    """Return the moments of one weight used in two ways: looked up, and as a head."""
-    if a is None:
-        return b
-    if (a.second is None) != (b.second is None):
-        looked_up, head = (a, b) if a.second is None else (b, a)
-        layout = _common_layout(a, b)
-        return dataclasses.replace(head, tokens=looked_up.tokens, layout=layout)
-    return a + b
-
-
-def by_input(moments: Mapping[str, Moments], order: Iterable[str]) -> list[set[str]]:
-    """Group names that follow each other on one input, in the order given."""
-    groups: list[set[str]] = []
-    last = None
-    for name in order:
-        if name not in moments:
-            continue
-        second = moments[name].second
-        alike = last is not None and second is not None and last.shape == second.shape
-        if alike and bool(jnp.array_equal(last, second)):
-            groups[-1].add(name)
-        else:
-            groups.append({name})
-        last = second
-    return groups

@@ -1,4 +1,4 @@
-"""Feedback between the outputs of a weight: errors that cancel behind the layer.
+"""Feedback across outputs: correlated output errors are made to cancel.
 
 To second order the divergence grows by `tr(E^T S E H)`, with `S` the second moment of
 the inputs and `H` the joint curvatures of the outputs. Input by input, as `feed_back`
@@ -31,11 +31,12 @@ GROUP = 48  # places of a walk in a group, about: each begins with little choice
 
 
 class OutputFeedback(NamedTuple):
-    """What the groups of a weight's outputs make of each other's errors.
+    """Feedback matrices: how errors of one group of outputs move the targets of later
+    ones.
 
     Args:
       curvatures: float64 `[outputs]`, in natural order: what an output's error costs
-        once later groups have made up for it.
+        once later groups have compensated it.
       matrix: float32 `[outputs, outputs]`, the joint curvatures, group after group.
       moves: float32 `[groups, outputs, outputs / groups]`: errors of all outputs, in
         that order, times this is what the targets of a group move down by.
@@ -62,12 +63,12 @@ def output_costs(
     count, outputs = math.prod(x.shape[:-2]), x.shape[-1]
     if getattr(moments, "curvatures", None) is None:
         return None, None
-    known = require(moments, x, method, fields=("curvatures",))
-    costs = np.asarray(known.curvatures, np.float64).reshape(count, outputs)
-    if known.joint_curvatures is None:
+    checked = require(moments, x, method, fields=("curvatures",))
+    costs = np.asarray(checked.curvatures, np.float64).reshape(count, outputs)
+    if checked.joint_curvatures is None:
         return costs, None
     require(moments, x, method, fields=("joint_curvatures",))
-    joint = np.asarray(known.joint_curvatures).reshape(count, outputs, outputs)
+    joint = np.asarray(checked.joint_curvatures).reshape(count, outputs, outputs)
     if count_groups(outputs) == 1 or not joint.diagonal(0, 1, 2).any(axis=1).all():
         return costs, None
     return np.stack([output_feedback(each).curvatures for each in joint]), joint
@@ -105,7 +106,7 @@ def _feedback(joint: np.ndarray) -> OutputFeedback:
     steady = STEADY * alone.mean()
     matrix = joint[np.ix_(order, order)]
     matrix[np.diag_indices(outputs)] += steady
-    # matrix = root root^T, upper triangular: later outputs have made up for errors.
+    # matrix = root root^T, upper triangular: later outputs have compensated errors.
     try:
         root = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
     except np.linalg.LinAlgError as error:
@@ -130,7 +131,7 @@ def _feedback(joint: np.ndarray) -> OutputFeedback:
 
 
 def shrunk(joint: np.ndarray, shrinkage: float) -> np.ndarray:
-    """Return joint curvatures `[..., outputs, outputs]` drawn towards their
+    """Return joint curvatures `[..., outputs, outputs]` shrunk toward their
     diagonal.
     """
     alone = np.eye(joint.shape[-1], dtype=bool)
@@ -158,13 +159,13 @@ def choose_shrinkage(halves: Sequence[np.ndarray]) -> float:
         order = np.arange(outputs).reshape(-1, groups).T.reshape(-1)
         # Errors e of all outputs, group after group, are those before feedback, q, less
         # e times the moves: e = q T.
-        made = np.eye(outputs)
+        solution = np.eye(outputs)
         for group in range(1, groups):
             start = group * size
             part = feedback.moves[group, :start]
-            made[:start, start : start + size] = -made[:start, :start] @ part
+            solution[:start, start : start + size] = -solution[:start, :start] @ part
         held = np.asarray(held, np.float64)[np.ix_(order, order)]
-        counts = np.einsum("ij,ij->i", made @ held, made)
+        counts = np.einsum("ij,ij->i", solution @ held, solution)
         costs = shrink_to_mean(feedback.curvatures[order], np)
         return float(np.log(costs).mean() + np.log((counts / costs).mean()))
 

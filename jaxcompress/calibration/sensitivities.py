@@ -29,7 +29,7 @@ def measure_sensitivities(
     key: jax.Array,
     progress: bool | Callable[[list[str]], Iterable[str]] = False,
 ) -> dict[str, float]:
-    """Return how much a loss grows per relative squared error of each leaf, the others
+    """Measure how much a loss grows per relative squared error of each leaf, the others
     exact.
 
     Gaussian noise is added to one leaf at a time, and the growth of the loss regressed
@@ -41,7 +41,7 @@ def measure_sensitivities(
         `lambda tree: compare(apply_fn, params, tree, batches).kl`.
       params: concrete.
       sizes: of the noise, relative to the leaf (norm over norm; of the layer's outputs
-        where the leaf has a second moment). About those of the errors to come: 0.2 is
+        where the leaf has a second moment). About those of the expected errors: 0.2 is
         what 3 bits make, 0.1 is 4.
       moments, layouts, where: as for `plan_bits`.
       key: of the noise.
@@ -52,13 +52,18 @@ def measure_sensitivities(
 
     Raises:
       ValueError: sizes out of range, a loss that is not finite.
+
+    Example:
+      >>> loss = lambda tree: jc.tree.norm(tree)
+      >>> where = "layer_0/mlp/down_proj/kernel"
+      >>> grown = jc.measure_sensitivities(loss, params, where=where, key=key)
     """
     check_concrete(params, "measure_sensitivities")
     if not sizes or not all(checks.is_number(n) and n > 0 for n in sizes):
         raise ValueError(
             f"measure_sensitivities takes sizes of noise above 0, not {sizes!r}"
         )
-    found: dict[str, float] = {}
+    sensitivities: dict[str, float] = {}
     base = float(loss_fn(params))
     planned = planned_entries(params, moments, where, layouts)
     turns = iter(
@@ -87,7 +92,7 @@ def measure_sensitivities(
                 f"{[base + g for g in growth]} with noise of sizes {list(sizes)}; "
                 "make sizes smaller, or look for NaN in the batches"
             )
-        found[entry.name] = slope
+        sensitivities[entry.name] = slope
     for _ in turns:
         pass
-    return found
+    return sensitivities

@@ -59,7 +59,7 @@ def fill_unseen(matrices: dict[str, Any]) -> dict[str, Any]:
     zero.
 
     All inputs of such a slice count alike, as much as the mean input of the others: a
-    method that goes by them does what it would do without data. The cross moment of a
+    method that uses them does what it would do without data. The cross moment of a
     slice without one becomes the drifted moment: its target is the weight itself.
     """
     filled = dict(matrices)
@@ -76,8 +76,8 @@ def fill_unseen(matrices: dict[str, Any]) -> dict[str, Any]:
         filled[name] = jnp.where(seen[..., None, None], matrix, identity)
     if matrices.get("cross") is not None and filled.get("drifted") is not None:
         cross = matrices["cross"]
-        known = jnp.any(cross != 0, axis=(-2, -1), keepdims=True)
-        filled["cross"] = jnp.where(known, cross, filled["drifted"])
+        has_cross = jnp.any(cross != 0, axis=(-2, -1), keepdims=True)
+        filled["cross"] = jnp.where(has_cross, cross, filled["drifted"])
     return filled
 
 

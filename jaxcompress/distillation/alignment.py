@@ -1,4 +1,4 @@
-"""What a student loses against the inside of a teacher, per position.
+"""Losses between hidden states, attention maps and relations of two models.
 
 Hidden states are `[batch, tokens, width]`, attention maps `[batch, heads, tokens,
 keys]`; every loss is `[batch, tokens]`, float32 or wider, zero where the `mask`
@@ -19,7 +19,7 @@ Layers = Literal["uniform", "last"] | Mapping[int, int]
 
 
 def layer_pairs(students: int, teachers: int, layers: Layers) -> list[tuple[int, int]]:
-    """Return pairs (student's layer, teacher's layer), counted from 0.
+    """List pairs (student's layer, teacher's layer), counted from 0.
 
     Args:
       students, teachers: how many layers each has.
@@ -29,6 +29,10 @@ def layer_pairs(students: int, teachers: int, layers: Layers) -> list[tuple[int,
 
     Raises:
       ValueError: a layer that does not exist, an empty dict, an unknown word.
+
+    Example:
+      >>> jc.distillation.layer_pairs(2, 4, "uniform")
+      [(0, 1), (1, 3)]
     """
     if students < 1 or teachers < 1:
         raise ValueError(f"{students} student and {teachers} teacher layers: none")
@@ -42,17 +46,17 @@ def layer_pairs(students: int, teachers: int, layers: Layers) -> list[tuple[int,
             "layers to teacher's"
         )
     pairs = []
-    for mine, theirs in layers.items():
+    for mine, teacher_layer in layers.items():
         for who, layer, size in (
             ("student", mine, students),
-            ("teacher", theirs, teachers),
+            ("teacher", teacher_layer, teachers),
         ):
             if not -size <= layer < size:
                 raise ValueError(
-                    f"the mapping {mine} -> {theirs} points nowhere: the {who} has "
-                    f"{size} layers, 0 to {size - 1}, not {layer}"
+                    f"the mapping {mine} -> {teacher_layer} points nowhere: the {who} "
+                    f"has {size} layers, 0 to {size - 1}, not {layer}"
                 )
-        pairs.append((mine % students, theirs % teachers))
+        pairs.append((mine % students, teacher_layer % teachers))
     return pairs
 
 
@@ -64,7 +68,7 @@ def over_layers(
     layers: Layers = "uniform",
     **options: Any,
 ) -> jax.Array:
-    """Return the mean of `loss(student, teacher, **options)` over pairs of layers.
+    """Average `loss(student, teacher, **options)` over pairs of layers.
 
     Args:
       loss: of this module, or any function that returns `[batch, tokens]`.
@@ -72,6 +76,13 @@ def over_layers(
         scanned model gives them.
       layers: as for `layer_pairs`, which lists the errors.
       options: passed on; a list or tuple of projections has one for each pair.
+
+    Example:
+      >>> states = jnp.ones((2, 1, 4, 8))
+      >>> jc.distillation.over_layers(
+      ...     jc.distillation.hidden_states, states, states
+      ... ).shape
+      (1, 4)
     """
     pairs = layer_pairs(len(students), len(teachers), layers)
     projections = options.pop("projection", None)
@@ -83,9 +94,9 @@ def over_layers(
             "one for each, or one for all"
         )
     total = 0.0
-    for (mine, theirs), projection in zip(pairs, projections, strict=True):
+    for (mine, teacher_layer), projection in zip(pairs, projections, strict=True):
         extra = {} if projection is None else {"projection": projection}
-        total += loss(students[mine], teachers[theirs], **options, **extra)
+        total += loss(students[mine], teachers[teacher_layer], **options, **extra)
     return total / len(pairs)
 
 
@@ -97,13 +108,13 @@ def hidden_states(
     kind: Literal["squared", "relative", "cosine"] = "squared",
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Return how far hidden states are apart, `[batch, tokens]`.
+    """Compute the distance of hidden states, `[batch, tokens]`.
 
     Args:
       student: `[batch, tokens, width]`.
       teacher: `[batch, tokens, teacher's width]`.
       projection: `[width, teacher's width]`, applied to the student's, and trained
-        beside it (`initial_projection`); needed where the widths differ.
+        with it (`initial_projection`); needed where the widths differ.
       kind: "squared": mean squared difference over features; "relative": the same over
         the mean square of the teacher's; "cosine": 1 - cosine, from 0 to 2, and 1 where
         a state is zero.
@@ -111,6 +122,11 @@ def hidden_states(
 
     Raises:
       ValueError: shapes that do not fit, an unknown kind.
+
+    Example:
+      >>> states = jnp.ones((1, 4, 8))
+      >>> jc.distillation.hidden_states(states, states, kind="cosine").shape
+      (1, 4)
 
     Source: Jiao et al. 2020, TinyBERT (arXiv 1909.10351, equation 8); Sanh et al. 2019,
     DistilBERT (arXiv 1910.01108), for the cosine.
@@ -141,7 +157,15 @@ def hidden_states(
 
 
 def initial_projection(width: int, teacher_width: int, *, key: jax.Array) -> jax.Array:
-    """Return a matrix `[width, teacher's width]` with orthonormal rows or columns."""
+    """Draw a matrix `[width, teacher's width]` with orthonormal rows or columns.
+
+    Args:
+      width, teacher_width: features of the student and of the teacher.
+      key: of the random matrix.
+
+    Example:
+      >>> matrix = jc.distillation.initial_projection(8, 16, key=key)
+    """
     return jax.nn.initializers.orthogonal()(key, (width, teacher_width))
 
 
@@ -153,7 +177,7 @@ def attention_maps(
     kind: Literal["kl", "squared"] = "kl",
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Return how far attention maps are apart, a mean over heads, `[batch, tokens]`.
+    """Compute the distance of attention maps, a mean over heads, `[batch, tokens]`.
 
     Args:
       student: `[batch, heads, tokens, keys]`, rows that add up to 1.
@@ -166,6 +190,11 @@ def attention_maps(
 
     Raises:
       ValueError: shapes or head numbers that do not fit, a head that does not exist.
+
+    Example:
+      >>> maps = jnp.full((1, 2, 4, 4), 0.25)
+      >>> jc.distillation.attention_maps(maps, maps).shape
+      (1, 4)
 
     Source: Jiao et al. 2020 (arXiv 1909.10351, equation 7); Wang et al. 2020, MiniLM
     (arXiv 2002.10957), for the KL.
@@ -227,6 +256,11 @@ def relations(
     Raises:
       ValueError: a width that `heads` does not divide, other texts or lengths.
 
+    Example:
+      >>> states = jnp.ones((1, 4, 8))
+      >>> jc.distillation.relations(states, states, heads=2).shape
+      (1, 4)
+
     Source: Wang et al. 2021, MiniLMv2 (arXiv 2012.15828, section 3.1).
     """
     if student.shape[:2] != teacher.shape[:2]:
@@ -234,8 +268,8 @@ def relations(
             f"the student's states have shape {student.shape}, the teacher's "
             f"{teacher.shape}; batch and tokens must agree"
         )
-    mine, theirs = (_related(x, heads, mask) for x in (student, teacher))
-    return only(divergence(theirs, mine).mean(axis=1), mask)
+    mine, teacher_relations = (_related(x, heads, mask) for x in (student, teacher))
+    return only(divergence(teacher_relations, mine).mean(axis=1), mask)
 
 
 def _related(states: jax.Array, heads: int, mask: jax.Array | None) -> jax.Array:

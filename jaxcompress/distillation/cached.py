@@ -34,6 +34,10 @@ class TopK:
 
     Indices differ within a position; the log-probabilities and the tail's add up to a
     distribution at `temperature` over `vocabulary` entries.
+
+    Example:
+      >>> jc.distillation.top_k(jnp.zeros((2, 8)), 4).indices.shape
+      (2, 4)
     """
 
     indices: jax.Array  # [..., k], unsigned
@@ -48,7 +52,11 @@ class TopK:
 class Sampled:
     """Tokens drawn from a teacher, with weights whose expectation is its distribution.
 
-    A token drawn twice stands there twice. `entropy` is the teacher's own, in nats.
+    A token drawn twice is listed twice. `entropy` is the teacher's own, in nats.
+
+    Example:
+      >>> logits = jnp.zeros((2, 8))
+      >>> cache = jc.distillation.sampled(logits, 4, key=key)
     """
 
     indices: jax.Array  # [..., draws], unsigned
@@ -59,12 +67,20 @@ class Sampled:
 
 
 def top_k(logits: jax.Array, k: int, *, temperature: float = 1.0) -> TopK:
-    """Return what to keep of a teacher's logits `[..., vocabulary]`: `6 k + 4` bytes
-    each.
+    """Keep the k likeliest tokens of a teacher's logits `[..., vocabulary]`: `6 k + 4`
+    bytes each.
 
     (`8 k + 4` bytes where the vocabulary is above 65 536.)
 
     Raises ValueError where `k` is not from 1 to the vocabulary's size less one.
+
+    Args:
+      logits: `[..., vocabulary]`, of the teacher.
+      k: tokens to keep at each position.
+      temperature: of the softmax.
+
+    Example:
+      >>> cached = jc.distillation.top_k(jnp.zeros((2, 8)), 4)
     """
     size = logits.shape[-1]
     if not 1 <= k < size:
@@ -87,6 +103,16 @@ def top_k_kl(
     student and teacher share the tail out alike.
 
     Raises ValueError on vocabularies or shapes that differ.
+
+    Args:
+      student_logits: `[..., vocabulary]`.
+      cached: of `top_k`.
+      mask: `[...]`.
+
+    Example:
+      >>> cached = jc.distillation.top_k(jnp.zeros((2, 8)), 4)
+      >>> jc.distillation.top_k_kl(jnp.zeros((2, 8)), cached).shape
+      (2,)
     """
     student = _log_probs(student_logits, cached, mask)
     picked = take(student, cached.indices)
@@ -113,6 +139,16 @@ def sampled(
 
     Raises ValueError where `draws` is below 1 or `power` negative.
 
+    Args:
+      logits: `[..., vocabulary]`, of the teacher.
+      draws: tokens to draw at each position.
+      temperature: T, of the softmax.
+      power: of the probabilities that tokens are drawn by.
+      key: of the draws.
+
+    Example:
+      >>> cached = jc.distillation.sampled(jnp.zeros((2, 8)), 4, key=key)
+
     Source: Anshumann et al. 2025, "Sparse logit sampling" (arXiv 2503.16870).
     """
     if draws < 1 or power < 0:
@@ -135,11 +171,20 @@ def sampled(
 def sampled_kl(
     student_logits: jax.Array, cached: Sampled, *, mask: jax.Array | None = None
 ) -> jax.Array:
-    """Return an unbiased estimate of `T^2 KL(teacher / T || student / T)`, `[...]` in
-    nats.
+    """Estimate `T^2 KL(teacher / T || student / T)`, `[...]` in nats, without bias.
 
     A single value may be negative. Raises ValueError on vocabularies or shapes that
     differ.
+
+    Args:
+      student_logits: `[..., vocabulary]`.
+      cached: of `sampled`.
+      mask: `[...]`.
+
+    Example:
+      >>> logits = jnp.zeros((2, 8))
+      >>> cached = jc.distillation.sampled(logits, 4, key=key)
+      >>> values = jc.distillation.sampled_kl(logits, cached)
     """
     student = _log_probs(student_logits, cached, mask)
     picked = take(student, cached.indices)
@@ -153,7 +198,17 @@ def cached_kl(
     *,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute `top_k_kl` or `sampled_kl`, by what was kept."""
+    """Compute `top_k_kl` or `sampled_kl`, by the type of the cache.
+
+    Args:
+      student_logits: `[..., vocabulary]`.
+      cached: of `top_k` or `sampled`.
+      mask: `[...]`.
+
+    Example:
+      >>> cached = jc.distillation.top_k(jnp.zeros((2, 8)), 4)
+      >>> values = jc.distillation.cached_kl(jnp.zeros((2, 8)), cached)
+    """
     function = top_k_kl if isinstance(cached, TopK) else sampled_kl
     return function(student_logits, cached, mask=mask)
 
@@ -166,11 +221,10 @@ def write_cache(
     *,
     source: str = "",
 ) -> TopK | Sampled:
-    """Return what the folder stores for this batch; computed and written if it is
-    missing.
+    """Store what a teacher says of a batch, or read it where it is stored already.
 
-    The file is written beside its place and renamed, so that an interrupted run goes on
-    where it stopped.
+    The file is written under another name and renamed, so that an interrupted run
+    resumes where it stopped.
 
     Args:
       folder: made where it does not exist.
@@ -183,6 +237,10 @@ def write_cache(
     Raises:
       ValueError: the file there belongs to another batch or source.
       FileDamaged: the file there is not what was written.
+
+    Example:
+      >>> make = lambda: jc.distillation.top_k(apply_fn(params, tokens), 4)
+      >>> cached = jc.distillation.write_cache("cache", 0, batches[0], make)
     """
     results, name = Results(folder), _name(number)
     if results.path(name).exists():
@@ -211,10 +269,19 @@ def read_cache(
 
     `source` must be as it was written; None takes any.
 
+    Args:
+      folder, number, batch: as for `write_cache`.
+      source: as it was written; None takes any.
+
     Raises:
       FileNotFoundError: there is nothing for this number.
       ValueError: it belongs to another batch or source.
       FileDamaged: it is not what was written.
+
+    Example:
+      >>> make = lambda: jc.distillation.top_k(apply_fn(params, tokens), 4)
+      >>> cached = jc.distillation.write_cache("cache", 0, batches[0], make)
+      >>> same = jc.distillation.read_cache("cache", 0, batches[0])
     """
     results = Results(folder)
     wanted = {f"batch {number}": digest(None, dict(batch))}

@@ -1,6 +1,6 @@
-"""What a Linen model computes inside, by name, from models that are left as they are.
+"""Features of unmodified Linen models, by name.
 
-Names are those of modules, `layer_0/mlp/up_proj`, standing for what they return, and of
+Names are those of modules, `layer_0/mlp/up_proj`, meaning what they return, and of
 what modules sow, `layer_0/attention/attention`. They are checked against the model
 while it is traced: a name that is not there is an error, never an empty result.
 """
@@ -22,18 +22,26 @@ _CALL = "__call__"
 def capture(model: nn.Module, names: Iterable[str]) -> Callable[..., Any]:
     """Return a function `(params, *args, **options) -> (output, {name: array})`.
 
-    Runs `model.apply({"params": params}, *args, **options)` and keeps what the names
-    stand for; traceable, and the names are checked whenever it is traced. A module that
-    is called again has its later outputs as `name[1]` and so on, one that returns
+    Runs `model.apply({"params": params}, *args, **options)` and returns what the
+    names mean too; traceable, and the names are checked whenever it is traced. A module
+    that is called again has its later outputs as `name[1]` and so on, one that returns
     several arrays as `name/0`, `name/1`. Layers under `nn.scan` give one array with the
     layers first, if the scan carries the collection "intermediates", as ours do.
     Attention maps are seen only where a module sows them
     (`Transformer(sow_intermediates=True)`); `relations` need none.
 
+    Args:
+      model: a Linen module.
+      names: of `feature_names`.
+
     Raises:
       TypeError: not a Linen module.
       ValueError: no names; when called, a name that the model does not have: says the
         nearest.
+
+    Example:
+      >>> run = jc.distillation.capture(model, ["layer_0/mlp/up_proj"])
+      >>> logits, features = run(params, tokens)
     """
     names = () if isinstance(names, str) else tuple(names)
     if not names:
@@ -43,8 +51,8 @@ def capture(model: nn.Module, names: Iterable[str]) -> Callable[..., Any]:
         )
 
     def run(params: Params, *args: Any, **options: Any) -> Any:
-        output, found = _run(model, params, args, options, names)
-        missing = [name for name in names if name not in found]
+        output, features = _run(model, params, args, options, names)
+        missing = [name for name in names if name not in features]
         if missing:
             everything = feature_names(model, params, *args, **options)
             raise ValueError(
@@ -53,7 +61,7 @@ def capture(model: nn.Module, names: Iterable[str]) -> Callable[..., Any]:
                 "Inside nn.scan, modules are seen only if variable_axes has "
                 "'intermediates'"
             )
-        return output, {name: found[name] for name in names}
+        return output, {name: features[name] for name in names}
 
     _check(model)
     return run
@@ -62,7 +70,18 @@ def capture(model: nn.Module, names: Iterable[str]) -> Callable[..., Any]:
 def feature_names(
     model: nn.Module, params: Params, *args: Any, **options: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of all that `capture` can give, by name; nothing is computed."""
+    """List shape and dtype of all that `capture` can give, by name; nothing is
+    computed.
+
+    Args:
+      model: a Linen module.
+      params: its parameters.
+      args, options: of `model.apply`.
+
+    Example:
+      >>> "layer_0/mlp/up_proj" in jc.distillation.feature_names(model, params, tokens)
+      True
+    """
     _check(model)
     shapes = jax.eval_shape(
         lambda params, args: _run(model, params, args, options, None)[1], params, args
@@ -92,7 +111,7 @@ def _run(
         mutable=[_SOWN],
     )
     flat, _ = jax.tree_util.tree_flatten_with_path(state.get(_SOWN, {}))
-    found = {}
+    features = {}
     for path, value in flat:
         dicts = [
             i for i, key in enumerate(path) if isinstance(key, jax.tree_util.DictKey)
@@ -102,8 +121,8 @@ def _run(
         rest = [key_name(key) for key in path[depth:]]
         if rest and rest[0] != "0":  # of several calls
             name += f"[{rest[0]}]"
-        found["/".join([name, *rest[1:]])] = value
-    return output, found
+        features["/".join([name, *rest[1:]])] = value
+    return output, features
 
 
 def _check(model: Any) -> None:

@@ -1,8 +1,8 @@
-"""What a student loses against labels and against a teacher's logits, per example.
+"""Losses of a student against labels and a teacher's logits, per position.
 
 Logits are `[..., vocabulary]`, and every loss is `[...]`, in nats: one number for each
 position that is predicted. A `mask` `[...]` is true where a position counts; elsewhere
-the loss and its gradient are zero, whatever stands there. `mean` makes one number of
+the loss and its gradient are zero, whatever the inputs. `mean` makes one number of
 it. Computed in float32, or wider where the logits are. Soft losses are multiplied by
 the square of the temperature, so that their gradients keep their size (Hinton, Vinyals
 and Dean 2015, arXiv 1503.02531, section 2.1).
@@ -39,6 +39,11 @@ def loss(
     Raises:
       ValueError: vocabularies or shapes that differ, an option out of range.
 
+    Example:
+      >>> logits, labels = jnp.zeros((2, 8)), jnp.array([1, 2])
+      >>> jc.distillation.loss(logits, logits, labels, temperature=2.0).shape
+      (2,)
+
     Source: Hinton, Vinyals and Dean 2015 (arXiv 1503.02531).
     """
     checks.fraction("loss", "soft_weight", soft_weight, zero=True, one=True)
@@ -58,6 +63,14 @@ def cross_entropy(
     range.
 
     Raises ValueError where labels are not integers of shape `[...]`.
+
+    Args:
+      logits: `[..., vocabulary]`.
+      labels: integers `[...]`.
+      mask: `[...]`.
+
+    Example:
+      >>> values = jc.distillation.cross_entropy(jnp.zeros((2, 8)), jnp.array([1, 2]))
     """
     if labels.shape != logits.shape[:-1] or not jnp.issubdtype(
         labels.dtype, jnp.integer
@@ -69,9 +82,9 @@ def cross_entropy(
     mine = log_probs(logits, mask=mask)
     if mask is not None:
         labels = jnp.where(check_mask(mask, labels.shape), labels, 0)
-    known = (labels >= 0) & (labels < logits.shape[-1])
-    picked = take(mine, jnp.where(known, labels, 0)[..., None])[..., 0]
-    return only(jnp.where(known, -picked, jnp.nan), mask)
+    valid = (labels >= 0) & (labels < logits.shape[-1])
+    picked = take(mine, jnp.where(valid, labels, 0)[..., None])[..., 0]
+    return only(jnp.where(valid, -picked, jnp.nan), mask)
 
 
 def forward_kl(
@@ -81,11 +94,19 @@ def forward_kl(
     temperature: float = 1.0,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute `T^2 KL(teacher / T || student / T)`, `[...]`: cover all that the teacher
-    says.
+    """Compute `T^2 KL(teacher / T || student / T)`, `[...]`: mode-covering.
 
     Raises ValueError on vocabularies or shapes that differ, or a temperature not
     above 0.
+
+    Args:
+      student_logits, teacher_logits: `[..., vocabulary]`.
+      temperature: T, of both softmaxes; above 0.
+      mask: `[...]`.
+
+    Example:
+      >>> student, teacher = jnp.zeros((2, 8)), jnp.ones((2, 8))
+      >>> values = jc.distillation.forward_kl(student, teacher, temperature=2.0)
     """
     return _kl(student_logits, teacher_logits, temperature, mask)
 
@@ -97,10 +118,15 @@ def reverse_kl(
     temperature: float = 1.0,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute `T^2 KL(student / T || teacher / T)`, `[...]`: say nothing the teacher
-    would not.
+    """Compute `T^2 KL(student / T || teacher / T)`, `[...]`: mode-seeking.
 
     Errors as `forward_kl`. Source: Gu et al. 2024, MiniLLM (arXiv 2306.08543).
+
+    Args:
+      student_logits, teacher_logits, temperature, mask: as for `forward_kl`.
+
+    Example:
+      >>> values = jc.distillation.reverse_kl(jnp.zeros((2, 8)), jnp.ones((2, 8)))
     """
     return _kl(student_logits, teacher_logits, temperature, mask, reverse=True)
 
@@ -116,6 +142,13 @@ def soft_cross_entropy(
 
     `forward_kl` plus what the student cannot change, the entropy of the teacher. Errors
     as `forward_kl`.
+
+    Args:
+      student_logits, teacher_logits, temperature, mask: as for `forward_kl`.
+
+    Example:
+      >>> student, teacher = jnp.zeros((2, 8)), jnp.ones((2, 8))
+      >>> values = jc.distillation.soft_cross_entropy(student, teacher)
     """
     student, teacher = _both(student_logits, teacher_logits, temperature, mask)
     p = jnp.exp(teacher)
@@ -139,6 +172,14 @@ def jensen_shannon(
 
     Errors as `forward_kl`, and `beta` not inside (0, 1).
 
+    Args:
+      student_logits, teacher_logits, temperature, mask: as for `forward_kl`.
+      beta: b, the weight of the teacher in m; inside (0, 1).
+
+    Example:
+      >>> student, teacher = jnp.zeros((2, 8)), jnp.ones((2, 8))
+      >>> values = jc.distillation.jensen_shannon(student, teacher, beta=0.5)
+
     Source: Agarwal et al. 2024, GKD (arXiv 2306.13649, equation 1).
     """
     checks.fraction("jensen_shannon", "beta", beta)
@@ -160,6 +201,14 @@ def skewed_kl(
 
     p is the teacher, q the student. Errors as `forward_kl`, and `alpha` not inside
     (0, 1). Source: Ko et al. 2024, DistiLLM (arXiv 2402.03898, equation 4).
+
+    Args:
+      student_logits, teacher_logits, temperature, mask: as for `forward_kl`.
+      alpha: a, the weight of the teacher in the mixture; inside (0, 1).
+
+    Example:
+      >>> student, teacher = jnp.zeros((2, 8)), jnp.ones((2, 8))
+      >>> values = jc.distillation.skewed_kl(student, teacher, alpha=0.1)
     """
     checks.fraction("skewed_kl", "alpha", alpha)
     return _kl(student_logits, teacher_logits, temperature, mask, alpha=alpha)
@@ -175,6 +224,14 @@ def skewed_reverse_kl(
 ) -> jax.Array:
     """Compute `T^2 KL(q || a q + (1 - a) p)`, `[...]`: the student's side of
     `skewed_kl`.
+
+    Args:
+      student_logits, teacher_logits, temperature, mask: as for `forward_kl`.
+      alpha: a, the weight of the student in the mixture; inside (0, 1).
+
+    Example:
+      >>> student, teacher = jnp.zeros((2, 8)), jnp.ones((2, 8))
+      >>> values = jc.distillation.skewed_reverse_kl(student, teacher, alpha=0.1)
     """
     checks.fraction("skewed_reverse_kl", "alpha", alpha)
     return _kl(
@@ -183,9 +240,17 @@ def skewed_reverse_kl(
 
 
 def mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Return mean of a loss `[...]` over the positions that count; 0 where none does.
+    """Average a loss `[...]` over the positions that count; 0 where none does.
 
     Raises ValueError on an empty batch.
+
+    Args:
+      values: `[...]`.
+      mask: `[...]`.
+
+    Example:
+      >>> float(jc.distillation.mean(jnp.array([1.0, 3.0])))
+      2.0
     """
     if not values.size:
         raise ValueError(
@@ -196,7 +261,16 @@ def mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def count(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Return how many positions of a loss `[...]` count, float32."""
+    """Count the positions of a loss `[...]` that are not masked, float32.
+
+    Args:
+      values: `[...]`.
+      mask: `[...]`.
+
+    Example:
+      >>> float(jc.distillation.count(jnp.ones(3), jnp.array([1, 0, 1])))
+      2.0
+    """
     if mask is None:
         return jnp.float32(values.size)
     return check_mask(mask, values.shape).sum(dtype=jnp.float32)

@@ -21,7 +21,15 @@ Soft = Callable[..., jax.Array]
 
 
 def hard_labels(apply_fn: ApplyFn) -> LossFn:
-    """Return the loss function of plain training: the next token, in nats."""
+    """Build the loss function of plain training: the next token, in nats.
+
+    Args:
+      apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
+
+    Example:
+      >>> loss_fn = jc.distillation.hard_labels(apply_fn)
+      >>> loss, metrics = loss_fn(params, batches[0], key)
+    """
     return functools.partial(_labels, apply_fn)
 
 
@@ -33,7 +41,8 @@ def soft_labels(
     soft: Soft = forward_kl,
     soft_weight: float = 1.0,
 ) -> LossFn:
-    """Return loss function of distillation from a teacher that runs in the same step.
+    """Build the loss function of distillation from a teacher that runs in the same
+    step.
 
     Args:
       apply_fn: of the student, `(params, tokens [B, T]) -> logits [B, T, V]`.
@@ -44,6 +53,11 @@ def soft_labels(
       soft_weight: of it; the rest is the weight of the labels.
 
     Metrics: `soft` and, where labels count, `hard`, in nats; `weight` in tokens.
+
+    Example:
+      >>> kl = jc.distillation.forward_kl
+      >>> loss_fn = jc.distillation.soft_labels(apply_fn, apply_fn, params, soft=kl)
+      >>> loss, metrics = loss_fn(params, batches[0], key)
     """
     _check(soft_weight)
     function = functools.partial(_softly, apply_fn, teacher_fn, soft, soft_weight)
@@ -51,10 +65,19 @@ def soft_labels(
 
 
 def cached_labels(apply_fn: ApplyFn, *, soft_weight: float = 1.0) -> LossFn:
-    """Return the same from a teacher that ran before: `batch["teacher"]` is a cache's
-    entry.
+    """Build the loss function of distillation from a cache's entry, `batch["teacher"]`.
 
     Its positions are those of `tokens[:, 1:]`, as of logits `[:, :-1]`.
+
+    Args:
+      apply_fn: of the student, as for `soft_labels`.
+      soft_weight: of the teacher's part; the rest is the weight of the labels.
+
+    Example:
+      >>> loss_fn = jc.distillation.cached_labels(apply_fn)
+      >>> teacher = jc.distillation.top_k(apply_fn(params, tokens)[:, :-1], 4)
+      >>> batch = batches[0] | {"teacher": teacher}
+      >>> loss, metrics = loss_fn(params, batch, key)
     """
     _check(soft_weight)
     return functools.partial(_from_cache, apply_fn, soft_weight)

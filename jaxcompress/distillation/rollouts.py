@@ -27,8 +27,7 @@ def rollout(
     eos_id: int | None = None,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sample what the model writes after prompts, with its cache: one step a token;
-    traceable.
+    """Sample what the model writes after prompts, with its cache; traceable.
 
     Parameters are materialized once for all steps; no gradient passes.
 
@@ -39,6 +38,7 @@ def rollout(
       length: tokens to write after each.
       temperature: of the softmax drawn from; 0 takes the likeliest token.
       eos_id: what follows this token does not count, and repeats it.
+      key: of the samples.
 
     Returns:
       Tokens `[batch, prompt + length]`, and a mask of the same shape that is true where
@@ -46,6 +46,11 @@ def rollout(
 
     Raises:
       ValueError: an option out of range, an empty prompt.
+
+    Example:
+      >>> texts, mask = jc.distillation.rollout(
+      ...     model, params, tokens[:, :4], 2, key=key
+      ... )
     """
     batch, start = prompts.shape
     if batch < 1 or start < 1 or length < 1:
@@ -90,12 +95,12 @@ def on_policy(
     temperature: float = 1.0,
     eos_id: int | None = None,
 ) -> LossFn:
-    """Return loss function on texts that, by `ratio`, the student goes on with itself.
+    """Build a loss function on texts of which the student writes a fraction itself.
 
     In each example of a batch chosen with probability `ratio`, all but the first
     `prompt` tokens are replaced by what the student writes now, and its mask by what
     was written. Other examples stay as they are, mask included; so do those that count
-    nothing behind the prompt, which may end inside it. Of the batch only `tokens` and
+    nothing after the prompt, which may end inside it. Of the batch only `tokens` and
     `mask` are passed on.
 
     Args:
@@ -110,6 +115,9 @@ def on_policy(
 
     Raises:
       ValueError: a ratio out of range; when called, a prompt as long as the texts.
+
+    Example:
+      >>> on_policy = jc.distillation.on_policy(loss_fn, model, prompt=4, ratio=0.5)
 
     Source: Agarwal et al. 2024, GKD (arXiv 2306.13649, algorithm 1).
     """

@@ -1,4 +1,4 @@
-"""What compression costs in quality, measured on text or any batches."""
+"""Evaluation: what compression costs in quality, on text or any batches."""
 
 from jaxcompress.evaluation.batches import evaluate, per_example, totals
 from jaxcompress.evaluation.language import (

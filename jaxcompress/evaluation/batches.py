@@ -28,7 +28,7 @@ def evaluate(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Return means over all examples of all batches, each the ratio of two sums.
+    """Evaluate means over all examples of all batches, each the ratio of two sums.
 
     Args:
       metrics_fn: `(params, batch) -> {name: (sum, weight)}`, both `[examples]`:
@@ -47,6 +47,10 @@ def evaluate(
     Raises:
       ValueError: no batches, a metric without weight, NaN or Inf (names the metric,
         the batch and the example), metrics of the wrong shape.
+
+    Example:
+      >>> metrics_fn = jc.evaluation.LanguageModelMetrics(apply_fn)
+      >>> loss = jc.evaluate(metrics_fn, params, windows)["loss"]
     """
     sums = totals(metrics_fn, params, batches, devices=devices, mesh=mesh)
     return {name: total / weight for name, (total, weight) in sums.items()}
@@ -60,7 +64,16 @@ def totals(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Return the sums that `evaluate` divides: `{name: (sum, weight)}`, float64."""
+    """Sum metrics over all batches, as `evaluate` divides them: `{name: (sum,
+    weight)}`, float64.
+
+    Args:
+      metrics_fn, params, batches, devices, mesh: as for `evaluate`.
+
+    Example:
+      >>> metrics_fn = jc.evaluation.LanguageModelMetrics(apply_fn)
+      >>> total, weight = jc.evaluation.totals(metrics_fn, params, windows)["loss"]
+    """
     sums: dict[str, np.ndarray] = {}
     for metrics in per_example(metrics_fn, params, batches, devices, mesh):
         for name, values in metrics.items():
@@ -82,8 +95,15 @@ def per_example(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Return sums and weights of each example, float64 `[2, examples]`, batch by
-    batch.
+    """Yield sums and weights of each example, float64 `[2, examples]`, batch by batch.
+
+
+    Args:
+      metrics_fn, params, batches, devices, mesh: as for `evaluate`.
+
+    Example:
+      >>> metrics_fn = jc.evaluation.LanguageModelMetrics(apply_fn)
+      >>> sums = list(jc.evaluation.per_example(metrics_fn, params, windows))
     """
     if mesh is not None and devices is not None:
         raise ValueError("pass devices or a mesh, not both; a mesh has its devices")
@@ -113,12 +133,12 @@ def per_example(
             rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
             split = functools.partial(jax.make_array_from_process_local_data, rows)
         metrics = jax.device_get(step(params, *jax.tree.map(split, (batch, valid))))
-        found = {}
+        sums = {}
         for name, values in metrics.items():
             values = np.stack([np.float64(value).reshape(-1) for value in values])
             _check_finite(name, values, number)
-            found[name] = values
-        yield found
+            sums[name] = values
+        yield sums
     if number < 0:
         raise ValueError("no batches to evaluate; is the text shorter than one window?")
 

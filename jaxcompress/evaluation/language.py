@@ -1,4 +1,6 @@
-"""How well language models predict a text, and how far two of them are apart."""
+"""Language model metrics: loss, accuracy, bits per byte, divergence between two
+models.
+"""
 
 import dataclasses
 import math
@@ -44,6 +46,11 @@ def windows(
       A list of `{"tokens": int32 [batch, length], "mask": bool [batch, length]}`, with
       `"bytes"`, int32 `[batch, length]`, where `token_bytes` is given. `mask[b, t]` is
       true where token t of the window is scored; `mask[b, 0]` never is.
+
+    Example:
+      >>> batches = jc.evaluation.windows(np.arange(64) % 8, length=16, batch=2)
+      >>> batches[0]["tokens"].shape
+      (2, 16)
     """
     tokens = np.asarray(tokens, np.int32)
     if length < 2 or batch < 1:
@@ -82,8 +89,12 @@ def windows(
 class Apply:
     """The apply function of a Linen model; of equal models, compiled once.
 
-    Parameters may be compressed: layers multiply by the stored parts, as in `fast`,
-    with the activations of a `fast` around the call, "float" where there is none.
+    Parameters may be compressed: layers multiply by the stored parts, as in
+    `compressed_matmul`, with the activations of one around the call, else "float".
+
+    Example:
+      >>> jc.evaluation.Apply(model)(params, tokens).shape
+      (2, 16, 64)
     """
 
     model: Any
@@ -105,6 +116,9 @@ class LanguageModelMetrics:
       apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
       logits_bytes: the most bytes of logits at a time; larger batches are computed one
         window after another, as models of large vocabularies need.
+
+    Example:
+      >>> metrics_fn = jc.evaluation.LanguageModelMetrics(apply_fn)
     """
 
     apply_fn: ApplyFn
@@ -136,8 +150,8 @@ def _in_parts(
     if len(batch["tokens"]) == 1 or 4 * math.prod(logits.shape) <= limit:
         return metrics(params, batch)
     rows = jax.tree.map(lambda x: x[:, None], batch)
-    found = jax.lax.map(lambda row: metrics(params, row), rows)
-    return jax.tree.map(lambda x: x[:, 0], found)
+    parts = jax.lax.map(lambda row: metrics(params, row), rows)
+    return jax.tree.map(lambda x: x[:, 0], parts)
 
 
 def _check_tokens(apply_fn: ApplyFn, batch: Batch, number: int) -> None:
@@ -172,10 +186,13 @@ def _scores(logits: jax.Array, batch: Batch) -> Metrics:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well one model predicts a text: loss in nats per token, accuracy a fraction.
+    """Scores of one model on a text: loss in nats per token, accuracy a fraction.
 
     `bits_per_byte` counts UTF-8 bytes of the scored text; None where the batches had
     no `bytes`.
+
+    Example:
+      >>> score = jc.compare(apply_fn, params, params, windows).dense
     """
 
     loss: float
@@ -186,13 +203,18 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One model beside another on the same text.
+    """Scores of two models on the same text, and their divergence.
 
     `kl` is the mean over tokens of KL(dense || small) in nats, `kl_standard_error` that
     of the mean with windows as clusters (tokens of one window are not independent):
     the ratio estimator `sqrt(n / (n - 1) * sum((K_i - kl * T_i)^2)) / sum(T_i)` over n
     windows of `T_i` scored tokens and divergence `K_i`; None for a single window.
     `agreement` is the fraction of tokens where both models rank the same token first.
+
+    Example:
+      >>> report = jc.compare(apply_fn, params, params, windows)
+      >>> abs(report.kl) < 1e-6
+      True
     """
 
     dense: Score
@@ -218,7 +240,7 @@ def compare(
     devices: Sequence[jax.Device] | None = None,
     mesh: Mesh | None = None,
 ) -> Report:
-    """Return loss, perplexity, bits per byte of two models, and how far they are apart.
+    """Compare two models on a text: loss, perplexity, bits per byte, and divergence.
 
     One pass over the text, both models in one compiled step. It holds a few arrays
     `[batch, length, vocabulary]` of float32: keep batches of large vocabularies small.
@@ -230,13 +252,17 @@ def compare(
       batches: from `windows`, of tokens of the tokenizer that both models use.
       small_apply_fn: for `small`, where it belongs to a model of another shape.
       devices, mesh: as for `evaluate`, which also lists the errors.
+
+    Example:
+      >>> small = jc.compress(params, "symmetric(bits=4)")
+      >>> report = jc.compare(apply_fn, params, small, windows)
     """
     metrics_fn = _Comparison(apply_fn, small_apply_fn or apply_fn)
     both = {"dense": params, "small": small}
-    found = list(per_example(metrics_fn, both, batches, devices, mesh))
+    sums = list(per_example(metrics_fn, both, batches, devices, mesh))
     columns = {
-        name: np.concatenate([metrics[name] for metrics in found], axis=1)
-        for name in found[0]
+        name: np.concatenate([metrics[name] for metrics in sums], axis=1)
+        for name in sums[0]
     }
     columns = {name: x[:, columns["kl"][1] > 0] for name, x in columns.items()}
     count = columns["kl"].shape[1]
@@ -273,7 +299,15 @@ def compare(
 
 
 def perplexity(loss: float) -> float:
-    """Compute `exp` of a loss in nats per token; infinite where that overflows."""
+    """Compute `exp` of a loss in nats per token; infinite where that overflows.
+
+    Args:
+      loss: nats per token.
+
+    Example:
+      >>> jc.evaluation.perplexity(0.0)
+      1.0
+    """
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -319,11 +353,17 @@ class _Comparison:
 
 
 def divergence(logits: jax.Array, others: jax.Array) -> jax.Array:
-    """Compute `KL(softmax(logits) || softmax(others))` in nats over the last axis
-    `[..., V]`.
+    """Compute `KL(softmax(logits) || softmax(others))` in nats over the last axis.
 
     Summed as `p (d + exp(-d) - 1)`, d the difference of log-probabilities: no term is
     negative, so that a small divergence does not drown in the rounding of float32.
+
+    Args:
+      logits, others: `[..., V]`.
+
+    Example:
+      >>> jc.evaluation.divergence(jnp.zeros((2, 8)), jnp.ones((2, 8))).shape
+      (2,)
     """
     wide = jnp.promote_types(jnp.promote_types(logits.dtype, others.dtype), jnp.float32)
     mine = jax.nn.log_softmax(logits.astype(wide), axis=-1)

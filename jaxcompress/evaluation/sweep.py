@@ -52,10 +52,8 @@ def sweep(
     layouts: Mapping[str, Layout] | None = None,
     progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
 ) -> list[Point]:
-    """Compress by each recipe, writes the file, reads it again, and compares.
+    """Compress by each recipe, write the file, read it again, and compare.
 
-        points = jc.sweep(model, params, ["nf4()", "symmetric(bits=3)"], batches)
-        jc.plots.size_quality(points).savefig("sizes.svg")
 
     Args:
       model: a Linen module, tokens `[B, T]` to logits `[B, T, V]`.
@@ -68,6 +66,9 @@ def sweep(
 
     Raises:
       ValueError: no recipes; what `compress` and `compare` raise.
+
+    Example:
+      >>> points = jc.sweep(model, params, ["symmetric(bits=3)"], windows)
     """
     if not isinstance(recipes, Mapping):
         recipes = {str(recipe): recipe for recipe in recipes}
@@ -83,16 +84,16 @@ def sweep(
             with open_checkpoint(path) as stored:
                 size = sum(file.size for file in stored.files()) + stored.index_bytes
             small = load(path)
-        found = compare(Apply(model), params, materialize(small), batches)
+        report = compare(Apply(model), params, materialize(small), batches)
         points.append(
             Point(
                 name,
                 size,
                 8 * size / weights,
-                found.kl,
-                found.kl_standard_error,
-                found.small.perplexity,
-                found.dense.perplexity,
+                report.kl,
+                report.kl_standard_error,
+                report.small.perplexity,
+                report.dense.perplexity,
                 name.split("(")[0],
             )
         )

@@ -12,7 +12,7 @@ from jaxcompress.export.compressed_tensors_layout import (
 )
 from jaxcompress.models.gguf_blocks import BLOCK, pack_q4_0, pack_q8_0
 from jaxcompress.quantization.grids import Quantized
-from jaxcompress.tree.leaf import Reshaped
+from jaxcompress.tree.generic_leaves import Reshaped
 
 DENSE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

@@ -1,4 +1,4 @@
-"""A coarse weight and the thin product that makes up for its error."""
+"""Low-rank error compensation (QERA)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -65,20 +65,23 @@ def corrected(
         moments missing or of another shape.
       TypeError: weights that are not floating point.
 
+    Example:
+      >>> small = jc.corrected(x, of_x, base="symmetric(bits=3, block=32)", rank=8)
+
     Source: Zhang et al. 2024, "QERA" (arXiv 2410.06040), theorem 1; the whitening is by
     a Cholesky factor instead of the symmetric root, which gives the same product.
     """
     checks.weights("corrected", x)
     checks.fraction("corrected", "damping", damping, zero=True)
     checks.integer("corrected", "rank", rank, most=min(x.shape[-2:]))
-    known = statistics("corrected", x, moments, weighted, damping)
+    second = statistics("corrected", x, moments, weighted, damping)
     coarse = _method(base)(x, moments)
     if getattr(coarse, "shape", None) != x.shape:
         raise ValueError(
             f"the base {describe(_method(base))} did not return a weight of shape "
             f"{x.shape}; corrected takes a method on weights, such as symmetric"
         )
-    thin = nearest(x, dense(coarse), known, rank=rank, damping=damping)
+    thin = nearest(x, dense(coarse), second, rank=rank, damping=damping)
     return Sum((coarse, thin))
 
 

@@ -37,7 +37,7 @@ from jaxcompress.tree.methods import method
 
 
 class Start(NamedTuple):
-    """Where alternating least squares starts."""
+    """The start of alternating least squares."""
 
     rank: int
     init: str
@@ -52,6 +52,10 @@ class CP(FactoredLeaf):
     sum over the rank of the outer products of their columns. The first `inputs` axes
     fold into the inputs of the weight, the others into its outputs. The dtype is that
     of the first factor.
+
+    Example:
+      >>> [f.shape for f in jc.cp(x, rank=8, sizes=(8, 8, 64)).factors]
+      [(8, 8), (8, 8), (64, 8)]
     """
 
     factors: tuple[Any, ...]
@@ -135,11 +139,11 @@ def cp(
     damping: float = 1e-3,
     seed: int = 0,
 ) -> CP:
-    """Return a sum of `rank` outer products, fitted by alternating least squares.
+    """CP: a sum of `rank` outer products, fitted by alternating least squares.
 
     A tensor may have no best approximation of its rank: terms then grow without bound
     and cancel. The ridge bounds them, by at most `1 / sqrt(ridge)` times the norm of
-    the weights; where factors come out large all the same, and above all where they
+    the weights; where factors are large all the same, and above all where they
     are to be quantized or trained, use `tucker`. The result is a local optimum.
 
     Args:
@@ -151,8 +155,8 @@ def cp(
       sweeps: over all axes, at most.
       tolerance: ends when a sweep lowers the squared error by less than this fraction
         of the squared norm of the weights.
-      ridge: weight of the squared size of a factor's terms beside the squared error,
-        above 0.
+      ridge: weight of the squared size of a factor's terms relative to the squared
+        error, above 0.
       init: "svd": leading singular vectors of each unfolding, filled up by random
         ones beyond the size of an axis; "random": all random.
       weighted: as in `tucker`.
@@ -163,6 +167,9 @@ def cp(
       ValueError: no sizes, or sizes that do not multiply to the inputs and outputs, an
         option out of range, moments missing where `weighted=True`.
       TypeError: weights that are not floating point.
+
+    Example:
+      >>> small = jc.cp(x, rank=8, sizes=(8, 8, 64), sweeps=3)
 
     Source: Carroll and Chang 1970; Kolda and Bader 2009, "Tensor decompositions and
     applications", section 3.4; degeneracy: de Silva and Lim 2008 (math/0607647). The
@@ -249,9 +256,9 @@ def _fit(
 
         columns = []
         for axis, drawn in enumerate(random):
-            known = min(start.rank, sizes[axis]) if start.init == "svd" else 0
-            leading = leading_vectors(tensor, axis, known)
-            drawn = drawn.astype(tensor.dtype)[:, known:]
+            filled = min(start.rank, sizes[axis]) if start.init == "svd" else 0
+            leading = leading_vectors(tensor, axis, filled)
+            drawn = drawn.astype(tensor.dtype)[:, filled:]
             columns.append(jnp.concatenate([leading, drawn], axis=1))
         first = (
             tuple(columns),

@@ -53,6 +53,11 @@ class LowRank(FactoredLeaf):
 
     Invariant: `left` is `[..., inputs, rank]` and `right` `[..., rank, outputs]`, both
     weights of any leaf type, with the same stack axes. The dtype is that of `left`.
+
+    Example:
+      >>> small = jc.svd(x, rank=8)
+      >>> small.left.shape, small.right.shape
+      ((64, 8), (8, 64))
     """
 
     left: Any

@@ -21,7 +21,7 @@ Weighted = Literal["auto"] | bool
 
 
 class Statistics(NamedTuple):
-    """What the loss of a change of the weights is measured with, as far as known."""
+    """Second moment and output weights that the loss of a factorization weighs by."""
 
     second: jax.Array | None = None  # [..., inputs, inputs], or the drifted moment
     target: jax.Array | None = None  # [..., inputs, outputs], where it is not x
@@ -29,7 +29,7 @@ class Statistics(NamedTuple):
 
 
 class Sketch(NamedTuple):
-    """How the randomized decomposition finds the range of a matrix."""
+    """Options of the randomized range finder."""
 
     oversampling: int
     power_iterations: int
@@ -55,7 +55,7 @@ def svd(
     power_iterations: int = 4,
     seed: int = 0,
 ) -> LowRank:
-    """Return the product of two thin matrices nearest to the weights.
+    """Factorize weights into the product of two thin matrices nearest to them.
 
     Nearest in squared weights, or, weighted, in the layer's expected squared output
     `tr(D^T S D)`, `D` the change and `S` the damped second moment of the inputs; with
@@ -93,13 +93,17 @@ def svd(
         another shape.
       TypeError: weights that are not floating point; `energy` under a trace.
 
+    Example:
+      >>> small = jc.svd(x, of_x, rank=8)
+      >>> halved = jc.compress(params, "svd(fraction=0.5)", moments)
+
     Source: Eckart and Young 1936; whitening as in SVD-LLM (arXiv 2403.07378); the
     Fisher information as a weight: FWSVD (arXiv 2207.00112), there by rows; Halko,
     Martinsson, Tropp 2011 (arXiv 0909.4061), algorithm 4.4.
     """
     checks.weights("svd", x)
     checks.fraction("svd", "damping", damping, zero=True)
-    known = statistics("svd", x, moments, weighted, damping)
+    weighting = statistics("svd", x, moments, weighted, damping)
     inputs, outputs = x.shape[-2:]
     if sum(option is not None for option in (rank, fraction, energy)) != 1:
         raise ValueError(
@@ -107,7 +111,7 @@ def svd(
             f"rank={rank!r}, fraction={fraction!r}, energy={energy!r}"
         )
     if energy is not None:
-        rank = _rank_of_energy(x, known, energy=energy, damping=damping)
+        rank = _rank_of_energy(x, weighting, energy=energy, damping=damping)
     elif fraction is not None:
         checks.fraction("svd", "fraction", fraction, one=True)
         share = fraction * inputs * outputs / (inputs + outputs)
@@ -120,7 +124,7 @@ def svd(
         )
         checks.integer("svd", "power_iterations", power_iterations, most=100, least=0)
         sketch = Sketch(oversampling, power_iterations, seed)
-    return nearest(x, None, known, rank=rank, damping=damping, sketch=sketch)
+    return nearest(x, None, weighting, rank=rank, damping=damping, sketch=sketch)
 
 
 def energies(
@@ -148,22 +152,22 @@ def energies(
 def nearest(
     x: jax.Array,
     base: jax.Array | None,
-    known: Statistics,
+    weighting: Statistics,
     *,
     rank: int,
     damping: float,
     sketch: Sketch | None = None,
 ) -> LowRank:
-    """Return product that, added to `base`, comes nearest to the weights; traceable.
+    """Compute the product that, added to `base`, is nearest to the weights; traceable.
 
     Args:
       x: `[..., inputs, outputs]`.
       base: what is there already, same shape; None for nothing.
-      known: of `statistics`, which decide what nearest means.
+      weighting: of `statistics`, which decide what nearest means.
       rank, damping, sketch: as in `svd`; None is the exact decomposition.
     """
     one = functools.partial(_factors, rank=rank, damping=damping, sketch=sketch)
-    return LowRank(*each_slice(one, x, base, *known))
+    return LowRank(*each_slice(one, x, base, *weighting))
 
 
 def statistics(
@@ -186,10 +190,10 @@ def statistics(
         return Statistics()
     counts = None
     if getattr(moments, "curvatures", None) is not None:
-        known = require(moments, x, name, fields=("curvatures",))
-        counts = shrink_to_mean(known.curvatures)[..., None, :]
-    known = require(moments, x, name, fields=())
-    target, second = known.target_problem(x, name, damping=damping)
+        checked = require(moments, x, name, fields=("curvatures",))
+        counts = shrink_to_mean(checked.curvatures)[..., None, :]
+    checked = require(moments, x, name, fields=())
+    target, second = checked.target_problem(x, name, damping=damping)
     return Statistics(second, None if target is x else target, counts)
 
 
@@ -323,15 +327,15 @@ def _energies(
 
 
 def _rank_of_energy(
-    x: jax.Array, known: Statistics, *, energy: float, damping: float
+    x: jax.Array, weighting: Statistics, *, energy: float, damping: float
 ) -> int:
     checks.fraction("svd", "energy", energy, one=True)
-    if any(isinstance(a, jax.core.Tracer) for a in (x, *known)):
+    if any(isinstance(a, jax.core.Tracer) for a in (x, *weighting)):
         raise TypeError(
             "svd with energy is a host method: the rank it finds depends on values, so "
             "it can't run under jit, vmap or scan. Give rank or keep, or use it outside"
         )
-    values = np.asarray(_energies(x, *known, damping=damping), np.float64)
+    values = np.asarray(_energies(x, *weighting, damping=damping), np.float64)
     kept = np.cumsum(values, axis=-1)
     enough = kept >= energy * kept[..., -1:]
     return 1 + int(np.max(np.argmax(enough, axis=-1)))

@@ -43,6 +43,10 @@ class Tucker(FactoredLeaf):
     is `[..., size, rank]` of axis i, or None where that axis is not reduced. The first
     `inputs` axes fold into the inputs of the weight, the others into its outputs. The
     dtype is that of the core.
+
+    Example:
+      >>> jc.tucker(x, ranks=(4, 4, None), sizes=(8, 8, 64)).core.shape
+      (4, 4, 64)
     """
 
     core: Any
@@ -142,7 +146,7 @@ def tucker(
     weighted: Weighted = "auto",
     damping: float = 1e-3,
 ) -> Tucker:
-    """Return a core of the given ranks, and a factor with orthonormal columns per axis.
+    """Factorize weights into a core of given ranks and an orthonormal factor per axis.
 
     Starts from the leading singular vectors of each unfolding (the higher-order SVD,
     whose squared error is at most the sum over axes of the squared singular values left
@@ -168,6 +172,9 @@ def tucker(
       ValueError: no sizes, or sizes that do not multiply to the inputs and outputs, a
         rank out of range, moments missing where `weighted=True`.
       TypeError: weights that are not floating point.
+
+    Example:
+      >>> small = jc.tucker(x, ranks=(4, 4, None), sizes=(8, 8, 64))
 
     Source: De Lathauwer, De Moor, Vandewalle 2000, "A multilinear singular value
     decomposition" and "On the best rank-1 and rank-(R1, ..., RN) approximation";
@@ -210,7 +217,7 @@ def unfolded(name: str, x: jax.Array, sizes: Any) -> tuple[Sizes, int]:
     if sizes is None:
         raise ValueError(
             f"{name} needs to know how the matrix unfolds into axes; {wanted}. For a "
-            "matrix as it stands use svd"
+            "matrix that does not unfold use svd"
         )
     whole = isinstance(sizes, tuple | list) and all(
         isinstance(size, int | np.integer) and size >= 1 for size in sizes

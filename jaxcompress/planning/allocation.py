@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """What each size of one part costs, and what is lost with it.
+    """Costs of the sizes of one part, and the losses at them.
 
     `costs`, integers, increase strictly; `losses`, floats, never increase.
     """
@@ -21,11 +21,11 @@ class Curve:
 def allocate(curves: Sequence[Curve], limit: int) -> list[int]:
     """Return index of each curve's size: least total loss of the sizes on the hulls.
 
-    Every part starts at its smallest size. The next units of cost always go to the
-    step along a lower convex hull that saves most loss for its cost, which is the exact
-    optimum (that of the Lagrangian) at each cost it passes through. A step that no
-    longer fits is skipped, and what is left over at the end is given to whatever single
-    enlargement still fits and saves most, off the hulls too.
+    Every part starts at its smallest size. The next units of cost are always spent on
+    the step along a lower convex hull that saves most loss for its cost, which is the
+    exact optimum (that of the Lagrangian) at each cost it passes through. A step that
+    no longer fits is skipped, and what is left over at the end is given to whatever
+    single enlargement still fits and saves most, off the hulls too.
 
     Args:
       curves: of the parts.
@@ -52,13 +52,13 @@ def allocate(curves: Sequence[Curve], limit: int) -> list[int]:
             continue
         picks[number], left = index, left - cost
     while True:
-        found = [
+        choices = [
             _largest_saving(c, p, left) for c, p in zip(curves, picks, strict=True)
         ]
-        number = int(np.argmax([saved for saved, _ in found])) if found else 0
-        if not found or found[number][0] <= 0:
+        number = int(np.argmax([saved for saved, _ in choices])) if choices else 0
+        if not choices or choices[number][0] <= 0:
             return picks
-        new = found[number][1]
+        new = choices[number][1]
         left -= int(curves[number].costs[new] - curves[number].costs[picks[number]])
         picks[number] = new
 
@@ -73,7 +73,7 @@ def _largest_saving(curve: Curve, pick: int, left: int) -> tuple[float, int]:
 
 
 def hull(curve: Curve) -> list[int]:
-    """Return indices of the lower convex hull: the sizes worth taking, from the
+    """Return indices of the lower convex hull: the efficient sizes, from the
     smallest.
     """
     costs, losses = curve.costs, curve.losses
@@ -81,9 +81,9 @@ def hull(curve: Curve) -> list[int]:
     for i in range(len(costs)):
         while len(kept) > 1:
             a, b = kept[-2:]
-            # b lies on or above the line from a to i
-            here = (losses[b] - losses[a]) * (costs[i] - costs[a])
-            if here < (losses[i] - losses[a]) * (costs[b] - costs[a]):
+            # b is on or above the line from a to i
+            slope = (losses[b] - losses[a]) * (costs[i] - costs[a])
+            if slope < (losses[i] - losses[a]) * (costs[b] - costs[a]):
                 break
             kept.pop()
         kept.append(i)

@@ -81,7 +81,7 @@ def plan_bits(
       layouts: by kernel name, as for `compress`.
       where: plan the leaves whose names it fully matches; None: those that a method
         takes by default.
-      coded: count bytes after lossless coding (streams and tables as they stand in the
+      coded: count bytes after lossless coding (streams and tables as stored in the
         file; a file adds its header), not as held in memory. Slower.
       progress: as in `compress`.
 
@@ -97,6 +97,10 @@ def plan_bits(
 
     Warns:
       UserWarning: neither sensitivities nor curvatures.
+
+    Example:
+      >>> candidates = ["symmetric(bits=3, block=32)", "symmetric(bits=4, block=32)"]
+      >>> plan = jc.planning.plan_bits(params, bits_per_weight=4, candidates=candidates)
 
     Source: damages that add up as `sensitivity * error`, HIGGS (Malinovskii et al.
     2024, arXiv 2411.17525, theorem 1).
@@ -159,9 +163,11 @@ def _sizes(params: Params, planned: list[Entry]) -> dict[str, float]:
     axes = [(e.name, e.value.shape) for e in entries(params) if e.value.ndim > 1]
     sizes = {}
     for entry in planned:
-        uses, known = 1, entry.moments
-        if entry.embedding and known is not None:
-            uses += known.second is not None and known.tokens is not None
+        uses, entry_moments = 1, entry.moments
+        if entry.embedding and entry_moments is not None:
+            uses += (
+                entry_moments.second is not None and entry_moments.tokens is not None
+            )
         elif entry.embedding and _rows(entry) == widest:
             others = (shape for name, shape in axes if name != entry.name)
             uses += not any(widest in shape for shape in others)

@@ -66,16 +66,16 @@ def byte_limit(
         "nbytes": nbytes,
         "fraction": fraction,
     }
-    given = {name: value for name, value in named.items() if value is not None}
-    if len(given) != 1:
-        received = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    budgets = {name: value for name, value in named.items() if value is not None}
+    if len(budgets) != 1:
+        received = ", ".join(f"{name}={value!r}" for name, value in budgets.items())
         raise ValueError(
             f"{planner} takes exactly one of bits_per_weight=, nbytes= and fraction=, "
             f"not {received or 'none'}; for instance nbytes='60MB'"
         )
     if nbytes is not None:
         return parse_bytes(nbytes)
-    name, value = next(iter(given.items()))
+    name, value = next(iter(budgets.items()))
     if fraction is not None:
         checks.fraction(planner, f"a {name} of the bytes now", value, one=True)
         return int(value * total)

@@ -21,7 +21,7 @@ from jaxcompress.types import Params, Rule
 
 @dataclasses.dataclass(frozen=True)
 class _Spectrum(Curve):
-    """What each size of one leaf costs, in bytes, and loses.
+    """Costs of the sizes of one leaf, in bytes, and the losses at them.
 
     The sizes are ranks 1, 2, ... as long as they save bytes, and last the dense leaf.
     """
@@ -30,7 +30,7 @@ class _Spectrum(Curve):
 
     @property
     def dense(self) -> int:
-        """The index that stands for the leaf as it is."""
+        """The index of the leaf as it is."""
         return len(self.costs) - 1
 
 
@@ -46,12 +46,12 @@ def plan_ranks(
     relative: bool | None = None,
     damping: float = 1e-3,
 ) -> list[Rule]:
-    """Return a recipe with the rank of each leaf that loses least within a budget.
+    """Plan the rank of each leaf that loses least within a budget.
 
-    The next bytes always go where they save most loss; the loss of a leaf being convex
-    in its rank, that is the best there is but for the last few bytes. A leaf that no
-    rank makes smaller, and one for which factors would not pay, stays dense. Never
-    worse than the same fraction for every leaf.
+    The next bytes are always spent where they save most loss; the loss of a leaf being
+    convex in its rank, that is the best there is but for the last few bytes. A leaf
+    that no rank makes smaller, and one for which factors would not pay, stays dense.
+    Never worse than the same fraction for every leaf.
 
     Args:
       params: pytree of arrays and leaves; concrete.
@@ -78,15 +78,18 @@ def plan_ranks(
         moments or curvatures where others have them, curvatures that are all zero, a
         layout that is missing.
       TypeError: params under a trace.
+
+    Example:
+      >>> small = jc.compress(params, jc.planning.plan_ranks(params, fraction=0.5))
     """
     checks.fraction("plan_ranks", "damping", damping, zero=True)
     check_concrete(params, "plan_ranks")
     stage = svd(rank=1) if where is None else [(where, svd(rank=1))]
-    found = bind(params, stage, moments, layouts).selected
+    planned = bind(params, stage, moments, layouts).selected
     weighted = moments is not None
     relative = not weighted if relative is None else relative
-    check_curvatures({entry.name: entry.moments for entry in found})
-    leaves = [_spectrum(entry, weighted, relative, damping) for entry in found]
+    check_curvatures({entry.name: entry.moments for entry in planned})
+    leaves = [_spectrum(entry, weighted, relative, damping) for entry in planned]
     total = sum(int(leaf.costs[-1]) for leaf in leaves)
     least = sum(int(leaf.costs[0]) for leaf in leaves)
     limit = byte_limit(
@@ -94,7 +97,7 @@ def plan_ranks(
         bits_per_weight=bits_per_weight,
         nbytes=nbytes,
         fraction=fraction,
-        weights=sum(entry.value.size for entry in found),
+        weights=sum(entry.value.size for entry in planned),
         total=total,
     )
     limit = min(limit, total)

@@ -44,7 +44,7 @@ def plan_rates(
     order: str = "pivoted",
     damping: float = 0.01,
 ) -> list[Rule]:
-    """Return a recipe of `rate_distortion` whose rates average to one, of least
+    """Plan rates of `rate_distortion` that average to a budget, at the least
     divergence.
 
     At a variance `v` of a leaf's error each weight costs `log2(1 / v) / 2` bits and
@@ -58,8 +58,8 @@ def plan_rates(
       moments: by kernel name, of `measure_curvatures`; without curvatures all errors
         count alike.
       bits_per_weight, nbytes, fraction: exactly one, as in `plan_bits`: bits per weight
-        on average over the planned leaves, side information included, or what comes to
-        the same.
+        on average over the planned leaves, side information included, or its equal
+        in bytes.
       layouts, where: as for `plan_bits`.
       states, order, damping: passed on to `rate_distortion`.
 
@@ -70,6 +70,9 @@ def plan_rates(
     Raises:
       ValueError: a curvature that is missing or not positive, or a rate below the side
         information.
+
+    Example:
+      >>> plan = jc.planning.plan_rates(params, moments, bits_per_weight=3)
     """
     check_concrete(params, "plan_rates")
     planned = planned_entries(params, moments, where, layouts)
@@ -113,11 +116,11 @@ def plan_rates(
         )
 
     def rates(level: float) -> np.ndarray:
-        found = [
+        slice_rates = [
             floor + max(SMALLEST, shares @ gaussian_bits(logs - level + bend))
             for (logs, shares), bend, floor in zip(spreads, bends, floors, strict=True)
         ]
-        return np.array(found)
+        return np.array(slice_rates)
 
     low, high = -64.0, 64.0
     for _ in range(60):
@@ -125,9 +128,9 @@ def plan_rates(
         above = rates(middle) @ sizes / sizes.sum() > rate
         low, high = (middle, high) if above else (low, middle)
     options = f"states={states}, order={order!r}, damping={damping}"
-    found, plan = iter(np.round(np.minimum(rates(high), 12), 4).tolist()), []
+    chosen, plan = iter(np.round(np.minimum(rates(high), 12), 4).tolist()), []
     for entry, count in zip(planned, slices, strict=True):
-        each = tuple(itertools.islice(found, count)) if count else next(found)
+        each = tuple(itertools.islice(chosen, count)) if count else next(chosen)
         method = f"rate_distortion(rate={each}, {options})"
         plan.append((re.escape(entry.name), method))
     return plan
@@ -145,13 +148,13 @@ def _spreads(
     flat = x.reshape(-1, *x.shape[-2:]).astype(jnp.float32)
     if second is not None:
         second = second.reshape(-1, *second.shape[-2:])
-    found = []
+    spreads = []
     for i, each in enumerate(flat):
         one = None if second is None else second[i]
         target, factor, _ = prepare(each, one, order=order, damping=damping)
         rows = deviations(target, factor)
         if rows is None:
-            found.append((np.array([-100.0]), np.ones(1)))
+            spreads.append((np.array([-100.0]), np.ones(1)))
             continue
         relative = np.square(np.asarray(target / factor.diagonal()[:, None]))
         relative = (relative * np.exp2(-2 * rows)[:, None]).mean(axis=0)
@@ -159,5 +162,5 @@ def _spreads(
         places = np.rint(BINS * (rows[:, None] + columns)).astype(np.int64)
         counts = np.bincount((places - places.min()).reshape(-1))
         logs = (places.min() + np.arange(counts.size)) / BINS
-        found.append((logs, counts / counts.sum()))
-    return found
+        spreads.append((logs, counts / counts.sum()))
+    return spreads

@@ -1,4 +1,4 @@
-"""Which weights stay: those of highest score among the ones they compete with."""
+"""Choices of the weights that stay: sparsity, threshold, N:M, blocks."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ from jaxcompress import checks
 
 
 class Choice(NamedTuple):
-    """How many weights stay, and among which they compete; hashable.
+    """The number of weights that stay, and the groups that they compete in; hashable.
 
     Args:
       among: "leaf": all of a matrix; "row": those of one output; "group": `size[0]`
@@ -92,8 +92,8 @@ def choice(
 
 def _pattern(nm: str, name: str) -> tuple[str, int, int]:
     """Return separator and the two numbers of "2:4" or "16x16"."""
-    found = re.fullmatch(r"(\d+)([:x])(\d+)", str(nm))
-    first, separator, second = found.groups() if found else (0, "", 0)
+    parsed = re.fullmatch(r"(\d+)([:x])(\d+)", str(nm))
+    first, separator, second = parsed.groups() if parsed else (0, "", 0)
     first, second = int(first), int(second)
     most = second if separator == ":" else first
     if not (1 <= first <= most and second >= 1):

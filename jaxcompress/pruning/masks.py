@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxcompress.pruning.choices import Choice, choice, keep_largest, select
 from jaxcompress.pruning.scores import magnitude_scores, taylor_scores, wanda_scores
 from jaxcompress.pruning.sparse import Sparse
+from jaxcompress.tree.generic_leaves import Reshaped
 from jaxcompress.tree.layouts import (
     Layout,
 )
-from jaxcompress.tree.leaf import Leaf, Reshaped, dense, is_leaf
+from jaxcompress.tree.leaf import Leaf, dense, is_leaf
 from jaxcompress.tree.paths import Entry, entries, map_entries
 from jaxcompress.types import Masks, Params
 
@@ -45,14 +46,14 @@ def make(
 
     Args:
       params: the tree the masks are for.
-      scores: the same tree with arrays that are not negative, larger for weights worth
-        more, and None where a leaf stays dense (`magnitude_scores` and others).
+      scores: the same tree with arrays that are not negative, larger for weights that
+        matter more, and None where a leaf stays dense (`magnitude_scores` and others).
       sparsity: fraction of the scored weights to drop, at least 0 and below 1; may be
         traced, and is then rounded in float32.
       scope: weights compete within their leaf (each slice of a stack, where the layout
         names one), within their "row" (one output), or all together ("global").
-      nm: "2:4" or another N:M along the inputs, or blocks such as "16x16". A
-        sparsity beside N:M says how many of each group go, until N are left.
+      nm: "2:4" or another N:M along the inputs, or blocks such as "16x16". A sparsity
+        with N:M says how many of each group are dropped, until N are left.
       layouts: `Layout` by leaf name; needed where rows or patterns are asked for in
         kernels of more than two axes.
 
@@ -61,6 +62,10 @@ def make(
 
     Raises:
       ValueError: nothing scored, scores that do not fit, options out of range.
+
+    Example:
+      >>> scores = jc.masks.magnitude_scores(params)
+      >>> masks = jc.masks.make(params, scores, sparsity=0.5)
     """
     arrays = {e.name: e.value for e in entries(params) if not e.depth}
     scored = entries(scores, None, layouts)
@@ -68,10 +73,10 @@ def make(
         raise ValueError("no leaf has scores; narrow or widen the names to be scored")
     for entry in scored:
         if entry.name not in arrays or arrays[entry.name].shape != entry.value.shape:
-            found = getattr(arrays.get(entry.name), "shape", "no dense array")
+            received = getattr(arrays.get(entry.name), "shape", "no dense array")
             raise ValueError(
                 f"{entry.name}: scores of shape {entry.value.shape}, and the tree has "
-                f"{found} there; score the same parameters"
+                f"{received} there; score the same parameters"
             )
     if scope == "global":
         if nm is not None:
@@ -119,7 +124,7 @@ def _choice(
 
 
 def _kept(chosen: Choice, sparsity: Any) -> Any:
-    """Return how many stay where the sparsity is an array, or goes towards a
+    """Return how many stay where the sparsity is an array, or approaches a
     pattern.
     """
     if sparsity is None:
@@ -134,28 +139,33 @@ def _kept(chosen: Choice, sparsity: Any) -> Any:
 
 
 def of(params: Params) -> Masks:
-    """Read the masks of a tree's `Sparse` leaves: booleans where weights stay, None
-    elsewhere.
+    """Read masks from `Sparse` leaves: booleans, None where a leaf is dense.
 
     A dense array has no mask, zeros or not: a kernel that starts at zero is to train.
 
+    Args:
+      params: pytree of arrays and leaves.
+
     Raises:
       ValueError: the tree has no `Sparse` leaf.
+
+    Example:
+      >>> masks = jc.masks.of(jc.compress(params, "magnitude(sparsity=0.5)"))
     """
-    found = 0
+    leaves = 0
 
     def mask(x: Any) -> jax.Array | None:
-        nonlocal found
+        nonlocal leaves
         inner = x.inner if isinstance(x, Reshaped) else x
         if not isinstance(inner, Sparse):
             return None
-        found += 1
+        leaves += 1
         if inner is x:
             return x.kept
         return dataclasses.replace(x, inner=inner.kept).materialize()
 
     masks = jax.tree.map(mask, params, is_leaf=is_leaf)
-    if not found:
+    if not leaves:
         raise ValueError(
             "the tree has no Sparse leaf; make masks with masks.make from scores"
         )
@@ -163,10 +173,18 @@ def of(params: Params) -> Masks:
 
 
 def apply(params: Params, masks: Masks) -> Params:
-    """Return tree with zeros where a mask is false; leaves without a mask untouched.
+    """Set weights to zero where a mask is false; leaves without a mask stay untouched.
+
+    Args:
+      params: the tree.
+      masks: booleans like `params`, None where a leaf stays dense.
 
     Raises:
       ValueError: a mask of another shape, or on a compressed leaf.
+
+    Example:
+      >>> masks = jc.masks.make(params, jc.masks.magnitude_scores(params), sparsity=0.5)
+      >>> pruned = jc.masks.apply(params, masks)
     """
 
     def apply(mask: jax.Array | None, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Dense plus sparse: the few weights that matter most stand beside the others."""
+"""Dense plus sparse: outliers stored apart from the other weights."""
 
 from typing import Any, Literal
 
@@ -25,14 +25,10 @@ def outliers(
 ) -> Sum:
     """Split a weight into its outliers, `Sparse`, and the rest, dense and still exact.
 
-    The rest, `terms/0`, has zeros where the outliers stood, so that a later stage
-    rounds it with finer steps; its moments are those of the whole layer:
-
-        chain([(".*kernel", "outliers(fraction=0.005)")],
-              [(".*kernel/terms/0", "gptq(bits=3, block=64)")])
-
-    The places are a bitmap, one bit per weight in memory; entropy coding makes that
-    0.05 bits at `fraction=0.005`.
+    The rest, `terms/0`, has zeros in place of the outliers, so that a later stage
+    rounds it with finer steps; its moments are those of the whole layer. Positions are
+    a bitmap, one bit per weight in memory; entropy coding makes that 0.05 bits at
+    `fraction=0.005`.
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
@@ -46,6 +42,11 @@ def outliers(
     Raises:
       ValueError: an option out of range, no moments where the score needs them.
       TypeError: weights that are not floating point.
+
+    Example:
+      >>> split = [(".*kernel", "outliers(fraction=0.005)")]
+      >>> rest = [(".*kernel/terms/0", "symmetric(bits=3, block=64)")]
+      >>> small = jc.compress(params, jc.chain(split, rest))
 
     Source: SpQR (Dettmers et al. 2023, arXiv 2306.03078) and SqueezeLLM (Kim et al.
     2023, arXiv 2306.07629, section 4.2).

@@ -1,4 +1,4 @@
-"""Pruning that moves the weights that stay, so that they make up for those that go."""
+"""Pruning with reconstruction: the weights that stay compensate for those dropped."""
 
 import functools
 from typing import Any
@@ -39,11 +39,12 @@ def sparsegpt(
     damping: float = 0.01,
     block: int = 128,
 ) -> Sparse:
-    """Prune input row after input row, each row's error fed into those still to come.
+    """SparseGPT: prune input rows in sequence and propagate each row's error to the
+    rest.
 
-    Which weights go is decided as a block of rows is reached, on the weights as they
-    stand: those that cost the layer's output least once the rows behind make up for
-    them, the same fraction in every block. An N:M pattern is decided group by group.
+    What to drop is decided as a block of rows is reached, on the current weights: those
+    that cost the layer's output least once later rows compensate, the same fraction
+    in every block. An N:M pattern is decided group by group.
     Drifted moments, if known, are the inputs; the target stays `x`.
 
     Args:
@@ -57,8 +58,11 @@ def sparsegpt(
     Raises:
       ValueError: no moments, moments that do not fit, an option out of range.
 
+    Example:
+      >>> small = jc.sparsegpt(x, of_x, sparsity=0.5)
+
     Source: Frantar and Alistarh 2023, "SparseGPT" (arXiv 2301.00774, sections 3.2 to
-    3.4 and appendix A). Here inputs that are always zero are worth nothing.
+    3.4 and appendix A). Here inputs that are always zero score zero.
     """
     checks.weights("sparsegpt", x)
     checks.integer("sparsegpt", "block (of rows)", block)
@@ -87,7 +91,8 @@ def alps(
     nm: str | None = None,
     damping: float = 0.01,
 ) -> Sparse:
-    """Find the support by ADMM, then the best weights on it by conjugate gradients.
+    """ALPS: find the support by ADMM, then the best weights on it by conjugate
+    gradients.
 
     Every weight competes with all others of the matrix, in the scale of its input.
     Slower than `sparsegpt`: some hundred products of the second moment's size with the
@@ -102,6 +107,9 @@ def alps(
 
     Raises:
       ValueError: no moments, moments that do not fit, an option out of range.
+
+    Example:
+      >>> small = jc.alps(x, of_x, nm="2:4")
 
     Source: Meng et al. 2024, "ALPS" (arXiv 2406.07831, section 3 and its penalty
     schedule); here each output takes conjugate gradient steps of its own length.
@@ -141,14 +149,14 @@ def _prune_rows(
     def prepare(
         start: jax.Array, rows: jax.Array, diagonal: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        here = start + jnp.arange(block)
+        row_indices = start + jnp.arange(block)
         score = jnp.square(rows / diagonal[:, None])
         score = jnp.where(
             jax.lax.dynamic_slice(seen, (start,), (block,))[:, None], score, 0
         )
         if chosen.among == "group":
             return start, keep_largest(score, chosen.kept, axis=0)
-        score = jnp.where(here[:, None] < inputs, score, -1)
+        score = jnp.where(row_indices[:, None] < inputs, score, -1)
         mask = keep_largest(score.ravel(), counts[start // block])
         return start, mask.reshape(rows.shape)
 

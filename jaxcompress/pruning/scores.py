@@ -1,4 +1,4 @@
-"""What each weight is worth; pruning by it, with nothing made up for."""
+"""Saliency scores, and one-shot pruning without reconstruction."""
 
 import functools
 import re
@@ -51,6 +51,10 @@ def magnitude(
     Raises:
       ValueError: an option out of range, or a pattern that does not divide the weights.
       TypeError: weights that are not floating point; a threshold under `jit`.
+
+    Example:
+      >>> jc.magnitude(x, nm="2:4").values.shape
+      (32, 64)
     """
     del moments
     score = _magnitudes(x, "magnitude")
@@ -87,10 +91,11 @@ def wanda(
     nm: str | None = None,
     scope: Literal["leaf", "row"] = "row",
 ) -> Sparse:
-    """Keep the weights of largest magnitude times root mean square of their input.
+    """Wanda: keep the weights of largest magnitude times root mean square of their
+    input.
 
-    Those of one output compete, as published. An input that is always zero makes its
-    weights worth nothing. Drifted moments, if known, are the inputs.
+    Those of one output compete, as published. Weights of an input that is always zero
+    score zero. Drifted moments, if known, are the inputs.
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
@@ -101,6 +106,9 @@ def wanda(
 
     Raises:
       ValueError: no moments, moments that do not fit, an option out of range.
+
+    Example:
+      >>> small = jc.wanda(x, of_x, sparsity=0.5)
 
     Source: Sun et al. 2023, "A simple and effective pruning approach for large language
     models" (arXiv 2306.11695, section 3).
@@ -156,7 +164,7 @@ def _norms(second: jax.Array) -> jax.Array:
 def magnitude_scores(
     params: Params, gradients: Any = None, *, where: str | None = None
 ) -> Any:
-    """Return the magnitude of each weight, float32; traceable.
+    """Score each weight by its magnitude, float32; traceable.
 
     Args:
       params: the tree; what is compressed already is not scored.
@@ -169,6 +177,9 @@ def magnitude_scores(
 
     Raises:
       ValueError: the pattern matches no floating-point array.
+
+    Example:
+      >>> scores = jc.masks.magnitude_scores(params, where=".*mlp.*kernel")
     """
     del gradients
     return _scored(params, where, lambda entry: jnp.abs(_wide(entry.value)))
@@ -177,7 +188,7 @@ def magnitude_scores(
 def taylor_scores(
     params: Params, gradients: Any = None, *, where: str | None = None
 ) -> Any:
-    """Return how much the loss moves, to first order, if a weight goes: |weight *
+    """Score each weight by the first-order change of the loss without it: |weight *
     gradient|.
 
     Args:
@@ -187,6 +198,10 @@ def taylor_scores(
 
     Raises:
       ValueError: no gradients, or none of the shape of a scored leaf.
+
+    Example:
+      >>> gradients = jax.grad(jc.tree.norm)(params)
+      >>> scores = jc.masks.taylor_scores(params, gradients)
 
     Source: Molchanov et al. 2016 (arXiv 1611.06440, section 2.2).
     """
@@ -216,8 +231,8 @@ def wanda_scores(
     layouts: Mapping[str, Layout] | None = None,
     where: str | None = None,
 ) -> Any:
-    """Return magnitude times root mean square of the input; None where no inputs are
-    known.
+    """Score each weight by magnitude times root mean square of its input; None without
+    moments.
 
     Args:
       params: the tree.
@@ -227,14 +242,17 @@ def wanda_scores(
 
     Raises:
       ValueError: no leaf has moments, moments do not fit, or a layout is missing.
+
+    Example:
+      >>> scores = jc.masks.wanda_scores(params, moments=moments)
     """
 
     def score(entry: Entry) -> jax.Array | None:
-        known = entry.moments
-        if known is None or known.looked_up:
+        leaf_moments = entry.moments
+        if leaf_moments is None or leaf_moments.looked_up:
             return None
         matrix = entry.matrix()
-        second = second_of(matrix, known, entry.name)
+        second = second_of(matrix, leaf_moments, entry.name)
         product = jnp.abs(_wide(matrix)) * _norms(second)
         return dense(entry.restore(product))
 
@@ -259,10 +277,10 @@ def _scored(
     layouts: Mapping[str, Layout] | None = None,
 ) -> Any:
     plain = jax.tree.map(lambda x: None if is_leaf(x) else x, params, is_leaf=is_leaf)
-    found = 0
+    scored = 0
 
     def one(entry: Entry) -> jax.Array | None:
-        nonlocal found
+        nonlocal scored
         if names is None:
             chosen = entry.weight and entry.value.ndim >= 2
             chosen = chosen and entry.value.size >= SMALLEST
@@ -270,11 +288,11 @@ def _scored(
             chosen = re.fullmatch(names, entry.name) is not None
         if not chosen or not is_float(entry.value):
             return None
-        found += 1
+        scored += 1
         return score(entry)
 
     scores = map_entries(one, plain, moments, layouts)
-    if not found:
+    if not scored:
         raise ValueError(
             f"no dense kernel or embedding of {SMALLEST} weights or more to score; "
             "give names"

@@ -24,9 +24,14 @@ class Sparse(Leaf):
     all values share a scale. They have no moments: their rows are not inputs any more.
 
     Args:
-      values: floating-point array, or a leaf that stands for one.
+      values: floating-point array, or a leaf in place of one.
       mask: `Packed`, or another leaf or array of integers, `[..., rows, columns]`.
-      block: inputs and outputs that one entry of the mask stands for.
+      block: inputs and outputs that one entry of the mask covers.
+
+    Example:
+      >>> small = jc.magnitude(x, nm="2:4")
+      >>> small.values.shape, small.mask.shape
+      ((32, 64), (64, 64))
     """
 
     values: Any

@@ -1,4 +1,4 @@
-"""Rounding as a real number: each weight between the levels below and above it."""
+"""AdaRound: a continuous relaxation of rounding up or down."""
 
 from collections.abc import Callable
 
@@ -19,11 +19,11 @@ OUTER = 0.1  # how far the sigmoid reaches beyond 0 and 1, so that it gets there
 def descend_relaxed(
     x: jax.Array, start: Steps, loss: Callable[[jax.Array], jax.Array], place: Place
 ) -> tuple[jax.Array, Steps]:
-    """Return codes and steps: up or down is learned for every weight, softly, then
-    settled.
+    """Return codes and steps: up or down is relaxed to a real number per weight,
+    learned, then fixed.
 
     It begins at the weights themselves, where nothing is rounded; a regularizer pushes
-    every weight to one of its two levels as the descent goes on. Rounding to nearest
+    every weight to one of its two levels as the descent proceeds. Rounding to nearest
     with the steps of the start is kept where it is better in the end.
 
     Args:

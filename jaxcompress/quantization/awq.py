@@ -37,6 +37,10 @@ class Scaled(Leaf):
     Invariant: `weight` is a float32 weight `[..., inputs, outputs]` of any leaf type,
     `factors` are floating point, `[..., inputs]`, above zero. `dtype` is that of
     the product.
+
+    Example:
+      >>> jc.awq(x, of_x, bits=4).factors.shape
+      (64,)
     """
 
     weight: Any
@@ -92,13 +96,14 @@ def awq(
     search: bool = True,
     scale_dtype: str = "bfloat16",
 ) -> Scaled:
-    """Round to nearest after scaling each input row by a power of its inputs' size.
+    """AWQ: round to nearest after scaling each input row by a power of its inputs'
+    size.
 
     Row j is multiplied by `s_j = rms_j^a`, rounded, and divided by `s_j` again when it
     is used: the errors of rows that large inputs meet shrink by `s_j`. The exponent is
     the one of `candidates` even ones from 0 of least expected squared change of the
     layer's output; 0 is rounding to nearest, so the output is never worse than that.
-    The factors `1 / s_j` stand beside the codes, `16 / outputs` bits per weight,
+    The factors `1 / s_j` are stored with the codes, `16 / outputs` bits per weight,
     instead of being folded into the layer before: any layer may precede, and it stays
     untouched.
 
@@ -115,6 +120,9 @@ def awq(
 
     Raises:
       ValueError: no moments, moments that do not fit, an option out of range.
+
+    Example:
+      >>> small = jc.compress(params, "awq(bits=4, block=32)", moments)
 
     Source: Lin et al. 2023, "AWQ" (arXiv 2306.00978, section 3.2), with the root mean
     square in place of the mean magnitude, and the full second moment in the error.
@@ -174,8 +182,8 @@ def _best_scaling(
     def scaled(exponent: jax.Array, search: bool) -> tuple[jax.Array, Any]:
         factors = store_step(jnp.exp(-exponent * logs), dtype=scale_dtype)[:, None]
         leaf = NEAREST[grid](x / factors, search=search, **options)
-        found = (dense(leaf.codes), leaf.steps, factors.T)
-        return layer_loss(x, leaf.materialize() * factors, second), found
+        candidate = (dense(leaf.codes), leaf.steps, factors.T)
+        return layer_loss(x, leaf.materialize() * factors, second), candidate
 
     def better(best: tuple, exponent: jax.Array) -> tuple[tuple, None]:
         for search in searches:
@@ -185,5 +193,5 @@ def _best_scaling(
         return best, None
 
     exponents = jnp.arange(candidates, dtype=jnp.float32) / candidates
-    (_, found), _ = jax.lax.scan(better, scaled(exponents[0], False), exponents)
-    return found
+    (_, chosen), _ = jax.lax.scan(better, scaled(exponents[0], False), exponents)
+    return chosen

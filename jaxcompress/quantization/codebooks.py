@@ -65,7 +65,7 @@ def _float8(dtype: Any, largest: float) -> Levels:
     digits = jnp.finfo(dtype).nmant
 
     def encode(ratio: jax.Array) -> jax.Array:
-        # Clipped first: beyond the largest lies NaN or infinity. Rounded in float32,
+        # Clipped first: beyond the largest is NaN or infinity. Rounded in float32,
         # for under `jit` XLA may drop a cast there and back.
         near = jnp.clip(ratio, -largest, largest)
         _, exponent = jnp.frexp(near)  # magnitudes are below 2^exponent

@@ -68,7 +68,7 @@ def gptq(
     damping: float = 0.01,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Round input row after input row, each row's error fed into those still to come.
+    """GPTQ: quantize input rows in sequence and propagate each row's error to the rest.
 
     The steps are those that the grid's nearest method finds on the original weights
     and stay fixed ("static groups"): fitted to the moving weights they inflate. With
@@ -85,13 +85,18 @@ def gptq(
         matrix.
       grid: the method or number format whose steps and codes are used.
       search: steps of least squared error; False: from the maximum.
-      order: "activation" does the inputs of largest second moment first; "natural" as
-        they stand. The stored order is always natural.
+      order: "activation" does the inputs of largest second moment first; "natural"
+        keeps their order. The stored order is always natural.
       damping: added to the diagonal of the second moment, as a fraction of its mean.
       scale_dtype: of the stored steps.
 
     Raises:
       ValueError: no moments, moments that do not fit, an option out of range.
+
+    Example:
+      >>> jc.gptq(x, of_x, bits=3, block=32)
+      Quantized(64x64, symmetric 3 bits, blocks of 32, ...)
+      >>> small = jc.compress(params, "gptq(bits=3, block=32)", moments)
 
     Source: Frantar et al. 2022 (arXiv 2210.17323); the corrected target as in GPTAQ
     and Qronos (arXiv 2505.11695).
@@ -116,8 +121,8 @@ def _start(x: jax.Array, grid: str, bits: Any, **options: Any) -> Quantized:
     if grid in NEAREST:
         return NEAREST[grid](x, bits=bits, **options)
     if grid not in FORMATS:
-        known = " or ".join((*NEAREST, *FORMATS))
-        raise ValueError(f"gptq takes grid={known}, not {grid!r}")
+        choices = " or ".join((*NEAREST, *FORMATS))
+        raise ValueError(f"gptq takes grid={choices}, not {grid!r}")
     start = to_format(x, grid, **options)
     if bits not in (None, start.bits):
         raise ValueError(
@@ -147,9 +152,9 @@ def feed_codes(
 
     def replace(aux: Any, j: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
         del aux
-        here = jax.tree.map(lambda s: s[jnp.minimum(j, x.shape[0] - 1)], ordered)
-        codes = encode(row, here, grid=grid, bits=bits)
-        return decode(codes, here, grid=grid, bits=bits), codes
+        row_steps = jax.tree.map(lambda s: s[jnp.minimum(j, x.shape[0] - 1)], ordered)
+        codes = encode(row, row_steps, grid=grid, bits=bits)
+        return decode(codes, row_steps, grid=grid, bits=bits), codes
 
     codes = feed_back(x[first], factor, replace)
     return jnp.zeros_like(codes).at[first].set(codes, unique_indices=True)

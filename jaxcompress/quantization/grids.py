@@ -1,4 +1,4 @@
-"""Grids: which values a code stands for, and the leaf that holds codes and steps.
+"""Grids: the values that codes represent, and the leaf that holds codes and steps.
 
 A grid is two elementwise functions. They broadcast, so they serve a kernel
 `[..., inputs, outputs]` with its steps spread over the inputs, or one row `[outputs]`
@@ -37,11 +37,11 @@ Bits = int | tuple[int, int]  # per code; of the positive and the negative side
 
 
 class Steps(NamedTuple):
-    """What a grid is stretched by, float32 but for the integer zero point.
+    """Steps that stretch a grid, float32 but for the integer zero point.
 
     `scale` is the distance of neighbouring values, on the positive side only where
     there is a `negative_scale`, or what the levels of a format are multiplied by;
-    `zero_point` is the code that stands for zero, a real number on the affine grid, and
+    `zero_point` is the code of zero, a real number on the affine grid, and
     the value of code zero on the offset grid.
     """
 
@@ -157,7 +157,7 @@ def encode(x: jax.Array, steps: Steps, *, grid: str, bits: Bits) -> jax.Array:
 
 
 def decode(codes: jax.Array, steps: Steps, *, grid: str, bits: Bits) -> jax.Array:
-    """Return the values, float32, that codes stand for; traceable.
+    """Decode codes to values, float32; traceable.
 
     One product per value, so that `jit` cannot round differently.
     """
@@ -197,7 +197,7 @@ class Quantized(Leaf):
 
     Args:
       codes: `Packed`, or another leaf or array of integers, `[..., inputs, outputs]`.
-      scale: floating point, or a leaf that stands for such an array; its sign may be
+      scale: floating point, or a leaf in place of such an array; its sign may be
         negative. Read as float32.
       zero_point: integers of the same shape (affine: floating point), or None.
       negative_scale: scale of the negative side, or None.
@@ -205,6 +205,11 @@ class Quantized(Leaf):
       bits: per code; for `sign_split` those of the two sides.
       block: inputs that share a step, None, or "tensor".
       dtype: of the weight.
+
+    Example:
+      >>> small = jc.symmetric(x, bits=4, block=32)
+      >>> small.codes.shape, small.scale.shape
+      ((64, 64), (2, 64))
     """
 
     codes: Any

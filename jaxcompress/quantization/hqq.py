@@ -39,7 +39,7 @@ def hqq(
     steps: int = 20,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Round to even steps whose real-valued zero point minimizes a sparse norm.
+    """HQQ: round to even steps whose real-valued zero point minimizes a sparse norm.
 
     The step is the range over `2^bits - 1`; the zero point minimizes the sum of
     `|error|^norm`: the error is split into a sparse part (outliers, found by shrinking)
@@ -58,6 +58,9 @@ def hqq(
       scale_dtype: of scales and zero points.
 
     Raises: as `symmetric`.
+
+    Example:
+      >>> small = jc.hqq(x, bits=4, block=32)
 
     Source: Badri and Shaji 2023, "Half-quadratic quantization of large machine learning
     models" (mobiusml.github.io/hqq_blog). Errors are measured in steps here, so that
@@ -109,10 +112,10 @@ def _half_quadratic(
         sparse = jnp.sign(error) * jnp.maximum(size - pull, 0)
         rest = jnp.where(real, codes - (ratio - sparse), 0)
         zero = stored(jnp.sum(rest, -2, keepdims=True) / count)
-        found = errors(zero)[2]
-        better = found < least
+        zero_point = errors(zero)[2]
+        better = zero_point < least
         best = jnp.where(better, zero, best)
-        return (zero, best, jnp.where(better, found, least)), None
+        return (zero, best, jnp.where(better, zero_point, least)), None
 
     start = stored(-low / scale)
     carry = (start, start, errors(start)[2])

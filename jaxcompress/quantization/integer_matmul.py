@@ -1,7 +1,7 @@
 """Products in integers: 8-bit activations times stored codes, summed exactly.
 
 A token's inputs x are rounded to `s q`, q integers of 8 bits and s one step per token;
-codes stand for `t (c - z)`, one step t per output. Then `x @ W` is about
+codes represent `t (c - z)`, one step t per output. Then `x @ W` is about
 `s t (q @ c - z sum(q))`, whose sums of integers are exact in 32 bits (on accelerators:
 in the 24 bits of float32). Dettmers et al. 2022, "LLM.int8()" (arXiv 2208.07339),
 section 2; per-token steps as in ZeroQuant (arXiv 2206.01861).
@@ -28,8 +28,8 @@ def has_integers(weight: Any) -> bool:
     of inputs would need as many products as blocks, and were slower than dequantizing.
     """
     one_step = weight.block in (None, "tensor") or weight.scale.shape[-2] == 1
-    known = weight.grid in GRIDS and isinstance(weight.bits, int)
-    exact = known and 2 <= weight.bits <= 8 and weight.shape[-2] < LARGEST
+    supported = weight.grid in GRIDS and isinstance(weight.bits, int)
+    exact = supported and 2 <= weight.bits <= 8 and weight.shape[-2] < LARGEST
     return one_step and exact and weight.negative_scale is None
 
 

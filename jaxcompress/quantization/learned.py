@@ -61,7 +61,7 @@ def learned(
     damping: float = 0.01,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Minimize the quantization error by gradient descent over what defines the grid.
+    """Minimize the quantization error by gradient descent over the grid's parameters.
 
     Steps (and with them clipping) and zero points descend, gradients passing the
     rounding straight through. The best is kept, so that the result is never worse than
@@ -84,12 +84,12 @@ def learned(
         "outputs" with moments, else "weights".
       rounding: how codes are found, best first where several will do.
         "coordinates": steps descend with the codes fixed, then every code moves to the
-        level that is best with all others as they stand, in turn; only for "outputs",
+        level that is best with all others fixed, in turn; only for "outputs",
         where it is exact, and its default. "relaxed": up or down is a real number that
         is pushed to either end (AdaRound); the default for a function. "offsets": of
         every weight, within half a level, by the signs of gradients (AutoRound).
         "nearest": to the nearest; the default for "weights", where nothing is better.
-      cost: with `bits="auto"`, the relative squared error that a bit is worth: 0.01
+      cost: with `bits="auto"`, the relative squared error that a bit must save: 0.01
         makes about 4 bits, a quarter of it one more.
       steps: of gradient descent; each costs one product with the second moment, or the
         function and its gradient.
@@ -100,6 +100,9 @@ def learned(
     Raises:
       ValueError: moments that do not fit, an option out of range.
       TypeError: `bits="auto"` under a trace.
+
+    Example:
+      >>> small = jc.learned(x, of_x, bits=3, block=32, steps=5)
 
     Source: learned steps as in LSQ (Esser et al. 2019, arXiv 1902.08153); AdaRound
     (Nagel et al. 2020, arXiv 2004.10568), AutoRound (Cheng et al. 2023, arXiv
@@ -112,8 +115,8 @@ def learned(
     target, second = x.astype(jnp.float32), None
     if kind == "outputs":
         target, second = _target(x, moments, damping)
-    given = objective if kind == "function" else None
-    problem = _Problem(x, target, second, moments, given, damping)
+    custom = objective if kind == "function" else None
+    problem = _Problem(x, target, second, moments, custom, damping)
     place = Place(grid, bits, block, steps, learning_rate, scale_dtype, rounding)
     if bits == "auto":
         return _with_width(problem, place, cost)
@@ -121,7 +124,7 @@ def learned(
 
 
 class _Problem(NamedTuple):
-    """What is to be approximated, and how the error is measured.
+    """The approximation problem: the target, and how the error is measured.
 
     `target` is float32; `second` is damped, and None where the error is not that of the
     outputs; `objective` is a function given by the user, or None.
@@ -173,16 +176,16 @@ def _sides(width: int, grid: str) -> Any:
 
 def _target(x: jax.Array, moments: Any, damping: float) -> tuple[jax.Array, jax.Array]:
     """Return target weights and the damped second moment of what multiplies them."""
-    known = require(moments, x, "learned", fields=())
-    target, second = known.target_problem(x, "learned", damping=damping)
+    checked = require(moments, x, "learned", fields=())
+    target, second = checked.target_problem(x, "learned", damping=damping)
     safe = each_slice(functools.partial(damped, damping=damping), second)
     return target.astype(jnp.float32), safe
 
 
 def _with_width(problem: _Problem, place: Place, cost: float) -> Quantized:
-    """Return the leaf of the width that is worth its cost; reads values."""
+    """Return the leaf of the width that pays for its cost; reads values."""
     error = _relative_error(problem)
-    found = continuous_bits(
+    learned = continuous_bits(
         problem.target,
         error,
         grid=place.grid,
@@ -195,7 +198,7 @@ def _with_width(problem: _Problem, place: Place, cost: float) -> Quantized:
         return float(error(leaf.materialize().astype(jnp.float32))) + cost * width
 
     tried = []
-    for width in sorted({math.floor(found), math.ceil(found)}):
+    for width in sorted({math.floor(learned), math.ceil(learned)}):
         leaf = _with_bits(problem, place._replace(bits=_sides(width, place.grid)))
         tried.append((total(width, leaf), leaf))
     start = _nearest(problem.x, place._replace(bits=_sides(START, place.grid)))
@@ -246,19 +249,19 @@ def _with_bits(problem: _Problem, place: Place) -> Quantized:
         )
         one = functools.partial(descend_outputs, place=place)
         starts = (dense(nearest), dense(fed))
-        codes, found = each_slice(one, target, second, nearest.steps, *starts)
+        codes, steps = each_slice(one, target, second, nearest.steps, *starts)
     elif second is not None:
         one = functools.partial(_by_gradients, place=place)
-        codes, found = each_slice(one, target, second, nearest.steps)
+        codes, steps = each_slice(one, target, second, nearest.steps)
     elif objective is not None:
         by = descend_relaxed if place.rounding == "relaxed" else descend_gradients
-        codes, found = by(target, nearest.steps, objective, place)
+        codes, steps = by(target, nearest.steps, objective, place)
     else:
         one = functools.partial(descend_weights, place=place)
-        codes, found = each_slice(one, target, nearest.steps)
+        codes, steps = each_slice(one, target, nearest.steps)
     return quantized(
         codes,
-        found,
+        steps,
         grid=place.grid,
         bits=place.bits,
         block=place.block,

@@ -1,4 +1,4 @@
-"""The width of codes as a real number, found by gradient descent."""
+"""Differentiable bit width (Uhlich et al. 2019)."""
 
 import functools
 from collections.abc import Callable
@@ -88,7 +88,7 @@ def _values(
         high = 2 ** (width - 1) - 1
         low = -high
     else:
-        part = start.zero_point / (2**START - 1)  # of the range that lies below zero
+        part = start.zero_point / (2**START - 1)  # of the range below zero
         part = spread(Steps(part), block, x.shape[-2]).scale
         low, high = -part * (2**width - 1), (1 - part) * (2**width - 1)
     wide = spread(Steps(scale), block, x.shape[-2]).scale

@@ -20,7 +20,7 @@ ROUNDS = 4  # of gradient descent over steps, then of moving codes
 
 
 class Place(NamedTuple):
-    """What is fixed while a slice is learned; hashable."""
+    """Constants of a slice while it is learned; hashable."""
 
     grid: str
     bits: Any
@@ -106,19 +106,19 @@ def descend_outputs(
             return loss, (jax.lax.stop_gradient(loss), new)
 
         theta = jax.tree.map(jnp.zeros_like, steps)
-        found = _descent(error, theta, scaling)
-        wide = spread(found, place.block, x.shape[0])
+        learned = _descent(error, theta, scaling)
+        wide = spread(learned, place.block, x.shape[0])
         broad = jax.tree.map(lambda s: jnp.broadcast_to(s, x.shape), wide)
 
         def nearest(j: jax.Array, row: jax.Array) -> jax.Array:
-            here = jax.tree.map(lambda s: s[jnp.minimum(j, x.shape[0] - 1)], broad)
-            chosen = encode(row, here, **place.options)
-            return decode(chosen, here, **place.options)
+            row_steps = jax.tree.map(lambda s: s[jnp.minimum(j, x.shape[0] - 1)], broad)
+            chosen = encode(row, row_steps, **place.options)
+            return decode(chosen, row_steps, **place.options)
 
         value = decode(codes, wide, **place.options)
         value = descend(x, value, second, nearest)
         moved = encode(value, wide, **place.options)
-        new = (moved, found, layer_loss(x, value, second))
+        new = (moved, learned, layer_loss(x, value, second))
         better = new[2] < best[2]
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
 
@@ -164,8 +164,8 @@ def descend_gradients(
         value = quantize_through(
             moved(theta[1]), steps, block=place.block, **place.options
         )
-        found = loss(value)
-        return found, (jax.lax.stop_gradient(found), (theta[1], steps))
+        value_of_loss = loss(value)
+        return value_of_loss, (jax.lax.stop_gradient(value_of_loss), (theta[1], steps))
 
     offsets = jnp.zeros_like(x) if place.rounding == "offsets" else None
     theta = (jax.tree.map(jnp.zeros_like, start), offsets)
@@ -202,13 +202,13 @@ def _descent(loss: Callable, theta: Any, place: Place) -> Any:
 
     def improve(carry: tuple, _: None) -> tuple[tuple, None]:
         theta, state, best = carry
-        (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(theta)
+        (_, auxiliary), gradient = jax.value_and_grad(loss, has_aux=True)(theta)
         updates, state = optimizer.update(gradient, state)
         theta = _moved(theta, updates, rates)
-        return (theta, state, keep(found, best)), None
+        return (theta, state, keep(auxiliary, best)), None
 
-    _, found = loss(theta)
-    carry = (theta, optimizer.init(theta), found)
+    _, auxiliary = loss(theta)
+    carry = (theta, optimizer.init(theta), auxiliary)
     (theta, _, best), _ = jax.lax.scan(improve, carry, length=place.steps)
     return keep(loss(theta)[1], best)[1]
 

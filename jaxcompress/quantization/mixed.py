@@ -47,7 +47,7 @@ def mixed_channels(
       fine_bits: of those; None keeps them in the dtype of `x`.
       score: "weight": squared error of the weights; "activation": times the mean square
         of their inputs; "second_order": the change of the layer's output once the
-        other inputs make up for it (`axis="inputs"`), or with the whole second moment
+        other inputs compensate (`axis="inputs"`), or with the whole second moment
         (`axis="outputs"`). None: "activation" with moments, else "weight".
       axis: whether channels are inputs (rows of `x`) or outputs.
       block: inputs that share a step.
@@ -56,6 +56,9 @@ def mixed_channels(
 
     Raises:
       ValueError: no moments where the score needs them, an option out of range.
+
+    Example:
+      >>> small = jc.mixed_channels(x, of_x, bits=3, fraction=0.05)
 
     Source: outlier columns as in LLM.int8() (arXiv 2208.07339) and OWQ (arXiv
     2306.02272).
@@ -115,8 +118,8 @@ def _errors(
     change = coarse.astype(jnp.float32) - x.astype(jnp.float32)
     if score == "weight":
         return jnp.sum(jnp.square(change), axis=-3 - where)
-    known = require(moments, x, "mixed_channels", fields=())
-    _, second = known.target_problem(x, "mixed_channels")
+    checked = require(moments, x, "mixed_channels", fields=())
+    _, second = checked.target_problem(x, "mixed_channels")
     if score == "second_order" and where == -1:
         moved = jnp.matmul(second, change, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(change * moved, axis=-2)

@@ -39,13 +39,13 @@ def symmetric(
     search: bool = False,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Round to multiples of a step, `2^bits` of them around zero.
+    """Round to the nearest of `2^bits` multiples of a step around zero.
 
     With `S = max|x|` of a block the step is `S / 2^(bits - 1)` and the code
     `round(x / step)`, clipped to `[-2^(bits - 1), 2^(bits - 1) - 1]`: the error is at
     most half a step, except at the clipped positive end, where it is up to a whole one.
     One bit is plus or minus the mean magnitude of the block. A block holding NaN or
-    Inf, or weights that `scale_dtype` cannot reach, comes back as NaN.
+    Inf, or weights that `scale_dtype` cannot reach, becomes NaN.
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
@@ -54,7 +54,7 @@ def symmetric(
       block: inputs that share a step, the last block may be shorter; None: one step
         per output; "tensor": one for the matrix.
       full_range: the sign of the largest magnitude picks the side that is not
-        clipped (its step is negative where that is the positive one). Worth most at
+        clipped (its step is negative where that is the positive one). Helps most at
         2 and 3 bits.
       search: the step of least squared error among factors 0.3 to 1.2 of the above.
       scale_dtype: "bfloat16" (the default: 16 / block bits per weight, and the range
@@ -64,6 +64,11 @@ def symmetric(
     Raises:
       ValueError: an option out of range; says what is allowed.
       TypeError: weights that are not floating point.
+
+    Example:
+      >>> jc.symmetric(x, bits=4, block=32)
+      Quantized(64x64, symmetric 4 bits, blocks of 32, ...)
+      >>> small = jc.compress(params, "symmetric(bits=4, block=32)")
     """
     del moments
     check_bits("symmetric", bits, 8)
@@ -81,12 +86,24 @@ def asymmetric(
     search: bool = False,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Round to `2^bits` even steps from the smallest to the largest weight.
+    """Round to the nearest of `2^bits` levels between the smallest and largest weight.
 
     The range of a block always includes zero, and the zero point is an integer code,
     so that zero is exact and the error at most half a step (a little more at the ends
-    where the stored step came out smaller). It is stored beside the scale, and costs
-    `bits / block` bits per weight more than `symmetric`; options and errors are its.
+    where the stored step is smaller). It is stored with the scale, and takes
+    `bits / block` bits per weight more than `symmetric`.
+
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`.
+      moments: not used.
+      bits: 1 to 8 per weight.
+      block, search, scale_dtype: as in `symmetric`.
+
+    Raises: as `symmetric`.
+
+    Example:
+      >>> jc.asymmetric(x, bits=4, block=32)
+      Quantized(64x64, asymmetric 4 bits, blocks of 32, ...)
     """
     del moments
     check_bits("asymmetric", bits, 8)
@@ -119,6 +136,10 @@ def sign_split(
       block: as in `symmetric`.
       search: each side by itself, as in `symmetric`.
       scale_dtype: as in `symmetric`.
+
+    Example:
+      >>> jc.sign_split(x, bits=(3, 3))
+      Quantized(64x64, sign_split 3+3 bits, ...)
     """
     del moments
     if not isinstance(bits, tuple | list) or len(bits) != 2:

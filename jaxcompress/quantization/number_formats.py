@@ -37,7 +37,7 @@ def nf4(
     search: bool = False,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Round to 16 levels at the quantiles of a normal distribution; 4 bits per code.
+    """NF4: round to 16 quantiles of a normal distribution; 4 bits per code.
 
     The scale of a block is its largest magnitude. Scales are not quantized again.
 
@@ -49,6 +49,10 @@ def nf4(
       scale_dtype: as in `symmetric`.
 
     Raises: as `symmetric`.
+
+    Example:
+      >>> jc.nf4(x, block=64)
+      Quantized(64x64, nf4 4 bits, blocks of 64, ...)
 
     Source: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314).
     """
@@ -67,10 +71,18 @@ def fp8(
     search: bool = False,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
-    """Round to 8-bit floating point, the largest magnitude of a block to its largest.
+    """FP8: round to 8-bit floating point, scaled by a block's largest magnitude.
 
-    `kind` "e4m3" (largest 448, without infinity) or "e5m2" (largest 57 344); the other
-    options and errors are those of `nf4`.
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`.
+      moments: not used.
+      kind: "e4m3" (largest 448, without infinity) or "e5m2" (largest 57 344).
+      block, search, scale_dtype: as in `nf4`.
+
+    Raises: as `symmetric`.
+
+    Example:
+      >>> small = jc.fp8(x, block=32)
 
     Source: Micikevicius et al. 2022, "FP8 formats for deep learning" (arXiv
     2209.05433).
@@ -84,11 +96,20 @@ def fp8(
 
 @method()
 def mxfp4(x: jax.Array, moments: Any = None, *, search: bool = False) -> Quantized:
-    """Round to MXFP4: e2m1 codes, a power of two for each 32 inputs; 4.25 bits.
+    """MXFP4: round to e2m1 codes with a power of two for each 32 inputs; 4.25 bits.
 
     The power is that of the largest magnitude, so that magnitudes above six steps are
-    clipped; with `search` the one of least squared error among its neighbours. The
-    scale is itself a `Quantized`, of e8m0 codes.
+    clipped. The scale is itself a `Quantized`, of e8m0 codes.
+
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`.
+      moments: not used.
+      search: choose the power of least squared error among its neighbours.
+
+    Raises: as `symmetric`.
+
+    Example:
+      >>> small = jc.mxfp4(x)
 
     Source: OCP Microscaling Formats 1.0 (2023), sections 5.3.3 and 6.3.
     """
@@ -99,10 +120,20 @@ def mxfp4(x: jax.Array, moments: Any = None, *, search: bool = False) -> Quantiz
 
 @method()
 def nvfp4(x: jax.Array, moments: Any = None, *, search: bool = False) -> Quantized:
-    """Round to NVFP4: e2m1 codes, an e4m3 scale for each 16 inputs; 4.5 bits.
+    """NVFP4: round to e2m1 codes with an e4m3 scale for each 16 inputs; 4.5 bits.
 
     The scales share a float32 scale of the matrix, which maps the largest of them to
-    448. The scale is itself a `Quantized`, of e4m3 codes. `search` as in `nf4`.
+    448. The scale is itself a `Quantized`, of e4m3 codes.
+
+    Args:
+      x: floating-point weights `[..., inputs, outputs]`.
+      moments: not used.
+      search: as in `nf4`.
+
+    Raises: as `symmetric`.
+
+    Example:
+      >>> small = jc.nvfp4(x)
 
     Source: NVIDIA 2025, "Pretraining large language models with NVFP4" (arXiv
     2509.25149, section 2).

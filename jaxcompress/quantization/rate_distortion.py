@@ -26,7 +26,7 @@ from jaxcompress.quantization.grids import round_to
 from jaxcompress.quantization.rate_model import first_guess
 from jaxcompress.tree.methods import method, precise
 
-EXACT = 0.005  # of the rate: how near the coded size comes
+EXACT = 0.005  # of the rate: how near the coded size is
 TRIES = 6
 ORDERS = ("pivoted", "activation", "natural")
 LARGEST = 2.0**14  # levels of a row; sixteen bits hold them
@@ -44,9 +44,10 @@ def rate_distortion(
     damping: float = 0.01,
     prior: float = 0.0,
 ) -> RateCoded:
-    """Return the weights that so many bits, side information included, tell about best.
+    """Quantize to a target file rate, minimizing output error. The rate is in bits per
+    weight and includes side information.
 
-    Input rows are quantized one by one and their errors fed into the rows to come, as
+    Input rows are quantized one by one and their errors fed into later rows, as
     in `gptq`; but the step of a row is in proportion to its conditional deviation (the
     factor's diagonal), levels are not clipped, a trellis takes the place of rounding,
     and each row is shrunk to its least-squares size before its error is fed on. So
@@ -70,20 +71,23 @@ def rate_distortion(
         slice of a stack.
       states: of the trellis, 8 to 256 in powers of two; more gain less and less and
         cost time here, none in decoding. 0: rounding.
-      order: "pivoted" keeps for last what is least explained by what comes after it
+      order: "pivoted" keeps for last what is least explained by what follows it
         (pivoted Cholesky), so that deviations differ most, and what is explained best
-        costs least; "activation" as in `gptq`; "natural" as they stand.
+        costs least; "activation" as in `gptq`; "natural" keeps their order.
       damping: as in `gptq`.
       prior: adds so many times the error of a quantized component, over the mean
         squared weight, to the inputs' variance, and its ridge regression becomes the
-        target. For independent Gaussian weights 0.5 is best: it gives up the directions
-        in which the error would exceed the weights, up to 0.07 bit at two bits. Layers
+        target. For independent Gaussian weights 0.5 is best: it drops the directions in
+        which the error would exceed the weights, up to 0.07 bit at two bits. Layers
         of a language model gain nothing.
 
     Raises:
       ValueError: an option out of range, moments that do not fit or are not positive
         definite, or a rate that no step meets within five percent (the side
         information alone may exceed it).
+
+    Example:
+      >>> small = jc.rate_distortion(x, of_x, rate=3.0, states=8)
 
     Source: "WaterSIC" (2026, arXiv 2603.04956) for steps and shrinkage, YAQA (arXiv
     2505.22988) for feedback on both sides; pivots, trellis and contexts are additions,
@@ -105,8 +109,8 @@ def rate_distortion(
     checks.positive("rate_distortion", "a prior", prior, zero=True)
     target, second = x, None
     if moments is not None and not (isinstance(moments, Moments) and moments.looked_up):
-        known = require(moments, x, "rate_distortion", fields=())
-        target, second = known.target_problem(x, "rate_distortion", damping=damping)
+        checked = require(moments, x, "rate_distortion", fields=())
+        target, second = checked.target_problem(x, "rate_distortion", damping=damping)
     costs, joint = output_costs(moments, x, "rate_distortion")
     scales = np.zeros((*lead, x.shape[-1]), np.uint8)
     if costs is not None:
@@ -139,8 +143,8 @@ def rate_distortion(
             between = jax.device_put(between, devices[i % len(devices)])
         return _search(*prepared, between, rates[i] - side, states, count)
 
-    found = in_order(precise(one), range(count))  # threads start without it
-    levels, steps = (np.stack(part) for part in zip(*found, strict=True))
+    results = in_order(precise(one), range(count))  # threads start without it
+    levels, steps = (np.stack(part) for part in zip(*results, strict=True))
     groups = 1 if joint is None else count_groups(x.shape[-1])
     return RateCoded(
         coded_levels.code_levels(levels.reshape(x.shape), states, groups),
@@ -203,24 +207,24 @@ def pivots(second: np.ndarray) -> np.ndarray:
     """Return inputs in the order of pivoted Cholesky: always the one least explained so
     far.
 
-    Those that the ones before explain but for rounding come last, as they stand.
+    Those that earlier ones explain but for rounding are last, in their order.
 
     Args:
       second: float64 `[inputs, inputs]`.
     """
     size = second.shape[0]
     left, factor = np.diagonal(second).copy(), np.zeros((size, size))
-    found, least = np.zeros(size, np.int64), 1e-6 * left.max(initial=0)
+    order, least = np.zeros(size, np.int64), 1e-6 * left.max(initial=0)
     for i in range(size):
-        pivot = found[i] = int(np.argmax(left))
+        pivot = order[i] = int(np.argmax(left))
         if left[pivot] <= least:
-            found[i:] = np.flatnonzero(left > -np.inf)
+            order[i:] = np.flatnonzero(left > -np.inf)
             break
         column = second[pivot] - factor[:i, pivot] @ factor[:i]
         factor[i] = column / np.sqrt(left[pivot])
         left -= factor[i] ** 2
-        left[found[: i + 1]] = -np.inf
-    return found
+        left[order[: i + 1]] = -np.inf
+    return order
 
 
 @functools.partial(jax.jit, static_argnames=("states",))
@@ -254,8 +258,8 @@ def sweep(
         if not states:
             return jnp.round(row)
         row = jnp.pad(row, (0, gap)).reshape(count, places)
-        found, _ = trellis.search(row.T, states, weights)
-        return found.T.reshape(-1)[:outputs].astype(row.dtype)
+        nearest_levels, _ = trellis.search(row.T, states, weights)
+        return nearest_levels.T.reshape(-1)[:outputs].astype(row.dtype)
 
     def one_group(carry: tuple, group: tuple) -> tuple[tuple, jax.Array]:
         errors, state = carry  # of all outputs, group after group; of the walks
@@ -263,12 +267,12 @@ def sweep(
         target = row - errors @ moves
         if states:
             target = target.reshape(count, -1).T
-            found, state = trellis.search(target, states, start=state)
-            found = found.T.reshape(-1).astype(row.dtype)
+            levels, state = trellis.search(target, states, start=state)
+            levels = levels.T.reshape(-1).astype(row.dtype)
         else:
-            found = jnp.round(target)
-        errors = jax.lax.dynamic_update_slice(errors, found - row, (start,))
-        return (errors, state), found
+            levels = jnp.round(target)
+        errors = jax.lax.dynamic_update_slice(errors, levels - row, (start,))
+        return (errors, state), levels
 
     def replace(aux: Any, j: jax.Array, row: jax.Array) -> tuple[jax.Array, Any]:
         del aux
@@ -332,9 +336,9 @@ def _search(
     for step in (stride, 1) if stride > 1 else (1,):
         tried: list[tuple[float, float]] = []
         for _ in range(TRIES):
-            found, levels, steps = attempt(log_scale, step)
-            tried.append((log_scale, found))
-            gap = abs(found - rate)
+            size, levels, steps = attempt(log_scale, step)
+            tried.append((log_scale, size))
+            gap = abs(size - rate)
             if step == 1 and (best is None or gap < best[0]):
                 best = gap, levels, steps
             if gap < EXACT * rate / (1 if step == 1 else 0.5):
@@ -352,12 +356,12 @@ def _search(
 
 def _next(tried: list[tuple[float, float]], rate: float) -> float:
     """Return the scale where the line through the last two attempts meets the rate."""
-    at, found = tried[-1]
+    at, reached = tried[-1]
     slope = -1.0
     if len(tried) > 1 and tried[-2][0] != at:
-        slope = (found - tried[-2][1]) / (at - tried[-2][0])
+        slope = (reached - tried[-2][1]) / (at - tried[-2][0])
     slope = min(max(slope, -1.5), -0.1)
-    return at + min(max((rate - found) / slope, -3.0), 3.0)
+    return at + min(max((rate - reached) / slope, -3.0), 3.0)
 
 
 def _rate(
@@ -366,8 +370,8 @@ def _rate(
     """Return bits per weight of levels, some of `outputs` columns that are like
     them.
     """
-    found = contexts.fit(levels, 2 if states else 1)
-    bits = found.bits * outputs / levels.shape[1]
-    bits += coded_levels.side_bits(found, outputs)
+    fitted = contexts.fit(levels, 2 if states else 1)
+    bits = fitted.bits * outputs / levels.shape[1]
+    bits += coded_levels.side_bits(fitted, outputs)
     bits += coded_levels.step_bits(steps, slices) * steps.size
     return bits / (levels.shape[0] * outputs)

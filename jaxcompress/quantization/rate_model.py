@@ -1,4 +1,4 @@
-"""What rounded Gaussian rows cost: where the search for a step begins, and plans."""
+"""Rate model: entropy of uniformly quantized Gaussian rows."""
 
 import functools
 import math

@@ -1,6 +1,6 @@
-"""Optax transformations: which weights train and how fast, and where they may be.
+"""Optax transformations: which weights train, how fast, and within which constraints.
 
-Those that put weights somewhere come last in a chain: what `keep_masked_zero` and
+Those that constrain weights must be last in a chain: what `keep_masked_zero` and
 `gradual_pruning` return makes a pruned weight exactly zero, whatever momentum or weight
 decay did before. Masks are part of the optimizer state, so a checkpoint of the state
 resumes with them.
@@ -18,6 +18,7 @@ import optax
 from jaxcompress import checks
 from jaxcompress.pruning.masks import Scope, check_mask
 from jaxcompress.pruning.masks import make as make_masks
+from jaxcompress.training.relative_updates import relative, relative_adam
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.names import match
 from jaxcompress.tree.paths import EMBEDDING, array_names
@@ -55,7 +56,7 @@ class ProjectionState(NamedTuple):
 
 
 def keep_masked_zero(masks: Masks) -> optax.GradientTransformation:
-    """Set weights to zero where a mask is false, and keeps them there; put it last.
+    """Set weights to zero where a mask is false, and keep them there; put it last.
 
     Args:
       masks: booleans like the parameters, None where dense (`masks.make`, `masks.of`).
@@ -63,6 +64,11 @@ def keep_masked_zero(masks: Masks) -> optax.GradientTransformation:
     Raises:
       ValueError: in `init`, masks that do not fit the parameters; in `update`, no
         parameters.
+
+    Example:
+      >>> masks = jc.masks.make(params, jc.masks.magnitude_scores(params), sparsity=0.5)
+      >>> keep = jc.optimizers.keep_masked_zero(masks)
+      >>> optimizer = optax.chain(optax.adam(1e-3), keep)
     """
 
     def init(params: Params) -> MaskedState:
@@ -101,11 +107,16 @@ def gradual_pruning(
       every: steps between two choices of the masks; the first step makes one.
       scope: as in `masks.make`.
       nm: N:M: groups of M lose their weights as the schedule says, until N are
-        left. Blocks: whole blocks go.
+        left. Blocks: whole blocks are dropped.
       layouts: as in `masks.make`.
 
     Raises:
       ValueError: `every` below 1, no parameters, what `score` or `masks.make` raise.
+
+    Example:
+      >>> schedule = jc.optimizers.cubic_sparsity(0.5, start=0, stop=100)
+      >>> prune = jc.optimizers.gradual_pruning(jc.masks.magnitude_scores, schedule)
+      >>> optimizer = optax.chain(optax.adam(1e-3), prune)
 
     Source: Zhu and Gupta 2017, "To prune, or not to prune" (arXiv 1710.01878).
     """
@@ -150,14 +161,23 @@ def gradual_pruning(
 def cubic_sparsity(
     final: float, *, start: int = 0, stop: int, initial: float = 0.0
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return fraction dropped at a step: `final - (final - initial) (1 - t)^3`, t from
-    0 to 1.
+    """Build the schedule `final - (final - initial) (1 - t)^3`, the fraction dropped, t
+    from 0 to 1.
 
     Fast where there is much to drop, slow towards the end; `initial` before step
     `start`, `final` from step `stop` on.
 
+    Args:
+      final, initial: fractions dropped at the end and at the start.
+      start, stop: steps between which t grows.
+
     Raises:
       ValueError: a sparsity out of range, or steps out of order.
+
+    Example:
+      >>> schedule = jc.optimizers.cubic_sparsity(0.8, start=0, stop=100)
+      >>> float(schedule(100))
+      0.800000011920929
 
     Source: Zhu and Gupta 2017 (arXiv 1710.01878, equation 1).
     """
@@ -169,7 +189,7 @@ def cubic_sparsity(
             )
     if not 0 <= start < stop:
         raise ValueError(
-            f"cubic_sparsity goes from a start of 0 or more to a later stop, not from "
+            f"cubic_sparsity takes a start of 0 or more and a later stop, not from "
             f"{start} to {stop}"
         )
     return optax.polynomial_schedule(initial, final, 3, stop - start, start)
@@ -200,15 +220,21 @@ def _over(function: Callable, masks: Masks, first: Any, *others: Any) -> Any:
 def by_name(
     rules: Sequence[tuple[str, optax.GradientTransformation | None]],
 ) -> optax.GradientTransformation:
-    """Return an optimizer for each name: the first pattern that fully matches it
-    decides.
+    """Choose an optimizer by name: the first pattern that fully matches decides.
 
     Names are those of arrays, inside leaves too (`mlp/kernel/scale`, `leaf_names`).
     None freezes: no update, and no state. End with `(".*", optimizer)` for the rest.
 
+    Args:
+      rules: `(pattern, optimizer | None)`, in order.
+
     Raises:
       ValueError: in `init`, a pattern that matches no array, or an array that no
         pattern matches; a rule that is none.
+
+    Example:
+      >>> rules = [(".*norm/scale", None), (".*", optax.adam(1e-3))]
+      >>> optimizer = jc.optimizers.by_name(rules)
     """
     for rule in rules:
         if len(rule) != 2 or not isinstance(rule[0], str):
@@ -239,46 +265,10 @@ def by_name(
     return optax.multi_transform(chosen, labels)
 
 
-def relative(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Train the logarithms of magnitudes: what `optimizer` returns is relative.
-
-    For scales and steps, which differ by orders of magnitude within one array: with
-    `relative(optax.adam(0.01))` each changes by about a percent per step. Zeros stay.
-
-    Raises:
-      ValueError: in `update`, no parameters.
-    """
-
-    def update(
-        updates: Any, state: Any, params: Params | None = None
-    ) -> tuple[Any, Any]:
-        if params is None:
-            raise ValueError(
-                "relative needs the parameters; call update(gradients, state, params)"
-            )
-        size = jax.tree.map(jnp.abs, params)
-        scaled = jax.tree.map(jnp.multiply, updates, size)
-        found, state = optimizer.update(scaled, state, params)
-        return jax.tree.map(jnp.multiply, found, size), state
-
-    return optax.GradientTransformation(optimizer.init, update)
-
-
-def relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
-    """Build Adam on relative changes (`relative`), its rate decayed by a cosine to
-    zero.
-
-    Args:
-      rate: of the first step, relative to each number.
-      steps: until the rate is zero.
-    """
-    return relative(optax.adam(optax.cosine_decay_schedule(rate, steps)))
-
-
 def layerwise_rates(
     decay: float, *, looped: str = r"layer_(\d+)/.*", stacked: str = r"layers/.*"
 ) -> optax.GradientTransformation:
-    """Return scales updates by `decay` for every layer between an array and the head.
+    """Scale updates by `decay` for every layer between an array and the head.
 
     The last layer and what follows it keep their updates; what is in no layer and is an
     embedding is one layer below the first. Put it after the optimizer.
@@ -291,6 +281,10 @@ def layerwise_rates(
     Raises:
       ValueError: decay out of range; in `update`, no layers among the names.
 
+    Example:
+      >>> rates = jc.optimizers.layerwise_rates(0.9)
+      >>> optimizer = optax.chain(optax.adam(1e-3), rates)
+
     Source: Howard and Ruder 2018, "ULMFiT" (arXiv 1801.06146, section 3.2).
     """
     if not 0 < decay <= 1:
@@ -300,9 +294,9 @@ def layerwise_rates(
         del params
         names = array_names(updates)
         numbers = [
-            int(found[1])
+            int(layer[1])
             for name in jax.tree.leaves(names)
-            if (found := re.fullmatch(looped, name))
+            if (layer := re.fullmatch(looped, name))
         ]
         stacks = [
             x.shape[0]
@@ -317,8 +311,8 @@ def layerwise_rates(
         layers = max([*stacks, *(number + 1 for number in numbers)])
 
         def scale(name: str, x: jax.Array) -> jax.Array:
-            if found := re.fullmatch(looped, name):
-                return x * decay ** (layers - 1 - int(found[1]))
+            if layer := re.fullmatch(looped, name):
+                return x * decay ** (layers - 1 - int(layer[1]))
             if re.fullmatch(stacked, name):
                 rates = decay ** jnp.arange(layers - 1, -1, -1, dtype=jnp.float32)
                 return x * rates.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
@@ -345,6 +339,10 @@ def project(
 
     Raises:
       ValueError: `every` below 1; in `update`, no parameters.
+
+    Example:
+      >>> on_grid = lambda p: jc.materialize(jc.compress(p, "symmetric(bits=4)"))
+      >>> optimizer = optax.chain(optax.adam(1e-3), jc.optimizers.project(on_grid))
     """
     checks.integer("project", "every", every)
 

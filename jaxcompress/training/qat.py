@@ -12,9 +12,9 @@ from jaxcompress.quantization.awq import Scaled
 from jaxcompress.quantization.grids import Quantized
 from jaxcompress.training.qat_leaf import FakeQuantized, fake_quantize, quantize
 from jaxcompress.tree.compress import Chain, compress
-from jaxcompress.tree.generic_leaves import Mixed, Sum
+from jaxcompress.tree.generic_leaves import Mixed, Reshaped, Sum
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.leaf import Leaf, Reshaped, data_fields, dense, is_leaf
+from jaxcompress.tree.leaf import Leaf, data_fields, dense, is_leaf
 from jaxcompress.tree.methods import unwrap
 from jaxcompress.types import Params
 
@@ -31,19 +31,15 @@ def prepare(
     Each weight that the recipe quantizes becomes a `FakeQuantized` leaf: a float that
     is read as its quantized value. The tree computes what the compressed one computes,
     to the bit, in an unmodified model. Gradients pass the rounding straight through,
-    and the scales have those of LSQ. Train it in an ordinary loop, then `convert` it:
-
-        tree = jc.qat.prepare("symmetric(bits=2, block=64)")(params)
-        trainable, frozen = jc.partition(tree)
-        ...  # any Optax optimizer on the loss of combine(trainable, frozen)
-        small = jc.qat.convert(jc.combine(trainable, frozen))
+    and the scales have those of LSQ. `partition` it, train it in an ordinary loop, then
+    `convert` it.
 
     Adam is blind to the scale of a gradient, so steps move by its learning rate: give
     them one well below their size (1e-4), or `optax.multi_transform`.
 
     What is not quantized (sparse values, factors, norms) trains by itself. Called
     inside a loss, the grid is made anew from the weights at every step; gradients then
-    reach those weights that stand in the tree themselves or as quantized ones.
+    reach those weights that are in the tree themselves or as quantized ones.
 
     Args:
       recipe: for `compress`; or a function of parameters that returns compressed ones.
@@ -54,6 +50,11 @@ def prepare(
 
     Raises:
       ValueError: the result has no quantized weight: there is nothing to pass through.
+
+    Example:
+      >>> tree = jc.qat.prepare("symmetric(bits=2, block=64)")(params)
+      >>> trainable, frozen = jc.partition(tree)
+      >>> small = jc.qat.convert(jc.combine(trainable, frozen))
 
     Source: Bengio et al. 2013 (arXiv 1308.3432); learned steps, Esser et al. 2019
     (arXiv 1902.08153).
@@ -77,7 +78,15 @@ def prepare(
 
 
 def convert(params: Params) -> Params:
-    """Convert every `FakeQuantized` weight to the `Quantized` leaf it is read as."""
+    """Convert every `FakeQuantized` weight to the `Quantized` leaf it is read as.
+
+    Args:
+      params: a tree with leaves of `prepare`, trained.
+
+    Example:
+      >>> tree = jc.qat.prepare("symmetric(bits=2)")(params)
+      >>> small = jc.qat.convert(tree)
+    """
     is_latent = lambda x: isinstance(x, FakeQuantized)  # noqa: E731
     return jax.tree.map(
         lambda x: quantize(x) if is_latent(x) else x, params, is_leaf=is_latent
@@ -99,12 +108,12 @@ def _trained(original: Any, small: Any) -> Any:
     original = None if original is None else dense(original)
     if isinstance(small, Quantized):
         return fake_quantize(small, original)
-    known = {} if original is None else _originals(original, small)
+    originals = {} if original is None else _originals(original, small)
     changed = {}
     for field in data_fields(small):
         part = getattr(small, field)
         if field in small.weights and part is not None:
-            whole = known.get(
+            whole = originals.get(
                 field, jax.tree.map(lambda _: None, part, is_leaf=is_leaf)
             )
             changed[field] = jax.tree.map(

@@ -33,7 +33,7 @@ class FakeQuantized(Leaf):
     """A floating-point weight read as `Quantized`, with gradients for it and its steps.
 
     Invariant: `qat.convert` gives the `Quantized` leaf that has the same values. The
-    weight and the steps are float32 whatever the dtypes they stand for, so that small
+    weight and the steps are float32 whatever their stored dtypes, so that small
     updates are not lost; the steps are read as `scale_dtype` holds them.
 
     Args:
@@ -45,6 +45,11 @@ class FakeQuantized(Leaf):
       negative_scale: scale of the negative side, or None; trains.
       grid, bits, block, dtype: as in `Quantized`.
       scale_dtype: name of the dtype of the stored steps.
+
+    Example:
+      >>> tree = jc.qat.prepare("symmetric(bits=2)")({"kernel": x})
+      >>> tree["kernel"].weight.shape
+      (64, 64)
     """
 
     weight: Any

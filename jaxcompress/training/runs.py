@@ -1,4 +1,4 @@
-"""A run of training steps that may be killed at any time, and goes on where it was."""
+"""Training runs that may be killed at any time and resume from a checkpoint."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from jaxcompress.types import Batch
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 _NAME = re.compile(r"step_(\d{8})")
-_LEAVES = "leaves"  # beside the arrays of a state
+_LEAVES = "leaves"  # next to the arrays of a state
 
 
 def train(
@@ -37,15 +37,15 @@ def train(
     max_to_keep: int = 2,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainState:
-    """Run until `steps` updates are done; with a folder, resumes from its checkpoint.
+    """Run until `steps` updates are done; with a folder, resume from its checkpoint.
 
     A run killed and started again with the same arguments ends with the same bits: the
     batch, like the key, is a function of the step number.
 
     Args:
       step: from `make_train_step`.
-      state: to start from, given up; where the folder has a checkpoint, that one, laid
-        out as this state is.
+      state: to start from, donated; where the folder has a checkpoint, that one,
+        sharded as this state is.
       batch_at: the batch of a step, counted from 0.
       steps: updates in all, those before a resumption included.
       folder: for checkpoints `step_00000100` and so on; the last one too.
@@ -58,6 +58,11 @@ def train(
         step, and the checkpoint that stays.
       ValueError: an empty batch, naming the step; an option out of range; a checkpoint
         of another run.
+
+    Example:
+      >>> step = jc.make_train_step(loss_fn, optax.adam(1e-3))
+      >>> state = jc.distillation.init_state(params, optax.adam(1e-3), key=key)
+      >>> state = jc.distillation.train(step, state, lambda i: batches[0], steps=1)
     """
     if steps < 0 or every < 1 or max_to_keep < 1:
         raise ValueError(
@@ -100,33 +105,50 @@ def save_state(path: str | os.PathLike, state: TrainState) -> None:
     """Write a state as an Orbax checkpoint next to `path`, and rename it.
 
     Raises ValueError where `path` exists.
+
+    Args:
+      path: of the checkpoint, which must not exist.
+      state: a `TrainState`, or any pytree of arrays and leaves.
+
+    Example:
+      >>> state = jc.distillation.init_state(params, optax.sgd(0.1), key=key)
+      >>> jc.distillation.save_state("step_00000001", state)
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_orbax(path, _named(state) | {_LEAVES: _leaf_kinds(state.params)})
 
 
 def restore_state(path: str | os.PathLike, like: TrainState) -> TrainState:
-    """Return the state that `save_state` wrote, bit for bit, where the arrays of `like`
-    lie.
+    """Restore the state that `save_state` wrote, bit for bit, placed as the arrays of
+    `like` are.
 
     Raises ValueError where names, shapes, dtypes, or types of compressed leaves are not
     those of `like`: another model, recipe or optimizer.
+
+    Args:
+      path: of the checkpoint.
+      like: a state of the same run, for its structure and its devices.
+
+    Example:
+      >>> state = jc.distillation.init_state(params, optax.sgd(0.1), key=key)
+      >>> jc.distillation.save_state("step_00000001", state)
+      >>> state = jc.distillation.restore_state("step_00000001", state)
     """
     wanted = _named(like)
     shardings = {name: x.sharding for name, x in wanted.items()}
     anywhere = SingleDeviceSharding(jax.local_devices()[0])
-    found = restore_orbax(
+    restored = restore_orbax(
         path, sharding=lambda name, shape: shardings.get(name, anywhere)
     )
-    kinds = found.pop(_LEAVES, np.zeros(0, np.uint8))
-    for name in sorted(wanted.keys() | found.keys()):
-        mine, theirs = (
+    kinds = restored.pop(_LEAVES, np.zeros(0, np.uint8))
+    for name in sorted(wanted.keys() | restored.keys()):
+        mine, expected = (
             f"{tree[name].dtype} {tree[name].shape}" if name in tree else "nothing"
-            for tree in (wanted, found)
+            for tree in (wanted, restored)
         )
-        if mine != theirs:
+        if mine != expected:
             raise ValueError(
-                f"{path} holds {theirs} as {name}, this run {mine}; resume with the "
+                f"{path} holds {expected} as {name}, this run {mine}; resume with the "
                 "same model, recipe and optimizer, or choose another folder"
             )
     if np.asarray(kinds).tobytes() != _leaf_kinds(like.params).tobytes():
@@ -135,16 +157,23 @@ def restore_state(path: str | os.PathLike, like: TrainState) -> TrainState:
             "resume with the same recipe, or choose another folder"
         )
     arrays = [
-        jax.random.wrap_key_data(found[name]) if _is_key(x) else found[name]
+        jax.random.wrap_key_data(restored[name]) if _is_key(x) else restored[name]
         for name, x in zip(wanted, jax.tree.leaves(like), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
 def latest_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """Return the last complete checkpoint of a folder, or None."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    """Find the last complete checkpoint of a folder, or None.
+
+    Args:
+      folder: of `train`.
+
+    Example:
+      >>> jc.distillation.latest_checkpoint("no_such_folder")
+    """
+    checkpoints = _checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def _checkpoints(folder: str | os.PathLike) -> list[Path]:

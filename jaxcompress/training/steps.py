@@ -16,7 +16,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcompress import checks
-from jaxcompress.tree.paths import combine, is_float, partition
+from jaxcompress.tree.partitions import combine, partition
+from jaxcompress.tree.paths import is_float
 from jaxcompress.types import Batch, Params
 
 Metrics = dict[str, jax.Array]
@@ -28,10 +29,15 @@ OWN_METRICS = ("loss", "gradient_norm", "update_norm", "finite")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a run is between two steps.
+    """The state of a run between two steps.
 
     `step` counts the updates done, int32. `optimizer` is Optax's state of the
     parameters that train. `key` is that of the run and never changes.
+
+    Example:
+      >>> state = jc.distillation.init_state(params, optax.adam(1e-3), key=key)
+      >>> int(state.step)
+      0
     """
 
     step: jax.Array
@@ -47,7 +53,8 @@ def init_state(
     dtype: Any = None,
     key: jax.Array,
 ) -> TrainState:
-    """Return state before the first step; holds copies, as steps give up their state.
+    """Build the state before the first step; it holds copies, as steps donate their
+    state.
 
     Args:
       params: dense or compressed.
@@ -58,6 +65,9 @@ def init_state(
       key: of the run.
 
     Raises ValueError where nothing in the tree trains.
+
+    Example:
+      >>> state = jc.distillation.init_state(params, optax.adam(1e-3), key=key)
     """
     copies = jax.tree.map(jnp.array, params)
     trainable, frozen = partition(copies)
@@ -74,7 +84,16 @@ def init_state(
 
 
 def cast_like(params: Params, like: Params) -> Params:
-    """Return parameters in the dtypes of others of the same structure."""
+    """Cast parameters to the dtypes of others of the same structure.
+
+    Args:
+      params: to cast.
+      like: of the dtypes wanted.
+
+    Example:
+      >>> half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+      >>> small = jc.distillation.cast_like(params, half)
+    """
     return jax.tree.map(lambda x, y: x.astype(y.dtype), params, like)
 
 
@@ -85,15 +104,14 @@ def make_train_step(
     accumulate: int = 1,
     compute_dtype: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return a function `step(state, batch) -> (state, metrics)`, compiled; gives up
-    `state`.
+    """Compile a function `step(state, batch) -> (state, metrics)`; it donates `state`.
 
     A step whose loss, gradient or update is not finite, or whose `weight` is zero,
     changes nothing, not even the step number, and says so: `metrics["finite"]` is
     false. `train` stops there.
 
-    Over several devices: `place` the state on a mesh and `shard_batch` each batch; what
-    the step returns lies where its state lay.
+    Over several devices: `place` the state on a mesh and `shard_batch` each batch; the
+    step returns a state sharded as the one it was given.
 
     Args:
       loss_fn: `(params, batch, key) -> (scalar, metrics)`, the metrics scalars. The key
@@ -101,7 +119,7 @@ def make_train_step(
         the loss counts (its tokens, say), for accumulation, and is summed; other
         metrics are averaged. Arrays that the function needs besides, a teacher's
         parameters above all, are bound with `jax.tree_util.Partial(function, arrays)`,
-        whose bound arguments come first: they are passed to the compiled step, stay as
+        whose bound arguments are first: they are passed to the compiled step, stay as
         they are, and may be sharded. In a plain closure they would be compiled in.
       optimizer: of Optax. It sees the parameters that train, None elsewhere, and is
         given the loss as `value` and the gradients as `gradients`, where it asks.
@@ -115,6 +133,9 @@ def make_train_step(
       ValueError: options out of range; when called, an empty batch, examples that
         `accumulate` does not divide, metrics that are not scalars or are called as one
         of the step's own.
+
+    Example:
+      >>> step = jc.make_train_step(loss_fn, optax.adam(1e-3))
     """
     checks.integer("make_train_step", "accumulate", accumulate)
     if compute_dtype is not None:
@@ -237,7 +258,7 @@ def check_batch(batch: Batch, parts: int = 1) -> None:
 
 
 def place(state: TrainState, mesh: Mesh, *, axis: str | None = None) -> TrainState:
-    """Return the state on a mesh: a copy on every device, or large arrays sharded.
+    """Place the state on a mesh: a copy on every device, or large arrays sharded.
 
     Args:
       state: of any run.
@@ -248,6 +269,10 @@ def place(state: TrainState, mesh: Mesh, *, axis: str | None = None) -> TrainSta
 
     Raises:
       ValueError: the mesh has no such axis.
+
+    Example:
+      >>> state = jc.distillation.init_state(params, optax.adam(1e-3), key=key)
+      >>> state = jc.distillation.place(state, mesh)
     """
     if axis is not None and axis not in mesh.shape:
         raise ValueError(f"the mesh has axes {tuple(mesh.shape)}, not {axis!r}")
@@ -259,17 +284,24 @@ def place(state: TrainState, mesh: Mesh, *, axis: str | None = None) -> TrainSta
             spec[max(fits, key=lambda i: x.shape[i])] = axis
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    # A copy even where it lies there already: steps give up their state.
+    # A copy even where it is there already: steps donate their state.
     copies = jax.tree.map(jnp.copy, state)
     return jax.tree.map(lambda x: jax.device_put(x, sharding(x)), copies)
 
 
 def shard_batch(batch: Batch, mesh: Mesh, *, axis: str | None = None) -> Batch:
-    """Return a batch with its examples shared out over an axis of a mesh, the first if
-    None.
+    """Shard the examples of a batch over an axis of a mesh, the first if None.
 
     With several processes each gives its own share. Raises ValueError where the axis
     does not divide the examples of this process.
+
+    Args:
+      batch: dict of arrays whose first axis is the examples.
+      mesh: with axis types Auto.
+      axis: of the mesh; None: the first.
+
+    Example:
+      >>> batch = jc.distillation.shard_batch(batches[0], mesh)
     """
     axis = mesh.axis_names[0] if axis is None else axis
     rows = NamedSharding(mesh, PartitionSpec(axis))

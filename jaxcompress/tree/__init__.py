@@ -1,4 +1,4 @@
-"""Where things are: the leaf protocol, names, layouts, methods, rules."""
+"""Weights as nodes of a tree: the leaf protocol, names, layouts, methods, recipes."""
 
 from jaxcompress.tree.arithmetic import average, norm, unbox
 from jaxcompress.tree.renaming import rename

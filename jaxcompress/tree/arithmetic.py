@@ -13,16 +13,17 @@ from jaxcompress.types import Params
 def norm(params: Params) -> jax.Array:
     """Compute the Euclidean norm of all weights together; traceable.
 
-    A compressed leaf counts as the dense array that it stands for, so that codes and
+    A compressed leaf counts as the dense array that it represents, so that codes and
     scales are not summed by themselves. Integer arrays outside of leaves do not count.
-
-        penalty = 1e-4 * jc.tree.norm(small) ** 2
 
     Args:
       params: pytree of arrays and leaves of any shapes.
 
     Returns:
       A scalar, float32 or wider; 0 for a tree without floating-point arrays.
+
+    Example:
+      >>> penalty = 1e-4 * jc.tree.norm(params) ** 2
     """
     arrays = [dense(x) for x in jax.tree.leaves(params, is_leaf=is_leaf)]
     total = jnp.zeros((), jnp.float32)
@@ -39,8 +40,6 @@ def average(trees: Sequence[Params], weights: Sequence[float] | None = None) -> 
     Averaging the parts of compressed leaves would average codes, which mean nothing.
     Here each leaf is made dense first, and the result is dense.
 
-        mean = jc.tree.average([small, params])
-
     Args:
       trees: one or more of the same names and shapes, compressed or not.
       weights: of the trees, divided by their sum; by default all equal.
@@ -51,6 +50,10 @@ def average(trees: Sequence[Params], weights: Sequence[float] | None = None) -> 
     Raises:
       ValueError: no trees, another number of weights, weights that sum to 0, or trees
         of different structure.
+
+    Example:
+      >>> small = jc.compress(params, "symmetric(bits=4)")
+      >>> mean = jc.tree.average([small, params])
     """
     trees = list(trees)
     weights = [1.0] * len(trees) if weights is None else list(weights)
@@ -73,17 +76,18 @@ def average(trees: Sequence[Params], weights: Sequence[float] | None = None) -> 
 
 
 def unbox(params: Params) -> Params:
-    """Remove Flax's boxes (`nn.Partitioned` and others) and keeps compressed leaves.
+    """Remove Flax's boxes (`nn.Partitioned` and others) and keep compressed leaves.
 
     `flax.linen.unbox` would make the leaves dense too: to Flax both are boxes.
-
-        params = jc.tree.unbox(model.init(key, tokens)["params"])
 
     Args:
       params: pytree of arrays, leaves and boxes around either.
 
     Returns:
       The tree with each box replaced by its value; a leaf stays as it is.
+
+    Example:
+      >>> params = jc.tree.unbox(params)
     """
 
     def open_box(x: Any) -> Any:

@@ -100,7 +100,7 @@ def one_line(leaf: Any, description: str) -> str:
         size = "x".join(map(str, leaf.shape))
         arrays = [x for x in jax.tree.leaves(leaf) if hasattr(x, "dtype")]
         held = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-    except Exception:  # placeholders stand in the fields, as in a printed treedef
+    except Exception:  # fields may hold placeholders, as in a printed treedef
         return f"{type(leaf).__name__}({description})"
     unit, scale = ("MB", 1e6) if held >= 10_000 else ("kB", 1e3)
     parts = (size, description, f"{held / scale:.2f} {unit}")

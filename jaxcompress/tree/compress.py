@@ -36,10 +36,21 @@ class Chain:
 
 
 def chain(*stages: Any) -> Chain:
-    """Return a recipe made of recipes: `chain("svd(rank=64)", "symmetric(bits=4)")`.
+    """Chain recipes: each stage compresses what the stage before it left.
 
-    Each stage is a recipe of its own over the names that the stage before it left:
-    after the first, `mlp/kernel/left` and `mlp/kernel/right` stand for `mlp/kernel`.
+    After `svd`, for one, the names `mlp/kernel/left` and `mlp/kernel/right` replace
+    `mlp/kernel`.
+
+    Args:
+      stages: recipes, over the names that the stage before leaves.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> factors = [(".*(left|right)", "symmetric(bits=4, block=32)")]
+      >>> recipe = jc.chain("svd(rank=16)", factors)
+      >>> small = jc.compress(params, recipe)
     """
     flat: list[Any] = []
     for stage in stages:
@@ -70,7 +81,7 @@ def compress(
         "embedding", of 4 096 weights or more); or an ordered list of `(pattern,
         method | string | None)`: the first pattern that fully matches a leaf's name
         (`leaf_names`) decides, None keeps it; or a `chain` of recipes. An embedding
-        that is only looked up has no inputs to go by: where one method that needs them
+        that is only looked up has no inputs: where one method that needs them
         is the recipe, such a leaf takes a rule of the same width without data, and the
         report says so.
       moments: `Moments` by kernel name, for methods that need them.
@@ -86,11 +97,7 @@ def compress(
       traced: names that count as seen by a trace, beside those of layouts and moments.
 
     Returns:
-      The tree, with a leaf type where each selected array stood:
-
-        small = jc.compress(params, "symmetric(bits=4, block=64)")
-        rules = [(".*embedding", None), (".*kernel", "gptq(bits=4, block=64)")]
-        small = jc.compress(params, rules, moments)
+        The tree, with a leaf type in place of each selected array.
 
     Warns of large leaves that a method leaves alone by default, with their share of
     the bytes.
@@ -101,6 +108,11 @@ def compress(
         weight or its moments, moments of another model, two leaves of one name; names
         the leaf.
       TypeError: a host method under a trace, a `TrainState`.
+
+    Example:
+      >>> small = jc.compress(params, "symmetric(bits=4, block=64)")
+      >>> rules = [(".*embedding", None), (".*kernel", "gptq(bits=4, block=64)")]
+      >>> small = jc.compress(params, rules, moments)
     """
     layouts = layouts or {}
     _check_moments(params, moments)
@@ -126,26 +138,26 @@ def compress(
 def _check_boxes(params: Params) -> None:
     """Raise ValueError where a box of Flax would hide a stack axis from its leaf.
 
-    `scan` asks the outermost box alone to give up an axis.
+    `scan` asks the outermost box alone to remove an axis.
     """
     for path, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]:
         if is_box(x) and getattr(x.value, "stack", ()):
             name = "/".join(map(key_name, path))
             raise ValueError(
-                f"{name}: a {type(x).__name__} around a weight whose layers lie along "
+                f"{name}: a {type(x).__name__} around a weight stacked along "
                 f"axes {x.value.stack}; remove Flax's boxes first, by jc.tree.unbox"
             )
 
 
 def _check_moments(params: Params, moments: Mapping[str, Any] | None) -> None:
     """Raise ValueError where none of the moments is of a leaf of this tree."""
-    known = [name for name, _ in roots(params)]
-    if moments and not moments.keys() & set(known):
+    tree_names = [name for name, _ in roots(params)]
+    if moments and not moments.keys() & set(tree_names):
         name = next(iter(moments))
         raise ValueError(
             f"the moments are of another model: they name {name!r} and "
             f"{len(moments) - 1} others, none of which this tree has; the nearest of "
-            f"its names are {nearest(name, known)}. Collect them with this model"
+            f"its names are {nearest(name, tree_names)}. Collect them with this model"
         )
 
 
@@ -234,10 +246,10 @@ def _name_large(params: Params, bound: Choices, traced: Collection[str]) -> None
 def _apply(f: Method, entry: Entry) -> Any:
     x = dense(entry.value)
     if traits(f).selects != "weights":
-        known = entry.given or getattr(entry.moments, "layout", None)
+        layout_of_leaf = entry.given or getattr(entry.moments, "layout", None)
         stack = entry.stack
-        if known is not None and not entry.depth:
-            stack = x.ndim - len(known.inputs) - len(known.outputs)
+        if layout_of_leaf is not None and not entry.depth:
+            stack = x.ndim - len(layout_of_leaf.inputs) - len(layout_of_leaf.outputs)
         return _call(with_default(f, "stack", stack), x, entry.moments)
     if not is_float(x):
         raise ValueError(

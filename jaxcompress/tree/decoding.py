@@ -1,4 +1,4 @@
-"""How much of a tree is decoded at once, for leaves that NumPy or XLA can decode."""
+"""The scope in which entropy-coded leaves are decoded: one leaf, or a whole tree."""
 
 import contextlib
 from collections import Counter

@@ -10,8 +10,8 @@ def same_bits(left: Params, right: Params) -> bool:
     """Return whether two trees have the same structure and the same bytes in every
     array.
     """
-    (a, here), (b, there) = jax.tree.flatten(left), jax.tree.flatten(right)
-    return here == there and all(
+    (a, left_tree), (b, right_tree) = jax.tree.flatten(left), jax.tree.flatten(right)
+    return left_tree == right_tree and all(
         x.dtype == y.dtype
         and x.shape == y.shape
         and np.asarray(x).tobytes() == np.asarray(y).tobytes()

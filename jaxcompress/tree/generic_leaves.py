@@ -1,4 +1,4 @@
-"""Leaves that join others: channels kept finer than the rest, and sums of terms."""
+"""Generic leaves, which every room shares: reshaped, mixed and summed weights."""
 
 import dataclasses
 import math
@@ -13,19 +13,106 @@ from jaxcompress.tree.leaf import (
     contract,
     dense,
     dense_cost,
+    is_leaf,
     leaf,
     product_cost,
     static,
+    take_columns,
 )
 
 
 @leaf
+class Reshaped(Leaf):
+    """A matricized weight in the shape its layer wants.
+
+    Invariant: `inner` is `[..., inputs, outputs]`; its last two axes unfold to the
+    `sizes` of inputs then outputs, which `order` (negative axes) transposes. Where
+    `inner` has its stack axes, they are the axes `stack` of the whole; where it lost
+    them, sliced by `scan`, `stack` means nothing.
+
+    Example:
+      >>> kernel = params["layer_0"]["attention"]["q_proj"]["kernel"]
+      >>> small = jc.compress(params, "symmetric(bits=4)")
+    """
+
+    inner: Any
+    sizes: tuple[int, ...] = static()  # unfolded input sizes, then output sizes
+    order: tuple[int, ...] = static()  # axis of the unfolded array, per final axis
+    stack: tuple[int, ...] = static(default=())  # axes; (): the leading ones
+
+    weights: ClassVar[tuple[str, ...]] = ("inner",)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        stack = self.inner.shape[:-2]
+        shape = [self.sizes[axis] for axis in self.order]
+        for axis, size in sorted(zip(self._stack(), stack, strict=True)):
+            shape.insert(axis, size)
+        return tuple(shape)
+
+    def _stack(self) -> tuple[int, ...]:
+        count = len(self.inner.shape) - 2
+        return self.stack if len(self.stack) == count else tuple(range(count))
+
+    @property
+    def dtype(self) -> Any:
+        return self.inner.dtype
+
+    def materialize(self) -> jax.Array:
+        matrix = dense(self.inner)
+        stack = matrix.shape[:-2]
+        unfolded = matrix.reshape(stack + self.sizes)
+        axes = tuple(range(len(stack)))
+        x = unfolded.transpose(axes + tuple(unfolded.ndim + a for a in self.order))
+        return jnp.moveaxis(x, axes, self._stack())
+
+    def add_axis(self, index: int, params: dict) -> Leaf:
+        """Undo `remove_axis`: the stack axis is stored first."""
+        if index == 0:
+            return super().add_axis(index, params)
+        stack = (index % (len(self.order) + 1),)
+        return dataclasses.replace(_moved(self, index, 0), stack=stack)
+
+    def remove_axis(self, index: int, params: dict) -> Leaf:
+        """Return the parts as `scan` or `vmap` along axis `index` will slice them."""
+        if index == 0 and not self.stack:
+            return super().remove_axis(index, params)
+        if self.stack != (index % len(self.shape),):
+            raise ValueError(
+                f"a weight stacked along axes {self.stack or (0,)} is sliced along "
+                f"axis {index}; compress it with layouts=find_layouts(model, params, "
+                "batch) of the model that slices it"
+            )
+        return dataclasses.replace(_moved(self, 0, index), stack=())
+
+    def take_rows(self, indices: jax.Array) -> jax.Array:
+        if self.order != (-1, -2):
+            return super().take_rows(indices)
+        return jnp.moveaxis(take_columns(self.inner, indices), 0, -1)
+
+
+def _moved(leaf: Leaf, source: int, to: int) -> Leaf:
+    """Return the leaf with axis `source` of each part moved; what is coded is decoded
+    first.
+
+    Codes of a coded array have parts with fewer axes, which have no such axis.
+    """
+    few = lambda x: is_leaf(x) and x.entropy_coded  # noqa: E731
+    parts = jax.tree.map(dense, leaf, is_leaf=few)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, source, to), parts)
+
+
+@leaf
 class Mixed(Leaf):
-    """Some channels of a kernel kept finer than the others.
+    """Two groups of channels of a kernel, one stored finer than the other.
 
     Invariant: `order` `[..., channels]` is a permutation along `axis`: -1 for outputs,
     -2 for inputs. Channel `order[i]` is slice i of `[kept, rest]`, two weights of any
     leaf type, `[..., inputs, *]` or `[..., *, outputs]`.
+
+    Example:
+      >>> jc.mixed_channels(x, bits=4, channels=2).shape
+      (64, 64)
     """
 
     kept: Any
@@ -77,7 +164,11 @@ class Sum(Leaf):
     """A weight that is the sum of its terms, accumulated in float32 or wider.
 
     Each term multiplies the layer's inputs, and what changes one changes the output by
-    as much as if it stood alone: it has the moments of the whole.
+    as much as if it were alone: it has the moments of the whole.
+
+    Example:
+      >>> jc.outliers(x, fraction=0.01).shape
+      (64, 64)
     """
 
     terms: tuple[Any, ...]

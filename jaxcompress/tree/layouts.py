@@ -1,4 +1,4 @@
-"""Which axes of a kernel are stacked layers, inputs and outputs."""
+"""Layouts: which axes of a kernel are stacked layers, inputs and outputs."""
 
 import dataclasses
 import math
@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxcompress.tree.leaf import Arithmetic, Leaf, Reshaped, contract
+from jaxcompress.tree.generic_leaves import Reshaped
+from jaxcompress.tree.leaf import Arithmetic, Leaf, contract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,10 @@ class Layout:
 
     Non-negative axes of the array as its layer stores it; together they are all axes.
     `Moments` hold the form of `trailing`, without the stack and with negative axes.
+
+    Example:
+      >>> jc.Layout(stack=(), inputs=(0,), outputs=(1, 2))
+      Layout(stack=(), inputs=(0,), outputs=(1, 2))
     """
 
     stack: tuple[int, ...]
@@ -68,7 +73,7 @@ def leading(layout: Layout, ndim: int) -> Layout:
 def choose_layout(
     name: str,
     shape: tuple[int, ...],
-    given: Layout | None = None,
+    requested: Layout | None = None,
     moments: Any = None,
     *,
     embedding: bool = False,
@@ -90,13 +95,17 @@ def choose_layout(
         shape, or none is known.
     """
     seen = getattr(moments, "layout", None)
-    if given is not None and seen is not None and trailing(given) != trailing(seen):
+    if (
+        requested is not None
+        and seen is not None
+        and trailing(requested) != trailing(seen)
+    ):
         raise ValueError(
-            f"{name}: the layout given is {given}, but the moments were collected with "
-            f"{leading(seen, len(shape))}; leave layout out, or collect the moments "
+            f"{name}: the layout given is {requested}, but the moments were collected "
+            f"with {leading(seen, len(shape))}; leave it out, or collect the moments "
             "with the model that uses the weight as the layout says"
         )
-    layout = given
+    layout = requested
     if layout is None and seen is not None:
         layout = leading(seen, len(shape))
     if layout is None and len(shape) == 2:
@@ -152,7 +161,7 @@ def matricize(x: jax.Array, layout: Layout) -> jax.Array:
 
 
 def restore(leaf: Any, shape: tuple[int, ...], layout: Layout) -> Leaf | jax.Array:
-    """Return leaf of a matricized array of `shape`, standing in its original shape."""
+    """Return leaf of a matricized array of `shape`, in its original shape."""
     order = layout.inputs + layout.outputs
     if len(order) == 2 and layout.stack + order == tuple(range(len(shape))):
         return leaf

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,7 +21,6 @@ from jaxcompress.tree.layouts import (
     with_layout,
 )
 from jaxcompress.tree.leaf import Leaf, data_fields, dense, is_box, is_variable
-from jaxcompress.tree.names import match
 
 KERNEL, EMBEDDING = "kernel", "embedding"
 VECTORS = ("bias", "scale", "mean", "var")  # one axis in a layer that is not stacked
@@ -30,11 +28,11 @@ VECTORS = ("bias", "scale", "mean", "var")  # one axis in a layer that is not st
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One addressable array of a tree, with what its place says about it.
+    """One addressable array of a tree, with what its position implies.
 
-    `value` is an array, or a lossless leaf standing for one. `depth` counts the leaf
-    types it lies inside: 0 for an array of the original tree. `weight`: it is a kernel
-    or an embedding, or a weight inside a leaf that stands there. `root` is the name of
+    `value` is an array, or a lossless leaf in place of one. `depth` counts the leaf
+    types around it: 0 for an array of the original tree. `weight`: it is a kernel
+    or an embedding, or a weight inside a leaf in its place. `root` is the name of
     the outermost leaf or array it belongs to. `stack` counts the leading axes that hold
     layers, as far as its place tells: all but the last of a vector by name (`VECTORS`),
     all but the last two of any other array, and no fewer than the axes that everything
@@ -237,14 +235,14 @@ def entries(
     layouts: Mapping[str, Layout] | None = None,
 ) -> list[Entry]:
     """Return every addressable array of the tree, in order."""
-    found: list[Entry] = []
+    result: list[Entry] = []
 
     def keep(entry: Entry) -> Any:
-        found.append(entry)
+        result.append(entry)
         return entry.value
 
     map_entries(keep, params, moments, layouts)
-    return found
+    return result
 
 
 def check_tree(params: Any) -> None:
@@ -262,17 +260,24 @@ def check_names(names: list[str]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(
-            f"{twice[0]}: {len(twice)} names stand for two leaves each, because a key "
-            f"contains '/' (as {{'a/b': ...}} beside {{'a': {{'b': ...}}}}); rename "
+            f"{twice[0]}: {len(twice)} names each belong to two leaves, because a key "
+            f"contains '/' (as {{'a/b': ...}} next to {{'a': {{'b': ...}}}}); rename "
             "the keys"
         )
 
 
 def leaf_names(params: Any) -> list[str]:
-    """Return names that recipe patterns match: path components joined by "/".
+    """List the names that recipe patterns match: path components joined by "/".
 
     A leaf's data fields are components too (`mlp/kernel/codes`), except inside a
-    lossless leaf, which stands for one array, and inside `Reshaped`, which adds none.
+    lossless leaf, which represents one array, and inside `Reshaped`, which adds none.
+
+    Args:
+      params: pytree of arrays and leaves.
+
+    Example:
+      >>> jc.leaf_names({"mlp": {"kernel": x}})
+      ['mlp/kernel']
     """
     return [entry.name for entry in entries(params)]
 
@@ -341,56 +346,3 @@ def join(name: str, key: str) -> str:
 
 def is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def is_inexact(x: Any) -> bool:
-    """Return whether an array trains: floating point or complex."""
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def partition(params: Any, where: str | None = None) -> tuple[Any, Any]:
-    """Split a tree into `(trainable, frozen)`, each with None in the other's places.
-
-    Floating-point and complex arrays train (dense weights, scales, factors); integer
-    and boolean arrays (codes, masks, tables) and whatever lossless leaves hold are
-    frozen, so that no optimizer sees them. `combine(trainable, frozen)` gives the tree
-    back.
-
-    Args:
-      params: pytree of arrays and leaves.
-      where: only arrays whose names (`leaf_names`) it fully matches train, as
-        `".*scale"` for the scales of quantized weights and of norms. None: all.
-
-    Raises:
-      ValueError: the pattern matches no floating-point array.
-    """
-    wanted = None if where is None else re.compile(where)
-
-    def trains(entry: Entry) -> bool:
-        named = wanted is None or wanted.fullmatch(entry.name) is not None
-        return named and not isinstance(entry.value, Leaf) and is_inexact(entry.value)
-
-    if wanted is not None:
-        floats = (e for e in entries(params) if not isinstance(e.value, Leaf))
-        names = [entry.name for entry in floats if is_inexact(entry.value)]
-        match(wanted, names, "floating-point array")
-
-    def split(keep_trainable: bool) -> Any:
-        def pick(entry: Entry) -> Any:
-            if trains(entry) == keep_trainable:
-                return entry.value
-            return jax.tree.map(lambda _: None, entry.value)
-
-        return map_entries(pick, params)
-
-    return split(True), split(False)
-
-
-def combine(trainable: Any, frozen: Any) -> Any:
-    """Return the tree that `partition` split; traceable."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a,
-        trainable,
-        frozen,
-        is_leaf=lambda x: x is None,
-    )

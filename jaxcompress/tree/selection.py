@@ -1,4 +1,4 @@
-"""Which method a recipe chooses for each leaf, and why it leaves others alone."""
+"""Selection: the method that a recipe chooses for each leaf, or why it chooses none."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ from jaxcompress.tree.names import match
 from jaxcompress.tree.paths import Entry, check_names, entries, is_float
 from jaxcompress.types import Method, Params
 
-SMALLEST = 4096  # elements; below it a kernel is not worth a method by default
+SMALLEST = 4096  # elements; no method takes a smaller kernel by default
 
 
 class Choices(NamedTuple):
@@ -65,28 +65,28 @@ def bind(
     Raises:
       ValueError: the stage is no recipe, or names leaves that are not there.
     """
-    found = entries(params, moments, layouts)
-    check_names([entry.name for entry in found])
+    candidates = entries(params, moments, layouts)
+    check_names([entry.name for entry in candidates])
     if isinstance(stage, str) or callable(stage):
         f = parse(stage) if isinstance(stage, str) else stage
         seen = {*(moments or {}), *(layouts or {}), *traced}
-        bound = _bind_method(f, found, seen, part)
+        bound = _bind_method(f, candidates, seen, part)
         return _spare_unseen(bound) if spare else bound
     if not isinstance(stage, list | tuple):
         raise ValueError(
             f"{stage!r} is not a recipe; give a method, its string, a list of "
             "(pattern, method) or a chain of these"
         )
-    bound = _bind_rules([_rule(rule) for rule in stage], found, part)
+    bound = _bind_rules([_rule(rule) for rule in stage], candidates, part)
     return _spare_unseen(bound) if spare else bound
 
 
 def _bind_method(
-    f: Method, found: list[Entry], traced: Collection[str], part: bool
+    f: Method, candidates: list[Entry], traced: Collection[str], part: bool
 ) -> Choices:
     """Bind one method, which takes leaves by default."""
-    kind, result = traits(f), Choices(found, {}, {}, {})
-    for entry in found:
+    kind, result = traits(f), Choices(candidates, {}, {}, {})
+    for entry in candidates:
         why = _refused(entry, kind.selects, traced)
         result.reasons[entry.name] = why
         if why:
@@ -140,15 +140,15 @@ def _spare_unseen(bound: Choices) -> Choices:
 
 def _bind_rules(
     rules: list[tuple[re.Pattern[str], Method | None]],
-    found: list[Entry],
+    candidates: list[Entry],
     part: bool,
 ) -> Choices:
     """Bind rules: of each leaf the first whose pattern fully matches its name."""
-    names = [entry.name for entry in found]
+    names = [entry.name for entry in candidates]
     for pattern, _ in rules:
         if not part:
             match(pattern, names)
-    result = Choices(found, {}, {}, {})
+    result = Choices(candidates, {}, {}, {})
     for name in names:
         result.reasons[name] = "no rule matches it"
         for pattern, f in rules:

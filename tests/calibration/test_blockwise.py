@@ -17,7 +17,8 @@ from calibration.test_moments import (
 from models_for_tests import Language
 
 import jaxcompress as jc
-from jaxcompress.calibration.moments import Moments, by_input
+from jaxcompress.calibration.block_moments import group_by_input
+from jaxcompress.calibration.moments import Moments
 from jaxcompress.storage.checkpoint import StoredParams
 from jaxcompress.tracing.block_names import find_blocks, guess_blocks
 from jaxcompress.tracing.blocks import cut
@@ -137,7 +138,7 @@ def test_weights_of_one_input_are_compressed_together():
     known["table"] = Moments(jnp.ones(()))
     order = ["table", "query", "unmeasured", "value", "up", "gate"]
     wanted = [{"table"}, {"query", "value"}, {"up"}, {"gate"}]
-    assert by_input(known, order) == wanted
+    assert group_by_input(known, order) == wanted
 
 
 def test_targets_make_up_for_a_part_of_the_drift(stream):

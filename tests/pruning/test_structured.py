@@ -465,7 +465,7 @@ def test_groups_that_do_not_fit(group, message):
     ("keep", "error", "message"),
     [
         ([], ValueError, "none of 12 units"),
-        ([0, 12], ValueError, "go from 0 to 12, and there are 12"),
+        ([0, 12], ValueError, "are 0 to 12, and there are 12"),
         ([-1, 0], ValueError, "from -1"),
         ([2, 1], ValueError, "in order"),
         ([1, 1], ValueError, "each once"),
@@ -487,7 +487,7 @@ def test_moments_and_trees_that_do_not_fit():
         remove_units(params, GROUP, [0], other)
     with pytest.raises(ValueError, match=r"down/kernel: .* \(5, 5\).* \(12, 12\)"):
         score_units(other, GROUP, params=params)
-    with pytest.raises(ValueError, match="nothing that moments could make up"):
+    with pytest.raises(ValueError, match="nothing that moments could compensate"):
         remove_units(params, [("up/kernel", 1)], [0], known)
     with pytest.raises(ValueError, match=r"both hold axis 0 of down/kernel"):
         groups = {"a": GROUP, "b": [("down/.*", 0)]}

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxcompress.tracing.layouts import find_layouts
+from jaxcompress.tree.generic_leaves import Reshaped
 from jaxcompress.tree.layouts import (
     DENSE,
     ROWS,
@@ -16,7 +17,7 @@ from jaxcompress.tree.layouts import (
     matricize,
     restore,
 )
-from jaxcompress.tree.leaf import Reshaped, dense
+from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import roots
 
 KEY = jax.random.key(0)

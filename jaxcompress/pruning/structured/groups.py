@@ -15,7 +15,8 @@ Member = tuple[str, int] | tuple[str, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Axes of several leaves that share one dimension, whose units go together.
+    """Axes of several leaves that share one dimension, whose units are removed
+    together.
 
     Args:
       members: `(pattern, axis)`: the leaves whose names the pattern fully matches, and
@@ -26,6 +27,10 @@ class Group:
       units: how many there are; each owns equally many consecutive indices, in every
         leaf its own number (a key/value head, and the queries that share it). None:
         each index is a unit.
+
+    Example:
+      >>> members = [(".*/(gate|up)_proj/kernel", 1), (".*/down_proj/kernel", 0)]
+      >>> neurons = jc.structured.Group(members)
     """
 
     members: tuple[Member, ...]
@@ -63,7 +68,7 @@ def named_groups(groups: Groups) -> dict[str, Group]:
     """
     if not isinstance(groups, Mapping):
         groups = {"": groups}
-    made = {}
+    groups_by_name = {}
     for label, group in groups.items():
         if not isinstance(group, Group):
             if isinstance(group, str) or not isinstance(group, Sequence):
@@ -81,8 +86,8 @@ def named_groups(groups: Groups) -> dict[str, Group]:
                 )
         if not group.members:
             raise ValueError(f"{_said(label)} has no members; list (pattern, axis)")
-        made[label] = group
-    return made
+        groups_by_name[label] = group
+    return groups_by_name
 
 
 def find_places(
@@ -126,19 +131,19 @@ def find_places(
         owned = repeats * units
         size = length // owned if owned > 0 else 0
         if size < 1 or size * owned != length or (group.units is None and size > 1):
-            found = f"{_said(label)}: {name} has {length} along axis {axis}"
+            message = f"{_said(label)}: {name} has {length} along axis {axis}"
             if group.units is not None:
-                found += f", no multiple of {units} units"
+                message += f", no multiple of {units} units"
             if repeats != 1:
-                found += f" that holds the dimension {repeats} times"
+                message += f" that holds the dimension {repeats} times"
             if places:
                 first, at, *_ = places[0]
-                found += (
+                message += (
                     f", and {first} has {shapes[first][at]} along axis {at}: they "
                     "cannot share one dimension"
                 )
             raise ValueError(
-                f"{found}; correct the patterns, the axes or the number of units"
+                f"{message}; correct the patterns, the axes or the number of units"
             )
         places.append(Place(name, axis, repeats, units, size))
     return places
@@ -167,7 +172,7 @@ def check_keep(keep: Any, units: int, label: str) -> np.ndarray:
         )
     if keep.min() < 0 or keep.max() >= units:
         raise ValueError(
-            f"{_said(label)}: units to keep go from {keep.min()} to {keep.max()}, and "
+            f"{_said(label)}: units to keep are {keep.min()} to {keep.max()}, and "
             f"there are {units}, from 0 to {units - 1}"
         )
     if np.any(np.diff(keep) <= 0):
@@ -181,11 +186,11 @@ def check_keep(keep: Any, units: int, label: str) -> np.ndarray:
 def choose_units(
     scores: Any, sparsity: float, *, scope: str = "group"
 ) -> dict[str, np.ndarray] | np.ndarray:
-    """Return the units of highest score, sorted: what `remove_units` is to keep.
+    """Choose the units of highest score, sorted: those that `remove_units` is to keep.
 
     Args:
       scores: `[units]`, or such by the names of groups (`score_units`); larger for
-        units worth more. Of equal ones the first stay.
+        units that matter more. Of equal ones the first stay.
       sparsity: fraction of the units to drop, at least 0 and below 1, rounded; every
         group keeps one unit at least.
       scope: "group": the same fraction of each. "global": the units of all groups
@@ -193,6 +198,10 @@ def choose_units(
 
     Raises:
       ValueError: an option out of range, scores that are NaN or infinite.
+
+    Example:
+      >>> jc.structured.choose_units(jnp.arange(4.0), sparsity=0.5).tolist()
+      [2, 3]
     """
     one = not isinstance(scores, Mapping)
     arrays = {

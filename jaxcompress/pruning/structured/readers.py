@@ -31,7 +31,7 @@ def find_reader(
     layouts: Mapping[str, Layout],
     moments: Mapping[str, Moments],
 ) -> Reader | None:
-    """Return the kernel of a place if the group lies on its inputs, else None."""
+    """Return the kernel of a place if the group is on its inputs, else None."""
     name, shape = place.name, shapes[place.name]
     if name.rsplit("/", 1)[-1] != KERNEL or len(shape) < 2:
         return None
@@ -62,22 +62,22 @@ def dense_arrays(params: Params) -> dict[str, Any]:
 
 
 def beside(name: str) -> str:
-    """Return the name of the bias beside a kernel."""
+    """Return the name of the bias next to a kernel."""
     return name.removesuffix(KERNEL) + "bias"
 
 
 def bias_of(arrays: Mapping[str, Any], name: str, matrix: jax.Array) -> Any:
-    """Return the bias beside a kernel `[inputs, outputs]`, or None."""
+    """Return the bias next to a kernel `[inputs, outputs]`, or None."""
     bias = arrays.get(beside(name))
     return bias if bias is not None and bias.size == matrix.shape[-1] else None
 
 
 def statistic(
-    known: Moments, matrix: jax.Array, name: str, method: str, bias: Any
+    kernel_moments: Moments, matrix: jax.Array, name: str, method: str, bias: Any
 ) -> jax.Array:
     """Return second moment of a kernel's inputs; about their mean where a bias carries
     it.
     """
     fields = ("second",) if bias is None else ("second", "mean")
-    known = require(known, matrix, f"{name}: {method}", fields=fields)
-    return known.second if bias is None else known.covariance
+    checked = require(kernel_moments, matrix, f"{name}: {method}", fields=fields)
+    return checked.second if bias is None else checked.covariance

@@ -41,12 +41,12 @@ def remove_units(
     layouts: Mapping[str, Layout] | None = None,
     damping: float = DAMPING,
 ) -> Params:
-    """Return tree with only the units `indices` of each group; its arrays are smaller.
+    """Remove all but the units `indices` of each group; arrays become smaller.
 
-    With moments, kernels that read a group's units make up for those that go: the rows
-    that stay become the least-squares fit of the layer's old output, and so does its
-    bias (the leaf beside the kernel) where it has one. The model must be made anew with
-    the new sizes.
+    With moments, kernels that read a group's units compensate for removed ones: the
+    rows that stay become the least-squares fit of the layer's old output, and so does
+    its bias (the leaf next to the kernel) where it has one. The model must be made anew
+    with the new sizes.
 
     Args:
       params: dense arrays; compress afterwards. Anything that is a tree with names: for
@@ -56,7 +56,7 @@ def remove_units(
       indices: sorted indices of the units that stay, or a mapping of names of groups to
         such (`choose_units`); a group that is not in it stays whole.
       moments: of the inputs of the kernels that read the units, by kernel name, from
-        `collect_moments` on the same parameters; None: nothing is made up for.
+        `collect_moments` on the same parameters; None: nothing is compensated.
       layouts: `Layout` by name; by default the moments'.
       damping: added to the diagonal of the second moment of the units that stay, as a
         fraction of its mean; the fit is drawn to the weights as they were.
@@ -68,12 +68,17 @@ def remove_units(
       ValueError: leaves of a group whose dimensions disagree (both are named), units
         out of range, a compressed leaf, moments that are missing or do not fit.
 
+    Example:
+      >>> pattern = "layer_0/mlp/(gate|up)_proj/kernel"
+      >>> neurons = [(pattern, 1), ("layer_0/mlp/down_proj/kernel", 0)]
+      >>> smaller = jc.structured.remove_units(params, neurons, jnp.arange(48))
+
     Source: Frantar and Alistarh 2022, "Optimal brain compression" (arXiv 2208.11580),
     for groups; the bias as in An et al. 2023, "FLAP" (arXiv 2312.11983).
     """
     checks.fraction("remove_units", "damping", damping)
     arrays = dense_arrays(params)
-    layouts, known = layouts or {}, None if moments is None else dict(moments)
+    layouts, kernel_moments = layouts or {}, None if moments is None else dict(moments)
     named = named_groups(groups)
     indices = indices if isinstance(groups, Mapping) else {"": indices}
     if not isinstance(indices, Mapping):
@@ -98,8 +103,8 @@ def remove_units(
     made_up = 0
     for places, kept in plan:
         done = set()
-        for place in places if known is not None else ():
-            if _make_up(arrays, place, kept, known, layouts, damping):
+        for place in places if kernel_moments is not None else ():
+            if _make_up(arrays, place, kept, kernel_moments, layouts, damping):
                 done.add(place)
         made_up += len(done)
         for place in places:
@@ -107,10 +112,10 @@ def remove_units(
                 x = jnp.asarray(arrays[place.name])
                 index = place.indices(kept)
                 arrays[place.name] = jnp.take(x, index, axis=place.axis)
-    if known is not None and plan and not made_up:
+    if kernel_moments is not None and plan and not made_up:
         raise ValueError(
             "no kernel of these groups reads their units, so there is nothing that "
-            "moments could make up for; leave them out, or list the reading kernels "
+            "moments could compensate; leave them out, or list the reading kernels "
             "with their input axis"
         )
     treedef = jax.tree.structure(params, is_leaf=is_leaf)
@@ -121,7 +126,7 @@ def _make_up(
     arrays: dict[str, Any],
     place: Place,
     kept: np.ndarray,
-    known: dict[str, Moments],
+    moments: dict[str, Moments],
     layout: Mapping[str, Layout],
     damping: float,
 ) -> bool:
@@ -129,12 +134,12 @@ def _make_up(
     it was one.
     """
     name = place.name
-    reader = find_reader(place, {name: arrays[name].shape}, layout, known)
+    reader = find_reader(place, {name: arrays[name].shape}, layout, moments)
     if reader is None:
         return False
-    if name not in known:
+    if name not in moments:
         raise ValueError(
-            f"{name} reads units that go, and has no moments; collect them with the "
+            f"{name} reads removed units, and has no moments; collect them with the "
             "same model and parameters, and name it in where="
         )
     x, kind = jnp.asarray(arrays[name]), reader.layout
@@ -144,13 +149,13 @@ def _make_up(
         )
     matrix = matricize(x, kind)
     bias = bias_of(arrays, name, matrix)
-    second = statistic(known[name], matrix, name, "remove_units", bias)
+    second = statistic(moments[name], matrix, name, "remove_units", bias)
     index = np.sort(reader.table[kept].ravel())
     gone = np.setdiff1d(np.arange(len(matrix), dtype=np.int32), index)
     with float64(True):
         fitted = _least_squares(matrix, second, index, gone, damping=damping)
     if bias is not None:
-        mean = known[name].mean.astype(jnp.float32)
+        mean = moments[name].mean.astype(jnp.float32)
         product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         constant = product(mean, matrix.astype(jnp.float32))
         constant = constant - product(mean[index], fitted)
@@ -161,11 +166,11 @@ def _make_up(
     order = kind.inputs + kind.outputs
     fitted = fitted.astype(x.dtype).reshape([shape[axis] for axis in order])
     arrays[name] = fitted.transpose(np.argsort(order))
-    known[name] = Moments(
-        known[name].count,
-        None if known[name].mean is None else known[name].mean[index],
-        known[name].second[index][:, index],
-        layout=known[name].layout,
+    moments[name] = Moments(
+        moments[name].count,
+        None if moments[name].mean is None else moments[name].mean[index],
+        moments[name].second[index][:, index],
+        layout=moments[name].layout,
     )
     return True
 

@@ -1,4 +1,4 @@
-"""What units are worth to the kernels that read them."""
+"""Scores of units by what they contribute to the kernels that read them."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def score_units(
 ) -> Any:
     """Score what each unit of a group contributes to the kernels that read it.
 
-    These are the group's kernels on whose input axis it lies (`down_proj`, `o_proj`,
+    These are the group's kernels that have it as input axis (`down_proj`, `o_proj`,
     the next convolution), as far as they have moments.
 
     Args:
@@ -51,21 +51,27 @@ def score_units(
       layouts: `Layout` by name; by default the moments'.
       by: "activation": root mean square of what the unit sends, over that of the mean
         unit of its group. "loss": units are taken out one by one, each time the one
-        that costs least while all other inputs, and the bias, make up for it; a unit's
+        that costs least while all other inputs, and the bias, compensate; a unit's
         score is the share of the readers' output (of its expected square) that is lost
         by then, 1 for the last. `units * inputs**2` operations and more. "auto": by
         loss where `params` are given, else by activation. By loss costs a model less
-        once the readers make up for what goes, several times less for heads
+        once the readers compensate for removed ones, several times less for heads
         (`experiments/pruning`).
       damping: added to the diagonal of the second moment, as a fraction of its mean.
 
     Returns:
       `[units]`, float32, or a dict of such where `groups` is a mapping; larger for
-      units worth more. Of groups that are not alike, "loss" compares better.
+      units that matter more. Of groups that are not alike, "loss" compares better.
 
     Raises:
       ValueError: no moments of any kernel that reads the group, moments of other
         shapes, options out of range, groups that disagree with the parameters.
+
+    Example:
+      >>> pattern = "layer_0/mlp/(gate|up)_proj/kernel"
+      >>> neurons = [(pattern, 1), ("layer_0/mlp/down_proj/kernel", 0)]
+      >>> jc.structured.score_units(moments, neurons).shape
+      (64,)
 
     Source: Kurtic et al. 2023, "ZipLM" (arXiv 2302.04089, section 3), the structured
     optimal brain surgeon; Muralidharan et al. 2024, "Compact language models via
@@ -73,7 +79,7 @@ def score_units(
     """
     if by not in ("auto", "activation", "loss"):
         raise ValueError(
-            f"score_units goes by 'auto', 'activation' or 'loss', not {by!r}"
+            f"score_units takes by='auto', 'activation' or 'loss', not {by!r}"
         )
     if by == "auto":
         by = "activation" if params is None else "loss"
@@ -104,15 +110,17 @@ def score_units(
             )
         seconds, matrices = [], []
         for reader in readers:
-            known = moments[reader.name]
-            second = known.second
+            kernel_moments = moments[reader.name]
+            second = kernel_moments.second
             if arrays is not None:
                 matrix = matricize(arrays[reader.name], reader.layout)
                 bias = bias_of(arrays, reader.name, matrix)
-                second = statistic(known, matrix, reader.name, "score_units", bias)
+                second = statistic(
+                    kernel_moments, matrix, reader.name, "score_units", bias
+                )
                 matrices.append(matrix)
             # What is sent counts whole, even where a bias could carry its mean.
-            seconds.append(second if by == "loss" else known.second)
+            seconds.append(second if by == "loss" else kernel_moments.second)
         tables = [reader.table for reader in readers]
         if by == "loss":
             with float64(True):
@@ -129,9 +137,9 @@ def _readers_only(
     inputs.
     """
     shapes = {
-        name: (known.second.shape[-1], 1)  # outputs are not looked at
-        for name, known in moments.items()
-        if known.second is not None and known.second.ndim == 2
+        name: (kernel_moments.second.shape[-1], 1)  # outputs are not looked at
+        for name, kernel_moments in moments.items()
+        if kernel_moments.second is not None and kernel_moments.second.ndim == 2
     }
     members = [
         (pattern, axis, *rest)
@@ -163,13 +171,13 @@ def _losses(
 ) -> jax.Array:
     """Take out the unit that costs least until none is left; `[units]`, float32.
 
-    The score of a unit is the error of the readers' outputs once it is gone too, as a
-    share of their energy. To be called in float64.
+    The score of a unit is the error of the readers' outputs once it is removed too, as
+    a share of their energy. To be called in float64.
     """
     energy, inverses, weights = 0.0, [], []
     for x, second in zip(matrices, seconds, strict=True):
         wide = second.astype(jnp.float64)
-        # What is always zero is worth nothing, whatever `damped` puts in its place.
+        # What is always zero scores zero, whatever `damped` puts in its place.
         live = (jnp.diagonal(wide) > 0)[:, None]
         rows = jnp.where(live, x.astype(jnp.float64), 0)
         wide = damped(wide, damping)
@@ -181,20 +189,20 @@ def _losses(
     tables = [jnp.asarray(table) for table in tables]
 
     def take_out(_: Any, state: tuple) -> tuple:
-        inverses, weights, here, spent, scores = state
+        inverses, weights, present, spent, scores = state
         costs = sum(
-            _costs(*reader, here)
+            _costs(*reader, present)
             for reader in zip(inverses, weights, tables, strict=True)
         )
-        unit = jnp.argmin(jnp.where(here, costs, jnp.inf))
+        unit = jnp.argmin(jnp.where(present, costs, jnp.inf))
         spent = spent + jnp.maximum(costs[unit], 0)
         after = [
             _without(inverse, rows, table[unit])
             for inverse, rows, table in zip(inverses, weights, tables, strict=True)
         ]
         inverses, weights = ([pair[i] for pair in after] for i in (0, 1))
-        here, scores = here.at[unit].set(False), scores.at[unit].set(spent)
-        return inverses, weights, here, spent, scores
+        present, scores = present.at[unit].set(False), scores.at[unit].set(spent)
+        return inverses, weights, present, spent, scores
 
     count = len(tables[0])
     start = (inverses, weights, jnp.ones(count, bool), jnp.float64(0))
@@ -204,27 +212,27 @@ def _losses(
 
 
 def _costs(
-    inverse: jax.Array, rows: jax.Array, table: jax.Array, here: jax.Array
+    inverse: jax.Array, rows: jax.Array, table: jax.Array, present: jax.Array
 ) -> jax.Array:
     """Compute the cost of removing each unit next, `[units]`; 0 where it is removed
     already.
     """
     if table.shape[-1] == 1:
-        diagonal = jnp.where(here, jnp.diagonal(inverse)[table[:, 0]], 1)
+        diagonal = jnp.where(present, jnp.diagonal(inverse)[table[:, 0]], 1)
         costs = jnp.sum(rows[table[:, 0]] ** 2, axis=-1) / diagonal
     else:
         blocks = inverse[table[:, :, None], table[:, None, :]]
         eye = jnp.eye(table.shape[-1], dtype=inverse.dtype)[None]
-        blocks = jnp.where(here[:, None, None], blocks, eye)
+        blocks = jnp.where(present[:, None, None], blocks, eye)
         owned = rows[table]
         costs = jnp.sum(owned * jnp.linalg.solve(blocks, owned), axis=(-2, -1))
-    return jnp.where(here, costs, 0)
+    return jnp.where(present, costs, 0)
 
 
 def _without(
     inverse: jax.Array, rows: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the inverse moment and the rows once those at `index` are made up for."""
+    """Return the inverse moment and the rows once those at `index` are compensated."""
     block, across = inverse[index][:, index], inverse[:, index]
     inverse = inverse - across @ jnp.linalg.solve(block, across.T)
     return inverse, rows - across @ jnp.linalg.solve(block, rows[index])

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.running.compressed_matmul.products import bias_of, overrides, stored
+from jaxcompress.tree.generic_leaves import Reshaped
 from jaxcompress.tree.layouts import product
-from jaxcompress.tree.leaf import Arithmetic, Leaf, Reshaped
+from jaxcompress.tree.leaf import Arithmetic, Leaf
 
 
 def convolve(module: nn.Conv, activations: str, inputs: jax.Array) -> jax.Array | None:
