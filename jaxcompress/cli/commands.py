@@ -65,7 +65,8 @@ def generate(options: argparse.Namespace) -> None:
     model, params, tokenizer = running.load_to_run(options.model)
     if tokenizer is None:
         raise ValueError(f"{options.model} came without a tokenizer; text needs one")
-    text = generation.generate(
+    print(options.prompt, end="", flush=True)
+    generation.generate(
         model,
         params,
         tokenizer,
@@ -74,9 +75,11 @@ def generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        stop=options.stop,
+        on_text=lambda text, row: print(text, end="", flush=True),
         key=jax.random.key(options.seed),
     )
-    print(options.prompt + text)
+    print()
 
 
 def inspect(options: argparse.Namespace) -> None:

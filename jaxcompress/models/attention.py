@@ -1,5 +1,6 @@
 """Causal self-attention with grouped key/value heads.
 
+The cache holds keys `[B, K, D, S]` and values `[B, K, S, D]`, as products read them.
 Axes: B batch, T query tokens, S key slots, H heads, K key/value heads, D head size.
 """
 
@@ -11,6 +12,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.models.rope import rotate
+
+FEW = 16  # rows of queries: fewer are multiplied by keys one by one on CPUs
+LONG = 2048  # slots from which the product with values is too
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiply `[..., n, m]` by `[..., m, l]`, few rows by multiplying and adding up.
+
+    XLA for CPUs takes up to eight times as long for products of a few rows with a
+    matrix for each text and head.
+    """
+    if x.shape[-2] > FEW or jax.default_backend() != "cpu":
+        return x @ y
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    products = x[..., :, :, None].astype(wide) * y[..., None, :, :].astype(wide)
+    return products.sum(axis=-2).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -51,23 +68,20 @@ class Attention(nn.Module):
         if angles is not None:
             q = rotate(q, angles, self.rope_scale)
             k = rotate(k, angles, self.rope_scale)
+        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         if cache is not None:
-            start = (0, index, 0, 0)
-            k = jax.lax.dynamic_update_slice(
-                cache["key"], k.astype(cache["key"].dtype), start
-            )
-            v = jax.lax.dynamic_update_slice(
-                cache["value"], v.astype(cache["value"].dtype), start
-            )
+            k, v = k.astype(cache["key"].dtype), v.astype(cache["value"].dtype)
+            write = jax.lax.dynamic_update_slice
+            k = write(cache["key"], k, (0, 0, 0, index))
+            v = write(cache["value"], v, (0, 0, index, 0))
             cache = {"key": k, "value": v}
         group = self.heads // self.kv_heads
         # Heads that share keys form one matrix, [B, K, G * T, D].
         q = q.reshape(*q.shape[:2], self.kv_heads, group, self.head_size)
-        b, t, s = *q.shape[:2], k.shape[1]
+        b, t, s = *q.shape[:2], k.shape[-1]
         q = q.transpose(0, 2, 3, 1, 4).reshape(b, self.kv_heads, -1, self.head_size)
-        k = k.astype(q.dtype).transpose(0, 2, 3, 1)
-        v = v.astype(q.dtype).transpose(0, 2, 1, 3)
-        scores = (q @ k).astype(jnp.float32)
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        scores = product(q, k).astype(jnp.float32)
         if self.scale is None:
             scores = scores / math.sqrt(self.head_size)
         else:
@@ -78,7 +92,8 @@ class Attention(nn.Module):
         maps = jax.nn.softmax(scores, axis=-1)
         if self.sow_maps:
             self.sow("intermediates", "attention", maps)
-        out = maps.astype(q.dtype).reshape(b, self.kv_heads, -1, s) @ v
+        maps = maps.astype(q.dtype).reshape(b, self.kv_heads, -1, s)
+        out = product(maps, v) if s >= LONG else maps @ v
         out = out.reshape(b, self.heads, t, self.head_size).transpose(0, 2, 1, 3)
         out = nn.Dense(
             x.shape[-1], use_bias=self.out_bias, dtype=self.dtype, name="o_proj"

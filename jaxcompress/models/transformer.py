@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.models.attention import Attention
+from jaxcompress.models.cache import Cache, cache_length
 from jaxcompress.models.feed_forward import ACTIVATIONS, MLP, Experts
 from jaxcompress.models.rope import Scaling, rope_frequencies
 
 PerLayer = int | tuple[int, ...]
-Cache = dict[str, Any]
 
 
 NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
@@ -135,14 +135,15 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens, positions=None, mask=None, cache=None):
+    def __call__(self, tokens, positions=None, mask=None, cache=None, last=False):
         """Return float32 logits [B, T, V], or (logits, cache) when a cache is given.
 
         `positions` [B, T] are the rotary positions; by default they count on from the
         cache's index. `mask` is true where a key may be attended to: [B, T], or, with a
         cache, [B, S] over all its slots. Order is by slot, not by position, so that
         left padding needs both. Writing past the end of a cache is not detected here
-        (its index is a traced number): `generate` checks it beforehand.
+        (its index is a traced number): `generate` checks it beforehand. With `last`
+        the logits are those of the last position alone, [B, 1, V].
         """
         index = jnp.int32(0) if cache is None else cache["index"]
         slots = index + jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -236,6 +237,8 @@ class Transformer(nn.Module):
         x = norm(x)
         if cache is not None:
             cache = {"index": index + tokens.shape[1], **written}
+        if last:
+            x = x[:, -1:]
         if not self.logits:
             return x if cache is None else (x, cache)
         if self.tied:
@@ -251,20 +254,25 @@ class Transformer(nn.Module):
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens of `batch` texts, in the compute type.
 
-        A pytree: `index`, the tokens written so far, and keys and values [B, S, K, D]
-        under each layer's name (with a leading layer axis where the model is scanned).
+        A pytree: `index`, the tokens written so far, and keys [B, K, D, S] and values
+        [B, K, S, D] under each layer's name (with a leading layer axis where the model
+        is scanned).
         """
         kv_heads = self._per_layer("kv_heads")
 
-        def zeros(*shape):
-            return {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")}
+        def zeros(lead, heads):
+            keys = (*lead, batch, heads, self.head_size, length)
+            values = (*lead, batch, heads, length, self.head_size)
+            return {
+                "key": jnp.zeros(keys, self.dtype),
+                "value": jnp.zeros(values, self.dtype),
+            }
 
         cache = {"index": jnp.int32(0)}
         if self.scan:
-            shape = (self.layers, batch, length, kv_heads[0], self.head_size)
-            return cache | {"layers": zeros(*shape)}
+            return cache | {"layers": zeros((self.layers,), kv_heads[0])}
         for i, heads in enumerate(kv_heads):
-            cache[f"layer_{i}"] = zeros(batch, length, heads, self.head_size)
+            cache[f"layer_{i}"] = zeros((), heads)
         return cache
 
     def _per_layer(self, field):
@@ -347,12 +355,6 @@ class Transformer(nn.Module):
             }
             settings.append(options)
         return settings
-
-
-def cache_length(cache: Cache) -> int:
-    """The number of tokens a cache has room for."""
-    layer = cache["layers"] if "layers" in cache else cache["layer_0"]
-    return layer["key"].shape[-3]
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

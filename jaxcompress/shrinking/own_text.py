@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.models.sampling import draw_rows
 from jaxcompress.types import Params
 
 
@@ -89,8 +90,7 @@ def _write(
     def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         token, cache = carry
         logits, cache = model.apply({"params": params}, token, cache=cache)
-        drawn = jax.random.categorical(key, logits[:, -1] / temperature)
-        token = drawn[:, None].astype(jnp.int32)
+        token = draw_rows(logits[:, -1] / temperature, key)[:, None]
         return (token, cache), token[:, 0]
 
     cache = model.init_cache(batch, length)

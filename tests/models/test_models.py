@@ -428,9 +428,14 @@ def test_generation_compiles_once_for_similar_lengths():
     generate(TINY, params, Letters(), "one", max_tokens=4)
     compiled = _step._cache_size() - before
     assert compiled <= 2  # the prompt and the steps
-    options = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "key": key}
-    generate(TINY, params, Letters(), "another", max_tokens=9, **options)
+    generate(TINY, params, Letters(), "another", max_tokens=9)
     assert _step._cache_size() - before == compiled
+    options = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "key": key}
+    generate(TINY, params, Letters(), "one", max_tokens=4, **options)
+    compiled = _step._cache_size()
+    options = {"temperature": 0.9, "top_p": 0.5, "key": key}
+    generate(TINY, params, Letters(), "another", max_tokens=9, **options)
+    assert _step._cache_size() == compiled
 
 
 def test_sampling_repeats_with_its_key():
