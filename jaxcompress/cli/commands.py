@@ -65,7 +65,13 @@ def generate(options: argparse.Namespace) -> None:
     model, params, tokenizer = running.load_to_run(options.model)
     if tokenizer is None:
         raise ValueError(f"{options.model} came without a tokenizer; text needs one")
-    print(options.prompt, end="", flush=True)
+    untold = [options.prompt]
+
+    def tell(text: str, row: int) -> None:
+        del row
+        print(*untold, text, sep="", end="", flush=True)
+        untold.clear()
+
     generation.generate(
         model,
         params,
@@ -76,10 +82,10 @@ def generate(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
         stop=options.stop,
-        on_text=lambda text, row: print(text, end="", flush=True),
+        on_text=tell,
         key=jax.random.key(options.seed),
     )
-    print()
+    print(*untold, sep="")
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from jaxcompress import __version__
 from jaxcompress.cli import commands, compressing, paths
 from jaxcompress.cli.export_command import add_export

@@ -8,7 +8,7 @@ import pytest
 
 from jaxcompress import storage
 from jaxcompress.cli import main
-from jaxcompress.cli.parser import parser
+from jaxcompress.cli.parser import keep_compiled, parser
 from jaxcompress.cli.recipes import stages_of
 from jaxcompress.models.loading import load
 from jaxcompress.models.saved import save
@@ -215,3 +215,18 @@ def test_the_file_written_names_its_recipe(run, folder):
     )
     with storage.open_checkpoint(folder / "named.safetensors") as stored:
         assert stored.metadata["recipe"] == ["symmetric(bits=2)"]
+
+
+def test_programs_are_kept_where_a_folder_is_named(monkeypatch):
+    least = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, least)
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    try:
+        keep_compiled()
+        assert getattr(jax.config, least) == before
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "folder")
+        keep_compiled()
+        assert getattr(jax.config, least) == 0.05
+    finally:
+        jax.config.update(least, before)
