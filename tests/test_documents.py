@@ -34,22 +34,26 @@ def code_of(notebook):
     return cells
 
 
-def first_example():
-    """The README's first block of Python."""
+def readme_examples():
+    """The README's blocks of Python."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.slow
-def test_readme_example_runs(tmp_path, monkeypatch, capsys):
+def test_readme_examples_run(tmp_path, monkeypatch, capsys):
+    """In order, in one namespace; each prints."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(first_example(), "README.md", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out
+    names = {"__name__": "readme"}
+    for source in readme_examples():
+        exec(compile(source, "README.md", "exec"), names)
+        assert capsys.readouterr().out
 
 
-def test_readme_example_is_short():
-    lines = [line for line in first_example().splitlines() if line.strip()]
-    assert len(lines) <= 12
+def test_readme_is_short():
+    assert 6_000 <= (ROOT / "README.md").stat().st_size <= 8_500
+    for source in readme_examples():
+        assert len([line for line in source.splitlines() if line.strip()]) <= 12
 
 
 @pytest.mark.slow

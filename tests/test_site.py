@@ -13,6 +13,8 @@ import re
 import pytest
 
 import jaxcompress as jc
+from experiments import figures
+from experiments.common.tables import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -150,3 +152,29 @@ def test_tables_taken_from_experiments_exist():
         ):
             text = (ROOT / "experiments" / room / "README.md").read_text("utf-8")
             assert f"<!-- table: {table} -->" in text, (name_of(page), room, table)
+
+
+def test_numbers_of_the_readme_are_those_of_the_experiments():
+    """Each row of its table of sizes is in one row of a page that results made."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    lines = [
+        set(re.findall(r"\d+\.\d+", line))
+        for page in (ROOT / "experiments").glob("*/README.md")
+        for line in page.read_text("utf-8").splitlines()
+    ]
+    rows = re.findall(r"^\| (\d+\.\d+ \|.*)\|[^|]*\|$", text, re.MULTILINE)
+    assert 5 < len(rows) <= 8
+    for row in rows:
+        # Two digits of the bits are shown; pages have two or three.
+        size, bits, *numbers = re.findall(r"\d+\.\d+", row)
+        found = [x for x in lines if {size, *numbers} <= x]
+        assert any(f"{float(y):.2f}" == bits for x in found for y in x), row
+
+
+def test_the_picture_is_drawn_from_rows():
+    rows = read_rows(figures.ROWS)
+    for text in figures.TEXTS:
+        for variant, *_ in figures.SERIES.values():
+            assert len(figures.points(rows, variant, text)) > 1
+    for theme in figures.INK:
+        assert 10_000 < figures.path(theme).stat().st_size < 100_000

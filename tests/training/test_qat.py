@@ -1,8 +1,6 @@
 """Training through rounding: gradients by definition, equal values, better models."""
 
 import functools
-import pathlib
-import re
 
 import chex
 import jax
@@ -14,7 +12,6 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.calibration.error_feedback import float64
-from jaxcompress.models.transformer import Transformer
 from jaxcompress.quantization.grids import Steps
 from jaxcompress.training.qat_leaf import quantize_through
 
@@ -323,30 +320,3 @@ def test_nothing_to_pass_through_is_said():
         jc.qat.prepare("svd(rank=8)")({"kernel": KERNEL})
     with pytest.raises(ValueError, match="matches no leaf"):
         jc.qat.prepare([("nope", "symmetric(bits=2)")])({"kernel": KERNEL})
-
-
-def test_the_training_example_of_the_readme_runs():
-    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    (code,) = [
-        block
-        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        if "qat.prepare" in block
-    ]
-    model = Transformer(
-        vocab_size=32,
-        width=16,
-        layers=1,
-        heads=2,
-        kv_heads=1,
-        head_size=8,
-        mlp_width=24,
-    )
-    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-    names = {"jax": jax, "jc": jc, "optax": optax, "model": model, "params": params}
-    names["batches"] = [tokens] * 2
-    exec(compile(code, "README.md", "exec"), names)
-    kernel = names["small"]["layer_0"]["mlp"]["up_proj"]["kernel"]
-    assert isinstance(kernel, jc.Quantized) and kernel.bits == 2
-    before = jc.compress(params, [(".*kernel", "symmetric(bits=2, block=64)")])
-    assert jc.nbytes(names["small"]) == jc.nbytes(before)
