@@ -1,3 +1,5 @@
-"""Training steps, runs, optimizers and quantization-aware training."""
+"""Training steps, runs, optimizers, quantization-aware training and adapters."""
 
-__all__ = []
+from jaxcompress.training.adapters import ADAPTERS, attach, detach, lora, merge
+
+__all__ = ["ADAPTERS", "attach", "detach", "lora", "merge"]

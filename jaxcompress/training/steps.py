@@ -51,6 +51,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     *,
     dtype: Any = None,
+    where: str | None = None,
     key: jax.Array,
 ) -> TrainState:
     """Build the state before the first step; it holds copies, as steps donate their
@@ -62,6 +63,7 @@ def init_state(
       dtype: of the parameters that train, None as they are. Scales are stored in
         bfloat16, where a small step is rounded away: train them in float32, and
         `cast_like(state.params, params)` afterwards.
+      where: what trains, as for `partition`; the step needs the same.
       key: of the run.
 
     Raises ValueError where nothing in the tree trains.
@@ -70,7 +72,7 @@ def init_state(
       >>> state = jc.distillation.init_state(params, optax.adam(1e-3), key=key)
     """
     copies = jax.tree.map(jnp.array, params)
-    trainable, frozen = partition(copies)
+    trainable, frozen = partition(copies, where)
     if dtype is not None:
         trainable = jax.tree.map(lambda x: x.astype(dtype), trainable)
         copies = combine(trainable, frozen)
@@ -103,6 +105,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     compute_dtype: Any = None,
+    where: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile a function `step(state, batch) -> (state, metrics)`; it donates `state`.
 
@@ -128,6 +131,7 @@ def make_train_step(
       compute_dtype: bfloat16 casts floating-point parameters for the loss, while those
         kept, gradients and optimizer stay as they are. A Flax model whose own `dtype`
         is float32 casts back: `model.clone(dtype=jnp.bfloat16)`.
+      where: what trains, as for `partition`, and as `init_state` was given it.
 
     Raises:
       ValueError: options out of range; when called, an empty batch, examples that
@@ -156,7 +160,7 @@ def make_train_step(
     def step(
         state: TrainState, batch: Batch, loss_fn: LossFn
     ) -> tuple[TrainState, Metrics]:
-        parts = partition(state.params)
+        parts = partition(state.params, where)
         key = jax.random.fold_in(state.key, state.step)
         found = _differentiate(loss_fn, parts, batch, key, accumulate, compute_dtype)
         return _advance(update, state, parts, *found)
