@@ -146,15 +146,10 @@ def make_train_step(
         compute_dtype = jnp.dtype(compute_dtype)
         if compute_dtype not in (jnp.bfloat16, jnp.float32):
             raise ValueError(
-                f"compute_dtype is {compute_dtype}; use bfloat16, which needs no loss "
-                "scaling, or float32"
+                f"compute_dtype is {compute_dtype}; use bfloat16 or float32"
             )
-    bound = (
-        loss_fn
-        if isinstance(loss_fn, jax.tree_util.Partial)
-        else jax.tree_util.Partial(loss_fn)
-    )
-
+    is_bound = isinstance(loss_fn, jax.tree_util.Partial)
+    bound = loss_fn if is_bound else jax.tree_util.Partial(loss_fn)
     update = optax.with_extra_args_support(optimizer).update
 
     def step(
