@@ -33,6 +33,10 @@ def size_quality(points: Iterable[Any], *, title: str = "Size and quality") -> A
 
     Raises:
       ValueError: no points.
+
+    Example:
+      >>> points = jc.sweep(model, params, ["symmetric(bits=3)"], windows)
+      >>> figure = jc.plots.size_quality(points)
     """
     groups: dict[str, list[Any]] = {}
     for point in points:
@@ -74,6 +78,10 @@ def layers(report: Iterable[Any], *, title: str = "Bits and errors by leaf") -> 
 
     Raises:
       ValueError: no leaf that was compressed.
+
+    Example:
+      >>> small = jc.compress(params, "symmetric(bits=4)")
+      >>> figure = jc.plots.layers(jc.report(params, small))
     """
     stored = getattr(report, "file_bytes", {})
     rows = [row for row in report if row.relative_error]  # those that changed
@@ -136,6 +144,9 @@ def spectra(
 
     Raises:
       ValueError: an unknown name, or no matrix.
+
+    Example:
+      >>> figure = jc.plots.spectra(params)
     """
     figure, axes = _figure(7, 4.5)
     for number, (name, x) in enumerate(_matrices(params, names)):
@@ -174,6 +185,9 @@ def histograms(
 
     Raises:
       ValueError: an unknown name, or no matrix.
+
+    Example:
+      >>> figure = jc.plots.histograms(params)
     """
     chosen = _matrices(params, names)
     later = {} if small is None else dict(roots(small))
@@ -218,6 +232,9 @@ def masks(
 
     Raises:
       ValueError: an unknown name, or no matrix.
+
+    Example:
+      >>> figure = jc.plots.masks(jc.compress(params, "magnitude(sparsity=0.5)"))
     """
     chosen = _matrices(small, names)
     rows = -(-len(chosen) // 3)

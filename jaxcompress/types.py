@@ -8,6 +8,10 @@ consecutive inputs that share a scale, `batch`, `tokens`, `vocabulary`.
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
 Params = Any  # a pytree of arrays and leaves: nested dicts, as Flax makes them
 Masks = Any  # a pytree like Params: boolean arrays, None where a leaf stays dense
 Batch = Mapping[str, Any]  # arrays whose first axis is the batch; optional "mask"

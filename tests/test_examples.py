@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib.machinery
 import importlib.util
+import os
 import pathlib
 import warnings
 
@@ -61,6 +62,7 @@ def names():
         return model.apply({"params": params}, tokens)
 
     return {
+        "os": os,
         "jax": jax,
         "jnp": jnp,
         "np": np,
@@ -71,6 +73,9 @@ def names():
         ),
         "key": jax.random.key(2),
         "windows": jc.evaluation.windows(np.arange(64) % 8, length=16, batch=2),
+        "tokenizer": jc.tokenization.train(
+            ["a small text", "another small text"] * 20, kind="word", vocab_size=270
+        ),
         "loss_fn": jc.distillation.hard_labels(apply_fn),
         "model": model,
         "apply_fn": apply_fn,
@@ -83,7 +88,25 @@ def names():
     }
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+# More than two seconds of processor time each, most of it compilation.
+LONG = {
+    "CodedLevels",
+    "RateCoded",
+    "Shrunk",
+    "compress_blockwise",
+    "distillation.cached_labels",
+    "distillation.rollout",
+    "distillation.train",
+    "measure_curvatures",
+    "measure_curvatures_blockwise",
+    "shrink",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in PUBLIC],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_example_runs(name, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

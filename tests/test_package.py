@@ -38,3 +38,20 @@ def test_types_are_announced():
     assert (ROOT / "jaxcompress" / "py.typed").is_file()
     assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["jaxcompress"]
     assert "Typing :: Typed" in PROJECT["project"]["classifiers"]
+
+
+def test_importing_the_package_stays_light():
+    """What is heavy is imported where it is used first; see the table of names."""
+    heavy = [
+        "orbax",
+        "flax.nnx",
+        "matplotlib",
+        "sentencepiece",
+        "optax",
+        "tokenizers",
+        "gguf",
+    ]
+    code = f"import jaxcompress, sys; print([m for m in {heavy} if m in sys.modules])"
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

@@ -80,10 +80,11 @@ def measure_curvatures_blockwise(
     Source: as `measure_curvatures`.
 
     Example:
-      >>> moments = measure_curvatures_blockwise(
-      ...     model, "model.safetensors", batches, store="run", key=jax.random.key(0)
+      >>> path, where = "model.safetensors", ".*down_proj/kernel"
+      >>> jc.save(path, params)
+      >>> fisher = jc.measure_curvatures_blockwise(
+      ...     model, path, batches, where=where, joint=False, key=key
       ... )
-      >>> recipe = jc.planning.plan_rates(params, moments, bits_per_weight=3.0)
     """
     rows = _sequences(batches, key)
     with source_of(params) as source, tempfile.TemporaryDirectory() as scratch:

@@ -26,6 +26,10 @@ class Packed(Leaf):
       length: codes along `axis`.
       axis: -2, or -1 for vectors and for matrices of fewer than 8 inputs.
       dtype: integer or boolean, that the codes come back in.
+
+    Example:
+      >>> jc.pack_bits(jnp.arange(16), bits=4).materialize()[3]
+      Array(3, dtype=int32)
     """
 
     packed: jax.Array
@@ -54,10 +58,18 @@ def pack_bits(codes: jax.Array, bits: int) -> Packed:
     They are packed along inputs; where these are fewer than 8, along outputs if that
     takes fewer bytes.
 
+    Args:
+      codes: integers or booleans, `[..., inputs, outputs]` or `[inputs]`.
+      bits: of a code, 1 to 32.
+
     Raises:
       TypeError: codes are not integer or boolean.
       ValueError: a scalar, bits out of range, or (outside `jit` only, where values
         can be seen) a code that does not fit.
+
+    Example:
+      >>> jc.pack_bits(jnp.arange(16), bits=4).packed.shape
+      (8,)
     """
     codes = codes if isinstance(codes, np.ndarray) else jnp.asarray(codes)
     kind = jnp.dtype(codes.dtype)

@@ -1,4 +1,4 @@
-"""What Zstandard's literals are made of: enough of RFC 8878 to decode them elsewhere.
+"""Parser of Zstandard frames that hold literals only (RFC 8878).
 
 A byte plane without repetitions compresses, in Zstandard, to blocks of Huffman-coded
 literals and nothing else: four streams of bits per block and a table. `parse` finds

@@ -72,6 +72,10 @@ def report(
 
     Raises:
       ValueError: `small` lacks a name of `params`.
+
+    Example:
+      >>> small = jc.compress(params, "symmetric(bits=4)")
+      >>> table = jc.report(params, small)
     """
     later = dict(roots(small))
     for name, _ in roots(params):
@@ -170,6 +174,9 @@ def explain(
 
     Raises:
       ValueError: what `compress` raises of a recipe.
+
+    Example:
+      >>> table = jc.explain(params, "symmetric(bits=4)")
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     total = sum(math.prod(value.shape) for _, value in roots(shapes)) or 1

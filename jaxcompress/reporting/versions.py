@@ -14,6 +14,10 @@ def show_versions() -> None:
     """Print the versions and devices that a bug report should name.
 
     jc.show_versions()
+
+    Example:
+      >>> jc.show_versions()
+      jaxcompress ...
     """
     rows = [("jaxcompress", __version__), ("python", platform.python_version())]
     for package in PACKAGES:

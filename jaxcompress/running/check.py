@@ -35,6 +35,9 @@ def check(
       ValueError: the model takes the dense tree but not this one; names the leaf that
         it cannot take by itself, or says that only several together fail.
       Exception: whatever the model raises of the dense tree too.
+
+    Example:
+      >>> jc.check(model, jc.compress(params, "symmetric(bits=4)"), tokens)
     """
     function = model_function(model, variables)
     leaves, treedef = jax.tree.flatten(small, is_leaf=is_leaf)

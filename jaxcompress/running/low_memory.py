@@ -54,6 +54,11 @@ def low_memory() -> Iterator[None]:
         with jc.low_memory():
             return model.apply({"params": small}, tokens)
     ```
+
+    Example:
+      >>> small = jc.compress(params, "symmetric(bits=4)")
+      >>> with jc.low_memory():
+      ...     logits = model.apply({"params": small}, tokens)
     """
     with running(mode() or "streaming"), nn.intercept_methods(_stream):
         yield

@@ -87,6 +87,9 @@ def shrink(
     Raises:
       ValueError: no goal or several; a size that cannot be reached; data of another
         kind than the model needs; parameters that are compressed already.
+
+    Example:
+      >>> small = jc.shrink(model, params, size=60_000, effort="quick", progress=False)
     """
     key = jax.random.key(0) if key is None else key
     chosen = choose_effort(effort)

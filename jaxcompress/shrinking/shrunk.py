@@ -33,6 +33,11 @@ class Shrunk:
         "uniform" and "tuned". The best within the limit is returned.
       notes: what a caller should know, in words.
       metadata: what the file says about its making.
+
+    Example:
+      >>> small = jc.shrink(model, params, size=60_000, effort="quick", progress=False)
+      >>> small.file_bytes <= 60_000
+      True
     """
 
     model: Any

@@ -70,6 +70,11 @@ def pack(
       ValueError: the archive would lie in the directory, something in it is neither
         file nor directory, or nothing in it is closer to the base than to nothing.
       OSError: of the system, such as a full disk; an old archive stays as it was.
+
+    Example:
+      >>> os.mkdir("model")
+      >>> jc.save("model/a.safetensors", {"kernel": x})
+      >>> numbers = jc.storage.pack("model", "model.archive")
     """
     root, path = Path(folder), os.path.realpath(path)
     if not root.is_dir():
@@ -148,6 +153,12 @@ def unpack(
       ValueError: the file is no archive; a base is missing, or is not the one that
         the archive was packed against, which its digests tell; or none was.
       OSError: of the system, such as a full disk.
+
+    Example:
+      >>> os.mkdir("model")
+      >>> jc.save("model/a.safetensors", {"kernel": x})
+      >>> numbers = jc.storage.pack("model", "model.archive")
+      >>> numbers = jc.storage.unpack("model.archive", "copy")
     """
     target = Path(folder).absolute()
     if target.exists():

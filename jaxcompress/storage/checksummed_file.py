@@ -63,7 +63,7 @@ _NAMES = {code: name for name, code in CODES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Where an array lies: dtype code of the format, shape, and bytes of the file."""
+    """The span of an array: dtype code of the format, shape, and bytes of the file."""
 
     code: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Where tensors lie in `.safetensors` files, and a base directory that has them too."""
+"""Tensors in `.safetensors` files, and a base directory that has them too."""
 
 import builtins
 import hashlib
@@ -19,7 +19,7 @@ GLANCE = 1 << 20  # numbers of a part that are looked at
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file: dtype, first byte, and byte behind the last."""
+    """A tensor in a file: dtype, first byte, and the byte after the last."""
 
     name: str
     dtype: str

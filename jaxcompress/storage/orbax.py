@@ -45,6 +45,9 @@ def save_orbax(path: str | os.PathLike, params: Params) -> None:
     Raises:
       TypeError: the tree holds something that files do not keep.
       ValueError: the directory exists.
+
+    Example:
+      >>> jc.save_orbax("checkpoint", jc.compress(params, "symmetric(bits=4)"))
     """
     import orbax.checkpoint as ocp
 
@@ -62,7 +65,7 @@ def save_orbax(path: str | os.PathLike, params: Params) -> None:
 
 
 def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
-    """Return the parameters that `save_orbax` saved; no target is needed.
+    """Restore the parameters that `save_orbax` saved; no target is needed.
 
     64-bit arrays come back as NumPy arrays unless `jax_enable_x64` is set.
 
@@ -77,6 +80,10 @@ def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
       FileNotFoundError: no such checkpoint.
       ValueError: not a checkpoint of `save_orbax`, or of a newer format; a sharding
         that does not fit an array, named.
+
+    Example:
+      >>> jc.save_orbax("checkpoint", {"kernel": x})
+      >>> params = jc.restore_orbax("checkpoint")
     """
     import orbax.checkpoint as ocp
 
@@ -118,6 +125,13 @@ def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
 def is_orbax(path: str | os.PathLike) -> bool:
     """Return whether a directory on this machine is, or has in it, an Orbax
     checkpoint.
+
+    Args:
+      path: of a directory.
+
+    Example:
+      >>> jc.storage.is_orbax("no_such_directory")
+      False
     """
     marks = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
     return any(set(marks) & set(names) for _, _, names in os.walk(path))

@@ -41,7 +41,12 @@ ODD = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 
 
 class FileDamaged(ValueError):
-    """A file is not what was written: altered, cut short, or inconsistent."""
+    """A file is not what was written: altered, cut short, or inconsistent.
+
+    Example:
+      >>> issubclass(jc.FileDamaged, ValueError)
+      True
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +152,7 @@ def decode(
         return known[join(path)]
     if kind == "same":
         if node["same"] not in known:
-            raise _wrong(path, f"the same as {node['same']!r}, which comes no earlier")
+            raise _wrong(path, f"the same as {node['same']!r}, which is not earlier")
         return known[node["same"]]
     if kind == "box":
         value = decode(node["value"], read, path, known)
@@ -244,7 +249,7 @@ def outline(node: Any) -> tuple[Any, dict[str, tuple[Any, Path]]]:
             return None
         if kind not in ("dict", "list", "tuple"):
             if kind == "same" and node["same"] not in found:
-                raise _wrong(path, f"the same as {node['same']!r}, which comes later")
+                raise _wrong(path, f"the same as {node['same']!r}, which is later")
             found[join(path)] = node, path
             return join(path)
         below = [(key, walk(child, (*path, str(key)))) for key, child in children]

@@ -38,6 +38,10 @@ class DictionaryTokenizer:
     and 2 begin and end, control symbols, user symbols, 256 bytes, pieces, inner pieces.
 
     Raises ValueError where pieces repeat or are no text.
+
+    Example:
+      >>> tokenizer.decode(tokenizer.encode("a small text"))
+      'a small text'
     """
 
     lossless = True

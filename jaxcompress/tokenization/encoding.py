@@ -34,6 +34,9 @@ def encode_many(
 
     Raises:
       ValueError: on less than one process; in a process, what `encode` raises.
+
+    Example:
+      >>> ids = list(jc.tokenization.encode_many(tokenizer, ["a small", "text"]))
     """
     if processes < 1:
         raise ValueError(f"processes is {processes}; at least 1 is needed")

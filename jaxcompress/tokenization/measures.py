@@ -32,6 +32,9 @@ class Measures:
         vocabulary, 1 where all are equally frequent (Zouhar et al., 2023, arXiv
         2306.16842).
       exact: whether every text came back.
+
+    Example:
+      >>> measures = jc.tokenization.measure(tokenizer, ["a small text"])
     """
 
     bytes: int
@@ -49,7 +52,16 @@ class Measures:
 def count_pieces(
     tokenizer: Tokenizer, texts: Iterable[str], *, processes: int = 1
 ) -> np.ndarray:
-    """Return how often each id occurs in the texts, int64 [vocabulary]."""
+    """Return how often each id occurs in the texts, int64 [vocabulary].
+
+    Args:
+      tokenizer: that encodes.
+      texts: to encode.
+      processes: that encode them.
+
+    Example:
+      >>> counts = jc.tokenization.count_pieces(tokenizer, ["a small text"])
+    """
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for ids in encode_many(tokenizer, texts, processes=processes):
         counts += np.bincount(ids, minlength=tokenizer.vocab_size)
@@ -57,7 +69,15 @@ def count_pieces(
 
 
 def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:
-    """Encode, decode and count. Raises ValueError where the texts are empty."""
+    """Encode, decode and count. Raises ValueError where the texts are empty.
+
+    Args:
+      tokenizer: that encodes.
+      texts: to encode.
+
+    Example:
+      >>> measures = jc.tokenization.measure(tokenizer, ["a small text"])
+    """
     if isinstance(texts, str):
         raise ValueError("texts is one string; pass a list of texts")
     counts = np.zeros(tokenizer.vocab_size, np.int64)
@@ -92,6 +112,14 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:
 def renyi_entropy(counts: np.ndarray, order: float = RENYI) -> float:
     """Compute the Renyi entropy in nats of the distribution of counts; order 1 is
     Shannon's.
+
+    Args:
+      counts: of each id.
+      order: of the entropy, above 0.
+
+    Example:
+      >>> float(jc.tokenization.renyi_entropy(np.array([1, 1]), order=1))
+      0.6931471805599453
     """
     shares = counts[counts > 0] / counts.sum()
     if order == 1:
@@ -104,6 +132,15 @@ def embedding_bytes(
 ) -> int:
     """Return bytes of a model's embedding, and of its head where that is another
     matrix.
+
+    Args:
+      tokenizer: whose vocabulary has a row each.
+      width: features of a row.
+      bits: of a weight.
+      tied: the head is the embedding, so that rows are stored once.
+
+    Example:
+      >>> size = jc.tokenization.embedding_bytes(tokenizer, 64)
     """
     return math.ceil(tokenizer.vocab_size * width * bits / 8) * (1 if tied else 2)
 

@@ -13,9 +13,16 @@ def read_text(path: str | Path) -> str:
     ids = tokenizer.encode(jc.tokenization.read_text("notes.txt"))
     ```
 
+    Args:
+      path: of a file.
+
     Raises:
       ValueError: the bytes are not UTF-8; names the file and the position.
       OSError: the file can't be read.
+
+    Example:
+      >>> _ = open("text.txt", "w").write("a small text")
+      >>> texts = jc.tokenization.read_text("text.txt")
     """
     data = Path(path).read_bytes()
     try:

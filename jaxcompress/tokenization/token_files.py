@@ -31,6 +31,16 @@ def write_tokens(
     says `add_eos`, or has no `bos_id`: texts are told apart. The
     file is written beside its place and moved there when it is whole, so that no half
     of it is ever seen. Raises ValueError on an id outside the vocabulary.
+
+    Args:
+      path: of the file.
+      tokenizer: that encoded the texts.
+      ids: of each text.
+      mark: write the tokenizer's mark between texts.
+
+    Example:
+      >>> ids = [np.array(tokenizer.encode("a small text"))]
+      >>> _ = jc.tokenization.write_tokens("text.tokens", tokenizer, ids)
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -84,6 +94,16 @@ def open_tokens(
     Header and length are always checked; with `verify` the file is read once and its
     checksum compared. Raises FileDamaged (a ValueError) where they are wrong, and
     ValueError where the ids are another tokenizer's.
+
+    Args:
+      path: of a file of `write_tokens`.
+      tokenizer: checked to be the one that wrote it, if given.
+      verify: check every byte.
+
+    Example:
+      >>> ids = [np.array(tokenizer.encode("a small text"))]
+      >>> _ = jc.tokenization.write_tokens("text.tokens", tokenizer, ids)
+      >>> stored = jc.tokenization.open_tokens("text.tokens")
     """
     path = Path(path)
     size = path.stat().st_size

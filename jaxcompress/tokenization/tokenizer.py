@@ -25,6 +25,10 @@ class Tokenizer(Protocol):
     `symbols` the ids of user and control symbols by their spelling; `byte_ids` those of
     the 256 bytes that stand for what has no piece, None where there are none or where
     all pieces are made of bytes.
+
+    Example:
+      >>> tokenizer.decode(tokenizer.encode("a small text"))
+      'a small text'
     """
 
     vocab_size: int
@@ -50,6 +54,12 @@ def from_bytes(stored: bytes) -> Tokenizer:
     """Return tokenizer of which `stored` is the `to_bytes()`, or of a tokenizer.json.
 
     Raises ValueError where it is neither, nor a SentencePiece model.
+
+    Args:
+      stored: of a tokenizer's `to_bytes`.
+
+    Example:
+      >>> same = jc.tokenization.from_bytes(tokenizer.to_bytes())
     """
     if not stored.startswith(b"{"):
         return SentencePieceTokenizer(stored)
@@ -73,6 +83,13 @@ def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
     UTF-8 is encoded as text, each byte that is none as its byte piece. Raises
     ValueError where the tokenizer loses something: it normalizes text, has no byte
     pieces, or takes a part of the data for one of its marks.
+
+    Args:
+      tokenizer: that encodes text.
+      data: any bytes.
+
+    Example:
+      >>> ids = jc.tokenization.encode_bytes(tokenizer, b"a small text")
     """
     ids: list[int] = []
     text = data.decode(
@@ -101,5 +118,15 @@ def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
 
 
 def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    """Return the bytes that the ids stand for."""
+    """Return the bytes that the ids stand for.
+
+    Args:
+      tokenizer: that encoded them.
+      ids: of `encode_bytes`.
+
+    Example:
+      >>> ids = jc.tokenization.encode_bytes(tokenizer, b"a small text")
+      >>> jc.tokenization.decode_bytes(tokenizer, ids)
+      b'a small text'
+    """
     return b"".join([tokenizer.pieces[i] for i in ids])

@@ -61,6 +61,10 @@ def train(
     Raises:
       ValueError: on an empty corpus, a vocabulary that is too small or too large,
         a symbol that could be mistaken, or an option that the kind does not have.
+
+    Example:
+      >>> texts = ["a small text", "another small text"] * 20
+      >>> tokenizer = jc.tokenization.train(texts, kind="word", vocab_size=270)
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of tokenizer {kind!r}; known: {KINDS}")

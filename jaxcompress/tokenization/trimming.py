@@ -35,6 +35,9 @@ def trim(tokenizer: Tokenizer, keep: Iterable[int]) -> tuple[Tokenizer, np.ndarr
     Raises:
       ValueError: on ids outside the vocabulary, and on tokenizers whose other pieces
         cannot be told from needed ones.
+
+    Example:
+      >>> smaller = jc.tokenization.trim(tokenizer, tokenizer.encode("a small text"))
     """
     kept = {int(i) for i in keep}
     if kept and not (min(kept) >= 0 and max(kept) < tokenizer.vocab_size):

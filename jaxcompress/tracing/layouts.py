@@ -59,6 +59,11 @@ def find_layouts(
     Raises:
       TypeError: a model or a batch of another kind.
       ValueError: `where` matches no array of two axes or more.
+
+    Example:
+      >>> layouts = jc.find_layouts(model, params, batches[0])
+      >>> layouts["layer_0/mlp/down_proj/kernel"].inputs
+      (0,)
     """
     function = model_function(model, variables)
     layouts: dict[str, Layout] = {}

@@ -11,7 +11,7 @@ import importlib
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxcompress.tree.products import (
 )
 from jaxcompress.tree.state_dicts import register_state_dict
 
+T = TypeVar("T")
 _REGISTRY: dict[str, type["Leaf"]] = {}
 Convolution = Callable[..., jax.Array]
 
@@ -194,11 +195,22 @@ def _leading_only(leaf: Leaf, index: int) -> None:
 
 
 def static(**options: Any) -> Any:
-    """Return a static field of a leaf: number, str, bool, None, or a tuple of these."""
+    """Declare a static field of a leaf: a number, str, bool, None, or a tuple of these.
+
+    Args:
+      options: of `dataclasses.field`, such as `default`.
+
+    Example:
+      >>> @jc.leaf
+      ... class Shifted(jc.Leaf):
+      ...     values: jax.Array
+      ...     offset: int = jc.static(default=0)
+    """
     return dataclasses.field(metadata={"static": True}, **options)
 
 
-def leaf(cls: type) -> type:
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def leaf(cls: type[T]) -> type[T]:
     """Register a class as a frozen dataclass and pytree node that files know by name.
 
     Args:

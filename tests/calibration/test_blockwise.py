@@ -19,7 +19,7 @@ from models_for_tests import Language
 import jaxcompress as jc
 from jaxcompress.calibration.block_moments import group_by_input
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.storage.checkpoint import StoredParams
+from jaxcompress.storage.stored_params import StoredParams
 from jaxcompress.tracing.block_names import find_blocks, guess_blocks
 from jaxcompress.tracing.blocks import cut
 from jaxcompress.tracing.layouts import flat_weights, model_function

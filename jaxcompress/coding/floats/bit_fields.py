@@ -1,4 +1,4 @@
-"""How the bits of a word are dealt out: a symbol that is coded, a rest that is not.
+"""Bit fields of floating-point words: Huffman-coded symbols and raw rests.
 
 A word of one or two bytes is a sign, a high part and `low` more bits. The high part
 (an exponent with the top bits of its mantissa) becomes the symbol; where it has more

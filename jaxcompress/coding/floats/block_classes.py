@@ -1,7 +1,7 @@
 """Blocks of symbols sorted into classes that have tables of their own.
 
-Symbols are logarithms, so blocks of other scales are shifted copies of each other, as
-good as. A table for several costs each of its symbols half their Fisher information
+Symbols are logarithms, so blocks of other scales are approximately shifted copies of
+each other. A table for several costs each of its symbols half their Fisher information
 times the variance of the shifts, in nats (S. Kullback, "Information Theory and
 Statistics", 1959, 2.6). So the means of blocks are quantized, to as many levels as
 tables are worth, in cells as wide as the density of the means to the power -1/3 (P. F.

@@ -34,6 +34,9 @@ class CodedFloats(Leaf):
       coded: dtype whose bits are held: "bfloat16" for a float32 array all of whose
         numbers are bfloat16, else as `dtype`.
       power: of two; or None.
+
+    Example:
+      >>> small = jc.code_floats(params["embed"]["embedding"].astype(jnp.bfloat16))
     """
 
     bits: Any
@@ -81,7 +84,7 @@ def code_floats(
     speed: Literal["size", "decode"] = "size",
     stack: int | None = None,
 ) -> Any:
-    """Return codes an array of floating-point numbers without loss of a bit.
+    """Code an array of floating-point numbers without loss of a bit.
 
     Each number is split into an exponent with the top bits of its mantissa, which are
     Huffman-coded with tables for up to eight classes of blocks of 512, and the rest,
@@ -101,6 +104,11 @@ def code_floats(
     Raises:
       ValueError: another speed.
       TypeError: `x` is not a floating-point array.
+
+    Example:
+      >>> half = x.astype(jnp.bfloat16)
+      >>> bool((jc.code_floats(half).materialize() == half).all())
+      True
 
     Source: ZipNN (arXiv:2411.05239) codes the exponent plane by itself; top bits of
     mantissas and classes of blocks are added here, see `chunks`.

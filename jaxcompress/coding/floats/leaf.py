@@ -44,6 +44,11 @@ class CodedWords(Leaf):
       spots: int32 `[..., exceptions]`, words outside the window, filled up with the
         number of words; values: uint8 or uint16 alike, their upper halves.
       dtype: of the words. split: by name. width: words of a block.
+
+    Example:
+      >>> coded = jc.code_floats(jax.random.normal(key, (256, 256)))
+      >>> type(coded.bits).__name__
+      'CodedWords'
     """
 
     frames: jax.Array

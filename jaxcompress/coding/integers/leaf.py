@@ -61,6 +61,10 @@ class Coded(Leaf):
       width: bits per code of a coded byte, which holds `8 // width` codes lying side
         by side along the inputs; 0 where whole codes are coded.
       escape: 16-bit words behind a symbol of the last column: its value, verbatim.
+
+    Example:
+      >>> jc.entropy_code(jnp.zeros((64, 64), jnp.uint8)).materialize().sum()
+      Array(0, dtype=uint32)
     """
 
     words: jax.Array
@@ -130,8 +134,7 @@ def entropy_code(
     contexts: jax.Array | None = None,
     stack: int | None = None,
 ) -> Any:
-    """Return codes integers at their order-0 entropy; the result materializes bit for
-    bit.
+    """Code integers at their order-0 entropy; the result materializes bit for bit.
 
     Slices along the stack axes have their own tables and streams. Returns the smallest
     in a file of: `Coded`, `Packed`, and the array as it came; of the leaves only what
@@ -149,6 +152,10 @@ def entropy_code(
     Raises:
       TypeError: codes are not integers of up to 32 bits.
       ValueError: contexts or stack do not fit the codes.
+
+    Example:
+      >>> recipe = jc.chain("symmetric(bits=4, block=32)", "entropy_code()")
+      >>> small = jc.compress(params, recipe)
 
     Source: rANS, see `rans`; tables are static, one per slice and context.
     """

@@ -1,4 +1,4 @@
-"""How an integer array is best written as columns of frequency tables, on the host."""
+"""Symbol models of integer arrays: bytes, contexts, escapes and low bits."""
 
 import dataclasses
 

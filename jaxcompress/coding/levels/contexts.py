@@ -1,4 +1,4 @@
-"""Which frequency table each level uses: by the scale of its row and its column."""
+"""Contexts of levels: kinds of rows and columns that choose a table."""
 
 import dataclasses
 import functools

@@ -48,6 +48,11 @@ class CodedLevels(Leaf):
       trellis: its number of states; 0 for plain integers.
       groups: that the outputs of a walk lie in, one after the other.
       dtype: of the integers, int8 where they fit.
+
+    Example:
+      >>> small = jc.rate_distortion(x, rate=3.0, states=8)
+      >>> type(small.levels).__name__
+      'CodedLevels'
     """
 
     words: jax.Array

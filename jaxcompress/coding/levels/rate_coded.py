@@ -28,6 +28,11 @@ class RateCoded(Leaf):
       steps: bfloat16 `[..., inputs]`.
       scales: uint8 `[..., 1, outputs]` below 64, as a rule `Packed`; None: all zero.
       dtype: of the weights.
+
+    Example:
+      >>> small = jc.rate_distortion(x, rate=3.0, states=8)
+      >>> type(small).__name__
+      'RateCoded'
     """
 
     levels: Any

@@ -1,9 +1,9 @@
-"""Entropy-coded trellis quantization: a finer grid at the price of a coarser one.
+"""Entropy-coded trellis quantization (Fischer and Wang 1992).
 
 Levels are the integers `k`. A walk over the states of a shift register allows at each
 place either the even or the odd levels, so that a level costs the bits of a grid twice
-as coarse; which of them it takes decides, by `k mod 4`, where the walk goes on. The
-best walk is found by dynamic programming. With an ideal coder its squared error comes
+as coarse; which of them it takes decides, by `k mod 4`, the next state. The
+best walk is found by dynamic programming. With an ideal coder its squared error is
 within 0.08 bit (8 states) to 0.04 bit (256) of the bound of rate-distortion theory for
 a Gaussian source, at any rate of one bit or more; rounding stays 0.25 bit away.
 

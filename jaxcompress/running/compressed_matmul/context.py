@@ -62,6 +62,11 @@ def compressed_matmul(*, activations: Activations = "float") -> Iterator[None]:
 
     Raises:
       ValueError: another value of `activations`.
+
+    Example:
+      >>> small = jc.compress(params, "svd(rank=8)")
+      >>> with jc.compressed_matmul():
+      ...     logits = model.apply({"params": small}, tokens)
     """
     if activations not in get_args(Activations):
         raise ValueError(
