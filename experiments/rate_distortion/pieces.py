@@ -52,7 +52,7 @@ class Config:
     windows: int = 1  # of the texts to measure on, which are not used here
     tokens: int = 512  # in a window
     cache: str = ""  # directory for moments
-    fast: bool = False
+    fast: bool = False  # one kernel of the reference model
     results: str = "experiments/rate_distortion/results/pieces.jsonl"
 
 
@@ -76,6 +76,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         if name.endswith("kernel")
         and name.split("/")[0] in {f"layer_{i}" for i in config.layers.split(",")}
     ]
+    names = names[:1] if config.fast else names
     for name in reporting.track(names, "kernels"):
         x = functools.reduce(lambda tree, key: tree[key], name.split("/"), params)
         second = np.asarray(held[name].second, np.float64)
