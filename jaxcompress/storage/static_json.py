@@ -77,8 +77,9 @@ def to_json(value: Any) -> Any:
 def from_json(value: Any) -> Any:
     if type(value) is list:
         return tuple(from_json(each) for each in value)
-    if type(value) is dict and value.get("dtype") in DTYPES:
-        return jnp.dtype(value["dtype"])
-    if type(value) is dict and value.get("float") in ("nan", "inf", "-inf"):
-        return float(value["float"])
+    match value:
+        case {"dtype": str(name)} if name in DTYPES:
+            return jnp.dtype(name)
+        case {"float": "nan" | "inf" | "-inf" as number}:
+            return float(number)
     return value

@@ -304,6 +304,9 @@ LIES = {
     "an unknown leaf type": change(*LEAF, "leaf", value="os.system"),
     "a static field's type": change(*LEAF, "static", "sizes", value=[2, 2.5]),
     "a static field's kind": change(*LEAF, "static", "sizes", value={"a": 1}),
+    "a static field's dtype": change(
+        *LEAF, "static", "sizes", value={"dtype": {"a": 1}}
+    ),
     "a static field too many": change(*LEAF, "static", "more", value=1),
     "no static field": change(*LEAF, "static", value={}),
     "a static field's value": change(*LEAF, "static", "sizes", value=[3, 2]),
