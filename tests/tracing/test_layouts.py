@@ -296,3 +296,20 @@ def test_what_a_linen_module_is_called_with():
         find_layouts(Tied(), params, [batch])
     with pytest.raises(TypeError, match="not a dict; wrap it"):
         find_layouts(params, params, batch)
+
+
+class Holder:
+    """A model as transformers wraps it: a module within, parameters as an argument."""
+
+    module = Tied()
+
+    def __call__(self, input_ids, attention_mask=None, params=None):
+        assert attention_mask is not None
+        return self.module.apply({"params": params}, input_ids)
+
+
+def test_a_holder_of_a_module_is_called_with_params():
+    batch = {"input_ids": jnp.zeros((2, 3), jnp.int32), "attention_mask": 1}
+    params = abstract(Tied(), batch["input_ids"])
+    want = find_layouts(Tied(), params, batch["input_ids"])
+    assert want and find_layouts(Holder(), params, batch) == want
