@@ -45,6 +45,7 @@ _NAMES = {
     "running.check": "check",
     "running.compressed_matmul": "compressed_matmul",
     "running.low_memory": "low_memory",
+    "running.shardings": "shardings",
     "shrinking.shrink": "shrink",
     "shrinking.shrunk": "Shrunk",
     "storage.checkpoint": "load open_checkpoint save verify",

@@ -21,10 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiments.common.command import about, parse
 
 import jaxcompress as jc
+from experiments.common.config import parse
 from experiments.common.models import smollm2
+from experiments.common.results import about
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.reporting import append_lines
 from jaxcompress.running.decode_once import decode_once
