@@ -94,9 +94,7 @@ def test_cuts_through_blocks_and_bytes_are_refused():
     def place(recipe):
         return jc.shardings(jc.compress(weight, [("kernel", recipe)]), mesh(), wanted)
 
-    with pytest.raises(
-        ValueError, match=r"24 inputs .* after input 12, inside"
-    ):
+    with pytest.raises(ValueError, match=r"24 inputs .* after input 12, inside"):
         place("symmetric(bits=4, block=8)")
     with pytest.raises(ValueError, match="kernel: 24 codes of 3 bits over 2 devices"):
         place("symmetric(bits=3)")
