@@ -26,7 +26,8 @@ from jaxcompress.coding.floats import leaf as float_leaf
 from jaxcompress.coding.floats.code_floats import CodedFloats
 from jaxcompress.coding.integers.leaf import entropy_code
 from jaxcompress.coding.levels import trellis
-from jaxcompress.coding.levels.leaf import RateCoded, code_levels, packed_scales
+from jaxcompress.coding.levels.leaf import code_levels
+from jaxcompress.coding.levels.rate_coded import RateCoded, packed_scales
 from jaxcompress.coding.packing import pack_bits
 from jaxcompress.quantization.awq import Scaled
 from jaxcompress.quantization.grids import GRIDS, REAL_ZEROS, Quantized
