@@ -32,7 +32,7 @@ class LazyParams(Protocol):
     def tree(self) -> Params: ...
 
     def __getitem__(self, name: str) -> Any:
-        """The leaf of this name."""
+        """Return the leaf of this name."""
         ...
 
     def describe(self, name: str) -> tuple[str, tuple[int, ...], str]:

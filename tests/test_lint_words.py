@@ -1,11 +1,9 @@
 """The linter of words finds each kind of thing that it looks for."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from test_examples import LINTER, ROOT, load_linter
+from test_examples import load_linter
 
 lint = load_linter()
 
@@ -106,13 +104,6 @@ def test_public_names_need_arguments_and_an_example(tmp_path):
     short = [ARGS[0], ARGS[1], ""]
     wanted = [("args", "decode: width not in Args")]
     assert package(tmp_path / "c", short + EXAMPLE) == wanted
-
-
-def test_the_package_has_no_more_findings_than_allowed():
-    run = subprocess.run(
-        [sys.executable, LINTER], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-2000:]
 
 
 def test_the_baseline_only_falls(tmp_path, monkeypatch):

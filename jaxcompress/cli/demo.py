@@ -10,7 +10,7 @@ from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.models.generation import generate
 from jaxcompress.models.loading import load
 from jaxcompress.models.saved import save
-from jaxcompress.models.transformer import stack_layers
+from jaxcompress.models.stacking import stack_layers
 from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.equality import same_bits

@@ -10,7 +10,7 @@ import numpy as np
 from jaxcompress import evaluation, reporting
 from jaxcompress.evaluation import Apply, Report, windows
 from jaxcompress.models.loading import load
-from jaxcompress.models.transformer import stack_layers
+from jaxcompress.models.stacking import stack_layers
 from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tokenization import read_text
 

@@ -29,17 +29,17 @@ class Record:
         return len(self._data) - self._at
 
     def require(self, fits: bool, found: str) -> None:
-        """Raises ValueError where what was found does not fit."""
+        """Raise ValueError where what was found does not fit."""
         require(fits, found, self._what)
 
     def take(self, size: int, found: str) -> memoryview:
-        """The next bytes; `found` names them in an error."""
+        """Return the next bytes; `found` names them in an error."""
         self.require(0 <= size <= len(self), f"{found} in {len(self)} bytes")
         self._at += size
         return self._data[self._at - size : self._at]
 
     def array(self, dtype: str, shape: Sequence[int], found: str) -> np.ndarray:
-        """An array that shares the memory of the record."""
+        """Return an array that shares the memory of the record."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         return np.frombuffer(self.take(size, found), dtype).reshape(shape)
 
@@ -56,7 +56,7 @@ class Record:
                 return number
 
     def numbers(self, count: int) -> list[int]:
-        """A list of `count` numbers that `write_numbers` wrote."""
+        """Return a list of `count` numbers that `write_numbers` wrote."""
         out: list[int] = []
         while len(out) < count:
             number = self.number()
@@ -70,13 +70,13 @@ class Record:
         return out
 
     def stack(self) -> tuple[int, ...]:
-        """Sizes of stack axes that `write_stack` wrote."""
+        """Return sizes of stack axes that `write_stack` wrote."""
         (axes,) = self.numbers(1)
         self.require(0 < axes <= 1 + MOST_STACK_AXES, f"{axes - 1} stack axes")
         return tuple(self.numbers(axes - 1))
 
     def words(self, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """Words of lanes, to the end of the record.
+        """Return words of lanes, to the end of the record.
 
         Args:
           lengths: words of each lane, `[slices, lanes]`.
@@ -96,18 +96,21 @@ class Record:
 
 
 def require(fits: bool, found: str, what: str) -> None:
-    """Raises ValueError where what was found is not what bytes should be."""
+    """Raise ValueError where what was found is not what bytes should be."""
     if not fits:
         raise ValueError(f"not {what}: {found}; the file is damaged")
 
 
 def write_stack(lead: Sequence[int]) -> list[int]:
-    """Numbers that begin a record: one more than the stack axes, and their sizes."""
+    """Return numbers that begin a record: one more than the stack axes, and their
+    sizes.
+    """
     return [len(lead) + 1, *lead]
 
 
 def write_words(words: np.ndarray, offsets: np.ndarray) -> bytes:
-    """Words of lanes without padding, slice after slice; `Record.words` reads them.
+    """Return words of lanes without padding, slice after slice; `Record.words` reads
+    them.
 
     Args:
       words: `[..., words]`; offsets: of the lanes in them, `[..., lanes + 1]`.
@@ -119,13 +122,17 @@ def write_words(words: np.ndarray, offsets: np.ndarray) -> bytes:
 
 
 def lane_lengths(offsets: np.ndarray) -> tuple[np.ndarray, int]:
-    """Words of each lane, `[slices, lanes]`, and the bytes that each length takes."""
+    """Return words of each lane, `[slices, lanes]`, and the bytes that each length
+    takes.
+    """
     lengths = np.diff(np.asarray(offsets).reshape(-1, offsets.shape[-1]))
     return lengths, 4 if lengths.size and lengths.max() >= 1 << 16 else 2
 
 
 def write_numbers(numbers: Iterable[int]) -> bytes:
-    """Numbers >= 0, seven bits to a byte, lowest first; zeros as 0, their run - 1."""
+    """Return numbers >= 0, seven bits to a byte, lowest first; zeros as 0, their run -
+    1.
+    """
     out = bytearray()
 
     def put(number: int) -> None:
@@ -149,7 +156,7 @@ def write_numbers(numbers: Iterable[int]) -> bytes:
 
 
 def fold_sign(number: int) -> int:
-    """0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
+    """Fold signs: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
     return 2 * number if number >= 0 else -2 * number - 1
 
 

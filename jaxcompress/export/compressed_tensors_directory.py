@@ -174,7 +174,7 @@ def _stored(
 
 
 def _check_fused(schemes: Mapping[str, layout.Scheme | None]) -> None:
-    """Raises ValueError where layers that readers fuse have different schemes."""
+    """Raise ValueError where layers that readers fuse have different schemes."""
     for module in schemes:
         parent, _, last = module.rpartition(".")
         for names in FUSED:
@@ -192,7 +192,7 @@ def _check_fused(schemes: Mapping[str, layout.Scheme | None]) -> None:
 
 
 def _describe(schemes: Mapping[str, layout.Scheme | None]) -> dict[str, Any]:
-    """The entry `quantization_config` of `config.json`.
+    """Return the entry `quantization_config` of `config.json`.
 
     Dense layers are listed by name. The head is one also where it is the embedding.
     """

@@ -32,7 +32,7 @@ class Scheme(NamedTuple):
     dynamic_activations: bool = False
 
     def describe(self, targets: list[str]) -> dict[str, Any]:
-        """The entry of `config_groups` in `config.json`."""
+        """Return the entry of `config_groups` in `config.json`."""
         weights = {
             "num_bits": self.bits,
             "type": self.type,
@@ -70,7 +70,7 @@ class Scheme(NamedTuple):
 def store(
     leaf: Quantized, *, dynamic: bool, groups: tuple[int, ...] = GROUPS
 ) -> tuple[Scheme, dict[str, np.ndarray]]:
-    """Scheme and tensors, by suffix, of a 2-D leaf `[inputs, outputs]`.
+    """Return scheme and tensors, by suffix, of a 2-D leaf `[inputs, outputs]`.
 
     The values that a reader computes from them are those of the leaf: codes of fewer
     bits are widened to 4 or 8, scales of larger blocks are repeated; none is rounded.
@@ -93,14 +93,14 @@ def store(
 
 
 def signed_codes(leaf: Quantized) -> np.ndarray:
-    """The integers, int8 `[outputs, inputs]`, that the scales of a leaf multiply."""
+    """Return integers, int8 `[outputs, inputs]`, that the scales of a leaf multiply."""
     codes = np.asarray(dense(leaf.codes)).astype(np.int16)
     signed = 2 * codes - 1 if leaf.bits == 1 else codes - 2 ** (leaf.bits - 1)
     return np.ascontiguousarray(signed.astype(np.int8).T)
 
 
 def channel_scales(leaf: Quantized) -> np.ndarray:
-    """Scales `[outputs, blocks]` in the dtype that the leaf stores."""
+    """Return scales `[outputs, blocks]` in the dtype that the leaf stores."""
     scale = np.asarray(dense(leaf.scale)).T
     outputs = leaf.shape[-1]
     return np.ascontiguousarray(np.broadcast_to(scale, (outputs, scale.shape[1])))
@@ -109,7 +109,8 @@ def channel_scales(leaf: Quantized) -> np.ndarray:
 def repeat_scales(
     scale: np.ndarray, block: Any, inputs: int, groups: tuple[int, ...]
 ) -> tuple[np.ndarray, int]:
-    """Scales per group of the largest size in `groups` that divides the leaf's blocks.
+    """Return scales per group of the largest size in `groups` that divides the leaf's
+    blocks.
 
     Raises ValueError where none does.
     """
@@ -170,7 +171,9 @@ def _is_nvfp4(leaf: Quantized) -> bool:
 
 
 def _nvfp4(leaf: Quantized, dynamic: bool) -> tuple[Scheme, dict[str, np.ndarray]]:
-    """The global scale is a divisor: the only number that rounds, once in float32."""
+    """Return the global scale is a divisor: the only number that rounds, once in
+    float32.
+    """
     codes = np.asarray(dense(leaf.codes)).astype(np.uint8).T
     inputs = codes.shape[1]
     if inputs % NV_GROUP:

@@ -128,7 +128,7 @@ def gguf(
 
 
 def _rows(leaf: NamedLeaf, head_size: int) -> np.ndarray | None:
-    """The order of rows in which pairs (2i, 2i + 1) of a head rotate."""
+    """Return the order of rows in which pairs (2i, 2i + 1) of a head rotate."""
     if not re.search(r"/[qk]_proj/", leaf.name):
         return None
     rows = np.arange(leaf.value.shape[-1]).reshape(-1, 2, head_size // 2)
@@ -156,7 +156,7 @@ def _stored(leaf: NamedLeaf, rows: np.ndarray | None, dtype: Any) -> Stored:
 
 
 def _settings(model: Transformer, context: int) -> tuple[str, dict[str, Any]]:
-    """GGUF's name of the architecture, and its metadata.
+    """Return GGUF's name of the architecture, and its metadata.
 
     Raises ValueError where llama.cpp would compute something else.
     """
@@ -198,7 +198,7 @@ def _settings(model: Transformer, context: int) -> tuple[str, dict[str, Any]]:
 
 
 def _required(model: Transformer, family: str) -> dict[str, Any]:
-    """The fields that llama.cpp does not read, and their only values."""
+    """Return the fields that llama.cpp does not read, and their only values."""
     if family != "gemma3":
         fields: dict[str, Any] = {"sliding_window": None, "activation": "silu"}
         return fields | ({"qkv_bias": False} if family == "qwen3" else {})
@@ -217,7 +217,7 @@ def _required(model: Transformer, family: str) -> dict[str, Any]:
 
 
 def _window(model: Transformer) -> int:
-    """The tokens that local layers of Gemma attend to."""
+    """Return the tokens that local layers of Gemma attend to."""
     window = model.sliding_window
     return max(
         filter(None, window if isinstance(window, tuple) else [window]), default=1
@@ -225,7 +225,9 @@ def _window(model: Transformer) -> int:
 
 
 def _scaling(model: Transformer) -> dict[str, Any]:
-    """Metadata of scaled rotations; Llama 3's are a tensor of factors instead."""
+    """Return metadata of scaled rotations; Llama 3's are a tensor of factors
+    instead.
+    """
     options = dict(model.rope_scaling or ())
     kind = options.pop("rope_type", "none")
     if kind in ("none", "llama3"):
@@ -245,7 +247,7 @@ def _scaling(model: Transformer) -> dict[str, Any]:
 
 
 def _rope_factors(model: Transformer) -> np.ndarray | None:
-    """What Llama 3's scaling divides the frequencies by, [head_size / 2]."""
+    """Return what Llama 3's scaling divides the frequencies by, [head_size / 2]."""
     if dict(model.rope_scaling or ()).get("rope_type") != "llama3":
         return None
     plain, _ = rope_frequencies(model.head_size, model.rope_theta)

@@ -25,7 +25,7 @@ class Stored(NamedTuple):
 
 
 def quantized_of(name: str, value: Any) -> Quantized | None:
-    """The codes of a kernel or embedding whose rows are their outputs, or None."""
+    """Return codes of a kernel or embedding whose rows are their outputs, or None."""
     if name.endswith("/embedding"):
         transposed = isinstance(value, Reshaped) and value.order == (-1, -2)
         value = value.inner if transposed else None

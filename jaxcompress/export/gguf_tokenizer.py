@@ -21,7 +21,7 @@ NAMES = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 
 
 def tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The keys `tokenizer.ggml.*` of a byte-level or SentencePiece BPE tokenizer.
+    """Return keys `tokenizer.ggml.*` of a byte-level or SentencePiece BPE tokenizer.
 
     Raises ValueError where llama.cpp would segment text otherwise; says how.
     """
@@ -71,7 +71,7 @@ def _byte_level(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokens(described: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """Texts and types of all tokens, in the order of their numbers."""
+    """Return texts and types of all tokens, in the order of their numbers."""
     added = {token["id"]: token for token in described.get("added_tokens") or ()}
     ids = {i: text for text, i in described["model"]["vocab"].items()}
     ids |= {i: token["content"] for i, token in added.items()}
@@ -83,7 +83,7 @@ def _tokens(described: dict[str, Any]) -> tuple[list[str], list[int]]:
 
 
 def _byte_fallback(described: dict[str, Any]) -> dict[str, Any]:
-    """SentencePiece BPE that is written as a tokenizer.json, as Llama's and Gemma's.
+    """Return SentencePiece BPE as written in a tokenizer.json, as Llama's and Gemma's.
 
     llama.cpp joins two pieces wherever their text is a piece, best score first. Scores
     are the ranks of merges, and must give those merges back.
@@ -133,7 +133,7 @@ def _byte_fallback(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_piece(merges: list[tuple[str, str]]) -> list[tuple[str, list]]:
-    """Pieces in the order in which merges make them, and the merges of each."""
+    """Return pieces in the order in which merges make them, and the merges of each."""
     groups = itertools.groupby(merges, key="".join)
     return [(piece, sorted(pairs)) for piece, pairs in groups]
 
@@ -151,7 +151,7 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
 
 
 def _words(step: dict[str, Any] | None) -> list[tuple]:
-    """What decides how text is cut into words, in sequence."""
+    """Return what decides how text is cut into words, in sequence."""
     if step is None:
         return []
     if step["type"] == "Sequence":

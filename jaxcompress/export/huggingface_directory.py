@@ -88,7 +88,7 @@ def huggingface(
 def described(
     model: Transformer, tokenizer: Tokenizer | None, context: int
 ) -> tuple[dict[str, Any], Family]:
-    """What `config.json` says, its dtype left out, and the family it names."""
+    """Return the `config.json`, its dtype left out, and the family it names."""
     check_model(model, context)
     config = config_from(model)
     if model.positions is None:

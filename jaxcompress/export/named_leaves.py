@@ -120,7 +120,7 @@ def _place(name: str, scan: bool) -> tuple[str, int | None]:
 
 
 def _keep_last(fetch: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Remembers the last leaf: layers of one stack are asked for in sequence."""
+    """Remember the last leaf: layers of one stack are asked for in sequence."""
     last: dict[str, Any] = {}
 
     def cached(name: str) -> Any:
@@ -133,7 +133,7 @@ def _keep_last(fetch: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def dense_tensor(name: str, value: Any, dtype: Any = None) -> np.ndarray:
-    """The dense array of a leaf in their orientation, contiguous, in `dtype`."""
+    """Return the dense array of a leaf in their orientation, contiguous, in `dtype`."""
     array = dense(value)
     if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
         array = array.astype(dtype)
@@ -142,12 +142,13 @@ def dense_tensor(name: str, value: Any, dtype: Any = None) -> np.ndarray:
 
 
 def is_compressed(value: Any) -> bool:
-    """Whether a leaf stands for another array than the one it was made from."""
+    """Return whether a leaf stands for another array than the one it was made from."""
     return isinstance(value, Leaf) and not value.lossless
 
 
 def apply_method(value: Any, method: Any) -> tuple[Any, float]:
-    """A method applied to the dense array of a leaf, and the relative error it adds.
+    """Return a method applied to the dense array of a leaf, and the relative error it
+    adds.
 
     Raises ValueError on a string that is no method.
     """

@@ -14,7 +14,7 @@ from jaxcompress.tree.names import match
 
 
 def check_model(model: Any, context: int) -> None:
-    """Raises TypeError for a model of another class, ValueError for its context."""
+    """Raise TypeError for a model of another class, ValueError for its context."""
     if not isinstance(model, Transformer):
         raise TypeError(
             f"exports take a jaxcompress.models.Transformer, not a "
@@ -26,7 +26,7 @@ def check_model(model: Any, context: int) -> None:
 
 
 def float_dtype(dtype: Any) -> Any:
-    """The dtype that was asked for, or None.
+    """Return the dtype that was asked for, or None.
 
     Raises ValueError for what is no floating-point dtype.
     """
@@ -52,7 +52,7 @@ class Changes(NamedTuple):
 
     @classmethod
     def of(cls, dense: str | None, requantize: Sequence[tuple[str, Any]]) -> "Changes":
-        """Checks what the caller passed.
+        """Check what the caller passed.
 
         Raises:
           ValueError: an invalid pattern, rules of another form, or no method.
@@ -75,14 +75,14 @@ class Changes(NamedTuple):
         return cls(dense_, tuple(rules))
 
     def check_names(self, names: Collection[str]) -> None:
-        """Raises ValueError for a pattern that matches none of the names."""
+        """Raise ValueError for a pattern that matches none of the names."""
         patterns = [where for where, _ in self.requantize]
         patterns += [] if self.dense is None else [self.dense]
         for pattern in patterns:
             match(pattern, names)
 
     def apply(self, leaf: NamedLeaf) -> tuple[NamedLeaf, float]:
-        """The leaf as it is written, and the relative error that this adds."""
+        """Return the leaf as it is written, and the relative error that this adds."""
         if not is_compressed(leaf.value):
             return leaf, 0.0
         if self.dense is not None and self.dense.fullmatch(leaf.name):

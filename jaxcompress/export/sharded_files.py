@@ -35,7 +35,8 @@ DTYPES = {
 
 @contextlib.contextmanager
 def new_directory(directory: str | Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `directory` when the block ends without error.
+    """Return a temporary sibling that becomes `directory` when the block ends without
+    error.
 
     Raises:
       FileExistsError: `directory` exists and is not an empty directory.
@@ -58,7 +59,7 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling that becomes the file `path` when the block ends.
+    """Return a temporary sibling that becomes the file `path` when the block ends.
 
     Raises as `new_directory`.
     """
@@ -75,7 +76,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises FileExistsError where something would be overwritten."""
+    """Raise FileExistsError where something would be overwritten."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(
             f"{path} exists; remove it, or export to a path that does not exist"
@@ -109,7 +110,7 @@ class Shards:
         self.nbytes += array.nbytes
 
     def finish(self) -> None:
-        """Writes the rest, gives the shards their names, and writes the index."""
+        """Write the rest, give the shards their names, and write the index."""
         self._flush()
         count = len(self._shards)
         weight_map = {}

@@ -61,7 +61,7 @@ class Program:
 
 
 def _serialized(exported: export.Exported) -> np.ndarray:
-    """The bytes of a program, as uint8."""
+    """Return the bytes of a program, as uint8."""
     try:
         return np.frombuffer(exported.serialize(), np.uint8)
     except ImportError as error:

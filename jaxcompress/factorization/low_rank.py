@@ -29,11 +29,11 @@ class FactoredLeaf(Leaf):
     """
 
     def factored_cost(self, rows: int) -> int:
-        """Multiplications of so many rows with one factor after another."""
+        """Return multiplications of so many rows with one factor after another."""
         raise NotImplementedError(f"{type(self).__name__}.factored_cost")
 
     def contract_factors(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """`contract`, one factor after another."""
+        """Compute `contract`, one factor after another."""
         raise NotImplementedError(f"{type(self).__name__}.contract_factors")
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:

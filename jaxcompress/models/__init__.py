@@ -5,6 +5,7 @@ from jaxcompress.models.convolutional import ConvNet
 from jaxcompress.models.generation import generate
 from jaxcompress.models.loading import load, open_weights
 from jaxcompress.models.saved import save
+from jaxcompress.models.stacking import stack_layers, unstack_layers
 from jaxcompress.models.structure import (
     filter_groups,
     head_groups,
@@ -19,7 +20,7 @@ from jaxcompress.models.students import (
     fewer_layers,
     fewer_neurons,
 )
-from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
+from jaxcompress.models.transformer import Transformer
 from jaxcompress.models.vocabulary import trim_vocabulary
 
 __all__ = [

@@ -57,7 +57,9 @@ def parameter_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 
 def foreign_name(name: str, modules: Modules) -> str:
-    """What a file calls our parameter: `layer_3/mlp/up_proj/kernel` by its modules."""
+    """Return a file's name of our parameter: `layer_3/mlp/up_proj/kernel` by its
+    modules.
+    """
     *path, leaf = name.split("/")
     suffix = "bias" if leaf == "bias" else "weight"
     if match := re.fullmatch(r"layer_(\d+)", path[0]):
@@ -90,7 +92,7 @@ def assemble(
     dtype: Any = None,
     source: str,
 ) -> Assembled:
-    """The model's parameters, looped or scanned as `model.scan` says, still unread.
+    """Return model's parameters, looped or scanned as `model.scan` says, still unread.
 
     `available` are the tensors the file has, `fetch(theirs, ours)` reads one in the
     file's own orientation: kernels [outputs, inputs], which are transposed here; or

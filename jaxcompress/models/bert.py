@@ -117,7 +117,7 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, mask=None, types=None):
-        """Hidden states of the last layer, `[B, T, width]`.
+        """Return hidden states of the last layer, `[B, T, width]`.
 
         `mask` `[B, T]` is true where a token is not padding, all by default; `types`
         `[B, T]` are the numbers of the segments, 0 by default. Raises ValueError on
@@ -166,7 +166,7 @@ class Bert(nn.Module):
 
 
 def sentence_embeddings(states: jax.Array, mask: jax.Array) -> jax.Array:
-    """The mean state of each text, of length 1: `[B, T, width]` to `[B, width]`.
+    """Return the mean state of each text, of length 1: `[B, T, width]` to `[B, width]`.
 
     As all-MiniLM-L6-v2 does it; padding does not count. Source: Reimers and Gurevych
     2019, Sentence-BERT (arXiv 1908.10084).
@@ -178,7 +178,7 @@ def sentence_embeddings(states: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def bert_from(config: Mapping[str, Any]) -> Bert:
-    """The encoder that a Hugging Face `config.json` of a BertModel describes.
+    """Return the encoder that a Hugging Face `config.json` of a BertModel describes.
 
     Raises ValueError on an activation or kind of positions that is not BERT's own.
     """

@@ -4,6 +4,6 @@ from importlib import resources
 
 
 def heldout_text() -> str:
-    """The packaged text that the reference model has not seen in training."""
+    """Return the packaged text that the reference model has not seen in training."""
     data = resources.files("jaxcompress.models") / "data" / "heldout.txt"
     return data.read_bytes().decode("utf-8")

@@ -44,7 +44,9 @@ class Codes:
     schemes: Mapping[str, Mapping[str, Any]]
 
     def available(self, tensors: Iterable[str]) -> set[str]:
-        """Names as a dense directory has them: `P.weight` for each quantized layer."""
+        """Return names as a dense directory has them: `P.weight` for each quantized
+        layer.
+        """
         suffixes = (*SUFFIXES, "input_scale")
         owned = {f"{module}.{suffix}" for module in self.schemes for suffix in suffixes}
         return (set(tensors) - owned) | {f"{module}.weight" for module in self.schemes}
@@ -96,7 +98,7 @@ def find_codes(
 
 
 def _scheme(module: str, settings: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """The group that names a module, by its name or a pattern, else by its class."""
+    """Return group that names a module, by its name or a pattern, else by its class."""
     groups = list(settings["config_groups"].values())
     for group in groups:
         if any(_names(target, module) for target in group["targets"]):
@@ -118,7 +120,9 @@ def _names(target: str, module: str) -> bool:
 def read_leaf(
     module: str, scheme: Mapping[str, Any], fetch: Fetch, tensors: Any, dtype: Any
 ) -> Quantized:
-    """The kernel `[inputs, outputs]` of one layer; `tensors` are the file's names."""
+    """Return the kernel `[inputs, outputs]` of one layer; `tensors` are the file's
+    names.
+    """
     if scheme["format"] == NVFP4:
         return _read_nvfp4(module, fetch, dtype)
     weights, scale = scheme["weights"], fetch(f"{module}.weight_scale")
@@ -164,7 +168,9 @@ def read_leaf(
 
 
 def _read_nvfp4(module: str, fetch: Fetch, dtype: Any) -> Quantized:
-    """Codes of e2m1, and scales of e4m3 under the reciprocal of the stored divisor."""
+    """Return codes of e2m1, and scales of e4m3 under the reciprocal of the stored
+    divisor.
+    """
     pairs = fetch(f"{module}.weight_packed")
     codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1)
     divisor = fetch(f"{module}.weight_global_scale").astype(np.float32).reshape(1, 1)
@@ -190,7 +196,7 @@ def _read_nvfp4(module: str, fetch: Fetch, dtype: Any) -> Quantized:
 
 
 def _multiplier(divisor: np.ndarray) -> np.ndarray:
-    """The float32 number nearest to `1 / divisor` whose reciprocal it is."""
+    """Return the float32 number nearest to `1 / divisor` whose reciprocal it is."""
     one = np.float32(1)
     near = one / divisor
     for number in (near, np.nextafter(near, 0 * one), np.nextafter(near, 2 * near)):
@@ -200,7 +206,9 @@ def _multiplier(divisor: np.ndarray) -> np.ndarray:
 
 
 def raw_tensor(path: Any, name: str) -> np.ndarray:
-    """One tensor of a `.safetensors` file, in types that its NumPy reader lacks too."""
+    """Return one tensor of a `.safetensors` file, in types that its NumPy reader lacks
+    too.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[name]

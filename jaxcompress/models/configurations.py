@@ -103,7 +103,7 @@ def transformer_from(
 
 
 def _experts(model: Transformer, config: Mapping[str, Any]) -> Transformer:
-    """The model with mixtures of experts in all layers but some."""
+    """Return the model with mixtures of experts in all layers but some."""
     step, dense = config["decoder_sparse_step"], config.get("mlp_only_layers") or ()
     layers = range(model.layers)
     dense = tuple(i for i in layers if i in dense or (i + 1) % step)
@@ -119,7 +119,7 @@ def _experts(model: Transformer, config: Mapping[str, Any]) -> Transformer:
 
 
 def _gpt2(config: Mapping[str, Any], source: str) -> Transformer:
-    """GPT-2: learned positions, norms with means, plain feed-forward layers."""
+    """Build GPT-2: learned positions, norms with means, plain feed-forward layers."""
     heads, width = config["n_head"], config["n_embd"]
     return Transformer(
         vocab_size=config["vocab_size"],
@@ -140,7 +140,7 @@ def _gpt2(config: Mapping[str, Any], source: str) -> Transformer:
 def _gemma(
     config: Mapping[str, Any], ignore: Collection[str], source: str
 ) -> Transformer:
-    """Gemma 3: global layers and local ones, each with a rotation of its own."""
+    """Build Gemma 3: global layers and local ones, each with a rotation of its own."""
     parts = config.get("rope_parameters") or {}
     if strange := sorted(set(parts) - set(LAYER_TYPES)):
         raise ValueError(
@@ -249,7 +249,7 @@ def _rope_dict(
 def _scaling(
     options: dict[str, Any], config: Mapping[str, Any], source: str
 ) -> tuple[tuple[str, Any], ...] | None:
-    """The pairs of `rope_scaling`, with the original length where it is needed."""
+    """Return pairs of `rope_scaling`, with the original length where it is needed."""
     kind = options.get("rope_type", "default")
     if kind == "default":
         return None
@@ -263,7 +263,7 @@ def _scaling(
 
 
 def _windows(name: str, config: Mapping[str, Any]) -> Any:
-    """The sliding window: None, one number, or a tuple with one entry per layer."""
+    """Return sliding window: None, one number, or a tuple with one entry per layer."""
     window = config.get("sliding_window")
     if name == "LlamaForCausalLM" or not window:
         return None

@@ -66,7 +66,7 @@ class Family:
 
 
 def _ignored(*keys: str) -> dict[str, Setting]:
-    """Keys that this family's implementation does not read, and others' do."""
+    """Return keys that this family's implementation does not read, and others' do."""
     return dict.fromkeys(keys, HARMLESS)
 
 

@@ -48,7 +48,7 @@ def unpack_q4_1(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _nibbles(codes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The first half of a block in the low bits, the second in the high ones."""
+    """Return the first half of a block in the low bits, the second in the high ones."""
     low, high = np.split(codes.astype(np.uint8).reshape(*shape, BLOCK), 2, axis=-1)
     return low | high << np.uint8(4)
 
@@ -58,7 +58,7 @@ def _from_nibbles(packed: np.ndarray) -> np.ndarray:
 
 
 def _join(*parts: np.ndarray) -> np.ndarray:
-    """Bytes `[rows, blocks, *]` of each block in sequence, as `[rows, *]`."""
+    """Return bytes `[rows, blocks, *]` of each block in sequence, as `[rows, *]`."""
     joined = np.concatenate(parts, axis=-1)
     return joined.reshape(len(joined), -1)
 

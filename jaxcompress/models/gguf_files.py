@@ -77,7 +77,7 @@ def open_gguf(
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Assembled, Tokenizer | None]:
-    """As `read_gguf`, but each weight is read when it is asked for."""
+    """Open a file as `read_gguf` reads it; each weight is read when it is asked for."""
     contents = _contents(path)
     model = model_of(contents, ignore=ignore).clone(scan=scan)
     kind = ARCHITECTURES[contents.metadata["general.architecture"]]
@@ -146,13 +146,15 @@ def model_of(contents: Contents, *, ignore: Collection[str] = ()) -> Transformer
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """A `.gguf` file's metadata, the chat template included, but not its tokens."""
+    """Return a `.gguf` file's metadata, the chat template included, but not its
+    tokens.
+    """
     metadata = _contents(path).metadata
     return {key: x for key, x in metadata.items() if not isinstance(x, list)}
 
 
 def dequantize(tensor: Any) -> np.ndarray:
-    """The float32 array a GGUF tensor stands for, rows first as NumPy has them."""
+    """Return float32 array a GGUF tensor stands for, rows first as NumPy has them."""
     from gguf import quants
 
     try:
@@ -167,7 +169,7 @@ def dequantize(tensor: Any) -> np.ndarray:
 def transformer_from(
     metadata: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> Transformer:
-    """The Transformer that a file's metadata, and which tensors it has, describe."""
+    """Return Transformer that a file's metadata, and which tensors it has, describe."""
     kind = metadata["general.architecture"]
 
     def get(key: str, *default: Any) -> Any:
@@ -214,7 +216,7 @@ def transformer_from(
 
 
 def _experts(model: Transformer, get: Callable[..., Any]) -> Transformer:
-    """Qwen3-MoE: every layer is a mixture, its weights scaled to add up to 1."""
+    """Build Qwen3-MoE: every layer is a mixture, its weights scaled to add up to 1."""
     return model.clone(
         experts=get("expert_count"),
         chosen_experts=get("expert_used_count"),
@@ -224,7 +226,7 @@ def _experts(model: Transformer, get: Callable[..., Any]) -> Transformer:
 
 
 def _gpt2(model: Transformer, get: Callable[..., Any]) -> Transformer:
-    """GPT-2, as llama.cpp builds it."""
+    """Build GPT-2 as llama.cpp does."""
     return model.clone(
         kv_heads=model.heads,
         positions=get("context_length"),
@@ -235,7 +237,7 @@ def _gpt2(model: Transformer, get: Callable[..., Any]) -> Transformer:
 
 
 def _gemma(model: Transformer, get: Callable[..., Any]) -> Transformer:
-    """Gemma 3, as llama.cpp builds it."""
+    """Build Gemma 3 as llama.cpp does."""
     pattern = get("attention.sliding_window_pattern")
     if isinstance(pattern, int):
         pattern = [bool((i + 1) % pattern) for i in range(model.layers)]
@@ -287,7 +289,7 @@ def _rope_scaling(get, tensors, head_size, theta):
 
 
 def _llama3_scaling(factors: np.ndarray, head_size: int, theta: float) -> tuple:
-    """The settings of Llama 3's scaling that give these factors [head_size / 2]."""
+    """Return settings of Llama 3's scaling that give these factors [head_size / 2]."""
     plain, _ = rope_frequencies(head_size, theta)
     options = {"rope_type": "llama3", "factor": _shortest(factors.max()), **LLAMA3}
     scaling = tuple(sorted(options.items()))
@@ -302,13 +304,13 @@ def _llama3_scaling(factors: np.ndarray, head_size: int, theta: float) -> tuple:
 
 
 def _halves(array: np.ndarray, head_size: int) -> np.ndarray:
-    """Rows of each head from pairs (2i, 2i + 1) to halves (i, i + D/2)."""
+    """Return rows of each head from pairs (2i, 2i + 1) to halves (i, i + D/2)."""
     pairs = array.reshape(-1, head_size // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 def _shortest(x: Any) -> float:
-    """The shortest decimal that float32 rounds to x: 1e-05, not 9.999999747e-06."""
+    """Return shortest decimal that float32 rounds to x: 1e-05, not 9.999999747e-06."""
     return float(str(np.float32(x)))
 
 

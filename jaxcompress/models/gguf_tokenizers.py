@@ -16,7 +16,9 @@ SPACE = "\u2581"  # stands for a space in a SentencePiece vocabulary
 
 
 def _pattern(digits: str) -> str:
-    """Words as the recent families split them, with numbers of so many digits."""
+    """Return words as the recent families split them, with numbers of so many
+    digits.
+    """
     return (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
         + digits
@@ -64,7 +66,7 @@ PRE_TOKENIZERS = {
 
 
 def tokenizer_from(metadata: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer a GGUF file's metadata describes; None where it has none.
+    """Return the tokenizer a GGUF file's metadata describes; None where it has none.
 
     As in llama.cpp, text is not normalized (Qwen's own tokenizer composes characters
     first), so that decoding gives back what was encoded. Texts begin and end with marks
@@ -150,7 +152,9 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Pieces with scores: every way to join two pieces is a merge, best score first."""
+    """Return pieces with scores: every way to join two pieces is a merge, best score
+    first.
+    """
     tokens, types = _tokens(metadata), _types(metadata)
     prefixed = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     ids = {token: i for i, token in enumerate(tokens)}
@@ -182,7 +186,9 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def piece_merges(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
 ) -> list[tuple]:
-    """Every way to join two pieces, best score first; the pair ends each entry."""
+    """Return every way to join two pieces, best score first; the pair ends each
+    entry.
+    """
     known, merges = set(tokens), []
     for i, token in enumerate(tokens):
         if types[i] != NORMAL:

@@ -69,7 +69,9 @@ def open_huggingface(
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Assembled, Tokenizer | None]:
-    """As `read_huggingface`, but each weight is read when it is asked for."""
+    """Open a directory as `read_huggingface` reads it; weights are read when asked
+    for.
+    """
     model, params = open_model(
         directory,
         scan=scan,
@@ -88,7 +90,7 @@ def open_model(
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Assembled]:
-    """As `open_huggingface`, without the tokenizer."""
+    """Open a directory as `open_huggingface`, without the tokenizer."""
     directory = Path(directory)
     source = directory / "config.json"
     config = json.loads(source.read_text(encoding="utf-8"))
@@ -164,7 +166,7 @@ def open_model(
 
 
 def _module(name: str) -> str:
-    """The module of a parameter within its layer: `attention/q_proj`."""
+    """Return the module of a parameter within its layer: `attention/q_proj`."""
     return "/".join(name.split("/")[1:-1])
 
 
@@ -172,7 +174,7 @@ _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float
 
 
 def _dtypes(places: Mapping[str, Path]) -> dict[str, str]:
-    """The type of each tensor, as safetensors spells it; headers only."""
+    """Return the type of each tensor, as safetensors spells it; headers only."""
     dtypes = {}
     for path in sorted(set(places.values())):
         with safe_open(path, framework="np") as file:
@@ -199,7 +201,7 @@ def _refuse_codes(dtypes: Mapping[str, str], ignorable: str, source: str) -> Non
 
 
 def _tensor_places(directory: Path) -> dict[str, Path]:
-    """The file each tensor lies in, by the files' own headers."""
+    """Return the file each tensor lies in, by the files' own headers."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.exists():

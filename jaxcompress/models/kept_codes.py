@@ -23,7 +23,7 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 def gguf_leaf(
     tensor: Any, name: str, dtype: Any, rows: np.ndarray | None = None
 ) -> Leaf:
-    """The leaf of a tensor of the gguf package's reader, stored as one of `TYPES`.
+    """Return leaf of a tensor of the gguf package's reader, stored as one of `TYPES`.
 
     Args:
       tensor: its rows are outputs of a kernel, of a stack of them, or rows of an
@@ -64,7 +64,7 @@ def symmetric_leaf(
     block: int | None,
     dtype: Any,
 ) -> Leaf:
-    """The leaf of signed codes `[..., rows, columns]`, scales `[..., rows, blocks]`.
+    """Return leaf of signed codes `[..., rows, columns]`, scales `[..., rows, blocks]`.
 
     A block whose scale is zero becomes codes of zero with scale one, since a leaf has
     no zero steps: the values are the same.
@@ -88,7 +88,7 @@ def symmetric_leaf(
 
 
 def _placed(leaf: Quantized, name: str) -> Leaf:
-    """A kernel `[inputs, outputs]`, or an embedding: the transpose of one."""
+    """Return a kernel `[inputs, outputs]`, or an embedding: the transpose of one."""
     if not name.endswith("/embedding"):
         return leaf
     return restore(leaf, leaf.shape[::-1], ROWS)

@@ -53,6 +53,17 @@ def load(
     Q4_1 or Q8_0, and those of a compressed-tensors directory, become `Quantized` leaves
     of the same codes and scales. Raises FileNotFoundError or ValueError that say what
     was found.
+
+    Args:
+      name_or_path: of a model on the Hub, a directory, or a file.
+      scan: stack the layers; None where they are alike.
+      dtype: of the parameters; None as stored.
+      ignore: names of tensors to leave out.
+      keep_quantized: keep quantized weights as leaves.
+
+    Example:
+      >>> jc.models.save("model.safetensors", model, params)
+      >>> loaded = jc.models.load("model.safetensors")
     """
     if str(name_or_path) == REFERENCE:
         return load_reference(scan=scan, dtype=dtype)
@@ -85,7 +96,7 @@ def open_weights(
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Any, Tokenizer | None]:
-    """As `load`, but each weight is read when it is asked for.
+    """Open a model as `load` reads it; each weight is read when it is asked for.
 
     What stands in the place of the parameters is what `compress_blockwise` takes:
     `[name]` reads a leaf, `tree` has a name for each. A file of `models.save`, a
@@ -113,7 +124,8 @@ def open_weights(
 def shapes(
     name_or_path: str | Path, *, ignore: Collection[str] = ()
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dense shapes and dtypes, by name, of what `load` would give; reads no weight.
+    """Return dense shapes and dtypes, by name, of what `load` would give; reads no
+    weight.
 
     Headers only, except that a model on the hub must be downloaded first. Raises as
     `load`.
@@ -142,7 +154,9 @@ def shapes(
 
 
 def _is_gguf(path: Path) -> bool:
-    """Whether a path names a GGUF file, by its first bytes or else by its suffix."""
+    """Return whether a path names a GGUF file, by its first bytes or else by its
+    suffix.
+    """
     if path.is_file():
         with open(path, "rb") as file:
             if file.read(4) == b"GGUF":

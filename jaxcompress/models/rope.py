@@ -15,7 +15,8 @@ ROPE_SCALINGS = ("default", "linear", "llama3", "yarn")
 def rope_frequencies(
     head_size: int, theta: float, scaling: Scaling | None = None
 ) -> tuple[np.ndarray, float]:
-    """Rotation speeds in radians per position, and the scale of sines and cosines.
+    """Return rotation speeds in radians per position, and the scale of sines and
+    cosines.
 
     `scaling` holds the (key, value) pairs of Hugging Face's `rope_scaling`. Returns
     float64 [head_size / 2] and a float, which is 1 for all kinds but "yarn". Raises

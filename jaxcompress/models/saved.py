@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import tokenization
-from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
+from jaxcompress.models.stacking import stack_layers, unstack_layers
+from jaxcompress.models.transformer import Transformer
 from jaxcompress.storage import checkpoint
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.tree.leaf import Leaf, is_leaf, materialize
@@ -36,6 +37,17 @@ def save(
     The file holds the tree `{"params": ..., "tokenizer": uint8 [bytes]}`; the model's
     settings join `metadata` (JSON values) under "architecture"; `coding` is that of
     `jc.save`. Raises ValueError where `metadata` has such a key already.
+
+    Args:
+      path: of the file.
+      model: its settings are stored.
+      params: dense or compressed.
+      tokenizer: stored too, if given.
+      metadata: JSON.
+      coding: as for `jc.save`.
+
+    Example:
+      >>> jc.models.save("model.safetensors", model, params)
     """
     metadata = dict(metadata or {})
     if ARCHITECTURE in metadata:
@@ -53,7 +65,7 @@ def save(
 def load_saved(
     path: str | Path, *, scan: bool | None = None, dtype: Any = None
 ) -> tuple[Transformer, Params, Tokenizer | None]:
-    """Model, parameters and tokenizer (or None) from a file of `models.save`.
+    """Return model, parameters and tokenizer (or None) from a file of `models.save`.
 
     `scan=None` keeps the layers as they were saved. `dtype` casts dense floating-point
     arrays; compressed leaves keep theirs. Raises ValueError where the file holds
@@ -71,7 +83,7 @@ def load_saved(
 def open_saved(
     path: str | Path,
 ) -> tuple[Transformer, checkpoint.StoredParams, Tokenizer | None]:
-    """Model, open file and tokenizer (or None) from a file of `models.save`.
+    """Return model, open file and tokenizer (or None) from a file of `models.save`.
 
     Leaves are read when they are asked for; close the file, or use it in a `with`
     statement. Raises as `load_saved`.
@@ -97,7 +109,7 @@ def open_saved(
 def load_reference(
     *, scan: bool | None = None, dtype: Any = None
 ) -> tuple[Transformer, Params, Tokenizer | None]:
-    """The reference model shipped with the package, dense, in float32 by default.
+    """Return reference model shipped with the package, dense, in float32 by default.
 
     The stored weights are bfloat16, coded without loss.
     """
@@ -112,7 +124,7 @@ def load_reference(
 
 @contextlib.contextmanager
 def reference_file() -> Iterator[Path]:
-    """The reference model's file; FileNotFoundError where it was not installed."""
+    """Return reference model's file; FileNotFoundError where it was not installed."""
     packed = resources.files("jaxcompress.models") / "data" / "reference.safetensors"
     with resources.as_file(packed) as path:
         if not path.exists():
@@ -124,7 +136,9 @@ def reference_file() -> Iterator[Path]:
 
 
 def saved_shapes(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dense shapes and dtypes of a saved model's parameters; no weight is read."""
+    """Return dense shapes and dtypes of a saved model's parameters; no weight is
+    read.
+    """
     with checkpoint.open_checkpoint(path) as file:
         described = {name: file.describe(name)[1:] for name in file.names}
     return {
@@ -135,7 +149,9 @@ def saved_shapes(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Dense floating-point arrays in another type; compressed leaves as they are."""
+    """Return dense floating-point arrays in another type; compressed leaves as they
+    are.
+    """
 
     def one(x):
         keep = isinstance(x, Leaf) or not jnp.issubdtype(x.dtype, jnp.floating)
@@ -145,7 +161,7 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def describe(model: Transformer) -> dict[str, Any]:
-    """The settings of a model as JSON values; `rebuild` is the inverse."""
+    """Return the settings of a model as JSON values; `rebuild` is the inverse."""
     settings = {
         field.name: getattr(model, field.name)
         for field in dataclasses.fields(model)
@@ -156,7 +172,7 @@ def describe(model: Transformer) -> dict[str, Any]:
 
 
 def rebuild(description: Mapping[str, Any]) -> Transformer:
-    """The model that `describe` described.
+    """Return the model that `describe` described.
 
     Raises ValueError on another type of model and on settings this version lacks.
     """

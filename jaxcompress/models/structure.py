@@ -14,9 +14,15 @@ from jaxcompress.types import Params
 
 
 def neuron_groups(model: Transformer) -> dict[str, Group]:
-    """The hidden neurons of each layer's MLP, by `layer_0/mlp` and so on.
+    """Return the hidden neurons of each layer's MLP, by `layer_0/mlp` and so on.
 
     Raises ValueError on a scanned model, whose layers all keep one width.
+
+    Args:
+      model: whose neurons may be removed.
+
+    Example:
+      >>> groups = jc.models.neuron_groups(model)
     """
     _looped(model)
     return {
@@ -31,12 +37,18 @@ def neuron_groups(model: Transformer) -> dict[str, Group]:
 
 
 def head_groups(model: Transformer) -> dict[str, Group]:
-    """The heads of each layer, by `layer_0/attention`: a unit is a key/value head.
+    """Return heads of each layer, by `layer_0/attention`: a unit is a key/value head.
 
     The queries that share it go with it, so that their number per key/value head is the
     same in all layers; without grouped queries a unit is a head.
 
     Raises ValueError on a scanned model.
+
+    Args:
+      model: whose heads may be removed.
+
+    Example:
+      >>> groups = jc.models.head_groups(model)
     """
     _looped(model)
     return {
@@ -52,9 +64,15 @@ def head_groups(model: Transformer) -> dict[str, Group]:
 
 
 def layer_groups(model: Transformer) -> dict[str, Group]:
-    """The layers themselves, as "layers": of the scanned model (`stack_layers`).
+    """Return the layers themselves, as "layers": of the scanned model (`stack_layers`).
 
     Raises ValueError on a looped model.
+
+    Args:
+      model: whose layers may be removed.
+
+    Example:
+      >>> groups = jc.models.layer_groups(model.clone(scan=True))
     """
     if not model.scan:
         raise ValueError(
@@ -65,7 +83,7 @@ def layer_groups(model: Transformer) -> dict[str, Group]:
 
 
 def filter_groups(model: ConvNet) -> dict[str, Group]:
-    """The filters of each convolution, by `conv_0` and so on, over its variables.
+    """Return filters of each convolution, by `conv_0` and so on, over its variables.
 
     The names are those of the tree `{"params": ..., "batch_stats": ...}`, which must
     shrink together.
@@ -88,7 +106,7 @@ def filter_groups(model: ConvNet) -> dict[str, Group]:
 
 
 def resized(model: Transformer | ConvNet, params: Params) -> Transformer | ConvNet:
-    """The model whose parameters have the shapes of `params`, after `remove_units`.
+    """Return model whose parameters have the shapes of `params`, after `remove_units`.
 
     Args:
       model: the model before.
@@ -121,7 +139,7 @@ def resized(model: Transformer | ConvNet, params: Params) -> Transformer | ConvN
 def layer_influence(
     model: Transformer, params: Params, batches: Iterable[jax.Array]
 ) -> jax.Array:
-    """What each layer is worth: one less the cosine of its output with its input.
+    """Score each layer: one less the cosine of its output with its input.
 
     Args:
       model: looped or scanned, as its parameters are.

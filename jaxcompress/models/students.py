@@ -21,7 +21,7 @@ from jaxcompress.types import Params
 def fewer_layers(
     model: Transformer | Bert, params: Params, layers: int | Sequence[int]
 ) -> tuple[Any, Params]:
-    """The model with some of its layers, in order, and their parameters.
+    """Return the model with some of its layers, in order, and their parameters.
 
     Args:
       model: looped or scanned.
@@ -31,6 +31,9 @@ def fewer_layers(
 
     Raises:
       ValueError: a layer that does not exist, layers out of order, none.
+
+    Example:
+      >>> student, small = jc.models.fewer_layers(model, params, 1)
 
     Source: every second layer, Sanh et al. 2019, DistilBERT (arXiv 1910.01108).
     """
@@ -69,7 +72,7 @@ def fewer_neurons(
     *,
     sparsity: float,
 ) -> tuple[Transformer, Params]:
-    """The looped model without the neurons of each MLP that matter least.
+    """Return the looped model without the neurons of each MLP that matter least.
 
     Those that stay make up for those that go (`remove_units`).
 
@@ -95,7 +98,7 @@ def fewer_channels(
     *,
     sparsity: float,
 ) -> tuple[Transformer, Params]:
-    """The looped model without the channels of its width that carry least.
+    """Return the looped model without the channels of its width that carry least.
 
     A channel's score is the root mean square of what it sends to the projections that
     read it, after the norms. Norms have a mean over fewer channels, and their scales
@@ -133,7 +136,8 @@ def fewer_channels(
 
 
 def channel_group(model: Transformer) -> Group:
-    """The channels of the model's width, which all its parts share, of a looped model.
+    """Return the channels of the model's width, which all its parts share, of a looped
+    model.
 
     Raises ValueError on a scanned one.
     """

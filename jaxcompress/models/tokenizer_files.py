@@ -138,7 +138,7 @@ def _mark(
 
 
 def _added(directory: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Tokens that other files add to the vocabulary, by id."""
+    """Return tokens that other files add to the vocabulary, by id."""
     added = {}
     for content, i in _json(directory / "added_tokens.json").items():
         added[int(i)] = {"content": content, "special": True, "normalized": False}
@@ -183,7 +183,7 @@ def _prefix(part: Any, prefix: bool | None) -> bool:
 
 
 def _ends(directory: Path) -> list[int]:
-    """The ids at which generation ends, besides the end mark."""
+    """Return the ids at which generation ends, besides the end mark."""
     for name in ("generation_config.json", "config.json"):
         ids = _json(directory / name).get("eos_token_id")
         if ids is not None:
@@ -194,7 +194,9 @@ def _ends(directory: Path) -> list[int]:
 def _from_merges(
     directory: Path, settings: Mapping[str, Any], marks: dict[str, str | None]
 ) -> str:
-    """A tokenizer.json from GPT-2's two files; fills in the class's own end mark."""
+    """Return a tokenizer.json from GPT-2's two files; fills in the class's own end
+    mark.
+    """
     config = _json(directory / "config.json")
     name = settings.get("tokenizer_class") or _CLASSES.get(config.get("model_type"))
     name = str(name).removesuffix("Fast")

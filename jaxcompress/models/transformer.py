@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from jaxcompress.models.attention import Attention
@@ -97,6 +96,9 @@ class Transformer(nn.Module):
       normalized_experts: the weights of the chosen experts add up to 1.
       dense_layers: indices of layers without experts.
       logits: False returns the normalized hidden states [B, T, width] instead.
+
+    Example:
+      >>> logits = model.apply({"params": params}, tokens)
     """
 
     vocab_size: int
@@ -252,7 +254,8 @@ class Transformer(nn.Module):
         return logits if cache is None else (logits, cache)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` tokens of `batch` texts, in the compute type.
+        """Return an empty cache for `length` tokens of `batch` texts, in the compute
+        type.
 
         A pytree: `index`, the tokens written so far, and keys [B, K, D, S] and values
         [B, K, S, D] under each layer's name (with a leading layer axis where the model
@@ -286,7 +289,7 @@ class Transformer(nn.Module):
         return tuple(values)
 
     def _rotation(self, window, positions):
-        """Angles [B, T, D/2] of a layer with this window, and their scale."""
+        """Return angles [B, T, D/2] of a layer with this window, and their scale."""
         theta, scaling = self.rope_theta, self.rope_scaling
         if theta is None:
             return None, 1.0
@@ -309,7 +312,7 @@ class Transformer(nn.Module):
             )
 
     def _layer_settings(self, rope_scales):
-        """The fields of each layer's Block."""
+        """Return the fields of each layer's Block."""
         fields = ("heads", "kv_heads", "mlp_width")
         settings = []
         for i, values in enumerate(zip(*map(self._per_layer, fields), strict=True)):
@@ -355,39 +358,3 @@ class Transformer(nn.Module):
             }
             settings.append(options)
         return settings
-
-
-def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the looped model as those of the scanned one (`scan=True`).
-
-    Stacks every leaf along a new axis 0, compressed ones included. Raises ValueError
-    where there is no `layer_0` or the layers differ in structure or shape.
-    """
-    names = [f"layer_{i}" for i in range(len(params)) if f"layer_{i}" in params]
-    if not names:
-        raise ValueError(f"no layer_0 among {sorted(params)}: not a looped model")
-    layers = [params[name] for name in names]
-    for name, layer in zip(names, layers, strict=True):
-        if _signature(layer) != _signature(layers[0]):
-            raise ValueError(
-                f"{name} differs from {names[0]} in structure or shapes; layers that "
-                "differ cannot be stacked, keep the looped model"
-            )
-    rest = {key: value for key, value in params.items() if key not in names}
-    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
-
-
-def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the scanned model as those of the looped one (`scan=False`)."""
-    if "layers" not in params:
-        raise ValueError(f"no layers among {sorted(params)}: not a scanned model")
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    rest = {key: value for key, value in params.items() if key != "layers"}
-    for i in range(count):
-        rest[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], params["layers"])
-    return rest
-
-
-def _signature(tree):
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]

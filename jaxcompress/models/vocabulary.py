@@ -15,7 +15,7 @@ from jaxcompress.types import Params
 def trim_vocabulary(
     model: Transformer, params: Params, tokenizer: Tokenizer, keep: Iterable[int]
 ) -> tuple[Transformer, Params, Tokenizer]:
-    """The model that knows only these pieces, and what they need, renumbered.
+    """Return the model that knows only these pieces, and what they need, renumbered.
 
     Text encoded in kept pieces only is segmented as before (`tokenization.trim`) and
     has the same hidden states and the same logits of the kept pieces. Probabilities

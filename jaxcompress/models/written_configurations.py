@@ -18,7 +18,7 @@ _RUNNING = (
 
 
 def config_from(model: Transformer) -> dict[str, Any]:
-    """What `config.json` says of a model; the inverse of `transformer_from`."""
+    """Write the `config.json` of a model; the inverse of `transformer_from`."""
     for field in ("heads", "kv_heads", "mlp_width"):
         if not isinstance(getattr(model, field), int):
             raise ValueError(

@@ -19,7 +19,7 @@ def check(
     *,
     variables: Mapping[str, Any] | None = None,
 ) -> None:
-    """Applies a model abstractly to a compressed tree, and names a leaf that fails.
+    """Apply a model abstractly to a compressed tree, and name a leaf that fails.
 
     Nothing is computed. Warns where the tree has no compressed leaf any more: an
     operation such as `flax.linen.unbox` made all of them dense.

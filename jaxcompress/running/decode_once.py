@@ -11,7 +11,7 @@ from jaxcompress.types import Params
 
 
 def decode_once(params: Params) -> Params:
-    """The same tree with every lossless leaf replaced by the array it stands for.
+    """Return same tree with every lossless leaf replaced by the array it stands for.
 
     Codes are then one integer each, and weights still materialize where a layer asks
     for them: more memory than the stored form, less than the dense one, and no
@@ -23,7 +23,8 @@ def decode_once(params: Params) -> Params:
 
 
 def code_again(params: Params, like: Params) -> Params:
-    """`decoded` undone after training: codes, which do not train, are coded again.
+    """Compute `decoded` undone after training: codes, which do not train, are coded
+    again.
 
     Floating-point arrays that were coded stay as they are in `params`, since they may
     have changed: `code_floats()` codes them, and so does `save`.

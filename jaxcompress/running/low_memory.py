@@ -30,7 +30,7 @@ def mode() -> str | None:
 
 @contextlib.contextmanager
 def running(how: str) -> Iterator[None]:
-    """Sets `mode()`."""
+    """Set `mode()`."""
     token = _mode.set(how)
     try:
         yield
@@ -40,7 +40,7 @@ def running(how: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def low_memory() -> Iterator[None]:
-    """Keeps the peak memory of `model.apply` on compressed parameters low.
+    """Keep the peak memory of `model.apply` on compressed parameters low.
 
     Inside it, every module call makes the stored weights it uses wait for its
     activation, so that XLA cannot dequantize a layer before its input exists, and
@@ -86,7 +86,7 @@ def _stream(
 
 @contextlib.contextmanager
 def _waiting_for(activation: jax.Array | None) -> Iterator[None]:
-    """Stored weights used inside wait for the activation, if there is one."""
+    """Return stored weights used inside wait for the activation, if there is one."""
     if activation is None:
         yield
         return
@@ -98,7 +98,7 @@ def _waiting_for(activation: jax.Array | None) -> Iterator[None]:
 
 
 def _traced_array(tree: Any) -> jax.Array | None:
-    """The first array of real numbers under trace: what the call waits for."""
+    """Return the first array of real numbers under trace: what the call waits for."""
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.core.Tracer) and x.size and jnp.isrealobj(x):
             return x
@@ -106,7 +106,7 @@ def _traced_array(tree: Any) -> jax.Array | None:
 
 
 def _after(activation: jax.Array, stored: Leaf) -> Leaf:
-    """The same leaf, bit for bit, not available before the activation is.
+    """Return the same leaf, bit for bit, not available before the activation is.
 
     A barrier on both says so. XLA for CPUs did not order its work by barriers up to
     jax 0.10 (it does in 0.12), so there the stored arrays really depend on a zero that
@@ -128,7 +128,8 @@ def _after(activation: jax.Array, stored: Leaf) -> Leaf:
 
 @jax.custom_jvp
 def _held(x: jax.Array, zero: jax.Array) -> jax.Array:
-    """16-bit numbers, not available before the zero is; its derivative is that of `x`.
+    """Hold 16-bit numbers back until the zero is available; the derivative is that of
+    `x`.
 
     CPUs multiply them as float32 and round again, which costs more than a product.
     """
@@ -151,13 +152,15 @@ def _zero_after(activation: jax.Array) -> jax.Array:
 def _zero_after_all(
     size: int, batched: list[bool], activation: jax.Array
 ) -> tuple[jax.Array, bool]:
-    """One zero for all examples: the weights they share must not be batched."""
+    """Return one zero for all examples: the weights they share must not be batched."""
     del size
     return _zero_after(activation[0] if batched[0] else activation), False
 
 
 def _embed(embed: nn.Embed, method: str, x: jax.Array) -> jax.Array | None:
-    """`embed.<method>(x)` from a stored table; None where Flax's own code is to run."""
+    """Compute `embed.<method>(x)` from a stored table; None where Flax's own code is to
+    run.
+    """
     table = embed.get_variable("params", "embedding")
     if not isinstance(table, Leaf) or embed.num_embeddings == 1:
         return None

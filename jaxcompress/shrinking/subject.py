@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxcompress.models import saved
 from jaxcompress.models.loading import load
-from jaxcompress.models.transformer import Transformer, stack_layers
+from jaxcompress.models.stacking import stack_layers
+from jaxcompress.models.transformer import Transformer
 from jaxcompress.storage import checkpoint
 from jaxcompress.tracing.modules import NOT_INPUTS, model_function
 from jaxcompress.tree.paths import roots

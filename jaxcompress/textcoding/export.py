@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.models.rope import rope_frequencies
-from jaxcompress.models.transformer import Transformer, unstack_layers
+from jaxcompress.models.stacking import unstack_layers
+from jaxcompress.models.transformer import Transformer
 from jaxcompress.textcoding.fixed_point import ONE
 from jaxcompress.textcoding.integer_transformer import (
     MOST_KEYS,

@@ -74,7 +74,7 @@ def cut(
     batch: Any,
     pattern: str | None,
 ) -> tuple[list[Segment], list[Any]]:
-    """The segments of `function(weights, batch)`, and the variables of the batch.
+    """Return segments of `function(weights, batch)`, and the variables of the batch.
 
     Traces abstractly. What the function returns is not kept: the last segment ends
     with the last use of a weight. Without a pattern blocks are guessed; those that the
@@ -122,7 +122,9 @@ def _cut(
 def _flattened(
     closed: Any, shapes: Shapes, batch: Any, groups: Mapping[str, list[str]]
 ) -> tuple[list[str], list[Block], Any, list]:
-    """Outer names, blocks, and the program with its loops over blocks unrolled."""
+    """Return outer names, blocks, and the program with its loops over blocks
+    unrolled.
+    """
     full = {f"{p}/{name}": (p, name) for p, names in groups.items() for name in names}
     order = sorted(shapes)
     tags = [name if name in full else None for name in order]
@@ -291,7 +293,7 @@ def _cuts(
     defined: Mapping[Any, int],
     last: Mapping[Any, int],
 ) -> list[int]:
-    """Before which step to cut, between every two stretches."""
+    """Choose before which step to cut, between every two stretches."""
     size = 2 + spans[-1][2]
     change = [0] * (size + 1)
     for var, stop in last.items():  # alive at cuts after its step up to its last use
@@ -305,7 +307,9 @@ def _cuts(
 
 
 def _recipe(needed: Mapping[Any, None], made_by: Mapping[Any, Any]) -> list:
-    """Equations of the pure variables among these, and of what they need, in order."""
+    """Return equations of the pure variables among these, and of what they need, in
+    order.
+    """
     found: dict[int, Any] = {}
 
     def visit(var: Any) -> None:

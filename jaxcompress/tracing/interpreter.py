@@ -67,7 +67,7 @@ def trace_uses(
     *,
     tagged: Sequence[str] | None = None,
 ) -> Sums:
-    """Runs `function(weights, arguments)`, calling `visit` at every use of a weight.
+    """Run `function(weights, arguments)`, calling `visit` at every use of a weight.
 
     Traceable. What `visit` returns, sums over the `...` axes of `Use.inputs`, is added
     up over all uses of a weight, over calls and loops; a scan over stacked weights
@@ -94,7 +94,7 @@ def run_uses(
     tagged: Sequence[str] | None = None,
     multiply: Multiply | None = None,
 ) -> tuple[Any, Sums]:
-    """What `function` returns, and what `trace_uses` does.
+    """Run `function`; return its result and that of `trace_uses`.
 
     With `multiply`, functions that bring their own derivative keep it: what happens to
     weights inside of them is not seen.
@@ -134,7 +134,7 @@ class _Reader:
     multiply: Multiply | None = None
 
     def run(self, closed: Any, values: Sequence, tags: Sequence) -> tuple:
-        """Results, their tags, and sums of a program on tagged values."""
+        """Return results, their tags, and sums of a program on tagged values."""
         jaxpr, consts = closed.jaxpr, closed.consts
         value_of: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         value_of.update(zip(jaxpr.invars, values, strict=True))
@@ -163,7 +163,7 @@ class _Reader:
         return results, [read_tag(v) for v in jaxpr.outvars], sums
 
     def step(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
-        """Results, their tags, and sums of one operation that reads a weight."""
+        """Return results, their tags, and sums of one operation that reads a weight."""
         name, mapped = eqn.primitive.name, self.mapped or is_vmapped(eqn)
         if self.multiply and name.startswith("custom_"):
             results = self.multiply(eqn, values, tags, [])
@@ -203,7 +203,7 @@ class _Reader:
         return results, after, sums
 
     def note(self, use: Use, sums: Sums, *, fixed: bool) -> None:
-        """Adds what `visit` returns for a use to the sums.
+        """Add what `visit` returns for a use to the sums.
 
         `fixed`: no operand depends on the batch, as in a power iteration. It counts
         where the weight has no other use.

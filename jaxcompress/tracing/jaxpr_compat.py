@@ -7,7 +7,7 @@ from jax.extend import core
 
 
 def bind(eqn: Any, values: Sequence) -> list:
-    """The results of one operation."""
+    """Return the results of one operation."""
     bound = eqn.primitive.get_bind_params(eqn.params)
     # Older versions (0.7.2) return functions to call beside the parameters.
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
@@ -16,7 +16,7 @@ def bind(eqn: Any, values: Sequence) -> list:
 
 
 def closed_of(jaxpr: Any) -> Any:
-    """An inner program with its constants: remat holds it without."""
+    """Return an inner program with its constants: remat holds it without."""
     if isinstance(jaxpr, core.ClosedJaxpr):
         return jaxpr
     return core.ClosedJaxpr(jaxpr, ())
@@ -30,7 +30,9 @@ def called(eqn: Any) -> Any:
 
 
 def scan_sizes(params: Mapping[str, Any], count: int) -> tuple[int, int]:
-    """How many operands of a scan are constants and carries; the rest is scanned."""
+    """Return how many operands of a scan are constants and carries; the rest is
+    scanned.
+    """
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     # From jax 0.12 the operands' structure stands in their place.
@@ -39,6 +41,8 @@ def scan_sizes(params: Mapping[str, Any], count: int) -> tuple[int, int]:
 
 
 def is_vmapped(eqn: Any) -> bool:
-    """Whether `vmap` made this operation, by the names that JAX gives for profiles."""
+    """Return whether `vmap` made this operation, by the names that JAX gives for
+    profiles.
+    """
     source = getattr(eqn, "source_info", None)
     return "vmap(" in str(getattr(source, "name_stack", ""))

@@ -29,7 +29,7 @@ def find_layouts(
     where: Where = None,
     variables: Mapping[str, Any] | None = None,
 ) -> dict[str, Layout]:
-    """The `Layout` of every kernel and embedding that the model multiplies or reads.
+    """Return `Layout` of every kernel and embedding that the model multiplies or reads.
 
     Traces the model abstractly: nothing is computed, and `params` and `batch` may hold
     `jax.ShapeDtypeStruct`. Weights are followed through casts, slices, gathers,
@@ -87,7 +87,7 @@ def find_layouts(
 
 
 def matching(names: list[str], where: Where) -> list[str]:
-    """The names that a pattern fully matches, or for which a function is true.
+    """Return the names that a pattern fully matches, or for which a function is true.
 
     Raises ValueError where there are none.
     """
@@ -105,7 +105,7 @@ def matching(names: list[str], where: Where) -> list[str]:
 
 
 def warn_unseen(unseen: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
-    """Warns of large arrays that the trace did not see in a product."""
+    """Warn of large arrays that the trace did not see in a product."""
     large = {
         name: x
         for name, x in unseen.items()
@@ -125,7 +125,9 @@ def warn_unseen(unseen: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
 
 
 def flat_weights(params: Params) -> tuple[dict[str, Any], Callable[..., Params]]:
-    """Shapes of the dense weights by name, and what puts weights back into the tree."""
+    """Return shapes of the dense weights by name, and what puts weights back into the
+    tree.
+    """
     check_tree(params)
     named = list(roots(params))
     check_names([name for name, _ in named])

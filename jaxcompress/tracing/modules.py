@@ -17,7 +17,7 @@ NOT_INPUTS = ("mask", "labels", "targets")
 def model_function(
     model: Any, variables: Mapping[str, Any] | None = None
 ) -> Callable[[Params, Any], Any]:
-    """The function `(params, batch) -> anything` that runs a model.
+    """Return the function `(params, batch) -> anything` that runs a model.
 
     Args:
       model: a Linen module, an NNX module, a Flax model of transformers, or such a
@@ -39,7 +39,7 @@ def model_function(
 
 
 def is_nnx(model: Any) -> bool:
-    """Whether a model is an NNX module; imports nothing."""
+    """Return whether a model is an NNX module; imports nothing."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(model, nnx.Module)
 
@@ -52,7 +52,7 @@ def _call_nnx(model: Any, params: Params, batch: Any) -> Any:
 
 
 def _call_holder(model: Any, params: Params, batch: Any) -> Any:
-    """Calls what holds a Linen module and takes `params=`, as transformers' models."""
+    """Call what holds a Linen module and takes `params=`, as transformers' models."""
     positional, named = _arguments(batch, type(model).__call__)
     return model(*positional, **named, params=params)
 
@@ -82,7 +82,7 @@ def _apply(model: Any, params: Params, batch: Any, variables: Mapping[str, Any])
 
 
 def _arguments(batch: Any, call: Any) -> tuple[tuple, dict[str, Any]]:
-    """The positional and the named arguments of a module for a batch."""
+    """Return the positional and the named arguments of a module for a batch."""
     if not isinstance(batch, Mapping):
         if not hasattr(batch, "shape"):
             raise TypeError(

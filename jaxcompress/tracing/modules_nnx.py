@@ -39,14 +39,17 @@ if not hasattr(nnx.Param, "get_value"):  # flax 0.11 reads the property
 
 
 def stored(variable: nnx.Variable) -> Any:
-    """What an NNX variable really holds: a leaf, an array, or its abstract shape."""
+    """Return what an NNX variable really holds: a leaf, an array, or its abstract
+    shape.
+    """
     if hasattr(variable, "get_raw_value"):
         return variable.get_raw_value()
     return variable.raw_value
 
 
 def params_of(module: nnx.Module, of: Any = nnx.Param) -> Params:
-    """The `Param`s of a module as nested dicts of stored values: what `compress` takes.
+    """Return the `Param`s of a module as nested dicts of stored values: what `compress`
+    takes.
 
     Keys are strings, list indices too. A parameter that several layers share appears
     once, under one of its paths.
@@ -80,7 +83,7 @@ def _is_large(x: Any) -> bool:
 
 
 def with_params(module: nnx.Module, params: Params) -> nnx.Module:
-    """A copy of the module that runs on these parameters, compressed or not.
+    """Return a copy of the module that runs on these parameters, compressed or not.
 
     The module itself is untouched, and may be abstract (`nnx.eval_shape`). Variables
     that are not `Param`s (batch statistics, random streams) are copied.
@@ -125,7 +128,7 @@ def with_params(module: nnx.Module, params: Params) -> nnx.Module:
 
 
 def _variables(module: nnx.Module, of: Any) -> dict[tuple[str, ...], nnx.Variable]:
-    """Every variable of these types once, by its path."""
+    """Return every variable of these types once, by its path."""
     found: dict[int, tuple[tuple[str, ...], nnx.Variable]] = {}
     for path, node in nnx.iter_graph(module):
         if isinstance(node, of):
@@ -134,7 +137,7 @@ def _variables(module: nnx.Module, of: Any) -> dict[tuple[str, ...], nnx.Variabl
 
 
 def _inside_linen(module: nnx.Module) -> set[str]:
-    """Names of the parameters of Linen modules that `nnx.bridge.ToNNX` wraps."""
+    """Return names of the parameters of Linen modules that `nnx.bridge.ToNNX` wraps."""
     paths = [
         tuple(map(str, path))
         for path, node in nnx.iter_graph(module)
@@ -145,14 +148,14 @@ def _inside_linen(module: nnx.Module) -> set[str]:
 
 
 def _holding(variable: nnx.Variable, value: Any, linen: bool) -> nnx.Variable:
-    """A variable like this one that stores `value`; Linen modules unbox it."""
+    """Return a variable like this one that stores `value`; Linen modules unbox it."""
     if linen or not isinstance(value, Leaf):
         return variable.replace(value)
     return CompressedParam.from_metadata(value, dict(variable.get_metadata()))
 
 
 def _replace(node: Any, new: dict[int, nnx.Variable]) -> None:
-    """Puts the new variables where a module, list or dict holds the old ones."""
+    """Put the new variables where a module, list or dict holds the old ones."""
     if isinstance(node, nnx.Variable):
         return
     if isinstance(node, dict):

@@ -47,7 +47,7 @@ ELEMENTWISE = {
 
 
 def moved(eqn: Any, values: Sequence, tags: Sequence[Tag], results: list) -> list[Tag]:
-    """The tags of an operation's results."""
+    """Return the tags of an operation's results."""
     name = eqn.primitive.name
     after: list[Tag] = []
     hot = any(isinstance(tag, OneHot) for tag in tags)
@@ -61,7 +61,7 @@ def moved(eqn: Any, values: Sequence, tags: Sequence[Tag], results: list) -> lis
 
 
 def _compares(values: Sequence, tags: Sequence[Tag]) -> bool:
-    """Whether integers of the batch are compared with a row of constants."""
+    """Return whether integers of the batch are compared with a row of constants."""
     pairs = list(zip(tags, values, strict=True))
     constant = [tag is CONSTANT and jnp.ndim(x) > 1 for tag, x in pairs]
     whole = all(jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in values)
@@ -147,7 +147,7 @@ def _of_one(eqn: Any, values: Sequence, weight: Weight, result: jax.Array) -> Ta
 
 
 def _of_joined(eqn: Any, values: Sequence, tag: Joined, result: jax.Array) -> Tag:
-    """Casts and transposes of weights side by side, and slices that hold one."""
+    """Follow casts and transposes of joined weights, and slices that hold one."""
     name, params = eqn.primitive.name, eqn.params
     if name in SAME:
         return tag
@@ -166,7 +166,7 @@ def _of_joined(eqn: Any, values: Sequence, tag: Joined, result: jax.Array) -> Ta
 def _sliced(
     tag: Weight | Joined, starts: Sequence, sizes: Sequence[int], shape: Sequence[int]
 ) -> Tag:
-    """The tag of a slice; `starts` may be traced, or None where it has steps."""
+    """Return the tag of a slice; `starts` may be traced, or None where it has steps."""
     if isinstance(tag, Joined):
         if tag.axis is None:
             return None
@@ -198,7 +198,7 @@ def _sliced(
 
 
 def _gathered(params: Any, values: Sequence, weight: Weight, result: jax.Array) -> Tag:
-    """The tag of whole slices gathered along one axis of the weight."""
+    """Return the tag of whole slices gathered along one axis of the weight."""
     numbers, (table, indices) = params["dimension_numbers"], values
     rows = tuple(numbers.start_index_map)
     if not is_slice_gather(params, values, weight):
@@ -217,7 +217,9 @@ def _gathered(params: Any, values: Sequence, weight: Weight, result: jax.Array) 
 
 
 def is_slice_gather(params: Any, values: Sequence, weight: Weight) -> bool:
-    """Whether a gather picks whole slices of two axes or more along one whole axis."""
+    """Return whether a gather picks whole slices of two axes or more along one whole
+    axis.
+    """
     numbers, (table, indices) = params["dimension_numbers"], values
     rows = tuple(numbers.start_index_map)
     sizes, shape = params["slice_sizes"], table.shape
@@ -235,7 +237,7 @@ def is_slice_gather(params: Any, values: Sequence, weight: Weight) -> bool:
 
 
 def _combined(values: Sequence, tags: Sequence[Tag], result: jax.Array) -> Tag:
-    """The tag of arithmetic on weights and what does not depend on the batch."""
+    """Return the tag of arithmetic on weights and what does not depend on the batch."""
     if any(tag is None or isinstance(tag, OneHot) for tag in tags):
         return None
     shaped = [
@@ -261,7 +263,7 @@ def _combined(values: Sequence, tags: Sequence[Tag], result: jax.Array) -> Tag:
 
 
 def _inserted(tag: Tag, axis: int) -> Tag:
-    """The tag with a new axis of size 1."""
+    """Return the tag with a new axis of size 1."""
     if not isinstance(tag, Weight):
         return None if isinstance(tag, Joined) else tag
     axes = (*tag.axes[:axis], (), *tag.axes[axis:])
@@ -269,7 +271,7 @@ def _inserted(tag: Tag, axis: int) -> Tag:
 
 
 def _unstacked(tag: Any, axis: int, shape: Sequence[int]) -> list[Tag]:
-    """The tags of all slices along an axis, which they lose."""
+    """Return the tags of all slices along an axis, which they lose."""
     after: list[Tag] = []
     for i in range(shape[axis]):
         starts = [i if a == axis else 0 for a in range(len(shape))]

@@ -96,13 +96,13 @@ def is_weight(tag: Tag) -> bool:
 
 
 def tag(name: str, shape: Sequence[int]) -> Weight:
-    """The tag of an untouched weight."""
+    """Return the tag of an untouched weight."""
     axes = tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape))
     return Weight(name, tuple(shape), axes)
 
 
 def sliced(tag: Tag) -> Tag:
-    """The tag of one slice along axis 0."""
+    """Return the tag of one slice along axis 0."""
     if isinstance(tag, Joined):
         if not tag.axis:
             return None
@@ -121,7 +121,7 @@ def held_size(atoms: Sequence[Atom]) -> int:
 
 
 def reshaped(weight: Weight, shape: Sequence[int]) -> tuple | None:
-    """What the axes hold after a reshape; None where it cuts across an axis."""
+    """Return what the axes hold after a reshape; None where it cuts across an axis."""
     left = [atom for atoms in weight.axes for atom in atoms if atom.size > 1]
     if held_size(left) != math.prod(shape):
         return None  # repeated along some axis
@@ -146,7 +146,9 @@ def reshaped(weight: Weight, shape: Sequence[int]) -> tuple | None:
 
 
 def part(atoms: Sequence[Atom], start: int | None, size: int) -> tuple | None:
-    """What an axis holds after a slice; None where the slice cuts across atoms."""
+    """Return what an axis holds after a slice; None where the slice cuts across
+    atoms.
+    """
     atoms = [atom for atom in atoms if atom.size > 1]
     if size == held_size(atoms):
         return tuple(atoms)
@@ -168,7 +170,7 @@ def original_layout(
     *,
     shared: bool = False,
 ) -> Layout | None:
-    """The original axes of those of a value; None where one has two roles.
+    """Return the original axes of those of a value; None where one has two roles.
 
     `shared`: the product was mapped over slices of the weight with one input for all,
     so that the axes of outputs before the inputs' are stack axes.
@@ -203,6 +205,6 @@ def original_layout(
 
 
 def covers(weight: Weight, axes: Sequence[int], value: jax.Array) -> bool:
-    """Whether these axes of a value hold nothing but what their atoms say."""
+    """Return whether these axes of a value hold nothing but what their atoms say."""
     sizes = [value.shape[axis] for axis in axes]
     return [held_size(weight.axes[axis]) for axis in axes] == sizes

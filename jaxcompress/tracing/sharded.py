@@ -13,7 +13,8 @@ from jaxcompress.tracing.provenance import Tag, Weight
 def run_sharded(
     run: Callable[..., tuple], eqn: Any, values: list, tags: Sequence[Tag]
 ) -> tuple[list, list[Tag], dict]:
-    """Results, their tags, and sums over all devices of a program inside `shard_map`.
+    """Return results, their tags, and sums over all devices of a program inside
+    `shard_map`.
 
     Averages are exact; counts are multiplied by the devices that hold equal rows. A
     weight whose inputs are sharded has a layout, and no sums.
@@ -40,7 +41,7 @@ def run_sharded(
 
 
 def _local(tag: Tag, spec: PartitionSpec, mesh: Any) -> Tag:
-    """The tag of the part of a weight that one device holds."""
+    """Return the tag of the part of a weight that one device holds."""
     if not isinstance(tag, Weight):
         return tag if not any(spec) else None
     axes = list(tag.axes)

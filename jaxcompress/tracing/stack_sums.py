@@ -13,7 +13,8 @@ Visit = Callable[[Use], dict[str, jax.Array]]
 
 
 def stacked_sums(use: Use, visit: Visit) -> dict[str, jax.Array]:
-    """What `visit` returns of a use, with the stack axes that it does not know of.
+    """Return what `visit` returns of a use, with the stack axes that it does not know
+    of.
 
     A slice that was picked adds to its own place; slices that all meet the same rows
     have the same sums; where each row meets a slice of its own, rows are told apart.

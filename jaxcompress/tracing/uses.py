@@ -55,7 +55,7 @@ class Use:
 def uses_of(
     eqn: Any, values: list, tags: Sequence[Tag], *, mapped: bool, experts: set[str]
 ) -> list[Use]:
-    """The uses of weights in one operation.
+    """Return the uses of weights in one operation.
 
     `mapped`: `vmap` made it. `experts`: names of weights whose gathered slices are
     multiplied, which are stacks and no tables.
@@ -79,7 +79,9 @@ def uses_of(
 
 
 def _parts(params: Mapping[str, Any], values: list, tag: Any, side: int) -> list:
-    """`(tag, weight, inputs)` of each weight among those joined in an operand."""
+    """Compute `(tag, weight, inputs)` of each weight among those joined in an
+    operand.
+    """
     w, x = values[side], values[1 - side]
     if isinstance(tag, Weight):
         return [(tag, w, x)]
@@ -107,7 +109,7 @@ def _parts(params: Mapping[str, Any], values: list, tag: Any, side: int) -> list
 
 
 def _output_parts(params: Mapping[str, Any], kernel: jax.Array, tag: Any) -> list:
-    """`(tag, kernel)` of each kernel among those joined along their outputs."""
+    """Compute `(tag, kernel)` of each kernel among those joined along their outputs."""
     if isinstance(tag, Weight):
         return [(tag, kernel)]
     if tag.axis not in (None, params["dimension_numbers"].rhs_spec[0]):
@@ -126,7 +128,9 @@ def _only(axis: int, start: int, size: int) -> tuple:
 
 
 def _stacks(weight: Weight, layout: Layout, before: Sequence[int]) -> dict[str, Any]:
-    """The fields of a `Use` that tell of stack axes; `before` are those of `stack`."""
+    """Return the fields of a `Use` that tell of stack axes; `before` are those of
+    `stack`.
+    """
     picked = tuple(
         (p.atom.size, p.index) for p in weight.picked if not jnp.ndim(p.index)
     )
@@ -191,14 +195,16 @@ def _product(
 
 
 def _of_indices(atoms: Sequence[Atom]) -> bool:
-    """Whether an axis is one of the indices by which slices were gathered."""
+    """Return whether an axis is one of the indices by which slices were gathered."""
     return any(atom.axis < 0 for atom in atoms)
 
 
 def _chosen(
     weight: Weight, held: Mapping[int, Sequence[Atom]], rows: Sequence[int]
 ) -> tuple[int, jax.Array] | None:
-    """The slice that each row meets: `(slices, indices that broadcast to the rows)`."""
+    """Return the slice that each row meets: `(slices, indices that broadcast to the
+    rows)`.
+    """
     for picked in weight.picked:
         if jnp.ndim(picked.index):
             atoms = [atom for b in rows for atom in held.get(b, ()) if atom.axis < 0]
@@ -213,7 +219,7 @@ def _chosen(
 def _one_hot(
     weight: Weight, x: jax.Array, stack: list, mine: Any, free: list, lead: list, rows
 ) -> Use | None:
-    """A product with one-hot vectors, which reads rows of a table."""
+    """Return a product with one-hot vectors, which reads rows of a table."""
     layout = original_layout(weight, stack, free, mine)
     if layout is None or len(mine) != 1 or len(weight.axes[mine[0]]) != 1:
         return None
@@ -231,7 +237,7 @@ def _one_hot(
 def _in_order(
     x: jax.Array, start: int, held: Sequence[Sequence[Atom]], weight: Weight
 ) -> tuple[jax.Array, float] | None:
-    """Axes from `start` on as one, in the order of the original weight's axes.
+    """Return axes from `start` on as one, in the order of the original weight's axes.
 
     Where the weight's axes are held in part, zeros fill the rest up. The second result
     is the part that is held. None where it is unknown which.
@@ -313,7 +319,7 @@ def _lookup(params: Mapping[str, Any], values: list, weight: Weight) -> Use | No
 
 
 def _ragged(params: Mapping[str, Any], values: list, weight: Weight) -> Use | None:
-    """A product of sorted rows with one slice for each group of them."""
+    """Return a product of sorted rows with one slice for each group of them."""
     numbers = params["ragged_dot_dimension_numbers"]
     contracted, batched = numbers.dot_dimension_numbers
     x, value, sizes = values[:3]

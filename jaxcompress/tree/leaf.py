@@ -118,7 +118,8 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
         return contract(x, self.unbox(), how)
 
     def tiles(self) -> Callable[[jax.Array, int], jax.Array]:
-        """A function of a traced start and a size: these outputs of a 2-D leaf, dense.
+        """Return a function of a traced start and a size: these outputs of a 2-D leaf,
+        dense.
 
         `contract` makes a large weight with it, one tile at a time. What a tile cannot
         be cut from, such as entropy-coded codes, is decoded once, here.

@@ -76,7 +76,7 @@ class Entry:
         return leading(DENSE, len(shape))
 
     def matrix(self, value: Any = None) -> jax.Array:
-        """The value, or another in its place, as `[..., inputs, outputs]`.
+        """Return the value, or another in its place, as `[..., inputs, outputs]`.
 
         Args:
           value: an array or a leaf of the same shape.
@@ -85,7 +85,9 @@ class Entry:
         return matricize(dense(value), self.layout)
 
     def restore(self, matrix: Any) -> Any:
-        """A leaf or an array `[..., inputs, outputs]` in the shape of the value."""
+        """Return a leaf or an array `[..., inputs, outputs]` in the shape of the
+        value.
+        """
         return restore(matrix, self.value.shape, self.layout)
 
 

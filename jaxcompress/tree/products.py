@@ -56,7 +56,8 @@ def product_in_tiles(
     shape: tuple[int, int],
     how: Arithmetic,
 ) -> jax.Array:
-    """`x @ weight`, where `columns(start, size)` makes `weight[:, start:start + size]`.
+    """Compute `x @ weight`, where `columns(start, size)` makes `weight[:, start:start +
+    size]`.
 
     `[..., inputs]` to `[..., outputs]`, summed in float32 or wider; the last tile may
     overlap the one before. Differentiable; tiles are made again in the backward pass.

@@ -19,7 +19,7 @@ _SHOWN = 5  # names in an error message
 def rename(
     params: Params, names: Mapping[str, Source], *, drop: str | None = None
 ) -> Params:
-    """Renames, splits, joins and reshapes parameters by a map of names.
+    """Rename, split, join and reshape parameters by a map of names.
 
     The map lists every parameter of the result. `{}` stands for a number, such as that
     of a layer, which both names have.
@@ -74,7 +74,7 @@ def rename(
 
 
 def _parts(template: str, source: Source) -> tuple[list[str], Callable | None]:
-    """Old names of an entry and its function; checks them."""
+    """Return the old names of an entry and its function; check them."""
     *sources, last = (source,) if isinstance(source, str) else source
     function = None if isinstance(last, str) else last
     sources = [*sources, last] if function is None else sources
@@ -96,7 +96,7 @@ def _parts(template: str, source: Source) -> tuple[list[str], Callable | None]:
 def _numbers(
     template: str, source: str, old: Mapping[str, Any]
 ) -> list[tuple[int, ...]]:
-    """The numbers that `{}` stand for in old names, in order.
+    """Return the numbers that `{}` stand for in old names, in order.
 
     Raises ValueError where no old name matches.
     """
@@ -121,7 +121,7 @@ def _lacking(template: str, name: str, old: Mapping[str, Any]) -> str:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Names joined by "/" as dicts in dicts."""
+    """Return names joined by "/" as dicts in dicts."""
     root: dict[str, Any] = {}
     for name, value in flat.items():
         *path, last = name.split("/")

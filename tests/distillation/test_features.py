@@ -8,7 +8,8 @@ import pytest
 from models_for_tests import HEADS, TOKENS, WIDTH, language
 
 from jaxcompress import distillation as d
-from jaxcompress.models.transformer import Transformer, unstack_layers
+from jaxcompress.models.stacking import unstack_layers
+from jaxcompress.models.transformer import Transformer
 
 SIZES = {"vocab_size": 32, "width": 16, "heads": 2, "kv_heads": 1, "head_size": 8}
 MODEL = Transformer(**SIZES, layers=3, mlp_width=24, scan=True, sow_intermediates=True)

@@ -20,7 +20,7 @@ from jaxcompress.export import compressed_tensors
 from jaxcompress.export.compressed_tensors_layout import store
 from jaxcompress.models.packed_words import pack_words, unpack_words
 from jaxcompress.models.saved import open_saved, save
-from jaxcompress.models.transformer import stack_layers
+from jaxcompress.models.stacking import stack_layers
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 

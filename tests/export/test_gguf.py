@@ -25,7 +25,7 @@ from jaxcompress.models.gguf_settings import MODULES
 from jaxcompress.models.gguf_tokenizers import PRE_TOKENIZERS
 from jaxcompress.models.loading import load
 from jaxcompress.models.saved import open_saved, save
-from jaxcompress.models.transformer import stack_layers
+from jaxcompress.models.stacking import stack_layers
 from jaxcompress.tree.paths import roots
 
 WEIGHTS = ".*/(kernel|embedding)"

@@ -13,7 +13,7 @@ from jax import export
 
 import jaxcompress as jc
 from jaxcompress.export import stablehlo
-from jaxcompress.models.transformer import stack_layers
+from jaxcompress.models.stacking import stack_layers
 
 TOKENS = np.arange(10, dtype=np.int32).reshape(2, 5) * 7 % 96
 METHOD = "symmetric(bits=4, block=32)"

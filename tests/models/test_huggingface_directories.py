@@ -25,7 +25,7 @@ from jaxcompress.export import huggingface
 from jaxcompress.models.assembly import parameter_shapes
 from jaxcompress.models.configurations import transformer_from
 from jaxcompress.models.loading import load, open_weights, shapes
-from jaxcompress.models.transformer import stack_layers
+from jaxcompress.models.stacking import stack_layers
 from jaxcompress.models.written_configurations import config_from
 from jaxcompress.quantization import symmetric
 from jaxcompress.tree.compress import compress

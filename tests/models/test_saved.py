@@ -11,7 +11,7 @@ from checkpoints_for_tests import GOLDEN, logits_of, shapes_of, trees_equal
 from jaxcompress.models.configurations import transformer_from
 from jaxcompress.models.loading import load, shapes
 from jaxcompress.models.saved import describe, rebuild, save
-from jaxcompress.models.transformer import stack_layers
+from jaxcompress.models.stacking import stack_layers
 from jaxcompress.quantization import symmetric
 from jaxcompress.tree.compress import compress
 

@@ -12,7 +12,8 @@ import jaxcompress as jc
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.models import structure
 from jaxcompress.models.convolutional import ConvNet
-from jaxcompress.models.transformer import Transformer, stack_layers, unstack_layers
+from jaxcompress.models.stacking import stack_layers, unstack_layers
+from jaxcompress.models.transformer import Transformer
 from jaxcompress.pruning.structured import remove_units
 from jaxcompress.pruning.structured.groups import Group, choose_units, find_places
 from jaxcompress.pruning.structured.unit_scores import score_units

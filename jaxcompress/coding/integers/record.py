@@ -113,7 +113,8 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
 def _read_tables(
     data: Record, shape: tuple[int, int, int], escape: bool | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Frequencies `[slices, contexts, columns]`, and values of columns where listed.
+    """Return frequencies `[slices, contexts, columns]`, and values of columns where
+    listed.
 
     `escape` says whether listed values have one; None where columns are the values.
     """

@@ -31,7 +31,7 @@ LAYERS: dict[tuple[type[nn.Module], str], Callable[..., Any]] = {
 
 @contextlib.contextmanager
 def compressed_matmul(*, activations: Activations = "float") -> Iterator[None]:
-    """Makes the layers of `model.apply` multiply by the stored parts of compressed
+    """Make the layers of `model.apply` multiply by the stored parts of compressed
     weights.
 
     `LowRank`, `CP` and `Tucker` weights are never materialized where multiplying by
@@ -90,6 +90,6 @@ def surrounding() -> Activations:
 def _product(
     activations: Activations, module: nn.Module, method: str, args: Any, kwargs: Any
 ) -> Any:
-    """The result of a module's method, or None where Flax's own code is to run."""
+    """Return result of a module's method, or None where Flax's own code is to run."""
     layer = LAYERS.get((type(module), method))
     return layer and layer(module, activations, *args, **kwargs)

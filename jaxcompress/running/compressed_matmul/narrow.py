@@ -27,7 +27,9 @@ class Narrow:
     transposed: bool
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """`x @ matrix`, `[..., inputs]` to `[..., outputs]`, summed in float32."""
+        """Compute `x @ matrix`, `[..., inputs]` to `[..., outputs]`, summed in
+        float32.
+        """
         if self.transposed:  # XLA widens it inside the sum
             return wide_product(x, self.array.T, how)
         hold = before_use.get()

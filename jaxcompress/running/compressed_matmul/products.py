@@ -13,7 +13,7 @@ from jaxcompress.tree.leaf import Arithmetic, Leaf, is_box
 
 
 def stored(module: nn.Module, name: str) -> Any:
-    """What a module's parameter is stored as; None where there is none."""
+    """Return what a module's parameter is stored as; None where there is none."""
     value = module.get_variable("params", name)
     while is_box(value):
         value = value.unbox()
@@ -21,7 +21,7 @@ def stored(module: nn.Module, name: str) -> Any:
 
 
 def bias_of(module: nn.Module) -> jax.Array | None:
-    """The array of a module's bias; None where there is none."""
+    """Return the array of a module's bias; None where there is none."""
     bias = stored(module, "bias") if module.use_bias else None
     return bias.unbox() if isinstance(bias, Leaf) else bias
 
