@@ -27,6 +27,7 @@ SLOW = {
     "guides/rate_distortion.md",
     "guides/shrink.md",
     "guides/training.md",
+    "many_devices.md",
     "text_coding.md",
 }
 LAYERS = {"guides/distil.md": 2}
