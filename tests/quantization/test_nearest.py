@@ -431,3 +431,10 @@ def test_scales_train_and_codes_do_not():
     gradient = jax.grad(lambda leaf: jnp.sum(leaf.materialize()), allow_int=True)(leaf)
     signed = np.asarray(dense(leaf.codes), int) - 8
     np.testing.assert_allclose(gradient.scale, signed.reshape(2, 4, 3).sum(1))
+
+
+def test_a_leaf_of_an_unknown_grid_says_so():
+    """A file whose digests were forged can name any."""
+    leaf = dataclasses.replace(symmetric(weights(8, 3), bits=4), grid="")
+    with pytest.raises(ValueError, match=r"grid '' is unknown; .*symmetric"):
+        leaf.materialize()
