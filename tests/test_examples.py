@@ -80,6 +80,8 @@ def names():
         "model": model,
         "apply_fn": apply_fn,
         "params": params,
+        "small": jc.compress(params, "symmetric(bits=4)"),
+        "optimizer": optax.adam(1e-3),
         "tokens": tokens,
         "batches": batches,
         "moments": moments,

@@ -95,6 +95,7 @@ def detach(params: Params) -> dict[str, LowRank]:
     """Return the products that `lora` added, by the names of their weights.
 
     Example:
+      >>> tree = jc.training.lora(small, rank=8, key=key)
       >>> jc.save("adapters.safetensors", jc.training.detach(tree))
     """
     return {
@@ -115,6 +116,8 @@ def attach(params: Params, adapters: Mapping[str, LowRank]) -> Params:
       ValueError: a name is not that of a weight, or its shape is another one.
 
     Example:
+      >>> tree = jc.training.lora(small, rank=8, key=key)
+      >>> jc.save("adapters.safetensors", jc.training.detach(tree))
       >>> tree = jc.training.attach(small, jc.load("adapters.safetensors"))
     """
     left = dict(adapters)
@@ -147,6 +150,7 @@ def merge(params: Params) -> Params:
     Compress it again for fewer bytes; the products are then rounded with the weights.
 
     Example:
+      >>> tree = jc.training.lora(small, rank=8, key=key)
       >>> small = jc.compress(jc.training.merge(tree), "nf4(block=64)")
     """
     return jax.tree.map(
