@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxcompress.models.kept_codes import symmetric_leaf
 from jaxcompress.models.packed_words import unpack_words
-from jaxcompress.quantization.grids import Quantized, Steps, quantized
+from jaxcompress.quantization.grids import Quantized, Scheme, Steps, quantized
 
 SUFFIXES = (
     *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
@@ -135,11 +135,8 @@ def read_leaf(
         return quantized(
             codes.T,
             Steps(scale.T),
-            grid="e4m3",
-            bits=8,
-            block=block,
+            Scheme("e4m3", 8, block, scale.dtype),
             dtype=dtype,
-            scale_dtype=scale.dtype,
         )
     if scheme["format"] == "int-quantized":
         codes = fetch(f"{module}.weight").astype(np.int16)
@@ -159,11 +156,8 @@ def read_leaf(
     return quantized(
         (codes + 2 ** (bits - 1)).astype(np.uint8).T,
         Steps(scale.T, zero),
-        grid="asymmetric",
-        bits=bits,
-        block=block,
+        Scheme("asymmetric", bits, block, scale.dtype),
         dtype=dtype,
-        scale_dtype=scale.dtype,
     )
 
 
@@ -177,20 +171,14 @@ def _read_nvfp4(module: str, fetch: Fetch, dtype: Any) -> Quantized:
     scale = quantized(
         np.ascontiguousarray(fetch(f"{module}.weight_scale").view(np.uint8).T),
         Steps(_multiplier(divisor)),
-        grid="e4m3",
-        bits=8,
-        block="tensor",
+        Scheme("e4m3", 8, "tensor", np.float32),
         dtype=np.float32,
-        scale_dtype=np.float32,
     )
     leaf = quantized(
         np.ascontiguousarray(codes.T),
         Steps(np.ones(scale.shape, np.float32)),
-        grid="e2m1",
-        bits=4,
-        block=16,
+        Scheme("e2m1", 4, 16, np.float32),
         dtype=dtype,
-        scale_dtype=np.float32,
     )
     return dataclasses.replace(leaf, scale=scale)
 

@@ -10,7 +10,7 @@ from jaxcompress.models.gguf_blocks import (
     unpack_q4_1,
     unpack_q8_0,
 )
-from jaxcompress.quantization.grids import Quantized, Steps, quantized
+from jaxcompress.quantization.grids import Quantized, Scheme, Steps, quantized
 from jaxcompress.tree.layouts import ROWS, restore
 from jaxcompress.tree.leaf import Leaf
 
@@ -41,11 +41,8 @@ def gguf_leaf(
         leaf = quantized(
             codes.swapaxes(-1, -2),
             Steps(*(x.swapaxes(-1, -2) for x in steps)),
-            grid="offset",
-            bits=TYPES[kind],
-            block=BLOCK,
+            Scheme("offset", TYPES[kind], BLOCK, np.float16),
             dtype=dtype,
-            scale_dtype=np.float16,
         )
         return _placed(leaf, name)
     unpack = unpack_q4_0 if kind == "Q4_0" else unpack_q8_0
@@ -78,11 +75,8 @@ def symmetric_leaf(
     leaf = quantized(
         unsigned.swapaxes(-1, -2),
         Steps(scale.swapaxes(-1, -2)),
-        grid="symmetric",
-        bits=bits,
-        block=block,
+        Scheme("symmetric", bits, block, scale.dtype),
         dtype=dtype,
-        scale_dtype=scale.dtype,
     )
     return _placed(leaf, name)
 

@@ -37,13 +37,13 @@ def descend_relaxed(
     """
     start = jax.tree.map(lambda s: s.astype(jnp.float32), start)
     # Where codes end is fixed, in levels; only scales descend.
-    wide = spread(start, place.block, x.shape[-2])
+    wide = spread(start, place.scheme.block, x.shape[-2])
     scale = scale_of(x, wide)
     ends = [
         decode(
-            encode(sign * jnp.full_like(x, 1e30), wide, **place.options),
+            encode(sign * jnp.full_like(x, 1e30), wide, **place.scheme.options),
             wide,
-            **place.options,
+            **place.scheme.options,
         )
         / scale_of(sign * jnp.ones_like(x), wide)
         for sign in (-1, 1)
@@ -54,13 +54,15 @@ def descend_relaxed(
     def values(theta: Steps, up: jax.Array) -> tuple[jax.Array, Steps]:
         steps = stretched(start, theta, place)
         steps = steps._replace(zero_point=start.zero_point)
-        now = scale_of(x, spread(steps, place.block, x.shape[-2]))
+        now = scale_of(x, spread(steps, place.scheme.block, x.shape[-2]))
         return jnp.clip(below + up, *ends) * now, steps
 
     def up(logits: jax.Array) -> jax.Array:
         return jnp.clip((1 + 2 * OUTER) * jax.nn.sigmoid(logits) - OUTER, 0, 1)
 
-    nearest = decode(encode(x, wide, **place.options), wide, **place.options)
+    nearest = decode(
+        encode(x, wide, **place.scheme.options), wide, **place.scheme.options
+    )
     worst = loss(nearest)
     unit = jnp.where(worst > 0, worst, 1)  # nothing to learn
 
@@ -97,5 +99,5 @@ def descend_relaxed(
     better = loss(settled) < worst
     steps = jax.tree.map(lambda a, b: jnp.where(better, a, b), steps, start)
     value = jnp.where(better, settled, nearest)
-    wide = spread(steps, place.block, x.shape[-2])
-    return encode(value, wide, **place.options), steps
+    wide = spread(steps, place.scheme.block, x.shape[-2])
+    return encode(value, wide, **place.scheme.options), steps

@@ -10,7 +10,7 @@ import numpy as np
 from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import each_slice, layer_loss
 from jaxcompress.calibration.moments import Moments, require
-from jaxcompress.quantization.grids import Block, Steps, quantized, round_to
+from jaxcompress.quantization.grids import Block, Scheme, Steps, quantized, round_to
 from jaxcompress.quantization.nearest import asymmetric, store_step, symmetric
 from jaxcompress.tree.leaf import (
     Arithmetic,
@@ -131,24 +131,19 @@ def awq(
     checks.integer("awq", "number of candidates", candidates)
     known = require(moments, x, "awq", fields=())
     target, second = known.target_problem(x, "awq", damping=DAMPING)
+    scheme = Scheme(grid, bits, block, scale_dtype)
     one = functools.partial(
         _best_scaling,
-        grid=grid,
-        bits=bits,
-        block=block,
+        scheme=scheme,
         candidates=candidates,
         searches=(False, True) if search else (False,),
-        scale_dtype=scale_dtype,
     )
     codes, steps, factors = each_slice(one, target.astype(jnp.float32), second)
     weight = quantized(
         codes,
         steps,
-        grid=grid,
-        bits=bits,
-        block=block,
+        scheme,
         dtype=jnp.float32,
-        scale_dtype=scale_dtype,
     )
     factors = factors[..., 0, :].astype(scale_dtype)
     return Scaled(weight, factors, dtype=jnp.dtype(x.dtype))
@@ -156,18 +151,15 @@ def awq(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("grid", "bits", "block", "candidates", "searches", "scale_dtype"),
+    static_argnames=("scheme", "candidates", "searches"),
 )
 def _best_scaling(
     x: jax.Array,
     second: jax.Array,
     *,
-    grid: str,
-    bits: int,
-    block: Block,
+    scheme: Scheme,
     candidates: int,
     searches: tuple[bool, ...],
-    scale_dtype: str,
 ) -> tuple[jax.Array, Steps, jax.Array]:
     """Return codes, steps and factors `[1, inputs]` of least output error, of one
     slice.
@@ -177,6 +169,7 @@ def _best_scaling(
     norms = jnp.where(largest > 0, jnp.maximum(norms, SMALLEST * largest), 1)
     # Around 1, so that steps keep their size.
     logs = jnp.log(norms) - jnp.mean(jnp.log(norms))
+    grid, bits, block, scale_dtype = scheme
     options = {"bits": bits, "block": block, "scale_dtype": scale_dtype}
 
     def scaled(exponent: jax.Array, search: bool) -> tuple[jax.Array, Any]:

@@ -50,6 +50,23 @@ class Steps(NamedTuple):
     negative_scale: jax.Array | None = None
 
 
+class Scheme(NamedTuple):
+    """How weights are quantized: what `Quantized` keeps besides arrays; hashable.
+
+    `grid`, `bits` and `block` as there; `scale_dtype` is that of the stored scales.
+    """
+
+    grid: str
+    bits: Bits
+    block: Block
+    scale_dtype: Any = "float32"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `encode` and `decode` take."""
+        return {"grid": self.grid, "bits": self.bits}
+
+
 class Grid(NamedTuple):
     """`encode(x, steps, bits)` gives unsigned codes, `decode` float32 values.
 
@@ -319,21 +336,19 @@ def _columns(x: Any, indices: jax.Array) -> Any:
 def quantized(
     codes: jax.Array,
     steps: Steps,
+    scheme: Scheme,
     *,
-    grid: str,
-    bits: Bits,
-    block: Block,
     dtype: Any,
-    scale_dtype: Any = jnp.float32,
 ) -> Quantized:
     """Return leaf of codes `[..., inputs, outputs]` and steps `[..., blocks, outputs]`.
 
     Codes are packed; so are zero points where that saves bytes. The scales must be
-    exact in `scale_dtype` (`round_to`), for the codes were chosen for them. Traceable.
+    exact in their dtype (`round_to`), for the codes were chosen for them. Traceable.
 
     Raises:
       ValueError: steps whose shape does not fit the codes and the block.
     """
+    grid, bits, block, scale_dtype = scheme
     width = _grid(grid).width(bits)
     *lead, inputs, outputs = codes.shape
     blocks = -(-inputs // block) if isinstance(block, int) else 1

@@ -10,6 +10,7 @@ from jaxcompress import checks
 from jaxcompress.quantization.grids import (
     Block,
     Quantized,
+    Scheme,
     Steps,
     encode,
     quantized,
@@ -72,19 +73,16 @@ def hqq(
     checks.fraction("hqq", "a norm", norm, one=True)
     checks.positive("hqq", "a penalty", penalty)
     checks.integer("hqq", "number of steps", steps)
-    return _half_quadratic(x, bits, block, norm, penalty, steps, scale_dtype)
+    return _half_quadratic(
+        x, Scheme("affine", bits, block, scale_dtype), norm, penalty, steps
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _half_quadratic(
-    x: jax.Array,
-    bits: int,
-    block: Block,
-    norm: float,
-    penalty: float,
-    rounds: int,
-    scale_dtype: str,
+    x: jax.Array, scheme: Scheme, norm: float, penalty: float, rounds: int
 ) -> Quantized:
+    _, bits, block, scale_dtype = scheme
     blocks = split(x.astype(jnp.float32), block)
     real = split(jnp.ones(x.shape, bool), block)  # not what fills up the last block
     low = jnp.min(jnp.where(real, blocks, jnp.inf), axis=-2, keepdims=True)
@@ -121,13 +119,10 @@ def _half_quadratic(
     carry = (start, start, errors(start)[2])
     (_, zero, _), _ = jax.lax.scan(improve, carry, jnp.arange(rounds))
     steps = Steps(scale[..., 0, :], zero[..., 0, :])
-    codes = encode(x, spread(steps, block, x.shape[-2]), grid="affine", bits=bits)
+    codes = encode(x, spread(steps, block, x.shape[-2]), **scheme.options)
     return quantized(
         codes,
         steps,
-        grid="affine",
-        bits=bits,
-        block=block,
+        scheme,
         dtype=x.dtype,
-        scale_dtype=scale_dtype,
     )

@@ -13,7 +13,7 @@ from jaxcompress.calibration.error_feedback import damped, each_slice, layer_los
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.quantization.adaround import descend_relaxed
 from jaxcompress.quantization.gptq import NEAREST, gptq
-from jaxcompress.quantization.grids import Block, Quantized, Steps, quantized
+from jaxcompress.quantization.grids import Block, Quantized, Scheme, Steps, quantized
 from jaxcompress.quantization.learned_bits import START, continuous_bits
 from jaxcompress.quantization.learned_steps import (
     Place,
@@ -117,7 +117,9 @@ def learned(
         target, second = _target(x, moments, damping)
     custom = objective if kind == "function" else None
     problem = _Problem(x, target, second, moments, custom, damping)
-    place = Place(grid, bits, block, steps, learning_rate, scale_dtype, rounding)
+    place = Place(
+        Scheme(grid, bits, block, scale_dtype), steps, learning_rate, rounding
+    )
     if bits == "auto":
         return _with_width(problem, place, cost)
     return _with_bits(problem, place)
@@ -188,8 +190,8 @@ def _with_width(problem: _Problem, place: Place, cost: float) -> Quantized:
     learned = continuous_bits(
         problem.target,
         error,
-        grid=place.grid,
-        block=place.block,
+        grid=place.scheme.grid,
+        block=place.scheme.block,
         cost=cost,
         steps=place.steps,
     )
@@ -199,9 +201,11 @@ def _with_width(problem: _Problem, place: Place, cost: float) -> Quantized:
 
     tried = []
     for width in sorted({math.floor(learned), math.ceil(learned)}):
-        leaf = _with_bits(problem, place._replace(bits=_sides(width, place.grid)))
+        leaf = _with_bits(
+            problem, _with_width_of(place, _sides(width, place.scheme.grid))
+        )
         tried.append((total(width, leaf), leaf))
-    start = _nearest(problem.x, place._replace(bits=_sides(START, place.grid)))
+    start = _nearest(problem.x, _with_width_of(place, _sides(START, place.scheme.grid)))
     tried.append((total(START, start), start))
     return min(tried, key=lambda pair: pair[0])[1]
 
@@ -222,13 +226,18 @@ def _relative_error(problem: _Problem) -> Callable[[jax.Array], jax.Array]:
     return lambda value: loss(value) / whole
 
 
+def _with_width_of(place: Place, bits: Any) -> Place:
+    """Return a place for codes of so many bits."""
+    return place._replace(scheme=place.scheme._replace(bits=bits))
+
+
 def _nearest(x: jax.Array, place: Place) -> Quantized:
-    return NEAREST[place.grid](
+    return NEAREST[place.scheme.grid](
         x,
-        bits=place.bits,
-        block=place.block,
+        bits=place.scheme.bits,
+        block=place.scheme.block,
         search=True,
-        scale_dtype=place.scale_dtype,
+        scale_dtype=place.scheme.scale_dtype,
     )
 
 
@@ -236,16 +245,16 @@ def _with_bits(problem: _Problem, place: Place) -> Quantized:
     """Return the leaf of a given width; traceable."""
     x, target, second, moments, objective, damping = problem
     nearest = _nearest(x, place)
-    place = place._replace(bits=nearest.bits)
+    place = _with_width_of(place, nearest.bits)
     if place.rounding == "coordinates":
         fed = gptq(
             x,
             moments,
-            grid=place.grid,
-            bits=place.bits,
-            block=place.block,
+            grid=place.scheme.grid,
+            bits=place.scheme.bits,
+            block=place.scheme.block,
             damping=damping,
-            scale_dtype=place.scale_dtype,
+            scale_dtype=place.scheme.scale_dtype,
         )
         one = functools.partial(descend_outputs, place=place)
         starts = (dense(nearest), dense(fed))
@@ -262,11 +271,8 @@ def _with_bits(problem: _Problem, place: Place) -> Quantized:
     return quantized(
         codes,
         steps,
-        grid=place.grid,
-        bits=place.bits,
-        block=place.block,
+        place.scheme,
         dtype=x.dtype,
-        scale_dtype=place.scale_dtype,
     )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.calibration.error_feedback import descend, layer_loss
-from jaxcompress.quantization.grids import Block, Steps, decode, encode, spread
+from jaxcompress.quantization.grids import Scheme, Steps, decode, encode, spread
 from jaxcompress.quantization.nearest import split, store_step
 from jaxcompress.quantization.straight_through_estimator import (
     quantize_through,
@@ -22,18 +22,10 @@ ROUNDS = 4  # of gradient descent over steps, then of moving codes
 class Place(NamedTuple):
     """Constants of a slice while it is learned; hashable."""
 
-    grid: str
-    bits: Any
-    block: Block
+    scheme: Scheme
     steps: int
     learning_rate: float
-    scale_dtype: str
     rounding: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `encode` and `decode` want."""
-        return {"grid": self.grid, "bits": self.bits}
 
 
 def stretched(start: Steps, theta: Steps, place: Place) -> Steps:
@@ -43,12 +35,12 @@ def stretched(start: Steps, theta: Steps, place: Place) -> Steps:
 
     def scale(base: jax.Array, log: jax.Array) -> jax.Array:
         size = jnp.abs(base) * jnp.exp(log)
-        store = functools.partial(store_step, dtype=place.scale_dtype)
+        store = functools.partial(store_step, dtype=place.scheme.scale_dtype)
         return jnp.sign(base) * straight(store, size)
 
     zero, negative = start.zero_point, start.negative_scale
     if zero is not None:
-        moved = jnp.clip(zero + theta.zero_point, 0, 2**place.bits - 1)
+        moved = jnp.clip(zero + theta.zero_point, 0, 2**place.scheme.bits - 1)
         zero = straight(jnp.round, moved)
     if negative is not None:
         negative = scale(negative, theta.negative_scale)
@@ -67,14 +59,18 @@ def descend_weights(
 
     def errors(theta: Steps) -> tuple[jax.Array, tuple[jax.Array, Steps]]:
         steps = stretched(start, theta, place)
-        value = quantize_through(x, steps, block=place.block, **place.options)
-        error = jnp.sum(jnp.square(split(value - x, place.block)), axis=-2) / unit
+        value = quantize_through(
+            x, steps, block=place.scheme.block, **place.scheme.options
+        )
+        error = (
+            jnp.sum(jnp.square(split(value - x, place.scheme.block)), axis=-2) / unit
+        )
         return jnp.sum(error), (error, steps)
 
     theta = jax.tree.map(jnp.zeros_like, start)
     steps = _descent(errors, theta, place)
-    wide = spread(steps, place.block, x.shape[0])
-    return encode(x, wide, **place.options), steps
+    wide = spread(steps, place.scheme.block, x.shape[0])
+    return encode(x, wide, **place.scheme.options), steps
 
 
 @functools.partial(jax.jit, static_argnames="place")
@@ -89,10 +85,10 @@ def descend_outputs(
     start.
     """
     start = jax.tree.map(lambda s: s.astype(jnp.float32), start)
-    wide = spread(start, place.block, x.shape[0])
+    wide = spread(start, place.scheme.block, x.shape[0])
     losses = jnp.stack([layer_loss(x, value, second) for value in values])
     value = jnp.stack([v.astype(jnp.float32) for v in values])[jnp.argmin(losses)]
-    codes = encode(value, wide, **place.options)
+    codes = encode(value, wide, **place.scheme.options)
     scaling = place._replace(steps=max(1, place.steps // ROUNDS))
 
     def one_round(best: tuple, _: None) -> tuple[tuple, None]:
@@ -100,24 +96,24 @@ def descend_outputs(
 
         def error(theta: Steps) -> tuple[jax.Array, tuple[jax.Array, Steps]]:
             new = stretched(steps, theta, place)._replace(zero_point=steps.zero_point)
-            spreaded = spread(new, place.block, x.shape[0])
-            value = decode(codes, spreaded, **place.options)
+            spreaded = spread(new, place.scheme.block, x.shape[0])
+            value = decode(codes, spreaded, **place.scheme.options)
             loss = output_error(x, second, value)
             return loss, (jax.lax.stop_gradient(loss), new)
 
         theta = jax.tree.map(jnp.zeros_like, steps)
         learned = _descent(error, theta, scaling)
-        wide = spread(learned, place.block, x.shape[0])
+        wide = spread(learned, place.scheme.block, x.shape[0])
         broad = jax.tree.map(lambda s: jnp.broadcast_to(s, x.shape), wide)
 
         def nearest(j: jax.Array, row: jax.Array) -> jax.Array:
             row_steps = jax.tree.map(lambda s: s[jnp.minimum(j, x.shape[0] - 1)], broad)
-            chosen = encode(row, row_steps, **place.options)
-            return decode(chosen, row_steps, **place.options)
+            chosen = encode(row, row_steps, **place.scheme.options)
+            return decode(chosen, row_steps, **place.scheme.options)
 
-        value = decode(codes, wide, **place.options)
+        value = decode(codes, wide, **place.scheme.options)
         value = descend(x, value, second, nearest)
-        moved = encode(value, wide, **place.options)
+        moved = encode(value, wide, **place.scheme.options)
         new = (moved, learned, layer_loss(x, value, second))
         better = new[2] < best[2]
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
@@ -154,7 +150,7 @@ def descend_gradients(
       place: grid, steps, rounding.
     """
     start = jax.tree.map(lambda s: s.astype(jnp.float32), start)
-    level = jnp.abs(scale_of(x, spread(start, place.block, x.shape[-2])))
+    level = jnp.abs(scale_of(x, spread(start, place.scheme.block, x.shape[-2])))
 
     def moved(offsets: jax.Array | None) -> jax.Array:
         return x if offsets is None else x + jnp.clip(offsets, -0.5, 0.5) * level
@@ -162,7 +158,7 @@ def descend_gradients(
     def error(theta: tuple) -> tuple[jax.Array, tuple[jax.Array, tuple]]:
         steps = stretched(start, theta[0], place)
         value = quantize_through(
-            moved(theta[1]), steps, block=place.block, **place.options
+            moved(theta[1]), steps, block=place.scheme.block, **place.scheme.options
         )
         value_of_loss = loss(value)
         return value_of_loss, (jax.lax.stop_gradient(value_of_loss), (theta[1], steps))
@@ -170,8 +166,8 @@ def descend_gradients(
     offsets = jnp.zeros_like(x) if place.rounding == "offsets" else None
     theta = (jax.tree.map(jnp.zeros_like, start), offsets)
     offsets, steps = _descent(error, theta, place)
-    wide = spread(steps, place.block, x.shape[-2])
-    return encode(moved(offsets), wide, **place.options), steps
+    wide = spread(steps, place.scheme.block, x.shape[-2])
+    return encode(moved(offsets), wide, **place.scheme.options), steps
 
 
 def scale_of(x: jax.Array, wide: Steps) -> jax.Array:

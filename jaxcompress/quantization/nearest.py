@@ -12,6 +12,7 @@ from jaxcompress import checks
 from jaxcompress.quantization.grids import (
     Block,
     Quantized,
+    Scheme,
     Steps,
     decode,
     encode,
@@ -73,7 +74,9 @@ def symmetric(
     del moments
     check_bits("symmetric", bits, 8)
     check_weights(x, "symmetric", block, scale_dtype)
-    return _nearest(x, "symmetric", bits, block, full_range, search, scale_dtype)
+    return _nearest(
+        x, Scheme("symmetric", bits, block, scale_dtype), full_range, search
+    )
 
 
 @method()
@@ -108,7 +111,7 @@ def asymmetric(
     del moments
     check_bits("asymmetric", bits, 8)
     check_weights(x, "asymmetric", block, scale_dtype)
-    return _nearest(x, "asymmetric", bits, block, False, search, scale_dtype)
+    return _nearest(x, Scheme("asymmetric", bits, block, scale_dtype), False, search)
 
 
 @method()
@@ -150,7 +153,8 @@ def sign_split(
     for side in bits:
         check_bits("sign_split", side, 7)
     check_weights(x, "sign_split", block, scale_dtype)
-    return _nearest(x, "sign_split", tuple(bits), block, False, search, scale_dtype)
+    scheme = Scheme("sign_split", tuple(bits), block, scale_dtype)
+    return _nearest(x, scheme, False, search)
 
 
 def check_bits(name: str, bits: Any, most: int) -> None:
@@ -169,16 +173,9 @@ def check_weights(x: jax.Array, name: str, block: Block, scale_dtype: str) -> No
     checks.weights(name, x, outputs=False)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
-def _nearest(
-    x: jax.Array,
-    grid: str,
-    bits: Any,
-    block: Block,
-    full_range: bool,
-    search: bool,
-    scale_dtype: str,
-) -> Quantized:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _nearest(x: jax.Array, scheme: Scheme, full_range: bool, search: bool) -> Quantized:
+    grid, bits, block, scale_dtype = scheme
     blocks = split(x.astype(jnp.float32), block)
     stored = functools.partial(store_step, dtype=scale_dtype)
     if grid == "symmetric" and bits == 1:
@@ -199,11 +196,8 @@ def _nearest(
     return quantized(
         encode(x, wide, grid=grid, bits=bits),
         steps,
-        grid=grid,
-        bits=bits,
-        block=block,
+        scheme,
         dtype=x.dtype,
-        scale_dtype=scale_dtype,
     )
 
 

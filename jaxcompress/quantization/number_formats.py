@@ -12,6 +12,7 @@ from jaxcompress.quantization.codebooks import LEVELS
 from jaxcompress.quantization.grids import (
     Block,
     Quantized,
+    Scheme,
     Steps,
     encode,
     quantized,
@@ -196,11 +197,8 @@ def _rounded(
     leaf = quantized(
         codes,
         steps,
-        grid=grid,
-        bits=levels.bits,
-        block=block,
+        Scheme(grid, levels.bits, block, scale_dtype),
         dtype=x.dtype,
-        scale_dtype=scale_dtype,
     )
     if nested is None:
         return leaf
@@ -220,8 +218,6 @@ def _scales(
     return quantized(
         jnp.maximum(codes, 1),
         Steps(scale),
-        grid=grid,
-        bits=8,
-        block="tensor",
+        Scheme(grid, 8, "tensor"),
         dtype=jnp.float32,
     )

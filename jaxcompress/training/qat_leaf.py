@@ -12,6 +12,7 @@ from jaxcompress.quantization.grids import (
     Bits,
     Block,
     Quantized,
+    Scheme,
     Steps,
     decode,
     encode,
@@ -127,11 +128,8 @@ def quantize(x: FakeQuantized) -> Quantized:
     small = quantized(
         encode(x.weight, wide, grid=x.grid, bits=x.bits),
         steps,
-        grid=x.grid,
-        bits=x.bits,
-        block=x.block,
+        Scheme(x.grid, x.bits, x.block, x.scale_dtype),
         dtype=x.dtype,
-        scale_dtype=x.scale_dtype,
     )
     return dataclasses.replace(small, scale=x.scale) if is_leaf(x.scale) else small
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,6 +214,7 @@ def _advance(
     updates, optimizer_state = update(
         gradients, state.optimizer, trainable, value=loss, gradients=gradients
     )
+    chex.assert_trees_all_equal_shapes(updates, trainable)  # apply_updates broadcasts
     norms = {"gradient_norm": _norm(gradients), "update_norm": _norm(updates)}
     finite = jnp.isfinite(jnp.stack([loss, *norms.values()])).all()
     finite &= jnp.asarray(metrics.get("weight", 1)) > 0

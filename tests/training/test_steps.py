@@ -435,3 +435,12 @@ def test_bad_meshes():
         d.place(start(), mesh, axis="model")
     with pytest.raises(ValueError, match="3 examples cannot be shared out over 2"):
         d.shard_batch(batch_at(0, 3), mesh)
+
+
+def test_an_update_of_another_shape_is_refused():
+    """`optax.apply_updates` would broadcast it over the weights."""
+    narrow = optax.stateless(lambda updates, _: jax.tree.map(jnp.sum, updates))
+    loss = lambda p, batch, key: (jnp.square(p["w"]).sum(), {})  # noqa: E731
+    state = d.init_state({"w": jnp.ones((3, 2))}, narrow, key=jax.random.key(0))
+    with pytest.raises(AssertionError, match="shapes"):
+        d.make_train_step(loss, narrow)(state, {"x": np.ones((1, 1))})
