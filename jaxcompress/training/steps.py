@@ -219,17 +219,13 @@ def _advance(
     finite = jnp.isfinite(jnp.stack([loss, *norms.values()])).all()
     finite &= jnp.asarray(metrics.get("weight", 1)) > 0
     moved = optax.apply_updates(trainable, updates)
-    after = TrainState(
-        optax.safe_increment(state.step),
-        combine(moved, frozen),
-        optimizer_state,
-        state.key,
-    )
-    after = jax.tree.map(
-        lambda new, old: old if new is old else jnp.where(finite, new, old),
-        after,
-        state,
-    )
+    step = optax.safe_increment(state.step)
+    after = TrainState(step, combine(moved, frozen), optimizer_state, state.key)
+
+    def choose(new: Any, old: Any) -> Any:
+        return old if new is old else jnp.where(finite, new, old)
+
+    after = jax.tree.map(choose, after, state)
     return after, metrics | {"loss": loss, **norms, "finite": finite}
 
 
