@@ -94,7 +94,7 @@ def draw(theme: str) -> Any:
         names,
         labels,
         loc="outside upper center",
-        ncols=5,
+        ncols=3,
         frameon=False,
         labelcolor=ink,
         fontsize=8.5,
