@@ -135,6 +135,10 @@ def decode(
     tokenizer, of the logits that this device computes, of the coder's last states and
     of the text.
 
+    Args:
+      stored: of `encode`.
+      model, params, tokenizer: those that encoded; none for the reference model.
+
     Raises:
       FileDamaged: a ValueError; the file is cut, altered or none of ours.
       ValueError: the model or the tokenizer is not the one that the file was made with,
@@ -153,6 +157,10 @@ def verify(
     """Decode a file and check everything; returns the length of the text in bytes.
 
     Raises as `decode`.
+
+    Args:
+      stored: of `encode`.
+      model, params, tokenizer: as for `decode`.
     """
     return len(decode(stored, model, params, tokenizer))
 

@@ -94,6 +94,9 @@ def lora(
 def detach(params: Params) -> dict[str, LowRank]:
     """Return the products that `lora` added, by the names of their weights.
 
+    Args:
+      params: with adapters.
+
     Example:
       >>> tree = jc.training.lora(small, rank=8, key=key)
       >>> jc.save("adapters.safetensors", jc.training.detach(tree))
@@ -148,6 +151,9 @@ def merge(params: Params) -> Params:
     """Return the tree with each weight and its product as one dense array.
 
     Compress it again for fewer bytes; the products are then rounded with the weights.
+
+    Args:
+      params: with adapters.
 
     Example:
       >>> tree = jc.training.lora(small, rank=8, key=key)
