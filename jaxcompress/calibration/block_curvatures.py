@@ -46,11 +46,12 @@ def measure_curvatures_blockwise(
     """Measure moments and curvatures with one block of the model in memory.
 
     Sequences run forward through one block after the other, as in
-    `compress_blockwise`; the values between blocks go to disk. Then their gradients run
-    backward, block after block. The results are those of `collect_moments` and
-    `measure_curvatures` on the same sequences, and both take the place of the whole
-    model's gradient. In each block the metric of the inputs is applied to the rows that
-    meet a weight and not to its gradient, which takes fewer operations.
+    `compress_blockwise`; the values between blocks are written to disk. Then
+    their gradients run backward, block after block. The results are those of
+    `collect_moments` and `measure_curvatures` on the same sequences, and both take the
+    place of the whole model's gradient. In each block the metric of the inputs is
+    applied to the rows that meet a weight and not to its gradient, which takes fewer
+    operations.
 
     Memory: weights, moments, factors and gradients of one block, and per leaf its
     curvatures. What is returned has its second moments on disk where there is a

@@ -86,7 +86,7 @@ class Job:
 
 
 class Passes:
-    """What lies between the stretches of a program, and what is finished of them.
+    """State between the stretches of a program, and their finished results.
 
     `values` are where the forward pass is; `cotangents`, by the place where a value was
     made, where the backward pass is.

@@ -86,9 +86,9 @@ def compress_blockwise(
         them in a scanned model; the longest path of a weight that it matches counts.
         None: what a loop takes slices of; modules that differ in a number and hold
         others (`h_7`, `TransformerBlock_0`, `layers/3`); where there are none, every
-        module. One that the model goes back to after others is then left out of the
+        module. One that the model returns to after others is then left out of the
         blocks.
-      drift: part of the drift that targets make up for, 0 to 1: they lie so far between
+      drift: part of the drift that targets compensate, 0 to 1: they are so far between
         the weights themselves and those whose outputs on x' are nearest to the original
         ones. Takes about three times as long, and many tokens: of SmolLM2-135M, `gptq`
         at 3 bits with only 8 192, 0.5 took 18 % of the divergence, and 1 added 19 %.

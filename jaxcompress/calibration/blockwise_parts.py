@@ -121,12 +121,12 @@ class Job:
         original: list[Values],
         drifted: list[Values],
     ) -> tuple[list[Values] | None, Part]:
-        """Return values of the original model behind a segment, and its compressed
+        """Return values of the original model after a segment, and its compressed
         leaves.
 
-        Where targets make up for drift, leaves are compressed in the order in which
-        they are used, those of one input together, and moments measured anew behind
-        them: else two leaves in a row would make up for the same drift.
+        Where targets compensate drift, leaves are compressed in the order in which
+        they are used, those of one input together, and moments measured anew after
+        them: else two leaves in a row would compensate the same drift.
         """
         given = number, weights, new, original, drifted
         behind, moments, layouts = self.measure(*given)
@@ -158,7 +158,7 @@ class Job:
         drifted: list[Values],
         changed: dict[str, Any] | None = None,
     ) -> tuple[list[Values] | None, dict[str, Moments], dict[str, Layout]]:
-        """Return values of the original model behind a segment, moments and layouts."""
+        """Return values of the original model after a segment, moments and layouts."""
         keys = [k for k, n in new.items() if n in self.wanted and weights[k].ndim > 1]
         if self.drift:
             measured = self.streams.measure(

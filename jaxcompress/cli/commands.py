@@ -1,4 +1,4 @@
-"""What each command does; results on the standard output, progress on the other."""
+"""Commands: results on the standard output, progress on the other."""
 
 import argparse
 import json

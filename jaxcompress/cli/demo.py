@@ -41,7 +41,7 @@ def run(
       recipes: methods for all large kernels and embeddings.
 
     Returns:
-      The rows of the table. Raises ValueError where a file does not come back bit for
+      The rows of the table. Raises ValueError where a file is not restored bit for
       bit.
     """
     start = time.perf_counter()

@@ -8,7 +8,7 @@
     4 bytes    length of the index, little-endian; and zeros to a multiple of 8 bytes
                in front of the index
 
-The index stands at the end so that chunks can be written before the last is known; a
+The index is at the end so that chunks can be written before the last is known; a
 part of the array is read by its end and the chunks that hold the part.
 """
 

@@ -13,7 +13,7 @@ from jax import lax
 from jaxcompress.coding.zstd_literals import TABLE_BITS
 
 SLOTS = 1 << TABLE_BITS
-AHEAD = 32  # bits in front of the first stream, so that no window begins before it
+AHEAD = 32  # bits before the first stream, so that no window begins before it
 
 
 def lookup(alphabets: jax.Array, counts: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ class Packed(Leaf):
       bits: per code, 1 to 32.
       length: codes along `axis`.
       axis: -2, or -1 for vectors and for matrices of fewer than 8 inputs.
-      dtype: integer or boolean, that the codes come back in.
+      dtype: integer or boolean, of the restored codes.
 
     Example:
       >>> jc.pack_bits(jnp.arange(16), bits=4).materialize()[3]

@@ -68,7 +68,7 @@ def decode(data: bytes, width: int, out: np.ndarray) -> None:
     packed = np.empty(count, np.uint8)
     rest = record.take(len(record), "places")
     float_chunks.decode(float_chunks.read(rest, BYTES, 1, count, width), BYTES, packed)
-    # What a byte stands for: all words of its places at once.
+    # What a byte means: all words of its places at once.
     places = np.arange(256)[:, None] >> np.arange(0, 8, 8 // share)
     places &= (1 << 8 // share) - 1
     known = (places < size).all(axis=1)

@@ -2,7 +2,7 @@
 
 Symbols are coded as an array `[steps, lanes]`: each lane is one coder with a 32-bit
 state and its own run of 16-bit words, all lanes step together, and a step's symbols
-lie side by side, so that a decoder writes its output in order. The probability of
+are interleaved, so that a decoder writes its output in order. The probability of
 column `a` of table `k` is `frequencies[k, a] / 4096`.
 
 A table is picked per symbol by the sum of what the decoder knows: `lane_tables` (one
@@ -38,7 +38,7 @@ class Stream(NamedTuple):
     """Coded symbols: lane `l` reads `words[starts[l]:ends[l]]` from the front.
 
     Args:
-      words: uint16 `[words]`; other words may lie between the lanes'.
+      words: uint16 `[words]`; other words may be between the lanes'.
       starts: int32 `[lanes]`.
       ends: int32 `[lanes]`, used for checking only.
       states: uint32 `[lanes]`, where decoding starts.

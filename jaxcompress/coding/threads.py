@@ -9,7 +9,7 @@ from typing import Any
 
 THREADS = 8  # each has some 30 MB to work in; more would wait for memory
 TINY = 1 << 18  # bytes of an array whose coding is Python's work, for the most part
-SMALL = 1 << 22  # bytes of an array that one thread codes, with others beside it
+SMALL = 1 << 22  # bytes of an array that one thread codes, with others at the same time
 TOGETHER = 1 << 26  # bytes of such arrays in memory at a time, at most
 
 
@@ -27,7 +27,7 @@ def in_order(
         yield from map(function, items)
         return
     first = [item for _, item in zip(range(2), items, strict=False)]
-    if len(first) < 2:  # not worth a thread
+    if len(first) < 2:  # a thread would cost more
         yield from map(function, first)
         return
     with ThreadPoolExecutor(threads) as pool:
@@ -51,7 +51,7 @@ def in_groups(
     one.
 
     Args:
-      names: of the arrays, gone through as groups are.
+      names: of the arrays, in the order of groups.
       sizes: in bytes, by name, in the same order.
 
     Returns: for each group whether it is of small arrays, and their names.

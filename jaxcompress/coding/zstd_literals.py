@@ -22,7 +22,7 @@ class Streams(NamedTuple):
 
     Args:
       count: literals in all.
-      ends: bytes behind the last one of each of the streams, 1 or 4, which hold
+      ends: bytes after the last one of each of the streams, 1 or 4, which hold
         `ceil(count / 4)` literals each, the last one the rest.
       lengths: uint8 `[256]`, bits of each symbol's code, 0 where it has none.
     """
@@ -163,7 +163,7 @@ def _fse_weights(data: bytes) -> list[int]:
     value &= (1 << left) - 1
 
     def take(width: int) -> int:
-        """Return the next bits, from the end; zeros behind the last."""
+        """Return the next bits, from the end; zeros after the last."""
         nonlocal left
         left -= width
         found = value >> left if left >= 0 else value << -left

@@ -20,7 +20,7 @@ FLOAT8 = jnp.dtype("float8_e4m3fn")
 
 
 class Scheme(NamedTuple):
-    """How a layer is stored; layers that a reader fuses must have equal ones.
+    """Layout of a stored layer; layers that a reader fuses must have equal ones.
 
     `group` is the number of inputs per scale, None for one scale per output.
     """

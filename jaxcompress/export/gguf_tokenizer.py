@@ -16,7 +16,7 @@ from jaxcompress.tokenization.piece_models import (
     USER_DEFINED,
 )
 
-# Of the names that stand for the same words, the one that llama.cpp reads so.
+# Of the names that mean the same words, the one that llama.cpp reads so.
 NAMES = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 
 

@@ -25,11 +25,11 @@ class NamedLeaf(NamedTuple):
 
 
 class ExportedLeaf(NamedTuple):
-    """What was written for one leaf.
+    """Record of what was written for one leaf.
 
     `stored` is the format's name for it, `nbytes` its bytes in the file, and `error`
     the relative error that requantizing added, `|written - leaf| / |leaf|` (Frobenius);
-    zero where codes and scales went over unchanged.
+    zero where codes and scales are unchanged.
     """
 
     name: str
@@ -142,7 +142,7 @@ def dense_tensor(name: str, value: Any, dtype: Any = None) -> np.ndarray:
 
 
 def is_compressed(value: Any) -> bool:
-    """Return whether a leaf stands for another array than the one it was made from."""
+    """Return whether a leaf represents another array than it was made from."""
     return isinstance(value, Leaf) and not value.lossless
 
 

@@ -1,4 +1,4 @@
-"""What a caller asks of an export: checked, and applied to one leaf after the other."""
+"""Requests of an export: checked, and applied to one leaf after the other."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -45,7 +45,7 @@ def float_dtype(dtype: Any) -> Any:
 
 
 class Changes(NamedTuple):
-    """Which compressed leaves are written dense, and which are requantized by what."""
+    """Leaves to be written dense, and to be requantized by what."""
 
     dense: re.Pattern | None
     requantize: tuple[tuple[re.Pattern, Any], ...]

@@ -1,4 +1,4 @@
-"""The Transformer's parameters out of somebody else's named tensors, one at a time."""
+"""Maps third-party checkpoint tensors onto Transformer parameters, one at a time."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ _SHOWN = 5  # names in an error message
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-    """Parameters in somebody else's file, each read when it is asked for.
+    """Parameters in a third-party file, each read when it is asked for.
 
     `tree` has names in the places of the leaves, as `storage.open` gives it.
     """

@@ -33,7 +33,7 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     """Causal attention with rotary positions and grouped key/value heads.
 
-    Scores are multiplied by `scale`; None stands for `1 / sqrt(head_size)`.
+    Scores are multiplied by `scale`; None means `1 / sqrt(head_size)`.
     """
 
     heads: int

@@ -11,7 +11,7 @@ class ConvNet(nn.Module):
     """Images [B, H, W, C] to logits [B, classes]: 3x3 convolutions, batch norm, ReLU.
 
     `filters` has one number per convolution; the image is halved (maximum over 2x2)
-    after every second one. The mean over what is left of the image goes to the head.
+    after every second one. The mean over what is left of the image is the head's input.
     Its variables are "params" and "batch_stats"; with `train=True` the latter must be
     mutable: they become a moving average of each batch's statistics.
     """

@@ -28,7 +28,7 @@ from jaxcompress.tokenization import Tokenizer
 from jaxcompress.types import Params
 
 ROPE_FACTORS = "rope_freqs.weight"
-# Llama 3's scaling arrives as a tensor of factors; these are the constants behind it.
+# Llama 3's scaling arrives as a tensor of factors; these are its constants.
 LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,

@@ -12,7 +12,7 @@ from jaxcompress import tokenization
 from jaxcompress.tokenization import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPACE = "\u2581"  # stands for a space in a SentencePiece vocabulary
+SPACE = "\u2581"  # a space in a SentencePiece vocabulary
 
 
 def _pattern(digits: str) -> str:

@@ -201,7 +201,7 @@ def _refuse_codes(dtypes: Mapping[str, str], ignorable: str, source: str) -> Non
 
 
 def _tensor_places(directory: Path) -> dict[str, Path]:
-    """Return the file each tensor lies in, by the files' own headers."""
+    """Return the file of each tensor, by the files' own headers."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.exists():

@@ -29,7 +29,7 @@ def gguf_leaf(
       tensor: its rows are outputs of a kernel, of a stack of them, or rows of an
         embedding.
       name: of our parameter; it says which of the two.
-      dtype: that the weight comes back in.
+      dtype: of the restored weight.
       rows: the order in which to take the rows.
     """
     kind = tensor.tensor_type.name

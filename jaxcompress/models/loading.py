@@ -98,7 +98,7 @@ def open_weights(
 ) -> tuple[Transformer, Any, Tokenizer | None]:
     """Open a model as `load` reads it; each weight is read when it is asked for.
 
-    What stands in the place of the parameters is what `compress_blockwise` takes:
+    What takes the place of the parameters is what `compress_blockwise` takes:
     `[name]` reads a leaf, `tree` has a name for each. A file of `models.save`, a
     `.gguf` file, a Hugging Face directory or a hub name; not "reference", which is
     small. `dtype` casts the weights of foreign files; a file of ours keeps its own.

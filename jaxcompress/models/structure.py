@@ -39,8 +39,8 @@ def neuron_groups(model: Transformer) -> dict[str, Group]:
 def head_groups(model: Transformer) -> dict[str, Group]:
     """Return heads of each layer, by `layer_0/attention`: a unit is a key/value head.
 
-    The queries that share it go with it, so that their number per key/value head is the
-    same in all layers; without grouped queries a unit is a head.
+    The queries that share it leave with it, so that their number per key/value head is
+    the same in all layers; without grouped queries a unit is a head.
 
     Raises ValueError on a scanned model.
 

@@ -74,7 +74,7 @@ def fewer_neurons(
 ) -> tuple[Transformer, Params]:
     """Return the looped model without the neurons of each MLP that matter least.
 
-    Those that stay make up for those that go (`remove_units`).
+    Those that stay compensate those that leave (`remove_units`).
 
     Args:
       model: looped.
@@ -102,8 +102,8 @@ def fewer_channels(
 
     A channel's score is the root mean square of what it sends to the projections that
     read it, after the norms. Norms have a mean over fewer channels, and their scales
-    are multiplied by what this makes up for where nothing was lost: the model computes
-    the same if what goes was zero.
+    are multiplied by what compensates this where nothing was lost: the model computes
+    the same if what leaves was zero.
 
     Args:
       model: looped.

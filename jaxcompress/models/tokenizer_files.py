@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face directory, from the files that describe it.
 
 `tokenizer.json`, or `vocab.json` with `merges.txt`, or SentencePiece's
-`tokenizer.model`; beside it `tokenizer_config.json`, `special_tokens_map.json`,
+`tokenizer.model`; next to it `tokenizer_config.json`, `special_tokens_map.json`,
 `added_tokens.json` and `generation_config.json`, each where the directory has it.
 """
 

@@ -19,7 +19,7 @@ def trim_vocabulary(
 
     Text encoded in kept pieces only is segmented as before (`tokenization.trim`) and
     has the same hidden states and the same logits of the kept pieces. Probabilities
-    grow by a common factor, because those of dropped pieces are gone: the loss of a
+    grow by a common factor, because those of dropped pieces are absent: the loss of a
     token falls by `-log(1 - p)` where they had `p`. To keep the loss what it was, keep
     the pieces that the model finds likely, too.
 

@@ -51,7 +51,7 @@ class Steps(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """How weights are quantized: what `Quantized` keeps besides arrays; hashable.
+    """Scheme of quantized weights: what `Quantized` keeps besides arrays; hashable.
 
     `grid`, `bits` and `block` as there; `scale_dtype` is that of the stored scales.
     """

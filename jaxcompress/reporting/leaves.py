@@ -114,7 +114,7 @@ def _file_bytes(small: Params) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a recipe does with one leaf: a method, or a reason why it stays."""
+    """Row of `explain`: a method, or a reason why a leaf stays."""
 
     name: str
     shape: tuple[int, ...]

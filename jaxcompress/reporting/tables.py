@@ -27,7 +27,7 @@ WIDEST = 64  # characters of a method in a table
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What parameters take: `weights` counts numbers of the dense model.
+    """Sizes of parameters: `weights` counts numbers of the dense model.
 
     `memory_bytes` are of the arrays held after loading, `file_bytes` of the file or
     files, header and checksums included.
@@ -66,8 +66,9 @@ def table(
     *,
     title: str | None = None,
 ) -> Table:
-    """Return a table of rows, one column per key; numbers stand right, missing ones are
-    "-".
+    """Return a table of rows, one column per key; numbers are set right.
+
+    Missing ones are "-".
 
     `columns` maps the keys to show, in order, to what formats their values; by default
     all keys of the first row, with `brief`.

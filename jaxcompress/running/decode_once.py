@@ -11,7 +11,7 @@ from jaxcompress.types import Params
 
 
 def decode_once(params: Params) -> Params:
-    """Return same tree with every lossless leaf replaced by the array it stands for.
+    """Return same tree with every lossless leaf replaced by the array it represents.
 
     Codes are then one integer each, and weights still materialize where a layer asks
     for them: more memory than the stored form, less than the dense one, and no

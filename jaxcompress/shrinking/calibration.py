@@ -154,7 +154,7 @@ def _own(
 
 
 def _windows(subject: Subject, text: str | Path, effort: Effort) -> np.ndarray:
-    """Return windows spread evenly over the text; those of its last fifth come last."""
+    """Return windows spread evenly over the text; those of its last fifth are last."""
     if subject.tokenizer is None:
         raise ValueError(
             "the model has no tokenizer to read the text with; pass tokenizer=, or "

@@ -1,11 +1,11 @@
-"""How much each effort spends."""
+"""Amounts that each effort spends."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """What one word stands for.
+    """Meaning of one word.
 
     Args:
       texts: calibration windows, a fifth of which are held out to measure on.

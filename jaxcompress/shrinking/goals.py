@@ -1,4 +1,4 @@
-"""What a caller asks for: a size of the file, or a divergence from the model."""
+"""Goals of a caller: a size of the file, or a divergence from the model."""
 
 import dataclasses
 

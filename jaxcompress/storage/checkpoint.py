@@ -47,8 +47,8 @@ def save(
         `name-00001-of-0000N.safetensors` and `name.safetensors.index.json` stand
         beside it instead, and `path` still loads.
       params: the tree.
-      metadata: what to keep beside the tree, for instance the recipe; JSON, so tuples
-        come back as lists.
+      metadata: what to keep next to the tree, for instance the recipe; JSON, so tuples
+        are restored as lists.
       coding: "size" for the smallest file; "decode" for a coding that decodes sooner
         (`code_floats`); "none" leaves every array as it is, so that any reader of
         .safetensors sees its numbers.
@@ -95,9 +95,9 @@ def describe(node: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
 def load(path: str | os.PathLike, *, numpy: bool = False) -> Params:
     """Load the parameters that `save` wrote, bit for bit; every byte read is checked.
 
-    Memory: the result and one leaf more, or some small ones. Arrays go to the default
-    device; 64-bit arrays stay NumPy arrays unless `jax_enable_x64` is set, as JAX
-    would round them.
+    Memory: the result and one leaf more, or some small ones. Arrays are put on the
+    default device; 64-bit arrays stay NumPy arrays unless `jax_enable_x64` is set, as
+    JAX would round them.
 
     Args:
       path: what `save` was given, or an index of shards.

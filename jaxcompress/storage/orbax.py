@@ -2,7 +2,8 @@
 
 The checkpoint has two items: `arrays`, nested dicts of the arrays under the steps of
 their paths, and `tree`, the JSON of `tree_json`, from which leaf types and static
-fields come back. Orbax writes both beside and renames; process 0 writes the JSON.
+fields return. Orbax writes both under other names and renames; process 0
+writes the JSON.
 """
 
 import os
@@ -67,11 +68,11 @@ def save_orbax(path: str | os.PathLike, params: Params) -> None:
 def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
     """Restore the parameters that `save_orbax` saved; no target is needed.
 
-    64-bit arrays come back as NumPy arrays unless `jax_enable_x64` is set.
+    64-bit arrays are restored as NumPy arrays unless `jax_enable_x64` is set.
 
     Args:
       path: the directory.
-      sharding: where arrays go: one `Sharding`; a function of an array's name and
+      sharding: where arrays are put: one `Sharding`; a function of an array's name and
         shape that returns one; or a tree of them, a prefix of the parameters. Names are
         those of arrays in leaves too (`mlp/kernel/codes`), and so are shapes. Without
         it: the default device; on several hosts, a copy on every device.

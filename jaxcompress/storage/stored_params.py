@@ -142,7 +142,7 @@ class StoredParams:
             return jax.tree.map(np.asarray, leaf)
         moved = jax.block_until_ready(jax.tree.map(_device, leaf))
         del leaf
-        gc.collect(0)  # where JAX lets go of the host arrays it has copied
+        gc.collect(0)  # where JAX releases the host arrays it has copied
         return moved
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:

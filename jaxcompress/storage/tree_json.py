@@ -9,11 +9,11 @@ A node of the JSON is `null` (None), or an object of one of these forms:
     {"box": type, "names": [name | null | [name, ...], ...], "value": node}
     {"same": name}
 
-A leaf also tells the `"dense"` dtype and shape of what it stands for. The last form is
+A leaf also tells the `"dense"` dtype and shape of what it represents. The last form is
 that of a leaf type with `stored() -> dict` and a class method `restored(arrays,
 static) -> leaf`, which keeps arrays in files that are shorter than its fields. A box
 is Flax's own metadata around a parameter: the names of its axes for sharding. `same`
-stands for the array or leaf that an earlier name of the tree has, stored once. An
+means the array or leaf that an earlier name of the tree has, stored once. An
 array is called by its path, joined by "/"; a box adds no step to it.
 """
 
@@ -61,8 +61,9 @@ class Slot:
 def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
     """Return the tree as a JSON node, and its arrays by name; holds no copies.
 
-    Containers are dicts (other mappings, as `FrozenDict`, come back as dicts), lists,
-    tuples and None. Keys of a dict are strings or integers; their order is not kept.
+    Containers are dicts (other mappings, as `FrozenDict`, are restored as dicts),
+    lists, tuples and None. Keys of a dict are strings or integers; their order is not
+    kept.
 
     Args:
       params: the tree.
@@ -139,7 +140,7 @@ def decode(
 ) -> Any:
     """Return the tree of a JSON node; `read(name, dtype, shape)` gives its arrays.
 
-    `known` holds what earlier names stand for, for nodes of the form `same`.
+    `known` holds what earlier names mean, for nodes of the form `same`.
 
     Raises:
       FileDamaged: the node is not of a known form, or contradicts its leaf type.
@@ -239,7 +240,7 @@ def arrays(node: Any, path: Path = ()) -> Iterator[tuple[str, str, tuple[int, ..
 def outline(node: Any) -> tuple[Any, dict[str, tuple[Any, Path]]]:
     """Return the tree with the names of outermost leaves and arrays in their places.
 
-    Beside it, by name, the node and the path of each.
+    Also, by name, the node and the path of each.
     """
     found: dict[str, tuple[Any, Path]] = {}
 
@@ -316,7 +317,7 @@ def _registered(x: Leaf, path: Path) -> type[Leaf]:
 
 
 def _dense(x: Leaf) -> dict[str, Any]:
-    """Return dtype and shape a leaf stands for; half of a partitioned leaf has none."""
+    """Return the dense dtype and shape of a leaf; half a partitioned one has none."""
     try:
         return {"dense": [jnp.dtype(x.dtype).name, [int(size) for size in x.shape]]}
     except (AttributeError, TypeError, IndexError):

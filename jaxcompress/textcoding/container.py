@@ -44,7 +44,7 @@ class Lane:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a file holds; digests are bytes, cut to the lengths above."""
+    """Contents of a file; digests are bytes, cut to the lengths above."""
 
     model: bytes
     tokenizer: bytes

@@ -148,7 +148,7 @@ def exact(
 def self_test(exact_model: ExactTransformer) -> None:
     """Check that this device's float32 dot products of integers do not round.
 
-    Every shape of a product is tried with the weights whose sums come nearest to 2**24,
+    Every shape of a product is tried with the weights whose sums are nearest to 2**24,
     and inputs that reach the proved bound, against sums on the host that cannot round
     either. Raises RuntimeError, naming the product, where one differs.
     """

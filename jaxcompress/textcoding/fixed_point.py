@@ -5,8 +5,8 @@ comparisons whose results fit in int32 whatever the inputs. Results therefore de
 the inputs alone: not on the device, the batch, the order of a sum or the compiler.
 
 Two formats are used. `Rows` is block floating point: int32 values that share one
-exponent along the last axis. Q15 is a fraction: an int32 `q` stands for `q / 2**15`,
-and lies between -1 and 1. Shifts to the right round to nearest, ties upwards.
+exponent along the last axis. Q15 is a fraction: an int32 `q` means `q / 2**15`,
+and is between -1 and 1. Shifts to the right round to nearest, ties upwards.
 """
 
 from typing import NamedTuple

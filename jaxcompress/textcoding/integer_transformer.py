@@ -222,7 +222,7 @@ def _attention(model, layer, x, rotary, allowed, cache, index):
         cache = {"key": k, "value": v}
     kv_heads = v["values"].shape[1]
     b, t, heads, _ = q.values.shape
-    # Heads that share keys stand in one matrix, [B, K, G * T, D].
+    # Heads that share keys are in one matrix, [B, K, G * T, D].
     q = Rows(*(jnp.swapaxes(y, 1, 2).reshape(b, kv_heads, -1, y.shape[-1]) for y in q))
     scores = exact_dot(q.values, jnp.swapaxes(k["values"], 2, 3))
     exponent = q.exponent + jnp.swapaxes(k["exponent"], 2, 3)

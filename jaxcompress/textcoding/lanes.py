@@ -1,6 +1,6 @@
 """Range asymmetric numeral systems with one 32-bit state for each lane.
 
-States lie in [2**16, 2**32) between symbols, and frequencies sum to 2**16, so that a
+States are in [2**16, 2**32) between symbols, and frequencies sum to 2**16, so that a
 symbol moves at most one 16-bit word. A lane is encoded from its last symbol to its
 first, from the state 2**16; the decoder must end on that state with no word left.
 

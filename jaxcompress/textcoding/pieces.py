@@ -13,7 +13,7 @@ _LONGEST = 1 << 16  # characters encoded at once, which keeps a failure cheap
 
 
 class Pieces(NamedTuple):
-    """Tokens, and `(index, bytes)` of what stands before the token of that index."""
+    """Tokens, and `(index, bytes)` of what precedes the token of that index."""
 
     ids: list[int]
     escapes: list[tuple[int, bytes]]
@@ -76,7 +76,7 @@ def cut(pieces: Pieces, counts: list[int]) -> list[Pieces]:
     """Return consecutive parts of so many tokens; escapes at an end belong to the later
     part.
 
-    Those behind the last token belong to the last part.
+    Those after the last token belong to the last part.
     """
     parts = []
     start = 0

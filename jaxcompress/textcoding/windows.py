@@ -1,8 +1,9 @@
 """Tokens of lanes to coded bytes and back, in overlapping windows of a model.
 
 The encoder predicts all windows of all lanes in batches, as it knows the text; the
-decoder goes through the lanes together, token by token, with a cache. Both get the same
-integer logits, because those of an exact model depend on the tokens of a window alone.
+decoder steps through the lanes together, token by token, with a cache. Both get the
+same integer logits, because those of an exact model depend on the tokens of a window
+alone.
 """
 
 import functools

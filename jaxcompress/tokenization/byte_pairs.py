@@ -45,7 +45,7 @@ def learn_merges(
     """Return the merges of byte-pair encoding, first to last.
 
     Start with characters; count pairs of neighbors; make the most frequent pair one
-    piece wherever it stands; repeat. No piece arises twice: the merges inside a piece
+    piece wherever it is; repeat. No piece arises twice: the merges inside a piece
     depend on its own text only. Neighbors that overlap ("aa" twice in "aaa") are
     counted twice. Pairs are kept in a heap with the counts they had when they changed
     last, and only the words that hold the pair are visited: time is that of all changes
@@ -79,7 +79,7 @@ def learn_merges(
     while heap and len(found) < merges:
         _, count, pair = heapq.heappop(heap)
         if count != counts[pair] or count < 1:
-            continue  # it changed since, and stands in the heap again
+            continue  # it changed since, and is in the heap again
         merge = Merge(*pair, count)
         if not allowed(merge.piece):
             continue

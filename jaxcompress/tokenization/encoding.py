@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcompress.tokenization.tokenizer import Tokenizer, from_bytes
 
-_BATCH = 1 << 20  # characters of text that go to a process at once
+_BATCH = 1 << 20  # characters of text that a process gets at once
 _AHEAD = 2  # batches for each process that are read ahead
 
 _worker: Tokenizer | None = None  # in a process of the pool only
@@ -24,7 +24,7 @@ def encode_many(
     read a few batches ahead and no further, so that a stream longer than memory can
     pass through. Each process is a fresh interpreter (spawned, because forking a
     process in which JAX runs can deadlock) that imports this package and rebuilds the
-    tokenizer: some seconds, worth it from some tens of megabytes. A script must
+    tokenizer: some seconds, which pay from some tens of megabytes on. A script must
     therefore begin its work under `if __name__ == "__main__":`.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcompress.tokenization.symbols import BYTE_PIECE, SPACE
 
-# In a byte-level vocabulary a printable character of Latin-1 stands for its own byte,
+# In a byte-level vocabulary a printable character of Latin-1 is its own byte,
 # characters from U+0100 on for the others, in their order (GPT-2).
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -73,7 +73,7 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """UTF-8 bytes each id stands for; special tokens have none."""
+        """UTF-8 bytes of each id; special tokens have none."""
         contents = json.loads(self._contents["tokenizer"])
         byte_level = "ByteLevel" in _types(contents.get("decoder"))
         added = self._tokenizer.get_added_tokens_decoder()
@@ -81,7 +81,7 @@ class HuggingFaceTokenizer:
         for piece, i in self._tokenizer.get_vocab(True).items():
             if i in added:
                 pieces[i] = b"" if added[i].special else added[i].content.encode()
-            elif byte_level:  # one character stands for one byte
+            elif byte_level:  # one character is one byte
                 pieces[i] = bytes(BYTE_OF[character] for character in piece)
             elif BYTE_PIECE.fullmatch(piece):
                 pieces[i] = bytes([int(piece[3:5], 16)])

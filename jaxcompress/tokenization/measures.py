@@ -1,4 +1,4 @@
-"""What a tokenizer does to a text, in numbers."""
+"""Measures of what a tokenizer does to a text."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from jaxcompress.tokenization.dictionaries import WORDS
 from jaxcompress.tokenization.encoding import encode_many
 from jaxcompress.tokenization.tokenizer import Tokenizer
 
-RENYI = 2.5  # the order that went best with quality in the source
+RENYI = 2.5  # the order that agreed best with quality in the source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Measures:
       renyi_efficiency: Renyi entropy of order 2.5 of the ids over the logarithm of the
         vocabulary, 1 where all are equally frequent (Zouhar et al., 2023, arXiv
         2306.16842).
-      exact: whether every text came back.
+      exact: whether every text was restored.
 
     Example:
       >>> measures = jc.tokenization.measure(tokenizer, ["a small text"])
@@ -146,7 +146,7 @@ def embedding_bytes(
 
 
 def _unknown(tokenizer: Tokenizer) -> np.ndarray:
-    """Return which ids stand for nothing, or for a byte because there is no better
+    """Return which ids mean nothing, or a byte because there is no better
     piece.
     """
     if tokenizer.byte_ids is None:

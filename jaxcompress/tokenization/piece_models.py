@@ -2,7 +2,7 @@
 
 A model is a protocol buffer (google/sentencepiece, `sentencepiece_model.proto`): field
 1, repeated, is a piece (1 text, 2 score, 3 type), field 2 how it was trained (3 the
-algorithm), field 3 what is done to text first (1 name of the rule, 3 a space in front,
+algorithm), field 3 what is done to text first (1 name of the rule, 3 a space before it,
 4 spaces squeezed).
 """
 
@@ -26,10 +26,10 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class PieceModel:
-    """What a model's file says.
+    """Settings in a model's file.
 
     `exact`: text is segmented as it is, not normalized. `dummy_prefix`: a space is put
-    in front of the text. `end` is the end mark's name.
+    before the text. `end` is the end mark's name.
     """
 
     kind: str

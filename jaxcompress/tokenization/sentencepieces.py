@@ -41,7 +41,7 @@ class SentencePieceTokenizer:
 
     Where no piece reaches from a word into the next, words are segmented one by one and
     remembered. For byte pairs that changes nothing and is faster. For unigram models it
-    is slower than SentencePiece on a whole text, but does not depend on what stands
+    is slower than SentencePiece on a whole text, but does not depend on what is
     around a word: SentencePiece adds up scores in float32, and in a long text equal and
     nearly equal segmentations are told apart by rounding only.
 
@@ -110,7 +110,7 @@ class SentencePieceTokenizer:
     def parts(self, text: str) -> Iterator[tuple[str, bool]]:
         """Return parts of the text, and which of them must be written as bytes.
 
-        A reserved word in the text is cut behind its first character.
+        A reserved word in the text is cut after its first character.
         """
         for i, part in enumerate(self._raw.split(text)):
             if i % 2:
@@ -130,7 +130,7 @@ class SentencePieceTokenizer:
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
         """Return ids of words and of raw parts.
 
-        In ids of words all bytes of the space symbol stand for a space. They come up
+        In ids of words all bytes of the space symbol mean a space. They occur
         where a space is not a piece, or is in an unknown word.
         """
         symbol = [self.byte_ids[byte] for byte in SPACE.encode()]
@@ -344,7 +344,7 @@ def _explain(error: RuntimeError, kind: str, vocab_size: int) -> str:
 
 
 def _texts(table: Sequence[Piece]) -> Iterator[str]:
-    """Return texts of the pieces that stand for more than a byte."""
+    """Return texts of the pieces of more than a byte."""
     for piece in table:
         if piece.type in (NORMAL, USER_DEFINED):
             yield piece.text.replace(SPACE, " ")

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-SPACE = "\u2581"  # stands for a space inside a SentencePiece piece
+SPACE = "\u2581"  # a space inside a SentencePiece piece
 MARKS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2 of every tokenizer trained here
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 

@@ -24,12 +24,12 @@ _KEYS = {"version", "dtype", "tokens", "tokenizer", "vocab_size", "blake2b"}
 def write_tokens(
     path: str | Path, tokenizer: Tokenizer, ids: Iterable[np.ndarray], *, mark=True
 ) -> int:
-    """Write the ids of texts, one behind the other, and return how many they are.
+    """Write the ids of texts, one after the other, and return how many they are.
 
-    They pass through as they come (from `encode_many`, say). With `mark`, each text
+    They pass through as they arrive (from `encode_many`, say). With `mark`, each text
     begins with the tokenizer's `bos_id`, and ends with its `eos_id` where the tokenizer
     says `add_eos`, or has no `bos_id`: texts are told apart. The
-    file is written beside its place and moved there when it is whole, so that no half
+    file is written next to its place and moved there when it is whole, so that no half
     of it is ever seen. Raises ValueError on an id outside the vocabulary.
 
     Args:

@@ -1,4 +1,4 @@
-"""What every tokenizer can do, and how a stored one comes back."""
+"""Interface of every tokenizer, and how a stored one is read."""
 
 import json
 import re
@@ -21,9 +21,9 @@ class Tokenizer(Protocol):
     before a text, None where its texts have no such mark. Generation stops at any of
     `end_ids`, of which `eos_id` is the first; texts to train on end with `eos_id` where
     `add_eos` says so. `encode` adds neither.
-    `pieces` are the UTF-8 bytes each id stands for, none for marks and control symbols;
+    `pieces` are the UTF-8 bytes of each id, none for marks and control symbols;
     `symbols` the ids of user and control symbols by their spelling; `byte_ids` those of
-    the 256 bytes that stand for what has no piece, None where there are none or where
+    the 256 bytes for what has no piece, None where there are none or where
     all pieces are made of bytes.
 
     Example:
@@ -118,7 +118,7 @@ def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
 
 
 def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    """Return the bytes that the ids stand for.
+    """Return the bytes of ids.
 
     Args:
       tokenizer: that encoded them.

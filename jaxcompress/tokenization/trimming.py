@@ -21,12 +21,13 @@ def trim(tokenizer: Tokenizer, keep: Iterable[int]) -> tuple[Tokenizer, np.ndarr
     New id `i` is old id `kept[i]`, so `embedding[kept]` is the new embedding. A text
     whose encoding uses kept pieces only is encoded as before: its new ids are the
     places of the old ones in `kept`. Any other text is still encoded, in smaller pieces
-    and bytes, and still comes back.
+    and bytes, and is still restored.
 
     Kept besides are marks, symbols, bytes, and, in byte-pair encoding, every piece that
     arises on the way to a kept one: merges are never undone, so the merges inside a
-    piece are those of its own text, and a merge may go when no kept piece needs it. In
-    unigram models the rarest piece stays, because unknown characters cost more than it.
+    piece are those of its own text, and a merge may be dropped when no kept
+    piece needs it. In unigram models the rarest piece stays, because unknown characters
+    cost more than it.
 
     Args:
       tokenizer: from `train`, or a byte-pair tokenizer.json.

@@ -22,7 +22,7 @@ def viterbi(text: str, scores: Scores, *, longest: int = 0) -> list[str]:
     """Return the segmentation of highest probability; among equals, longer pieces at
     its end.
 
-    A character that is no piece stands alone and costs `UNKNOWN` below the worst score.
+    A character that is no piece is alone and costs `UNKNOWN` below the worst score.
     """
     if not text:
         return []
@@ -265,7 +265,7 @@ def prune(
 
     A piece's loss: all its uses are replaced by its own second-best segmentation, and
     frequencies are moved accordingly. Pieces whose best segmentation is another, or
-    that no word uses, go; single characters in use stay.
+    that no word uses, are dropped; single characters in use stay.
     """
     uses: Counter[str] = Counter()
     for word, count in words.items():

@@ -1,1 +1,1 @@
-"""Where a model uses each weight, read from the program that JAX traces."""
+"""Uses of each weight, read from the program that JAX traces."""

@@ -81,7 +81,7 @@ def guess_blocks(
 
 
 def nests(a: str, b: str) -> bool:
-    """Tell whether one of two paths is the other, or lies below it."""
+    """Tell whether one of two paths is the other, or is below it."""
     return a == b or a.startswith(f"{b}/") or b.startswith(f"{a}/")
 
 

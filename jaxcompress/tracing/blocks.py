@@ -1,7 +1,7 @@
 """Cutting a traced program into the blocks of a model, by the weights they read.
 
 A program is a list of operations. Those that read the weights of one block, and what
-lies between them, are a segment; a loop over stacked blocks is unrolled first, so that
+is between them, are a segment; a loop over stacked blocks is unrolled first, so that
 each of its turns is one. Between two segments the program is cut where the least is
 carried on, in a transformer the residual stream. No help of the model is needed.
 """
@@ -78,7 +78,7 @@ def cut(
 
     Traces abstractly. What the function returns is not kept: the last segment ends
     with the last use of a weight. Without a pattern blocks are guessed; those that the
-    model goes back to after others are no blocks.
+    model returns to after others are no blocks.
 
     Raises:
       ValueError: no submodule matches, or blocks do not follow one another.
@@ -176,7 +176,7 @@ def _segments(
     pure |= dict.fromkeys(known, frozenset())
     made_by: dict[Any, Any] = {}  # equation of each pure variable
     steps: list[Any] = []
-    reads: list[frozenset[Any]] = []  # weights behind the operands of each step
+    reads: list[frozenset[Any]] = []  # weights that the operands of each step depend on
     for eqn in eqns:
         operands = [v for v in eqn.invars if not _literal(v)]
         weights = frozenset().union(*(pure.get(v, frozenset()) for v in operands))

@@ -1,4 +1,4 @@
-"""What differs between versions of JAX in a traced program."""
+"""Differences between versions of JAX in a traced program."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from jax.extend import core
 def bind(eqn: Any, values: Sequence) -> list:
     """Return the results of one operation."""
     bound = eqn.primitive.get_bind_params(eqn.params)
-    # Older versions (0.7.2) return functions to call beside the parameters.
+    # Older versions (0.7.2) return functions to call with the parameters.
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
     results = eqn.primitive.bind(*functions, *values, **params)
     return list(results) if eqn.primitive.multiple_results else [results]
@@ -35,7 +35,7 @@ def scan_sizes(params: Mapping[str, Any], count: int) -> tuple[int, int]:
     """
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    # From jax 0.12 the operands' structure stands in their place.
+    # From jax 0.12 the operands' structure replaces them.
     consts, carry, _ = params["ft_in"].update(range(count)).unpack()
     return len(list(consts)), len(list(carry))
 

@@ -41,7 +41,7 @@ def find_layouts(
     Args:
       model: a Linen module, called as `model.apply({"params": params}, inputs)`; an NNX
         module, called with the inputs; or any function of `(params, batch)`.
-      params: pytree of arrays and leaves; a leaf counts as the array it stands for.
+      params: pytree of arrays and leaves; a leaf counts as the array it represents.
       batch: what the function takes. For a module an array, or a dict of arguments: one
         is passed by position, several by name. The keys "mask", "labels" and "targets"
         are passed only where the module has arguments of these names.

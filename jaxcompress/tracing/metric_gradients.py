@@ -23,7 +23,7 @@ from jaxcompress.tree.layouts import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Uses:
-    """How a program uses its weights.
+    """Uses of weights in a program.
 
     Args:
       layouts: by name of each weight that is multiplied or looked up, in order of use.
@@ -41,7 +41,7 @@ def find_uses(
     layouts: dict[str, Layout] = {}
     counts: Counter[str] = Counter()
     plain: Counter[str] = Counter()
-    other: set[str] = set()  # what is added, or goes into a function unseen
+    other: set[str] = set()  # what is added, or passed to a function unseen
 
     def visit(use: Use) -> dict[str, jax.Array]:
         layouts.setdefault(use.name, use.layout)

@@ -13,7 +13,7 @@ from jaxcompress.tree.names import nearest
 from jaxcompress.tree.paths import roots
 from jaxcompress.types import Params
 
-LARGE = 4096  # weights in an array that is worth a warning
+LARGE = 4096  # weights in an array that deserves a warning
 
 
 class CompressedParam(nnx.Param):

@@ -1,4 +1,4 @@
-"""How an operation moves a weight: from the tags of its operands to that of its result.
+"""Movements of a weight: from the tags of an operation's operands to its result's.
 
 Followed are casts, transposes, reshapes, slices, gathers of whole slices, reversals,
 concatenations, and arithmetic with what does not depend on the batch.

@@ -1,4 +1,4 @@
-"""Sums over the rows of one use, with all stack axes of its layout in front."""
+"""Sums over the rows of one use, with all stack axes of its layout first."""
 
 import dataclasses
 from collections.abc import Callable

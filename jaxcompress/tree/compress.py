@@ -94,7 +94,7 @@ def compress(
         such as `tqdm.tqdm`.
       part: `params` are a part of a larger tree: what the recipe says of leaves that
         are not there is left out, and leaves without moments take rules without data.
-      traced: names that count as seen by a trace, beside those of layouts and moments.
+      traced: names that count as seen by a trace, with those of layouts and moments.
 
     Returns:
         The tree, with a leaf type in place of each selected array.

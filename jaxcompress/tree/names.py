@@ -18,7 +18,7 @@ def match(
     Args:
       pattern: a regular expression.
       names: to choose from.
-      what: a name stands for, for the error.
+      what: a name means, for the error.
 
     Raises:
       ValueError: there are none; tells the nearest.

@@ -17,7 +17,7 @@ LEAST = 4 * TILE  # weights of a matrix below which one tile is all of it
 
 
 class Arithmetic(NamedTuple):
-    """How a layer multiplies: what `contract` passes on to the products within.
+    """Arithmetic of a layer: what `contract` passes on to the products within.
 
     `precision` is that of `jax.lax.dot_general`; `activations` says whether a leaf of
     integers may round the inputs to integers too: "float" (no), "int8", or "auto"

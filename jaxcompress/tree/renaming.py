@@ -21,7 +21,7 @@ def rename(
 ) -> Params:
     """Rename, split, join and reshape parameters by a map of names.
 
-    The map lists every parameter of the result. `{}` stands for a number, such as that
+    The map lists every parameter of the result. `{}` means a number, such as that
     of a layer, which both names have.
 
         names = {
@@ -96,7 +96,7 @@ def _parts(template: str, source: Source) -> tuple[list[str], Callable | None]:
 def _numbers(
     template: str, source: str, old: Mapping[str, Any]
 ) -> list[tuple[int, ...]]:
-    """Return the numbers that `{}` stand for in old names, in order.
+    """Return the numbers of `{}` in old names, in order.
 
     Raises ValueError where no old name matches.
     """

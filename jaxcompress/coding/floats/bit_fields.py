@@ -140,7 +140,7 @@ def take_apart(
     np.right_shift(words, np.uint16(low), out=high)
     np.bitwise_and(high, np.uint16((1 << 15 - low) - 1), out=high)
     if split.window:
-        # What lies below the base comes out large.
+        # What is below the base becomes large.
         np.subtract(high, np.uint16(base), out=high)
         if int(high.max()) > split.window:
             high[high > split.window] = 0
@@ -207,7 +207,7 @@ def put_together(
         np.add(high, np.uint16(base << low), out=high)
         if not symbols.min():
             high[symbols == 0] = 0
-    # The rest holds low bits and, above them, the sign, which goes to the top.
+    # The rest holds low bits and, above them, the sign, which moves to the top.
     spread = room("spread", out.shape, np.uint16)
     np.copyto(spread, rest)
     np.multiply(spread, np.uint16(1 + (1 << 15 - low)), out=spread)
@@ -221,7 +221,7 @@ def words_of(
     """Compute `put_together` in JAX: the words of blocks, in rows of equal parts of a
     block.
 
-    All is done by rows: XLA would fuse a change of shape, or rows that are put beside
+    All is done by rows: XLA would fuse a change of shape, or rows that are put next to
     each other, into the work, and slow it ten times. `bases` are integers `[blocks]`.
     """
     kind = jnp.uint8 if split.bits == 8 else jnp.uint16
@@ -270,7 +270,7 @@ def _fold(part: np.ndarray, bits: int, out: np.ndarray) -> None:
         out[:] = part
         return
     # Halves of rows over each other, then halves of those; whole rows are multiplied
-    # as NumPy takes its time to go from row to row.
+    # as NumPy takes its time from row to row.
     above = room("above", part.shape, np.uint8)
     for step in (4, 2, 1):
         half = part.shape[1] // 2
@@ -284,7 +284,7 @@ def _fold(part: np.ndarray, bits: int, out: np.ndarray) -> None:
 
 
 def _unfold(packed: np.ndarray, bits: int, shift: int, out: np.ndarray) -> None:
-    """Undo `_fold`; the numbers come `shift` bits up, which must leave them room."""
+    """Undo `_fold`; the numbers are `shift` bits up, which must leave them room."""
     # One product moves each number to the top of its byte; what is above is lost.
     steps = (1 << np.arange(8 - bits, -1, -bits)).astype(np.uint8)[:, None]
     table = out.reshape(len(out), steps.size, -1)

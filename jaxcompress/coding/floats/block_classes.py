@@ -24,7 +24,7 @@ TABLE = 1000.0  # bits that one more table takes, and must gain beyond chance
 def classes_of(sums: np.ndarray, symbols: np.ndarray, width: int) -> np.ndarray:
     """Return the class of each block, uint8 `[blocks]`.
 
-    All classes but the last have multiples of four blocks, so that no block lies across
+    All classes but the last have multiples of four blocks, so that no block is across
     two of the four streams that a table's literals are split into.
 
     Args:
@@ -46,7 +46,7 @@ def classes_of(sums: np.ndarray, symbols: np.ndarray, width: int) -> np.ndarray:
     loss = blocks * width * _information(symbols) * float(ends[-1]) ** 3
     loss /= 12 * math.log(4)
     count = min(max(round((2 * loss / TABLE) ** (1 / 3)), 1), most)
-    # Rounded, as what lies between two cells would depend on the last bit.
+    # Rounded, as what is between two cells would depend on the last bit.
     cells = np.round((ends - parts / 2) * (count / max(ends[-1], 1e-9)), 6)
     cells = np.minimum(cells.astype(np.int8), count - 1)
     steps = np.zeros(blocks, bool)

@@ -1,18 +1,18 @@
 """Words coded chunk by chunk on the host: Huffman-coded symbols, the rest as it is.
 
-A chunk of about 2^20 words stands alone, so that chunks are coded in parallel and
+A chunk of about 2^20 words is independent, so that chunks are coded in parallel and
 read one by one. Its words are split (`splits`) in blocks; blocks are sorted into up to
 eight classes by their scale (`classes`), and each class is one
 Zstandard frame of literals with a table of its own: entropy falls as if every block
 knew its scale, and both directions run at the library's speed.
 
-A chunk as bytes: a list of numbers (`record.write_numbers`), behind its own length,
+A chunk as bytes: a list of numbers (`record.write_numbers`), after its own length,
 two bytes; classes of blocks; frames; exceptions; rests; tails. Numbers: words, base,
 bytes of the classes, exceptions, frames, bytes of the three parts of the tails, then
 bytes and blocks of each frame.
 
 The lower halves of words of four bytes, the tails, have no structure as a rule and are
-kept raw; where all words of a segment end in four zeros or more (weights that came from
+kept raw; where all words of a segment end in four zeros or more (weights that were
 a shorter type), their upper and lower bytes are two frames of their own.
 """
 
@@ -74,7 +74,7 @@ def block_width(shape: tuple[int, ...]) -> int:
     """Return words of a block of an array: a part of a row where that is near 512, else
     512.
 
-    A row of a matrix has one scale, as a rule, so blocks do well not to lie across two.
+    A row of a matrix has one scale, as a rule, so blocks had better not be across two.
     """
     if math.prod(shape) < 1 << 14:
         return 128
@@ -92,7 +92,7 @@ def encode(
 ) -> Chunk | None:
     """Return one chunk, coded; None where too many words fall outside the window.
 
-    The chunk is to be used at once: its rests lie in an array that is used again.
+    The chunk is to be used at once: its rests are in an array that is used again.
 
     Args:
       words: unsigned, flat, as many as a chunk holds or fewer; four bytes where the

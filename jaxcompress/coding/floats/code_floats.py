@@ -21,10 +21,10 @@ WHOLE = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of integers held e
 class CodedFloats(Leaf):
     """One array of floating-point numbers `[..., *trailing]`, kept by its bits.
 
-    Infinities, NaN payloads, subnormals and negative zero come back as they were:
+    Infinities, NaN payloads, subnormals and negative zero are restored as they were:
     decoding moves bits and computes nothing, but for one product with a power of two.
 
-    Invariant: `bits` stands for an array of the shape of the whole: unsigned words, the
+    Invariant: `bits` represents an array of the shape of the whole: unsigned words, the
     numbers' bits; or, where `power` is not None, integers that are the numbers divided
     by two to that power, which the dtype holds exactly.
 
@@ -66,7 +66,7 @@ class CodedFloats(Leaf):
 def _numbers(
     bits: jax.Array, kind: np.dtype, coded: str, power: int | None
 ) -> jax.Array:
-    """Return the numbers that bits, or integers, stand for."""
+    """Return the numbers that bits, or integers, represent."""
     if power is not None:
         if not -1075 < power < 1024:  # as a damaged file may say
             raise ValueError(f"a float has no power of two of {power}: damaged")
@@ -91,7 +91,7 @@ def code_floats(
     which is kept: about 10.56 bits for a bfloat16 weight. Arrays of few values, whole
     multiples of a power of two, and float32 arrays that hold bfloat16 numbers are
     recognized. What would not get smaller, in a file and in memory, and types wider
-    than float32 or narrower than a byte, come back unchanged.
+    than float32 or narrower than a byte, are restored unchanged.
 
     Args:
       x: `[..., inputs, outputs]`, or any other rank.

@@ -24,11 +24,11 @@ TOGETHER = 2048  # blocks decoded at a time on a CPU, whose caches hold their st
 class CodedWords(Leaf):
     """Unsigned words `[..., *trailing]`; each slice coded by `chunks`, on its own.
 
-    Invariant: every data array has the stack axes in front, and a slice of all of them
+    Invariant: every data array has the stack axes first, and a slice of all of them
     is the `CodedWords` of a slice. Words of a slice are blocks of `width` words in
     order; a block is a lane of Huffman-coded symbols in `frames`,
     which hold what the file holds: the frames of Zstandard, one after another. Blocks
-    that are not coded there alone lie behind them, as they are.
+    that are not coded there alone follow them, as they are.
 
     Args:
       frames: uint32 `[..., words]`, little-endian; the first four bytes are empty.
@@ -256,7 +256,7 @@ def _one(coded: CodedWords) -> jax.Array:
 
     def in_groups() -> jax.Array:
         def work(number: jax.Array, out: jax.Array) -> jax.Array:
-            first = number * size  # the last not behind the end: some blocks twice
+            first = number * size  # the last not after the end: some blocks twice
             part = _blocks(
                 coded, entries, lambda x: lax.dynamic_slice_in_dim(x, first, size)
             )
@@ -312,14 +312,14 @@ def _blocks(
 
 @jax.jit
 def _rows(coded: CodedWords, indices: jax.Array) -> jax.Array:
-    """Return rows `[..., features]`: the blocks that each lies in, decoded for each."""
+    """Return rows `[..., features]`: the blocks that each is in, decoded for each."""
     rows, features = coded.trailing
     width = coded.width
     wanted = indices.reshape(-1).astype(jnp.int32)
     wanted = jnp.where(wanted < 0, wanted + rows, wanted)
     start = jnp.clip(wanted, 0, rows - 1)
     many = (features - 1) // width + 2
-    # In blocks and words behind, as rows times features may pass 32 bits.
+    # In blocks and words after them, as rows times features may pass 32 bits.
     block = start * (features // width) + (start * (features % width)) // width
     behind = (start * (features % width)) % width
     which = (block[:, None] + jnp.arange(many)[None]).reshape(-1)

@@ -42,7 +42,7 @@ PART = 1 << 22  # symbols that a thread codes at a time, to bound memory
 class Coded(Leaf):
     """One integer array `[..., *trailing]`, each slice of it coded on its own.
 
-    Invariant: every data array has the stack axes in front, and a slice of all of them
+    Invariant: every data array has the stack axes first, and a slice of all of them
     is the `Coded` of a slice. Symbol `i` of a slice is step `i // lanes` of lane
     `i % lanes`; no lanes means that every code of a slice is its base.
 
@@ -58,9 +58,9 @@ class Coded(Leaf):
         column and value are the same.
       low: uint8, the `low_bits` lowest bits of each code, packed; or None.
       contexts: uint8 `[..., *trailing]`, any trailing size may be 1; or None.
-      width: bits per code of a coded byte, which holds `8 // width` codes lying side
+      width: bits per code of a coded byte, which holds `8 // width` codes side
         by side along the inputs; 0 where whole codes are coded.
-      escape: 16-bit words behind a symbol of the last column: its value, verbatim.
+      escape: 16-bit words after a symbol of the last column: its value, verbatim.
 
     Example:
       >>> jc.entropy_code(jnp.zeros((64, 64), jnp.uint8)).materialize().sum()
@@ -137,7 +137,7 @@ def entropy_code(
     """Code integers at their order-0 entropy; the result materializes bit for bit.
 
     Slices along the stack axes have their own tables and streams. Returns the smallest
-    in a file of: `Coded`, `Packed`, and the array as it came; of the leaves only what
+    in a file of: `Coded`, `Packed`, and the array as it is; of the leaves only what
     is smaller in memory, too.
 
     Args:

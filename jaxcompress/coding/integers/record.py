@@ -59,7 +59,7 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
     """Return the fields of a `Coded`, from what it stored and its static fields.
 
     NumPy arrays that share no memory with what was stored, so that the stream may be
-    freed before they go to a device.
+    freed before they move to a device.
 
     Raises:
       ValueError: arrays and static fields do not fit each other. (What fits and is

@@ -3,7 +3,7 @@
 import numpy as np
 
 KINDS = 8
-GAIN = 0.995  # of the order-0 entropy, at most, to be worth a table for each kind
+GAIN = 0.995  # of the order-0 entropy, at most, to pay for a table for each kind
 TABLE = 800.0  # bits that one more table takes, about
 FEWEST = 1 << 14  # codes of a slice
 

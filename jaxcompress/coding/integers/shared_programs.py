@@ -14,7 +14,7 @@ WORDS, COLUMNS = 64, 32  # the least sizes; larger ones are powers of two
 def fill_up(coded: Any) -> Any:
     """Fill words and tables of a `Coded` up to sizes that many leaves share.
 
-    What is filled up is never used: columns of frequency zero, words behind the last.
+    What is filled up is never used: columns of frequency zero, words after the last.
     """
     words, columns = _sizes(coded)
     filled = {"words": _padded(coded.words, words)}
@@ -44,7 +44,7 @@ def _sizes(coded: Any) -> tuple[int, int]:
 
 
 def _padded(x: jax.Array, size: int, last: int = 0) -> Any:
-    """Return zeros in front of the last so many columns; NumPy compiles nothing."""
+    """Return zeros before the last so many columns; NumPy compiles nothing."""
     spread = isinstance(x, jax.Array) and len(x.devices()) > 1
     xp, array = (jnp, x) if spread else (np, np.asarray(x))
     cut = x.shape[-1] - last

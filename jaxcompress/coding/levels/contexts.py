@@ -113,7 +113,7 @@ def _kinds(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = np.log2(square.mean(axis=1) + 1 / 12) / 2
     columns = np.log2((square * np.exp2(-2 * rows)[:, None]).mean(axis=0) + 1e-3) / 2
     # Levels of 16 bits span 17 octaves by rows and fewer than 40 by columns: the sum
-    # of two kinds stays far below 255, which stands for no edge.
+    # of two kinds stays far below 255, which means no edge.
     return tuple(
         np.rint((x - x.min()) / FINEST).astype(np.uint8) for x in (rows, columns)
     )

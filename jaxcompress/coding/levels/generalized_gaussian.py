@@ -14,7 +14,7 @@ from jaxcompress.coding.rans import TOTAL
 SCALES = 128  # eighths of an octave, from 2^-4
 SHAPES = (0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
 REACH = 255  # columns to each side of zero
-WIDTH = 2 * REACH + 2  # and one for what lies outside
+WIDTH = 2 * REACH + 2  # and one for what is outside
 _HALF_ROOT = 0.7071067811865476
 _LN2 = 0.6931471805599453
 
@@ -24,7 +24,7 @@ def table(scale: int, shape: int, parities: int, parity: int) -> np.ndarray:
     """Return frequencies uint16 `[WIDTH]` of the symbols -255 to 255, then of all
     others.
 
-    The symbol `m` stands for the level `parities * m + parity`, whose density is
+    The symbol `m` is the level `parities * m + parity`, whose density is
     `exp2(-|level / s|^b)`, with `s = 2^(scale / 8 - 4)` and `b = SHAPES[shape]`. Those
     that would get less than half of 1 / 4096 get none: they are escaped.
     """

@@ -21,7 +21,7 @@ from jaxcompress.coding.levels import (
 from jaxcompress.coding.packing import bits_needed
 from jaxcompress.tree.leaf import Leaf, leaf, static
 
-TABLE_BITS = 1000  # about, in front of steps that are coded
+TABLE_BITS = 1000  # about, before steps that are coded
 LARGEST = 1 << 15  # levels are below it: one word holds an escaped one
 
 
@@ -29,12 +29,12 @@ LARGEST = 1 << 15  # levels are below it: one word holds an escaped one
 class CodedLevels(Leaf):
     """Integers `[..., inputs, outputs]` at their entropy, decoded inside `jit`.
 
-    Invariant: every data array has the stack axes in front, and a slice of all of them
+    Invariant: every data array has the stack axes first, and a slice of all of them
     is the `CodedLevels` of a slice. Each row, its outputs as `in_groups` lays them, is
     cut into walks of `places` outputs, the last filled up; a lane codes the same number
     of walks, one after the other, and so all lanes begin walks together. The table of a
     level follows from the kinds of its row and column (`contexts.Contexts`) and, with a
-    trellis, from whether the state of its walk is odd: such tables stand behind the
+    trellis, from whether the state of its walk is odd: such tables follow the
     others.
 
     Args:
@@ -46,7 +46,7 @@ class CodedLevels(Leaf):
         walks; edges: uint8 `[..., contexts - 1]`.
       places: outputs in a walk.
       trellis: its number of states; 0 for plain integers.
-      groups: that the outputs of a walk lie in, one after the other.
+      groups: that the outputs of a walk are in, one after the other.
       dtype: of the integers, int8 where they fit.
 
     Example:

@@ -71,7 +71,8 @@ def column_scales(curvatures: np.ndarray) -> np.ndarray:
     """Return how much finer each output is quantized, in quarter octaves.
 
     The coarsest has zero.
-    Errors go in inverse proportion to the root of what they do. uint8 `[..., outputs]`.
+    Errors are in inverse proportion to the root of what they do. uint8
+    `[..., outputs]`.
     """
     wide = shrink_to_mean(np.asarray(curvatures, np.float64), np)
     finer = OCTAVE / 2 * np.log2(wide / wide.min(axis=-1, keepdims=True))

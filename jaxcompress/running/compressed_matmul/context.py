@@ -18,7 +18,7 @@ from jaxcompress.running.low_memory import instead, low_memory, mode, running
 
 Activations = Literal["float", "int8", "auto"]
 
-# What stands for a method of a module of exactly this type: `(module, activations,
+# What replaces a method of a module of exactly this type: `(module, activations,
 # ...)` with the arguments of the method; it gives None where Flax's code is to run.
 LAYERS: dict[tuple[type[nn.Module], str], Callable[..., Any]] = {
     (nn.Dense, "__call__"): dense,

@@ -138,7 +138,7 @@ def _affine(
     """Return the product along axes of a module's kernel, and its bias.
 
     `x` is `[..., *axes]`; `order` transposes the result, along whose axes `across` the
-    bias repeats, besides all that it lacks in front.
+    bias repeats, besides all leading ones that it lacks.
     """
     kernel = stored(module, "kernel")
     found = stored_product(kernel, shape, axes)
