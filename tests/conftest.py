@@ -41,7 +41,7 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 BUDGET = 60.0  # processor seconds per file, on both cores together
-GROWN = 1.8e9  # resident bytes at which a process forgets its programs
+GROWN = 1.0e9  # resident bytes at which a process forgets its programs
 spent = collections.Counter()  # by test
 largest = collections.Counter()  # resident bytes, by process
 last = time.process_time()
