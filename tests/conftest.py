@@ -12,6 +12,7 @@ import atexit
 import collections
 import json
 import os
+import pathlib
 import resource
 import shutil
 import tempfile
@@ -41,6 +42,7 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 BUDGET = 60.0  # processor seconds per file, on both cores together
+LIMITS = {"slow": 1.0, "nightly": 20.0}  # processor seconds of one test
 GROWN = 1.0e9  # resident bytes at which a process forgets its programs
 spent = collections.Counter()  # by test
 largest = collections.Counter()  # resident bytes, by process
@@ -53,8 +55,18 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """What is longest runs only where it is asked for: -m nightly."""
+    """Tests are slow or nightly as their marks or `seconds.json` say.
+
+    It holds what tests took (`--seconds FILE`). What is longest runs only where it is
+    asked for: -m nightly.
+    """
+    seconds = json.loads((pathlib.Path(__file__).parent / "seconds.json").read_text())
+    for item in items:
+        for mark, limit in LIMITS.items():
+            if seconds.get(item.nodeid, 0) > limit:
+                item.add_marker(mark)
     if "nightly" not in config.option.markexpr:
         items[:] = [x for x in items if not x.get_closest_marker("nightly")]
 

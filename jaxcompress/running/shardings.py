@@ -43,7 +43,8 @@ def shardings(small: Params, mesh: Mesh, specs: Any) -> Params:
         Names the leaf, and where it would be cut.
 
     Example:
-      >>> specs = {"up": {"kernel": PartitionSpec(None, "model")}}
+      >>> kernel = {"kernel": jax.sharding.PartitionSpec(None, "data")}
+      >>> specs = {"layer_0": {"mlp": {"up_proj": kernel}}}
       >>> placed = jax.device_put(small, jc.shardings(small, mesh, specs))
     """
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec)  # noqa: E731
