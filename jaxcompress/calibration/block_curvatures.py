@@ -1,30 +1,27 @@
 """`measure_curvatures_blockwise`: curvatures of a model that is larger than memory."""
 
 import dataclasses
-import hashlib
-import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.activations import Streams
-from jaxcompress.calibration.block_passes import SCORE, Job, Passes
+from jaxcompress.calibration.activations import Streams, streams
+from jaxcompress.calibration.block_passes import SCORE, Measurement, Passes
 from jaxcompress.calibration.blockwise_parts import full_names
 from jaxcompress.calibration.collect import check_seen
 from jaxcompress.calibration.lazy_params import Source, source_of
 from jaxcompress.calibration.moment_files import moments_to_arrays
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.calibration.spool import Spool
 from jaxcompress.progress import each_item
-from jaxcompress.tracing.blocks import Segment, cut
-from jaxcompress.tracing.metric_gradients import find_uses
+from jaxcompress.storage.resume import Results, digest
+from jaxcompress.tracing.metric_gradients import Uses, find_uses
 from jaxcompress.tracing.modules import model_function
-from jaxcompress.tree.layouts import choose_layout
+from jaxcompress.tree.layouts import Layout, choose_layout
 from jaxcompress.tree.selection import planned_entries
 from jaxcompress.types import Batch
 
@@ -67,7 +64,8 @@ def measure_curvatures_blockwise(
       where: pattern of the leaves' names; by default those that a method takes.
       joint, damping, key: as in `measure_curvatures`. In a stack each slice chooses its
         own shrinkage of joint curvatures.
-      store: a directory for what is finished. A killed run resumes there.
+      store: a directory for what is finished. A killed run resumes there; weights,
+        options, moments and batches must be the same.
       progress: as in `compress`, of the stretches of both passes.
 
     Returns:
@@ -89,10 +87,22 @@ def measure_curvatures_blockwise(
     """
     rows = _sequences(batches, key)
     with source_of(params) as source, tempfile.TemporaryDirectory() as scratch:
-        job = _job(model, source, rows, moments, blocks, where, joint, damping)
-        about = [blocks, where, joint, damping, sorted(job.layouts), moments is None]
-        job = dataclasses.replace(
-            job, spool=Spool(store or scratch, _digest(about, rows, moments))
+        parts, uses = _stretches(model, source, rows, blocks)
+        layouts, embeddings = _measured(source, parts, uses, moments, where)
+        about = [blocks, where, joint, damping, sorted(layouts), moments is None]
+        weights = {} if store is None else source.digests()
+        given = {name: moments_to_arrays(x) for name, x in (moments or {}).items()}
+        job = Measurement(
+            source,
+            parts,
+            uses,
+            layouts,
+            embeddings,
+            moments,
+            joint,
+            damping,
+            Results(store or scratch, coding="none"),
+            digest([about, weights], [rows, given]),
         )
         count = len(job.segments)
         stretches = [(False, i) for i in range(count)]
@@ -142,82 +152,55 @@ def _score(function: Callable[[Any, Any], jax.Array], params: Any, row: Any) -> 
     return each.sum() if mask is None else jnp.where(mask[0] > 0, each, 0).sum()
 
 
-def _digest(about: Any, rows: Sequence[Any], moments: Any) -> str:
-    found = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
-    known = {n: moments_to_arrays(m) for n, m in (moments or {}).items()}
-    for x in jax.tree.leaves([rows, known]):
-        found.update(f"{x.dtype}{x.shape}".encode())
-        found.update(np.ascontiguousarray(x).tobytes())
-    return found.hexdigest()
-
-
-def _job(
-    model: Any,
-    source: Source,
-    rows: list[dict[str, Any]],
-    moments: Mapping[str, Moments] | None,
-    blocks: str,
-    where: str | None,
-    joint: bool,
-    damping: float,
-) -> Job:
+def _stretches(
+    model: Any, source: Source, rows: list[dict[str, Any]], blocks: str | None
+) -> tuple[Streams, list[Uses]]:
+    """Cut the program of the score, and find the uses of weights in each stretch."""
     function = model_function(model)
     shapes = {**source.shapes, SCORE: jax.ShapeDtypeStruct((), jnp.float32)}
-    programs: dict[Any, Any] = {}
 
     def run(weights: Mapping[str, Any], row: Any) -> jax.Array:
         return _score(function, source.rebuild(weights), row) * weights[SCORE]
 
-    def program(row: Any) -> Any:
-        key = tuple((n, x.shape, x.dtype) for n, x in row["inputs"].items())
-        if key not in programs:
-            segments, inputs = cut(run, shapes, row, blocks)
-            last = segments[-1]
-            score = last.equations[-1].outvars[:1]
-            segments[-1] = dataclasses.replace(
-                last, writes=tuple(score), alive=frozenset(score)
-            )
-            programs[key] = segments, inputs
-        return programs[key]
+    parts = streams(run, shapes, lambda weights: weights, rows, blocks)
+    for segments in {id(each): each for each, _ in parts.programs}.values():
+        # The last use of a weight is that of SCORE, so the score ends the program.
+        score = frozenset(segments[-1].equations[-1].outvars[:1])
+        segments[-1] = dataclasses.replace(
+            segments[-1], writes=tuple(score), alive=score
+        )
+    uses = []
+    for segment in parts.segments:
+        stacked = segment.block is not None and segment.block.index is not None
+        weights = {}
+        for name, full in full_names(segment).items():
+            shape = shapes[full].shape[stacked and not name.startswith("/") :]
+            weights[name] = jax.ShapeDtypeStruct(shape, shapes[full].dtype)
+        uses.append(find_uses(segment, weights, [v.aval for v in segment.reads]))
+    return parts, uses
 
-    streams = Streams(rows, [program(row) for row in rows])
-    uses, layouts = [], {}
-    for segment in streams.segments:
+
+def _measured(
+    source: Source,
+    parts: Streams,
+    uses: list[Uses],
+    moments: Mapping[str, Moments] | None,
+    where: str | None,
+) -> tuple[dict[str, Layout], frozenset[str]]:
+    """Return layouts of what is measured, slices of stacks, and names of embeddings."""
+    traced: dict[str, Layout] = {}
+    for segment, each in zip(parts.segments, uses, strict=True):
         names = full_names(segment)
-        whole = {
-            name: jax.ShapeDtypeStruct(
-                shapes[full].shape[1 if _sliced(segment, name) else 0 :],
-                shapes[full].dtype,
-            )
-            for name, full in names.items()
-        }
-        read = [v.aval for v in segment.reads]
-        uses.append(find_uses(segment, whole, read))
-        for name, layout in uses[-1].layouts.items():
-            layouts.setdefault(names[name], layout)
-    found, embeddings = {}, set()
-    planned = planned_entries(source.tree, moments, where, layouts)
-    check_seen([entry.name for entry in planned], layouts)
+        for name, layout in each.layouts.items():
+            traced.setdefault(names[name], layout)
+    layouts, embeddings = {}, set()
+    planned = planned_entries(source.tree, moments, where, traced)
+    check_seen([entry.name for entry in planned], traced)
     for entry in planned:
-        layout, known = layouts[entry.name], (moments or {}).get(entry.name)
+        layout, given = traced[entry.name], (moments or {}).get(entry.name)
         count = sum(map(len, (layout.stack, layout.inputs, layout.outputs)))
         shape = entry.value.shape[-count:]
-        found[entry.name] = choose_layout(entry.name, shape, layout, known)
+        layouts[entry.name] = choose_layout(entry.name, shape, layout, given)
         if entry.embedding:
             embeddings.add(entry.name)
-    return Job(
-        source,
-        streams,
-        uses,
-        found,
-        frozenset(embeddings),
-        moments,
-        joint,
-        damping,
-        rows,
-    )
-
-
-def _sliced(segment: Segment, name: str) -> bool:
-    block = segment.block
-    return block is not None and block.index is not None and not name.startswith("/")
+    return layouts, frozenset(embeddings)

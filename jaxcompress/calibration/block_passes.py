@@ -28,7 +28,7 @@ from jaxcompress.calibration.error_feedback import inverse_factor
 from jaxcompress.calibration.lazy_params import Source
 from jaxcompress.calibration.moment_files import moments_from_arrays, moments_to_arrays
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.calibration.spool import Spool
+from jaxcompress.storage.resume import Results
 from jaxcompress.tracing.blocks import Segment
 from jaxcompress.tracing.metric_gradients import Uses
 from jaxcompress.tree.layouts import Layout, matricize
@@ -38,21 +38,55 @@ SCORE = "score"  # a weight of one, by which the score is multiplied at the end
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Measurement:
+    """A model cut into stretches, what is measured of it, and where results are kept.
+
+    Args:
+      source: of the weights.
+      streams: the sequences, and the stretches of their programs.
+      uses: by stretch, of weights by the names that the stretch has.
+      layouts: by full name of a measured weight; in a stack, of a slice.
+      embeddings: full names of those that are looked up.
+      moments: by full name; None where they are measured.
+      joint, damping: as in `measure_curvatures`.
+      results: where what is finished is kept, for the run of digest `run`.
+    """
+
     source: Source
     streams: Streams
-    uses: Sequence[Uses]  # by segment, names as the segment has them
-    layouts: Mapping[str, Layout]  # by full name of what is measured, of a slice
+    uses: Sequence[Uses]
+    layouts: Mapping[str, Layout]
     embeddings: frozenset[str]
     moments: Mapping[str, Moments] | None
     joint: bool
     damping: float
-    rows: Sequence[Any]
-    spool: Spool | None = None
+    results: Results
+    run: str
 
     @property
     def segments(self) -> list[Segment]:
         return self.streams.segments
+
+    def load(self, name: str) -> Any:
+        """Return what a run kept under a name; None where there is nothing.
+
+        Raises ValueError where it is of another run.
+        """
+        advice = (
+            "the model, options, moments or batches differ; delete the directory, or "
+            "pass another store"
+        )
+        found = self.results.load(f"curvatures-{name}", {"run": self.run}, advice)
+        return None if found is None else jax.tree.map(np.asarray, found[0])
+
+    def save(self, name: str, tree: Any) -> None:
+        self.results.save(f"curvatures-{name}", tree, {"run": self.run})
+
+    def mapped_path(self, name: str) -> str:
+        """Return the path of an array that is mapped into memory, of this run."""
+        folder = os.fspath(self.results.directory)
+        os.makedirs(folder, exist_ok=True)
+        return os.path.join(folder, f"{self.run[:8]}-{name}.npy")
 
     def weights(self, number: int) -> dict[str, jax.Array]:
         """Return dense weights of a segment, by its names."""
@@ -92,7 +126,7 @@ class Passes:
     made, where the backward pass is.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Measurement) -> None:
         self.job = job
         self.values: list[Values] = job.streams.start()
         self.cotangents: list[dict[str, np.ndarray]] = [{} for _ in self.values]
@@ -109,8 +143,8 @@ class Passes:
     def forward(self, number: int) -> None:
         """Run a stretch, measure its moments, and put what it writes on disk."""
         job, names = self.job, self.job.measured(number)
-        found = job.spool.load(f"moments-{number}")
-        written = job.spool.load(f"values-{number}")
+        found = job.load(f"moments-{number}")
+        written = job.load(f"values-{number}")
         if found is None or written is None:
             weights = job.weights(number)
             wanted = [n for n in names if job.moments is None and weights[n].ndim > 1]
@@ -128,8 +162,8 @@ class Passes:
                     np.save(self._second(number, name), np.asarray(known.second))
                 known = dataclasses.replace(known, second=None)
                 found[str(list(names).index(name))] = moments_to_arrays(known)
-            job.spool.save(f"values-{number}", written)
-            job.spool.save(f"moments-{number}", found)
+            job.save(f"values-{number}", written)
+            job.save(f"moments-{number}", found)
         for place, arrays in found.items():
             name = list(names)[int(place)]
             known, second = moments_from_arrays(arrays), self._second(number, name)
@@ -147,10 +181,10 @@ class Passes:
     def backward(self, number: int) -> None:
         """Carry cotangents through a stretch; finish the curvatures of its weights."""
         job, names = self.job, self.job.measured(number)
-        found = job.spool.load(f"cotangents-{number}")
+        found = job.load(f"cotangents-{number}")
         if found is None:
             found = self._carry(number)
-            job.spool.save(f"cotangents-{number}", found)
+            job.save(f"cotangents-{number}", found)
         for b, cotangents in enumerate(self.cotangents):
             for v in self.segment(b, number).writes:
                 cotangents.pop(self.places[b][v], None)
@@ -213,7 +247,7 @@ class Passes:
             }
             above[str(b)] = _numbered(slopes)
         if any(full in self.shared for full in names.values()):
-            job.spool.save(f"above-{number}", above)
+            job.save(f"above-{number}", above)
         curvatures = {
             str(list(names).index(name)): self._finished(
                 total, names[name], shapes[name]
@@ -230,7 +264,7 @@ class Passes:
         job = self.job
         weight = dense(job.source.fetch(full))
         readers = [i for i, s in enumerate(job.segments) if full in s.outer]
-        above = {number: job.spool.load(f"above-{number}") for number in readers}
+        above = {number: job.load(f"above-{number}") for number in readers}
         factor = self._factor(readers[0], f"/{full}")
         shape = job.matrix_shape(full, weight)
         pairs, total = self._has_pairs(full, shape), CurvatureSum()
@@ -255,7 +289,10 @@ class Passes:
     def _finished(
         self, total: CurvatureSum, full: str, shape: tuple[int, ...]
     ) -> dict[str, Any]:
-        masks = [x.get("mask", x["inputs"]["tokens"] * 0 + 1) for x in self.job.rows]
+        masks = [
+            x.get("mask", x["inputs"]["tokens"] * 0 + 1)
+            for x in self.job.streams.batches
+        ]
         tokens = float(sum(np.sum(mask > 0) for mask in masks))
         embedding = full in self.job.embeddings
         singles, joint = total.finish(full, shape, tokens, embedding=embedding)
@@ -284,7 +321,7 @@ class Passes:
     def _around(self, b: int, number: int) -> tuple[Segment, list, list]:
         """Return a stretch, the values that it reads, and the cotangents above it."""
         segment, places = self.segment(b, number), self.places[b]
-        leaves = jax.tree.leaves(self.job.rows[b])
+        leaves = jax.tree.leaves(self.job.streams.batches[b])
         read = []
         for v in segment.reads:
             maker, place = places[v].split("-")
@@ -302,17 +339,16 @@ class Passes:
         return segment, read, slopes
 
     def _written(self, number: int) -> Any:
-        """Return the values of one stretch; the last two asked for are held."""
+        """Return the values of one stretch; the first and the latest are held."""
         if number not in self.latest:
             for old in sorted(self.latest, reverse=True)[: len(self.latest) - 1]:
                 del self.latest[old]
-            self.latest[number] = self.job.spool.load(f"values-{number}")
+            self.latest[number] = self.job.load(f"values-{number}")
         return self.latest[number]
 
     def _second(self, number: int, name: str) -> str:
         place = list(self.job.measured(number)).index(name)
-        os.makedirs(self.job.spool.directory, exist_ok=True)
-        return os.path.join(self.job.spool.directory, f"second-{number}-{place}.npy")
+        return self.job.mapped_path(f"second-{number}-{place}")
 
     def _known(self, full: str, keep: bool) -> Moments:
         """Return the moments that were measured of a leaf, slices of a stack as one."""
@@ -328,7 +364,7 @@ class Passes:
                 shape = len(parts), *second.shape
                 if keep:
                     number = sorted(self.moments).index(full)
-                    path = os.path.join(self.job.spool.directory, f"stack-{number}.npy")
+                    path = self.job.mapped_path(f"stack-{number}")
                     second = np.lib.format.open_memmap(path, "w+", "float32", shape)
                 else:
                     second = np.empty(shape, np.float32)

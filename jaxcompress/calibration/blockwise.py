@@ -149,6 +149,8 @@ def compress_blockwise(
                 "have; measure them on the same form of the model, looped or scanned"
             )
         known = _layouts(function, source, batches[0], layouts or {})
+        weights = {} if store is None else source.digests()
+        run = digest_run(recipe, options, weights, [*batches, curvatures])
         job = Job(
             source,
             recipe,
@@ -159,10 +161,7 @@ def compress_blockwise(
             moments or {},
             drift,
             streams(function, source.shapes, source.rebuild, batches, blocks),
-            Parts(
-                Results(store),
-                digest_run(recipe, options, source.shapes, [*batches, curvatures]),
-            ),
+            Parts(Results(store), run),
         )
         parts = _shown(job.run(), job.count, progress is True)
         if callable(progress):

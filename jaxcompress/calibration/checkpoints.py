@@ -75,14 +75,14 @@ def _name(number: int) -> str:
 def digest_run(
     recipe: Any,
     options: Mapping[str, Any],
-    shapes: Mapping[str, Any],
+    weights: Mapping[str, str],
     batches: Sequence,
 ) -> str:
-    """Hash what distinguishes runs: recipe, options, weights' names, batches."""
+    """Hash what distinguishes runs: recipe, options, digests of weights, batches."""
     about = {
         "recipe": [_described(stage) for stage in chain(recipe).stages],
         "options": dict(options),
-        "shapes": {n: [str(x.dtype), list(x.shape)] for n, x in shapes.items()},
+        "weights": dict(weights),
     }
     return digest(about, list(batches))
 

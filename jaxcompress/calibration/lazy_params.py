@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.storage import checkpoint
+from jaxcompress.storage.resume import digest
 from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.tree.paths import roots
 from jaxcompress.types import LazyParams, Params
@@ -24,6 +25,10 @@ class Source(NamedTuple):
     fetch: Callable[[str], Any]
     tree: Params
     rebuild: Callable[[Mapping[str, Any]], Params]
+
+    def digests(self) -> dict[str, str]:
+        """Hash each leaf by name: names, dtypes, shapes and bits; one is in memory."""
+        return {name: digest(None, self.fetch(name)) for name in self.shapes}
 
 
 @contextlib.contextmanager

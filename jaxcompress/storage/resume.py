@@ -28,6 +28,7 @@ class Results:
     """
 
     directory: str | os.PathLike | None
+    coding: str = "size"  # as in `save`; "none" for what is read again soon
 
     def path(self, name: str) -> Path:
         return Path(self.directory or "") / f"{name}.safetensors"
@@ -66,7 +67,7 @@ class Results:
         if self.directory is None:
             return
         Path(self.directory).mkdir(parents=True, exist_ok=True)
-        checkpoint.save(self.path(name), tree, metadata)
+        checkpoint.save(self.path(name), tree, metadata, coding=self.coding)
 
     def get(self, name: str, compute: Callable[[], Params]) -> Params:
         """Read a result, or compute it and write it."""

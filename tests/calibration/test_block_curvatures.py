@@ -89,14 +89,16 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
             jax.tree.leaves(one), jax.tree.leaves(found[name]), strict=True
         ):
             np.testing.assert_array_equal(x, y)
-    with pytest.raises(ValueError, match="another model, options"):
-        jc.measure_curvatures_blockwise(
-            model,
-            params,
-            batches,
-            store=tmp_path / "killed",
-            **OPTIONS | {"key": jax.random.key(5)},
-        )
+    scaled = {**params, "conv": jax.tree.map(lambda x: 2 * x, params["conv"])}
+    for weights, key in ((params, jax.random.key(5)), (scaled, KEY)):
+        with pytest.raises(ValueError, match="another run"):
+            jc.measure_curvatures_blockwise(
+                model,
+                weights,
+                batches,
+                store=tmp_path / "killed",
+                **OPTIONS | {"key": key},
+            )
 
 
 @pytest.mark.slow

@@ -426,6 +426,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(stream, kind, tmp_path):
             drift=0.5,
             store=tmp_path / "store",
         )
+    params = jax.tree.map(lambda x: 2 * x, params)
+    with pytest.raises(ValueError, match="another run"):
+        run(tmp_path / "store", 99)
 
 
 def test_progress_says_errors_and_the_time_left(stream, capsys):
