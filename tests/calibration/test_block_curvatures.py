@@ -101,6 +101,34 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
             )
 
 
+def skipping(params, batch):
+    """Logits of blocks that all read the first value, and a head that is the table."""
+    table = params["embed"]["embedding"]
+    first = x = table[batch["tokens"]]
+    for i in range(3):
+        block = params[f"layers_{i}"]
+        x = x + jnp.tanh((x + first * (i + 1)) @ block["up"]["kernel"])
+        x = x @ block["down"]["kernel"]
+    return x @ table.T
+
+
+@pytest.mark.filterwarnings("ignore:too few")
+def test_a_value_that_many_blocks_read_has_all_their_cotangents():
+    keys = jax.random.split(KEY, 7)
+    square = [{"kernel": jax.random.normal(k, (8, 8)) / 3} for k in keys]
+    params = {
+        f"layers_{i}": {"up": square[2 * i], "down": square[2 * i + 1]}
+        for i in range(3)
+    }
+    params["embed"] = {"embedding": jax.random.normal(keys[6], (ROWS, 8))}
+    batches = [{"tokens": TOKENS}]
+    moments = jc.collect_moments(skipping, params, batches, where=OPTIONS["where"])
+    apply = lambda params, tokens: skipping(params, {"tokens": tokens})  # noqa: E731
+    wanted = jc.measure_curvatures(apply, params, batches, moments, **OPTIONS)
+    options = OPTIONS | {"blocks": r"layers_\d+"}
+    close(wanted, jc.measure_curvatures_blockwise(skipping, params, batches, **options))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:too few")
 def test_moments_on_disk_serve_plans_and_methods(tmp_path):
@@ -169,8 +197,8 @@ def test_gradients_in_a_metric_are_factors_times_gradients():
         q = jnp.einsum(
             "btd,dhk->bthk", x + w["looked"][None, :4], jnp.bfloat16(1) * w["q"]
         )
-        o = jax.nn.relu(jnp.einsum("bthk,hkd->btd", jnp.tanh(q), w["o"]))
         q = q + own(w["own"]).reshape(2, 3)[None, None]
+        o = jax.nn.relu(jnp.einsum("bthk,hkd->btd", jnp.tanh(q), w["o"]))
         both = (x @ w["twice"]).sum() + (jnp.sin(x) @ w["twice"]).var()
         return ((o @ w["d"].T) ** 2).sum() + both + (o @ w["looked"].T).std()
 
