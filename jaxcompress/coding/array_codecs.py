@@ -55,9 +55,9 @@ def _tried(array: np.ndarray, fast: bool) -> tuple[int, dict[str, float]]:
             words = _words(flat, name)
             if words is None or (name == chunked_stream.PALETTE and not few):
                 continue
-            found = chunked_stream.estimate(words, name, width)
-            if found is not None:
-                sizes[name] = found
+            estimated = chunked_stream.estimate(words, name, width)
+            if estimated is not None:
+                sizes[name] = estimated
         best = sorted(sizes.values())[:2]
         clear = not few and (len(best) < 2 or best[1] > CLEAR * best[0])
         # In more, what must be listed weighs less, and repetitions are found.

@@ -6,7 +6,7 @@
     index      numbers: words, words of a block, chunks, bytes of each chunk; then four
                bytes of the CRC-32 of each chunk
     4 bytes    length of the index, little-endian; and zeros to a multiple of 8 bytes
-               in front of the index
+               before the index
 
 The index is at the end so that chunks can be written before the last is known; a
 part of the array is read by its end and the chunks that hold the part.

@@ -31,9 +31,9 @@ def lookup(alphabets: jax.Array, counts: jax.Array) -> jax.Array:
     place, size = jnp.zeros_like(slot), jnp.zeros_like(slot)
     begin = first = jnp.zeros((tables, 1), jnp.int32)
     for shorter in range(TABLE_BITS):
-        here = slot >= begin
-        place = jnp.where(here, first + ((slot - begin) >> shorter), place)
-        size = jnp.where(here, TABLE_BITS - shorter, size)
+        reached = slot >= begin
+        place = jnp.where(reached, first + ((slot - begin) >> shorter), place)
+        size = jnp.where(reached, TABLE_BITS - shorter, size)
         count = counts[:, shorter, None].astype(jnp.int32)
         begin, first = begin + (count << shorter), first + count
     symbols = jnp.take_along_axis(alphabets, place, axis=-1, mode="clip")

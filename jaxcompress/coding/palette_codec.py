@@ -36,10 +36,10 @@ def fits(words: np.ndarray) -> bool:
 
 def encode(words: np.ndarray, width: int) -> bytes:
     """Return flat words of a chunk as bytes, coded in blocks of `width`."""
-    found = _places(words)
-    if found is None:
+    palette = _places(words)
+    if palette is None:
         return bytes(2) + zstd.compress(words)
-    listed, places = found
+    listed, places = palette
     tried = []
     for share in SHARES:
         if listed.size <= 1 << 8 // share:
@@ -71,18 +71,18 @@ def decode(data: bytes, width: int, out: np.ndarray) -> None:
     # What a byte means: all words of its places at once.
     places = np.arange(256)[:, None] >> np.arange(0, 8, 8 // share)
     places &= (1 << 8 // share) - 1
-    known = (places < size).all(axis=1)
+    valid = (places < size).all(axis=1)
     table = listed.astype(out.dtype)[np.minimum(places, size - 1)]
     for first in range(0, count, float_chunks.PIECE):
         piece = packed[first : first + float_chunks.PIECE]
         record.require(
-            known[piece].all(), f"a place behind the last of {size} distinct words"
+            valid[piece].all(), f"a place behind the last of {size} distinct words"
         )
-        here = out[first * share : (first + piece.size) * share]
-        whole = here.size // share
-        rows = here[: whole * share].reshape(whole, share)
+        piece_words = out[first * share : (first + piece.size) * share]
+        whole = piece_words.size // share
+        rows = piece_words[: whole * share].reshape(whole, share)
         np.take(table, piece[:whole], axis=0, out=rows, mode="clip")
-        here[whole * share :] = table[piece[-1], : here.size % share]
+        piece_words[whole * share :] = table[piece[-1], : piece_words.size % share]
 
 
 def _places(words: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

@@ -92,13 +92,13 @@ def encode(
     starts = (np.cumsum(frequencies, axis=-1, dtype=np.uint32) - frequencies).ravel()
     flat = frequencies.ravel()
     words = np.zeros((steps, 1 + escape, lanes), np.uint16)
-    given = np.zeros(words.shape, bool)
+    emitted = np.zeros(words.shape, bool)
     state = np.full(lanes, START, np.uint32)
     for first in range((steps - 1) // 256 * 256, -1, -256):
         part = slice(first, min(first + 256, steps))
         where = columns[part].astype(np.int64)
         if escape:
-            given[part, 1:] = (where == width - 1)[:, None]
+            emitted[part, 1:] = (where == width - 1)[:, None]
             words[part, 1] = raw[part].astype(np.uint16)
             if escape == 2:
                 words[part, 2] = (raw[part] >> 16).astype(np.uint16)
@@ -110,12 +110,12 @@ def encode(
         if not sizes.all():
             raise ValueError("a symbol has frequency zero in its table")
         for t in range(part.stop - first - 1, -1, -1):
-            full = np.greater_equal(state >> 20, sizes[t], out=given[first + t, 0])
+            full = np.greater_equal(state >> 20, sizes[t], out=emitted[first + t, 0])
             words[first + t, 0] = state.astype(np.uint16)
             state = np.where(full, state >> 16, state)
             quotient = state // sizes[t]
             state += (quotient << PRECISION) - quotient * sizes[t] + begins[t]
-    by_lane = given.transpose(2, 0, 1)
+    by_lane = emitted.transpose(2, 0, 1)
     offsets = np.zeros(lanes + 1, np.int64)
     np.cumsum(by_lane.sum(axis=(1, 2)), out=offsets[1:])
     if offsets[-1] > np.iinfo(np.int32).max:

@@ -28,20 +28,20 @@ class Record:
     def __len__(self) -> int:
         return len(self._data) - self._at
 
-    def require(self, fits: bool, found: str) -> None:
-        """Raise ValueError where what was found does not fit."""
-        require(fits, found, self._what)
+    def require(self, fits: bool, content: str) -> None:
+        """Raise ValueError where the content does not fit."""
+        require(fits, content, self._what)
 
-    def take(self, size: int, found: str) -> memoryview:
-        """Return the next bytes; `found` names them in an error."""
-        self.require(0 <= size <= len(self), f"{found} in {len(self)} bytes")
+    def take(self, size: int, content: str) -> memoryview:
+        """Return the next bytes; `content` names them in an error."""
+        self.require(0 <= size <= len(self), f"{content} in {len(self)} bytes")
         self._at += size
         return self._data[self._at - size : self._at]
 
-    def array(self, dtype: str, shape: Sequence[int], found: str) -> np.ndarray:
+    def array(self, dtype: str, shape: Sequence[int], content: str) -> np.ndarray:
         """Return an array that shares the memory of the record."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        return np.frombuffer(self.take(size, found), dtype).reshape(shape)
+        return np.frombuffer(self.take(size, content), dtype).reshape(shape)
 
     def number(self) -> int:
         number, shift = 0, 0
@@ -95,10 +95,10 @@ class Record:
         return {"words": words, "offsets": offsets.astype(np.int32)}
 
 
-def require(fits: bool, found: str, what: str) -> None:
-    """Raise ValueError where what was found is not what bytes should be."""
+def require(fits: bool, content: str, what: str) -> None:
+    """Raise ValueError where bytes hold other content than they should."""
     if not fits:
-        raise ValueError(f"not {what}: {found}; the file is damaged")
+        raise ValueError(f"not {what}: {content}; the file is damaged")
 
 
 def write_stack(lead: Sequence[int]) -> list[int]:

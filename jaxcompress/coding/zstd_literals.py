@@ -56,11 +56,11 @@ def parse(frame: bytes) -> list[Streams] | None:
         last, kind, size = bool(head & 1), head >> 1 & 3, head >> 3
         if kind != 2:
             return None
-        found = _literals(frame, at + 3, at + 3 + size, lengths)
-        if found is None:
+        block = _literals(frame, at + 3, at + 3 + size, lengths)
+        if block is None:
             return None
-        blocks.append(found)
-        lengths, at = found.lengths, at + 3 + size
+        blocks.append(block)
+        lengths, at = block.lengths, at + 3 + size
     return blocks
 
 
@@ -109,11 +109,11 @@ def lengths_of(data: bytes, at: int) -> tuple[np.ndarray, int]:
         end = at + (count + 1) // 2
         pairs = data[at:end]
         weights = [half for byte in pairs for half in (byte >> 4, byte & 15)][:count]
-    given = sum(1 << weight - 1 for weight in weights if weight)
-    if not given or len(weights) > 255:
+    total = sum(1 << weight - 1 for weight in weights if weight)
+    if not total or len(weights) > 255:
         raise ValueError("a Huffman table is empty")
-    bits = given.bit_length()
-    rest = (1 << bits) - given
+    bits = total.bit_length()
+    rest = (1 << bits) - total
     if rest & (rest - 1) or bits > TABLE_BITS:
         raise ValueError("a Huffman table is not complete")
     weights = np.array([*weights, rest.bit_length()])
@@ -166,8 +166,8 @@ def _fse_weights(data: bytes) -> list[int]:
         """Return the next bits, from the end; zeros after the last."""
         nonlocal left
         left -= width
-        found = value >> left if left >= 0 else value << -left
-        return found & (1 << width) - 1
+        field = value >> left if left >= 0 else value << -left
+        return field & (1 << width) - 1
 
     states, out = [take(accuracy), take(accuracy)], []
     while True:

@@ -290,13 +290,13 @@ def read_cache(
         "read the batches in the order in which the cache was written, take another "
         "folder, or write it anew"
     )
-    found = results.load(_name(number), wanted, advice)
-    if found is None:
+    stored = results.load(_name(number), wanted, advice)
+    if stored is None:
         raise FileNotFoundError(
             f"{results.path(_name(number))}: the teacher was not run on batch "
             f"{number}; write_cache does it"
         )
-    arrays, about = found
+    arrays, about = stored
     kind = {"TopK": TopK, "Sampled": Sampled}[about["kind"]]
     settings = {name: about[name] for name in ("temperature", "vocabulary")}
     return kind(**arrays, **settings)

@@ -145,8 +145,8 @@ def energies(
     """
     checks.weights("energies", x)
     checks.fraction("energies", "damping", damping, zero=True)
-    known = statistics("energies", x, moments, weighted, damping)
-    return _energies(x, *known, damping=damping)
+    second_moment = statistics("energies", x, moments, weighted, damping)
+    return _energies(x, *second_moment, damping=damping)
 
 
 def nearest(

@@ -129,8 +129,8 @@ def awq(
     """
     checks.one_of("awq", "grid", grid, NEAREST)
     checks.integer("awq", "number of candidates", candidates)
-    known = require(moments, x, "awq", fields=())
-    target, second = known.target_problem(x, "awq", damping=DAMPING)
+    moment = require(moments, x, "awq", fields=())
+    target, second = moment.target_problem(x, "awq", damping=DAMPING)
     scheme = Scheme(grid, bits, block, scale_dtype)
     one = functools.partial(
         _best_scaling,

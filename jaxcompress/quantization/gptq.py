@@ -103,8 +103,8 @@ def gptq(
     """
     checks.one_of("gptq", "order", order, ("activation", "natural"))
     checks.fraction("gptq", "damping", damping)
-    known = require(moments, x, "gptq", fields=())
-    target, second = known.target_problem(x, "gptq", damping=damping)
+    moment = require(moments, x, "gptq", fields=())
+    target, second = moment.target_problem(x, "gptq", damping=damping)
     start = _start(x, grid, bits, block=block, search=search, scale_dtype=scale_dtype)
     wide = spread(start.steps, start.block, x.shape[-2])
     wide = jax.tree.map(lambda s: jnp.broadcast_to(s, x.shape), wide)

@@ -50,14 +50,14 @@ def pack(
 
     `unpack` gives the same bytes under the same names; permissions and times are not
     kept, links are followed, empty directories are left out. One part of a file is in
-    memory at a time, or small ones of 64 MiB together. The archive is written beside
-    `path`, as `.name.*.tmp`, which a process that is killed leaves there, and renamed.
+    memory at a time, or small ones of 64 MiB together. The archive is written to
+    `.name.*.tmp` in the folder of `path` (a killed process leaves it), then renamed.
 
     Args:
       folder: the directory.
       path: of the archive, outside of it.
-      base: a directory with a checkpoint that this one came from, or a later one goes
-        to: tensors of the same name, dtype and size are kept as differences where these
+      base: a directory with an earlier checkpoint of this model, or a later one:
+        tensors of the same name, dtype and size are kept as differences where these
         are smaller. `unpack` needs it again.
       coding: as for `save`; "decode" for a coding that is unpacked sooner.
       progress: wraps the list of parts that is worked through, as a progress bar does.
@@ -67,7 +67,7 @@ def pack(
 
     Raises:
       FileNotFoundError: no such directory, or no files in it; a base without tensors.
-      ValueError: the archive would lie in the directory, something in it is neither
+      ValueError: the archive would be in the directory, something in it is neither
         file nor directory, or nothing in it is closer to the base than to nothing.
       OSError: of the system, such as a full disk; an old archive stays as it was.
 
@@ -80,9 +80,7 @@ def pack(
     if not root.is_dir():
         raise FileNotFoundError(f"no directory {root}; pack takes a directory")
     if Path(path).is_relative_to(root.resolve()):
-        raise ValueError(
-            f"{path} would lie in {root}, which is packed; write elsewhere"
-        )
+        raise ValueError(f"{path} would be in {root}, which is packed; write elsewhere")
     files = [delta_base.describe(root, name) for name in _names(root)]
     if not files:
         raise FileNotFoundError(f"{root} holds no files")
@@ -99,8 +97,10 @@ def pack(
                 continue
             used.add(place[0])
             about.setdefault("from", []).append([len(nodes), dtype, *place])
-            there = _reader(other.root / place[0], dtype, count, place[1])
-            rows = _differences(name, read, there, jnp.dtype(dtype).itemsize, latest)
+            read_base = _reader(other.root / place[0], dtype, count, place[1])
+            rows = _differences(
+                name, read, read_base, jnp.dtype(dtype).itemsize, latest
+            )
             for i, row in enumerate(rows):
                 slots[f"{name}/{i}"] = Slot("uint8", (count,), row)
             nodes.append({"list": [{"array": "uint8", "shape": [count]}] * len(rows)})
@@ -136,8 +136,8 @@ def unpack(
 ) -> dict[str, int]:
     """Write the files of an archive into a new directory; every byte is checked.
 
-    The directory appears when it is complete; an error leaves nothing, a process that
-    is killed `.name.*.tmp` beside it.
+    The directory appears when it is complete. An error leaves nothing; a killed process
+    leaves `.name.*.tmp` next to it.
 
     Args:
       path: of the archive.
@@ -200,7 +200,7 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 def _names(root: Path) -> list[str]:
     """Return paths of all files, sorted."""
-    found = []
+    paths = []
     for directory, folders, names in os.walk(root, followlinks=True):
         folders.sort()
         for name in names:
@@ -210,19 +210,19 @@ def _names(root: Path) -> list[str]:
                     f"{path} is neither a file nor a directory; remove it, or pack "
                     "without it"
                 )
-            found.append(path.relative_to(root).as_posix())
-            if not _portable(found[-1]):
+            paths.append(path.relative_to(root).as_posix())
+            if not _portable(paths[-1]):
                 raise ValueError(
                     f"{os.fsencode(path)!r} has a name that other systems lack; "
                     "rename it, in UTF-8 without : and \\"
                 )
-    return sorted(found)
+    return sorted(paths)
 
 
 def _portable(name: str) -> bool:
-    """Return whether a path lies below the directory it is unpacked to, on any system.
+    """Return whether a path is below the directory it is unpacked to, on any system.
 
-    Surrogates stand for bytes of a name that are not UTF-8.
+    Surrogates represent bytes of a name that are not UTF-8.
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
@@ -233,7 +233,7 @@ def _portable(name: str) -> bool:
 def _parts(
     root: Path, about: dict[str, Any], base: delta_base.Base | None
 ) -> Iterator[tuple[str, int, int, tuple[str, int] | None]]:
-    """Return dtype, numbers and first byte of the parts of a file, one behind another.
+    """Return dtype, numbers and first byte of the parts of a file, in order.
 
     And, of parts to be kept as differences, file and first byte in the base.
     """
@@ -254,8 +254,8 @@ def _pieces(
     width = jnp.dtype(dtype).itemsize
     step = PART // width
     for begin in range(first, last, step * width):
-        there = None if place is None else (place[0], place[1] + begin - first)
-        yield dtype, min(step, (last - begin) // width), begin, there
+        source = None if place is None else (place[0], place[1] + begin - first)
+        yield dtype, min(step, (last - begin) // width), begin, source
 
 
 def _reader(path: Path, dtype: str, count: int, start: int) -> Callable[[], np.ndarray]:
@@ -269,7 +269,7 @@ def _reader(path: Path, dtype: str, count: int, start: int) -> Callable[[], np.n
 def _differences(
     name: str,
     read: Callable[[], np.ndarray],
-    there: Callable[[], np.ndarray],
+    read_base: Callable[[], np.ndarray],
     rows: int,
     latest: dict[str, np.ndarray],
 ) -> list[Callable[[], np.ndarray]]:
@@ -280,7 +280,7 @@ def _differences(
     def row(i: int) -> np.ndarray:
         if name not in latest:
             latest.clear()
-            latest[name] = delta_codec.difference(read(), there())
+            latest[name] = delta_codec.difference(read(), read_base())
         return latest[name][i]
 
     return [functools.partial(row, i) for i in range(rows)]
@@ -339,10 +339,10 @@ def _kind(
 ) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a part: of a difference, those of all its bytes."""
     if type(part) is str:
-        kind, *found = stored.describe(part)
+        kind, *shape_and_dtype = stored.describe(part)
         if kind != "array":
             raise ValueError(f"a part that is {kind}")
-        return tuple(found)
+        return tuple(shape_and_dtype)
     kinds = {stored.describe(name) for name in part}
     ((kind, shape, dtype),) = kinds
     if len(shape) != 1 or (kind, dtype) != ("array", "uint8"):
@@ -385,8 +385,8 @@ def _write_file(
             else:
                 rows = np.stack([stored.read(name, numpy=True) for name in part])
                 dtype, name, start = places[i]
-                there = _reader(base / name, dtype, rows.shape[1], start)()
-                data = delta_codec.restore(rows, there)
+                base_rows = _reader(base / name, dtype, rows.shape[1], start)()
+                data = delta_codec.restore(rows, base_rows)
             data = data.reshape(-1).view(np.uint8)
             file.write(data)
             state.update(data)

@@ -33,8 +33,8 @@ def save(
     """Write parameters to a file from which `load` gives the same tree, bit for bit.
 
     Leaf types and their static fields, dicts, lists, tuples, None, dtypes and shapes
-    are kept; other mappings come back as dicts. Same parameters, metadata and
-    versions give the same bytes. The file is written beside `path` and renamed: an
+    are kept; other mappings are loaded as dicts. Same parameters, metadata and
+    versions give the same bytes. The file is written next to `path` and renamed: an
     error leaves an old file as it was. One array is on the host at a time, or 64 MiB
     of small ones.
 
@@ -44,8 +44,8 @@ def save(
 
     Args:
       path: of the file. Where the arrays take more than `max_shard_bytes`, shards
-        `name-00001-of-0000N.safetensors` and `name.safetensors.index.json` stand
-        beside it instead, and `path` still loads.
+        `name-00001-of-0000N.safetensors` and `name.safetensors.index.json` are
+        written next to it instead, and `path` still loads.
       params: the tree.
       metadata: what to keep next to the tree, for instance the recipe; JSON, so tuples
         are restored as lists.
@@ -167,10 +167,10 @@ def verify(path: str | os.PathLike) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """Return versions of the packages that a file names as its writers."""
-    found = {"jaxcompress": __version__}
+    by_package = {"jaxcompress": __version__}
     for package in ("jax", "flax"):
         try:
-            found[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            by_package[package] = "not installed"
+    return by_package

@@ -267,8 +267,8 @@ class TensorFile:
         """Group codings by name, from lists of positions in the data by coding."""
         names = list(self.spans)
         try:
-            found = json.loads(metadata.get("codings", "{}"))
-            pairs = [(row, how) for how, rows in found.items() for row in rows]
+            by_coding = json.loads(metadata.get("codings", "{}"))
+            pairs = [(row, how) for how, rows in by_coding.items() for row in rows]
             if any(type(row) is not int or row < 0 for row, _ in pairs):
                 raise ValueError("a position that is none")
             return {names[row]: how for row, how in pairs}
@@ -302,8 +302,8 @@ class TensorFile:
             width = jnp.dtype(_NAMES[entry["dtype"]]).itemsize
             if first != end or last - first != width * math.prod(entry["shape"]):
                 raise self._damaged(
-                    f"{name}, {entry['dtype']} {entry['shape']}, can't lie at bytes "
-                    f"{first} to {last} behind {end}"
+                    f"{name}, {entry['dtype']} {entry['shape']}, can't be at bytes "
+                    f"{first} to {last} after {end}"
                 )
             spans[name] = Span(
                 entry["dtype"],

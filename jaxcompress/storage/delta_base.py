@@ -41,25 +41,25 @@ def tensors(path: Path, size: int) -> list[Tensor]:
         text = file.read(length)
     try:
         entries = json.loads(text)
-        found = []
+        listed = []
         for name, entry in entries.items():
             if name != "__metadata__":
                 first, last = entry["data_offsets"]
                 dtype = _NAMES.get(entry["dtype"], "uint8")
                 start = 8 + length
-                found.append(Tensor(name, dtype, start + first, start + last))
+                listed.append(Tensor(name, dtype, start + first, start + last))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []
     at = 8 + length
-    found.sort(key=lambda one: (one.start, one.stop))
-    for one in found:
+    listed.sort(key=lambda one: (one.start, one.stop))
+    for one in listed:
         if (
             not at <= one.start <= one.stop <= size
             or (one.stop - one.start) % jnp.dtype(one.dtype).itemsize
         ):
             return []
         at = one.stop
-    return found
+    return listed
 
 
 def read_numbers(path: Path, dtype: str, count: int, start: int) -> np.ndarray:
@@ -115,10 +115,10 @@ class Base:
         """
         width = jnp.dtype(one.dtype).itemsize
         count = min(GLANCE, (one.stop - one.start) // width)
-        here = read_numbers(path, one.dtype, count, one.start)
-        there = read_numbers(self.root / name, one.dtype, count, start)
-        parts = delta_codec.difference(here, there)
-        return sum(map(array_codecs.estimate, parts)) < array_codecs.estimate(here)
+        sample = read_numbers(path, one.dtype, count, one.start)
+        base_sample = read_numbers(self.root / name, one.dtype, count, start)
+        parts = delta_codec.difference(sample, base_sample)
+        return sum(map(array_codecs.estimate, parts)) < array_codecs.estimate(sample)
 
 
 def check(root: Path, wanted: Iterable[Mapping[str, Any]]) -> None:
@@ -134,10 +134,11 @@ def check(root: Path, wanted: Iterable[Mapping[str, Any]]) -> None:
                 f"{root} has no {about['path']}, which the archive was packed against; "
                 "give the directory that was the base then"
             )
-        found = describe(root, about["path"])
-        if found != about:
+        description = describe(root, about["path"])
+        if description != about:
             raise ValueError(
-                f"{path} ({found['bytes']} bytes, digest {found['digest']}) is not the "
-                f"file that the archive was packed against ({about['bytes']} bytes, "
-                f"digest {about['digest']}); give that one"
+                f"{path} ({description['bytes']} bytes, digest "
+                f"{description['digest']}) is not the file that the archive was "
+                f"packed against ({about['bytes']} bytes, digest {about['digest']}); "
+                "give that one"
             )

@@ -104,18 +104,18 @@ def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
                 how[name] = ocp.ArrayRestoreArgs(
                     dtype=held, global_shape=shape, sharding=place(name, shape)
                 )
-        found = {}
+        restored = {}
         if target:
             arrays = ocp.args.PyTreeRestore(_nested(target), restore_args=_nested(how))
             args = ocp.args.Composite(arrays=arrays)
-            found = checkpointer.restore(path, args=args)["arrays"]
+            restored = checkpointer.restore(path, args=args)["arrays"]
 
     def read(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
         if name not in target:
             x = np.zeros(shape, jnp.dtype(dtype))
             is_wide = jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
             return x if is_wide else jax.device_put(x, place(name, shape))
-        x = found
+        x = restored
         for step in name.split("/"):
             x = x[step]
         return _freed(x, dtype)
@@ -245,11 +245,11 @@ def _spread(node: Any, tree: Any) -> dict[str, Sharding]:
         return held[-1]
 
     params = tree_json.decode(node, read)
-    found: dict[str, Sharding] = {}
+    by_name: dict[str, Sharding] = {}
 
     def assign(sharding: Sharding, below: Any) -> None:
         for x in jax.tree.leaves(below):
-            found[names[id(x)]] = sharding
+            by_name[names[id(x)]] = sharding
 
     jax.tree.map(assign, tree, params, is_leaf=lambda x: isinstance(x, Sharding))
-    return found
+    return by_name

@@ -52,11 +52,11 @@ class Results:
             return None
         with checkpoint.open_checkpoint(path) as file:
             for key, value in (wanted or {}).items():
-                found = file.metadata.get(key)
-                if found != value:
+                recorded = file.metadata.get(key)
+                if recorded != value:
                     raise ValueError(
-                        f"{path} was made by another {key} ({found!r}) than this one "
-                        f"({value!r}); {advice}"
+                        f"{path} was made by another {key} ({recorded!r}) than this "
+                        f"one ({value!r}); {advice}"
                     )
             return file.read_tree(), file.metadata
 
@@ -71,9 +71,9 @@ class Results:
 
     def get(self, name: str, compute: Callable[[], Params]) -> Params:
         """Read a result, or compute it and write it."""
-        found = self.load(name)
-        if found is not None:
-            return found[0]
+        stored = self.load(name)
+        if stored is not None:
+            return stored[0]
         tree = compute()
         self.save(name, tree)
         return tree
@@ -87,10 +87,10 @@ def digest(about: Any, tree: Any = None, *, size: int = 16) -> str:
       tree: arrays and leaves, in containers that JAX knows.
       size: of the digest in bytes; it has twice as many letters.
     """
-    found = hashlib.blake2b(json.dumps(about, sort_keys=True).encode())
+    hasher = hashlib.blake2b(json.dumps(about, sort_keys=True).encode())
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
         array = np.ascontiguousarray(x)
         name = jax.tree_util.keystr(path)
-        found.update(f"{name} {array.dtype} {array.shape} ".encode())
-        found.update(array.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()[: 2 * size]
+        hasher.update(f"{name} {array.dtype} {array.shape} ".encode())
+        hasher.update(array.reshape(-1).view(np.uint8).data)
+    return hasher.hexdigest()[: 2 * size]

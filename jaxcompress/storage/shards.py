@@ -159,16 +159,16 @@ class Index:
         if type(self.about) is not dict:
             raise damaged(path, "it does not describe a tree")
         for name in self.files.values():
-            known = type(name) is str and type(self._seals.get(name)) is str
-            if not known or os.path.basename(name) != name:
+            sealed = type(name) is str and type(self._seals.get(name)) is str
+            if not sealed or os.path.basename(name) != name:
                 raise damaged(path, f"it names the file {name!r}")
 
     def open(self, name: str) -> TensorFile:
         """Return a shard, checked to be the one the index was written for."""
         path = os.path.join(os.path.dirname(self.path), name)
         file = TensorFile(path)
-        here = {array for array, where in self.files.items() if where == name}
-        if file.seal.hex() != self._seals[name] or file.spans.keys() != here:
+        arrays = {array for array, where in self.files.items() if where == name}
+        if file.seal.hex() != self._seals[name] or file.spans.keys() != arrays:
             file.close()
             raise damaged(path, f"it is not the shard that {self.path} was written for")
         return file

@@ -54,7 +54,7 @@ class StoredParams:
                 file.close()
                 raise ValueError(
                     f"{self.path} is shard {about['shard']}; load the file ending in "
-                    f"{shards.SUFFIX} beside it"
+                    f"{shards.SUFFIX} next to it"
                 )
         else:
             self.path = index
@@ -99,12 +99,12 @@ class StoredParams:
         same = {name: node["same"] for name, node in nodes.items() if "same" in node}
         own = [name for name in self.names if name not in same]
         wanted = [one for name in own for one in self._arrays(name)]
-        with contextlib.closing(self._decoded(wanted)) as found:
+        with contextlib.closing(self._decoded(wanted)) as arrays:
             ahead: dict[str, np.ndarray] = {}
 
             def take(name: str, *_: Any) -> np.ndarray:
                 while name not in ahead:
-                    ahead.update([next(found)])
+                    ahead.update([next(arrays)])
                 return ahead.pop(name)
 
             leaves = {name: self._leaf(name, take, numpy) for name in own}
@@ -230,14 +230,14 @@ class StoredParams:
             self.metadata, self.versions = about["metadata"], about["versions"]
             if type(self.metadata) is not dict or type(self.versions) is not dict:
                 raise ValueError("metadata or versions that are no mapping")
-            found = list(tree_json.arrays(node))
+            described = list(tree_json.arrays(node))
             self.tree, self._nodes = tree_json.outline(node)
         except FileDamaged as error:
             raise self._in_file(error) from error
         except (LookupError, ValueError, TypeError, RecursionError) as error:
             raise damaged(self.path, f"its metadata lack a tree ({error})") from error
         self.names = list(self._nodes)
-        self._wanted = {name: tuple(kind) for name, *kind in found}
+        self._wanted = {name: tuple(kind) for name, *kind in described}
         for name in self._wanted.keys() ^ names:
             where = "tree" if name in self._wanted else "file"
             raise damaged(self.path, f"only its {where} has the array {name!r}")

@@ -136,30 +136,31 @@ def decode(
     node: Any,
     read: Callable[[str, str, tuple[int, ...]], Any],
     path: Path = (),
-    known: dict[str, Any] | None = None,
+    earlier: dict[str, Any] | None = None,
 ) -> Any:
     """Return the tree of a JSON node; `read(name, dtype, shape)` gives its arrays.
 
-    `known` holds what earlier names mean, for nodes of the form `same`.
+    `earlier` holds the leaves of earlier names, for nodes of the form `same`.
 
     Raises:
       FileDamaged: the node is not of a known form, or contradicts its leaf type.
       KeyError: the leaf type is not registered; names the known ones.
     """
-    known = {} if known is None else known
+    earlier = {} if earlier is None else earlier
     kind, children = inside(node, path)
     if kind == "array":
-        known[join(path)] = read(join(path), node["array"], tuple(node["shape"]))
-        return known[join(path)]
+        earlier[join(path)] = read(join(path), node["array"], tuple(node["shape"]))
+        return earlier[join(path)]
     if kind == "same":
-        if node["same"] not in known:
+        if node["same"] not in earlier:
             raise _wrong(path, f"the same as {node['same']!r}, which is not earlier")
-        return known[node["same"]]
+        return earlier[node["same"]]
     if kind == "box":
-        value = decode(node["value"], read, path, known)
+        value = decode(node["value"], read, path, earlier)
         return boxes.make(node["box"], node["names"], value)
     below = [
-        (key, decode(child, read, (*path, str(key)), known)) for key, child in children
+        (key, decode(child, read, (*path, str(key)), earlier))
+        for key, child in children
     ]
     if kind == "none":
         return None
@@ -177,16 +178,16 @@ def decode(
         raise _wrong(path, f"the fields {have}, a {cls.__name__} has {want}")
     try:
         if kind == "stored":
-            made = cls.restored(dict(below), static)
+            leaf = cls.restored(dict(below), static)
         else:
-            made = cls(**dict(below), **static)
-        stands = _dense(made).get("dense")
+            leaf = cls(**dict(below), **static)
+        dense = _dense(leaf).get("dense")
     except ODD as error:
         raise _wrong(path, f"{cls.__name__}: {error}") from error
-    if node.get("dense", stands) != stands:
-        raise _wrong(path, f"it stands for {stands}, not {node['dense']}")
-    known[join(path)] = made
-    return made
+    if node.get("dense", dense) != dense:
+        raise _wrong(path, f"it represents {dense}, not {node['dense']}")
+    earlier[join(path)] = leaf
+    return leaf
 
 
 def inside(node: Any, path: Path) -> tuple[str, list[tuple[Any, Any]]]:
@@ -200,8 +201,8 @@ def inside(node: Any, path: Path) -> tuple[str, list[tuple[Any, Any]]]:
                 return "array", []
         case {"dict": list(items)} if len(node) == 1:
             pairs = all(type(i) is list and len(i) == 2 for i in items)
-            known = pairs and all(type(key) in (str, int) for key, _ in items)
-            if known and len({str(key) for key, _ in items}) == len(items):
+            plain = pairs and all(type(key) in (str, int) for key, _ in items)
+            if plain and len({str(key) for key, _ in items}) == len(items):
                 return "dict", [(key, child) for key, child in items]
         case {"list": list(items)} | {"tuple": list(items)} if len(node) == 1:
             return next(iter(node)), list(enumerate(items))
@@ -242,16 +243,16 @@ def outline(node: Any) -> tuple[Any, dict[str, tuple[Any, Path]]]:
 
     Also, by name, the node and the path of each.
     """
-    found: dict[str, tuple[Any, Path]] = {}
+    nodes: dict[str, tuple[Any, Path]] = {}
 
     def walk(node: Any, path: Path) -> Any:
         kind, children = inside(node, path)
         if kind == "none":
             return None
         if kind not in ("dict", "list", "tuple"):
-            if kind == "same" and node["same"] not in found:
+            if kind == "same" and node["same"] not in nodes:
                 raise _wrong(path, f"the same as {node['same']!r}, which is later")
-            found[join(path)] = node, path
+            nodes[join(path)] = node, path
             return join(path)
         below = [(key, walk(child, (*path, str(key)))) for key, child in children]
         if kind == "dict":
@@ -259,7 +260,7 @@ def outline(node: Any) -> tuple[Any, dict[str, tuple[Any, Path]]]:
         values = [value for _, value in below]
         return values if kind == "list" else tuple(values)
 
-    return walk(node, ()), found
+    return walk(node, ()), nodes
 
 
 def join(path: Path) -> str:
@@ -306,10 +307,10 @@ def _check_array(name: str, x: Any) -> None:
 def _registered(x: Leaf, path: Path) -> type[Leaf]:
     cls = type(x)
     try:
-        known = leaf_type(cls.__name__)
+        registered = leaf_type(cls.__name__)
     except KeyError:
-        known = None
-    if known is not cls:
+        registered = None
+    if registered is not cls:
         raise TypeError(
             f"{join(path)}: {cls} is not registered; decorate it with @leaf"
         )
@@ -325,23 +326,23 @@ def _dense(x: Leaf) -> dict[str, Any]:
 
 
 def _static_of(cls: type[Leaf], node: Any, path: Path) -> dict[str, Any]:
-    found = {key: static_json.from_json(x) for key, x in node["static"].items()}
+    static = {key: static_json.from_json(x) for key, x in node["static"].items()}
     for field in dataclasses.fields(cls):
-        if field.metadata.get("static") and field.name in found:
+        if field.metadata.get("static") and field.name in static:
             try:
-                static_json.check_static(field.name, field, found[field.name])
+                static_json.check_static(field.name, field, static[field.name])
             except TypeError as error:
                 raise _wrong(path, str(error)) from error
     optional = {f.name for f in dataclasses.fields(cls) if _has_default(f)}
-    missing = set(static_fields(cls)) - found.keys() - optional
-    surplus = found.keys() - set(static_fields(cls))
+    missing = set(static_fields(cls)) - static.keys() - optional
+    surplus = static.keys() - set(static_fields(cls))
     if missing or surplus:
         raise _wrong(
             path,
-            f"static fields {sorted(found)}, {cls.__name__} has "
+            f"static fields {sorted(static)}, {cls.__name__} has "
             f"{sorted(static_fields(cls))}",
         )
-    return found
+    return static
 
 
 def _has_default(field: dataclasses.Field) -> bool:

@@ -75,8 +75,8 @@ def learn_merges(
         change(i, +1, touched)
     heap = [(order(counts[pair], *pair), counts[pair], pair) for pair in touched]
     heapq.heapify(heap)
-    found: list[Merge] = []
-    while heap and len(found) < merges:
+    learned: list[Merge] = []
+    while heap and len(learned) < merges:
         _, count, pair = heapq.heappop(heap)
         if count != counts[pair] or count < 1:
             continue  # it changed since, and is in the heap again
@@ -85,7 +85,7 @@ def learn_merges(
             continue
         if count < min_frequency:
             break
-        found.append(merge)
+        learned.append(merge)
         touched = set()
         for i in sorted(places.pop(pair)):
             change(i, -1, touched)
@@ -94,7 +94,7 @@ def learn_merges(
         for pair in touched:
             if counts[pair] > 0:
                 heapq.heappush(heap, (order(counts[pair], *pair), counts[pair], pair))
-    return found
+    return learned
 
 
 def replace(parts: Sequence[str], left: str, right: str) -> list[str]:
@@ -126,8 +126,8 @@ def segment(
     Args:
       parts: what to merge.
       rank: the rank of a pair, smaller is earlier; None where it is never merged.
-      dropout: probability that a merge is left out when its turn has come; it comes
-        back only if a neighbor changes. 0 is the plain segmentation, 1 merges nothing.
+      dropout: probability that a merge is left out in its turn; it is tried
+        again only if a neighbor changes. 0 is the plain segmentation, 1 merges nothing.
       draw: the source of chance, needed with dropout.
       merged: a list that receives every piece on the way.
     """

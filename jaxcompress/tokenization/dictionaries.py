@@ -115,16 +115,16 @@ class DictionaryTokenizer:
         if not self._contents["words"]:
             ids += self._encode_word(text)
             return
-        known = self._known
+        cache = self._known
         for word in WORDS[self._contents["words"]].findall(text):
-            found = known.get(word)
-            if found is None:
-                found = self._encode_word(word)
+            word_ids = cache.get(word)
+            if word_ids is None:
+                word_ids = self._encode_word(word)
                 if len(word) <= _LONGEST_CACHED:
-                    if len(known) >= _CACHED_WORDS:
-                        known.clear()
-                    known[word] = found
-            ids += found
+                    if len(cache) >= _CACHED_WORDS:
+                        cache.clear()
+                    cache[word] = word_ids
+            ids += word_ids
 
     def _encode_word(self, word: str) -> list[int]:
         if word in self._first:
@@ -184,10 +184,10 @@ class DictionaryTokenizer:
 
 def from_contents(contents: Mapping) -> DictionaryTokenizer:
     """Return the tokenizer of which `to_bytes` wrote these contents."""
-    known = {"pieces", "inner", "words", "whole", "user_symbols", "control_symbols"}
-    if missing := known - set(contents):
+    fields = {"pieces", "inner", "words", "whole", "user_symbols", "control_symbols"}
+    if missing := fields - set(contents):
         raise ValueError(f"no dictionary tokenizer: {sorted(missing)} missing")
-    return DictionaryTokenizer(**{name: contents[name] for name in known})
+    return DictionaryTokenizer(**{name: contents[name] for name in fields})
 
 
 def train_dictionary(
@@ -264,7 +264,7 @@ def _merge_pieces(
             "WordPiece is trained by the package tokenizers: pip install "
             "'jaxcompress[models]'"
         ) from error
-    known = frozenset(characters)
+    alphabet = frozenset(characters)
     built = tokenizers.Tokenizer(tokenizers.models.WordPiece())
     trainer = tokenizers.trainers.WordPieceTrainer(
         vocab_size=room,
@@ -278,7 +278,7 @@ def _merge_pieces(
 
     def corpus() -> Iterator[str]:
         for word, count in sorted(counts.items()):
-            if known.issuperset(word) and CONTINUES not in word:
+            if alphabet.issuperset(word) and CONTINUES not in word:
                 yield from [word] * count
 
     built.train_from_iterator(corpus(), trainer)

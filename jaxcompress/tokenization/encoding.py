@@ -68,8 +68,10 @@ def _begin(stored: bytes) -> None:
 
 def _encode_batch(texts: list[str]) -> tuple[np.ndarray, list[int]]:
     """Return all ids in one array, and how many each text has."""
-    found = [_worker.encode(text) for text in texts]
-    return np.array([i for ids in found for i in ids], np.int32), list(map(len, found))
+    encoded = [_worker.encode(text) for text in texts]
+    return np.array([i for ids in encoded for i in ids], np.int32), list(
+        map(len, encoded)
+    )
 
 
 def _apart(ids: np.ndarray, counts: list[int]) -> list[np.ndarray]:

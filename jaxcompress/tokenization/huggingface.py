@@ -141,13 +141,6 @@ def from_huggingface_json(
     The file does not name the tokens that begin and end a text: pass them as
     tokenizer_config.json has them.
 
-    ```python
-    settings = json.loads(read_text("tokenizer_config.json"))
-    tokenizer = from_huggingface_json(
-        read_text("tokenizer.json"), bos="<s>", add_bos=settings["add_bos_token"]
-    )
-    ```
-
     Args:
       text: contents of the file.
       bos, eos: spelling of the begin and the end mark; None where there is none.
@@ -158,6 +151,14 @@ def from_huggingface_json(
 
     Raises:
       ValueError: the text is no tokenizer, or a mark is not in the vocabulary.
+
+    Example:
+      >>> import tokenizers  # writes such a text
+      >>> pieces = {"a": 0, "b": 1, "ab": 2, "</s>": 3}
+      >>> built = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, [("a", "b")]))
+      >>> text = built.to_str()
+      >>> jc.tokenization.from_huggingface_json(text, eos="</s>").encode("abba")
+      [2, 1, 0]
     """
     return HuggingFaceTokenizer(
         text, bos=bos, eos=eos, add_bos=add_bos, add_eos=add_eos, ends=ends

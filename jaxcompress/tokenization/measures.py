@@ -93,8 +93,8 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measures:
     if not tokens:
         raise ValueError("the texts are empty; there is nothing to measure")
     unknown = _unknown(tokenizer)
-    known = np.flatnonzero(~unknown)
-    covered = min(size, int(counts[known] @ tokenizer.token_bytes(known)))
+    regular = np.flatnonzero(~unknown)
+    covered = min(size, int(counts[regular] @ tokenizer.token_bytes(regular)))
     return Measures(
         bytes=size,
         tokens=tokens,

@@ -36,6 +36,13 @@ def sample(
     Raises:
       ValueError: on another kind of tokenizer, one that loses text, a dropout outside
         [0, 1] and a negative alpha.
+
+    Example:
+      >>> texts = ["aab abb"] * 20
+      >>> tokenizer = jc.tokenization.train(texts, kind="bpe", vocab_size=270)
+      >>> ids = jc.tokenization.sample(tokenizer, "aab", seed=1, dropout=0.5)
+      >>> tokenizer.decode(ids)
+      'aab'
     """
     kind = getattr(tokenizer, "kind", type(tokenizer).__name__)
     if kind not in ("bpe", "unigram") or not tokenizer.lossless:
@@ -59,7 +66,7 @@ def sample(
     user = [p.text for p in table if p.type == USER_DEFINED]
     symbol = re.compile(f"({any_of(user)})")
     longest = max(map(len, scores))
-    found: list[int] = []
+    encoded: list[int] = []
 
     def rank(left: str, right: str) -> float | None:
         score = scores.get(left + right)
@@ -72,17 +79,17 @@ def sample(
 
     for part, raw in tokenizer.parts(text):
         if raw:
-            found += _bytes(tokenizer, part)
+            encoded += _bytes(tokenizer, part)
             continue
         for i, plain in enumerate(symbol.split(part)):
             if i % 2:
-                found.append(ids[plain])
+                encoded.append(ids[plain])
                 continue
             for word in tokenizer.words(plain):
                 for piece in pieces(word):
-                    known = ids.get(piece)
-                    found += _bytes(tokenizer, piece) if known is None else [known]
-    return found
+                    number = ids.get(piece)
+                    encoded += _bytes(tokenizer, piece) if number is None else [number]
+    return encoded
 
 
 def _bytes(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:

@@ -101,11 +101,11 @@ class SentencePieceTokenizer:
         if self._remembered > _REMEMBERED:
             self._known.clear()
             self._remembered = 0
-        known = self._known
-        fresh = [unit for unit in dict.fromkeys(units) if unit not in known]
-        known.update(zip(fresh, self._encode_all(fresh), strict=True))
+        cache = self._known
+        fresh = [unit for unit in dict.fromkeys(units) if unit not in cache]
+        cache.update(zip(fresh, self._encode_all(fresh), strict=True))
         self._remembered += sum(map(len, fresh))
-        return [i for unit in units for i in known[unit]]
+        return [i for unit in units for i in cache[unit]]
 
     def parts(self, text: str) -> Iterator[tuple[str, bool]]:
         """Return parts of the text, and which of them must be written as bytes.
@@ -136,11 +136,11 @@ class SentencePieceTokenizer:
         symbol = [self.byte_ids[byte] for byte in SPACE.encode()]
         raw = {i: text for i, text in enumerate(texts) if self._raw.match(text)}
         plain = [" " if i in raw else text for i, text in enumerate(texts)]
-        found = self._processor.EncodeAsIds(plain, num_threads=1)
-        for i, ids in enumerate(found):
+        encoded = self._processor.EncodeAsIds(plain, num_threads=1)
+        for i, ids in enumerate(encoded):
             if i in raw:
                 data = raw[i].encode("utf-8", "surrogatepass")
-                found[i] = [self.byte_ids[byte] for byte in data]
+                encoded[i] = [self.byte_ids[byte] for byte in data]
                 continue
             at = 0
             for _ in range(ids.count(symbol[0])):
@@ -148,7 +148,7 @@ class SentencePieceTokenizer:
                 if ids[at : at + 3] == symbol:
                     ids[at : at + 3] = [self.byte_ids[0x20]]
                 at += 1
-        return found
+        return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return text of the ids; marks vanish, bytes that are no UTF-8 become
@@ -319,8 +319,8 @@ def _patterns(reserved: Sequence[str]) -> tuple[re.Pattern, re.Pattern]:
 
 
 def _largest(error: RuntimeError) -> int | None:
-    found = re.search(r"too high.*<= *(\d+)", str(error))
-    return int(found.group(1)) if found else None
+    match = re.search(r"too high.*<= *(\d+)", str(error))
+    return int(match.group(1)) if match else None
 
 
 def _explain(error: RuntimeError, kind: str, vocab_size: int) -> str:
@@ -330,10 +330,10 @@ def _explain(error: RuntimeError, kind: str, vocab_size: int) -> str:
             f"vocab_size is {vocab_size}, but this corpus gives a {kind} tokenizer at "
             f"most {largest}; ask for fewer, or add text"
         )
-    if found := re.search(r"required_chars.*?(\d+) vs (\d+)", message):
+    if match := re.search(r"required_chars.*?(\d+) vs (\d+)", message):
         return (
             f"vocab_size is {vocab_size}, but characters, bytes and marks alone take "
-            f"{found.group(2)}; ask for more, or lower character_coverage"
+            f"{match.group(2)}; ask for more, or lower character_coverage"
         )
     if "(vocab_size) >= (0)" in message:
         return (

@@ -53,16 +53,16 @@ def write_tokens(
         with open(partial, "wb") as file:
             file.write(bytes(_HEADER))
             for text in ids:
-                found = np.asarray(text, np.int64)
-                if found.size and not (
-                    found.min() >= 0 and found.max() < tokenizer.vocab_size
+                numbers = np.asarray(text, np.int64)
+                if numbers.size and not (
+                    numbers.min() >= 0 and numbers.max() < tokenizer.vocab_size
                 ):
                     raise ValueError(
-                        f"ids from {found.min()} to {found.max()} do not fit the "
+                        f"ids from {numbers.min()} to {numbers.max()} do not fit the "
                         f"tokenizer's {tokenizer.vocab_size}; encode with this one"
                     )
                 marks = [[] if i is None else [i] for i in (begin, end)]
-                raw = np.concatenate([marks[0], found, marks[1]]).astype(dtype)
+                raw = np.concatenate([marks[0], numbers, marks[1]]).astype(dtype)
                 file.write(raw.tobytes())
                 digest.update(raw.tobytes())
                 count += raw.size

@@ -46,14 +46,14 @@ def greedy(text: str, pieces: Container[str], *, longest: int) -> list[str]:
     """Take the longest piece at each position; a character that begins none is a piece
     itself.
     """
-    found, at = [], 0
+    path, at = [], 0
     while at < len(text):
         end = min(len(text), at + longest)
         while end > at + 1 and text[at:end] not in pieces:
             end -= 1
-        found.append(text[at:end])
+        path.append(text[at:end])
         at = end
-    return found
+    return path
 
 
 def sample(
@@ -98,11 +98,11 @@ def _ends(text, end, scores, unknown, longest, total, alpha):
 
 
 def _path(text: str, begins: Sequence[int]) -> list[str]:
-    found, end = [], len(text)
+    path, end = [], len(text)
     while end:
-        found.append(text[begins[end] : end])
+        path.append(text[begins[end] : end])
         end = begins[end]
-    return found[::-1]
+    return path[::-1]
 
 
 # Training.
@@ -248,7 +248,7 @@ def expect(
 
 def maximize(expected: Mapping[str, float]) -> dict[str, float]:
     """Return log-probabilities from expected counts; pieces expected less than 0.5
-    times go.
+    times are dropped.
 
     With digamma for the logarithm, as under a sparse Dirichlet prior: small counts
     are made smaller.

@@ -158,8 +158,8 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         parts = partition(state.params, where)
         key = jax.random.fold_in(state.key, state.step)
-        found = _differentiate(loss_fn, parts, batch, key, accumulate, compute_dtype)
-        return _advance(update, state, parts, *found)
+        result = _differentiate(loss_fn, parts, batch, key, accumulate, compute_dtype)
+        return _advance(update, state, parts, *result)
 
     compiled: dict[Any, Any] = {}
 

@@ -5,9 +5,9 @@ import re
 from collections.abc import Collection, Iterable
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """List the three known names that are most like one that is not known."""
-    return ", ".join(difflib.get_close_matches(name, list(known), n=3, cutoff=0.0))
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """List the three candidates that are most like an unknown name."""
+    return ", ".join(difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.0))
 
 
 def match(
@@ -24,10 +24,10 @@ def match(
       ValueError: there are none; tells the nearest.
     """
     compiled = re.compile(pattern)
-    found = [name for name in names if compiled.fullmatch(name)]
-    if not found:
+    matches = [name for name in names if compiled.fullmatch(name)]
+    if not matches:
         raise ValueError(
             f"the pattern {compiled.pattern!r} matches no {what}; the nearest names "
             f"are {nearest(compiled.pattern, names)} (of {len(names)})"
         )
-    return found
+    return matches

@@ -24,12 +24,6 @@ def rename(
     The map lists every parameter of the result. `{}` means a number, such as that
     of a layer, which both names have.
 
-        names = {
-            "embed/embedding": "embedder/input_embedding",
-            "layer_{}/mlp/up_proj/kernel": ("layer_{}/mlp/in", lambda w: w[0].T),
-        }
-        params = jc.tree.rename(orbax_tree, names)
-
     Args:
       params: pytree of arrays and leaves; a name joins the keys of a path by "/".
       names: new name to old name; or to old names followed by a function that takes
@@ -42,6 +36,12 @@ def rename(
     Raises:
       ValueError: an old name that `params` lack, one that nothing uses, a new name that
         two entries give, or one that is also the path to another.
+
+    Example:
+      >>> names = {"layers/{}/up": ("layer_{}/mlp/up_proj/kernel", lambda w: w.T)}
+      >>> renamed = jc.tree.rename(params, names, drop=".*")
+      >>> renamed["layers"]["1"]["up"].shape
+      (64, 64)
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     old = {"/".join(key_name(key) for key in path): value for path, value in flat}
@@ -102,10 +102,10 @@ def _numbers(
     """
     pattern = r"(\d+)".join(re.escape(part) for part in source.split("{}"))
     matches = [re.fullmatch(pattern, name) for name in old]
-    found = sorted(tuple(map(int, m.groups())) for m in matches if m)
-    if not found:
+    numbers = sorted(tuple(map(int, m.groups())) for m in matches if m)
+    if not numbers:
         raise ValueError(_lacking(template, source, old))
-    return found
+    return numbers
 
 
 def _filled(template: str, numbers: tuple[int, ...]) -> str:

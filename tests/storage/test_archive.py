@@ -324,7 +324,7 @@ def test_pack_and_unpack_refuse_what_they_must(tmp_path):
     (tmp_path / "void").mkdir()
     with pytest.raises(FileNotFoundError, match="no files"):
         storage.pack(tmp_path / "void", tmp_path / "x")
-    with pytest.raises(ValueError, match="would lie in"):
+    with pytest.raises(ValueError, match="would be in"):
         storage.pack(tmp_path / "in", tmp_path / "in" / "x")
     storage.pack(tmp_path / "in", tmp_path / "x")
     with pytest.raises(FileExistsError, match="void exists"):

@@ -97,11 +97,11 @@ class _Rooms(threading.local):
         if view is not None:
             return view
         size = math.prod(shape) * np.dtype(kind).itemsize
-        found = self.kept.get(name)
-        if found is None or found.size < size or len(self.views) > 99:
-            found = self.kept[name] = np.empty(size, np.uint8)
+        arena = self.kept.get(name)
+        if arena is None or arena.size < size or len(self.views) > 99:
+            arena = self.kept[name] = np.empty(size, np.uint8)
             self.views.clear()
-        view = self.views[name, shape, kind] = found[:size].view(kind).reshape(shape)
+        view = self.views[name, shape, kind] = arena[:size].view(kind).reshape(shape)
         return view
 
     def fresh(self, size: int) -> np.ndarray:
@@ -238,9 +238,9 @@ def words_of(
         if bits == 8:
             return packed
         held = pieces * bits // 8
-        here = block * (len(packed) // len(symbols)) + first + piece % held
+        position = block * (len(packed) // len(symbols)) + first + piece % held
         shift = (piece // held * bits).astype(jnp.uint8)
-        part = packed.at[here].get(mode="clip") >> shift[:, None]
+        part = packed.at[position].get(mode="clip") >> shift[:, None]
         return part & np.uint8((1 << bits) - 1)
 
     number = unfold(symbols, 4 if split.paired else 8).astype(kind)

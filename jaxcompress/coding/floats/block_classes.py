@@ -4,9 +4,9 @@ Symbols are logarithms, so blocks of other scales are approximately shifted copi
 each other. A table for several costs each of its symbols half their Fisher information
 times the variance of the shifts, in nats (S. Kullback, "Information Theory and
 Statistics", 1959, 2.6). So the means of blocks are quantized, to as many levels as
-tables are worth, in cells as wide as the density of the means to the power -1/3 (P. F.
-Panter, W. Dite, "Quantization distortion in pulse-count modulation with nonuniform
-spacing of levels", 1951).
+pay for their tables, in cells as wide as the density of the means to the power -1/3
+(P. F. Panter, W. Dite, "Quantization distortion in pulse-count modulation with
+nonuniform spacing of levels", 1951).
 """
 
 import math
@@ -60,8 +60,8 @@ def _information(symbols: np.ndarray) -> float:
     """Return fisher information that a symbol has of a shift; without zeros."""
     counts = np.bincount(symbols.reshape(-1), minlength=258).astype(np.float64)
     counts[0] = 0
-    below, here, above = counts[:-2], counts[1:-1], counts[2:]
-    smooth = (below + 2 * here + above) / 4
+    below, middle, above = counts[:-2], counts[1:-1], counts[2:]
+    smooth = (below + 2 * middle + above) / 4
     slopes = (above - below)[smooth > 0] / 2
     return float((slopes**2 / smooth[smooth > 0]).sum() / max(1, smooth.sum()))
 

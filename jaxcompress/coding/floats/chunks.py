@@ -170,19 +170,19 @@ def decode(chunk: Chunk, split: Split, out: np.ndarray) -> None:
     rows = PIECE // width
     for first in range(0, blocks, rows):
         part = slice(first, first + rows)
-        given = symbols[part], chunk.rests[part], chunk.base, split
+        fields = symbols[part], chunk.rests[part], chunk.base, split
         words = slice(first * width, (first + rows) * width)
-        here = upper = out[words]
+        segment = upper = out[words]
         if chunk.tails is not None:
-            upper = room("upper", here.shape, np.uint16)
-        if here.size % width:
-            whole = np.empty((given[0].shape[0], width), upper.dtype)
-            put_together(*given, whole)
-            upper[:] = whole.reshape(-1)[: here.size]
+            upper = room("upper", segment.shape, np.uint16)
+        if segment.size % width:
+            whole = np.empty((fields[0].shape[0], width), upper.dtype)
+            put_together(*fields, whole)
+            upper[:] = whole.reshape(-1)[: segment.size]
         else:
-            put_together(*given, upper.reshape(-1, width))
+            put_together(*fields, upper.reshape(-1, width))
         if chunk.tails is not None:
-            _join(upper, chunk.tails[words], here)
+            _join(upper, chunk.tails[words], segment)
     values = chunk.values
     if chunk.tails is not None:
         values = np.empty(values.size, np.uint32)
@@ -324,14 +324,14 @@ def _frames(symbols: np.ndarray, plain: bool) -> list[tuple[bytes, int]]:
     return [(frame, blocks)]
 
 
-def _write_tails(given: np.ndarray | None) -> tuple[Any, Any, Any]:
+def _write_tails(words: np.ndarray | None) -> tuple[Any, Any, Any]:
     """Return flags of segments with fewer bits, their bytes, then the other segments
     raw.
     """
-    if given is None:
+    if words is None:
         return b"", b"", b""
-    tails = room("tails", given.shape, np.uint16)
-    np.copyto(tails, given)
+    tails = room("tails", words.shape, np.uint16)
+    np.copyto(tails, words)
     whole = tails.size // SEGMENT * SEGMENT
     segments = tails[:whole].reshape(-1, SEGMENT)
     short = np.bitwise_or.reduce(segments, axis=1) & np.uint16(15) == 0

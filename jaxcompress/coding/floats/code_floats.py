@@ -30,7 +30,7 @@ class CodedFloats(Leaf):
 
     Args:
       bits: leaf (`CodedWords`, or `Coded` for arrays of few values) or integer array.
-      dtype: that comes back.
+      dtype: of the restored array.
       coded: dtype whose bits are held: "bfloat16" for a float32 array all of whose
         numbers are bfloat16, else as `dtype`.
       power: of two; or None.
@@ -128,15 +128,15 @@ def code_floats(
         return x
     stack = max(0, array.ndim - 2) if stack is None else stack
     coded, bits = words_and_kind(array)
-    found = [(array.nbytes - ALLOWANCE, x)]
+    candidates = [(array.nbytes - ALLOWANCE, x)]
 
     def add(size: int, held: CodedFloats) -> None:
         if nbytes(held) < array.nbytes:  # tables of many slices may take more
-            found.append((size, held))
+            candidates.append((size, held))
 
-    made, size = code_words(bits, split, stack)
-    if made is not None:
-        add(size, CodedFloats(made, kind, coded))
+    leaf, size = code_words(bits, split, stack)
+    if leaf is not None:
+        add(size, CodedFloats(leaf, kind, coded))
     if _repeats(bits):
         whole = entropy_code(bits, stack=stack)
         add(stored_bytes(whole), CodedFloats(whole, kind, coded))
@@ -145,7 +145,7 @@ def code_floats(
         integers = np.ldexp(array.astype(np.float32), -power).astype(np.int32)
         whole = entropy_code(integers, stack=stack)
         add(stored_bytes(whole), CodedFloats(whole, kind, kind.name, power))
-    return min(found, key=lambda one: one[0])[1]
+    return min(candidates, key=lambda one: one[0])[1]
 
 
 def words_and_kind(array: np.ndarray) -> tuple[str, np.ndarray]:

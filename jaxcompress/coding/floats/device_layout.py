@@ -29,11 +29,11 @@ def lay_out(
         for (frame, held), symbols in zip(
             chunk.frames, float_chunks.symbols_of(chunk, split), strict=True
         ):
-            here = order[first : first + held]
-            begins, table[here] = _places(frame, symbols, lengths)
-            places[here] = begins + 8 * at
+            rows = order[first : first + held]
+            begins, table[rows] = _places(frame, symbols, lengths)
+            places[rows] = begins + 8 * at
             for i in np.flatnonzero(begins < 0):
-                raw.append((number, here[i], symbols[i]))
+                raw.append((number, rows[i], symbols[i]))
             data.append(frame)
             sizes.append((len(frame), held))
             at += len(frame)
@@ -126,30 +126,30 @@ def pick_up(
 ) -> list[float_chunks.Chunk]:
     data = memoryview(frames.astype("<u4")).cast("B")
     step = float_chunks.chunk_words(width)
-    at, number, made = huffman_xla.AHEAD // 8, 0, []
+    at, number, chunks = huffman_xla.AHEAD // 8, 0, []
     for i, base in enumerate(bases.tolist()):
         start = i * step
         held = min(step, count - start)
         blocks = slice(start // width, start // width + -(-held // width))
-        left, here = blocks.stop - blocks.start, []
+        left, pieces = blocks.stop - blocks.start, []
         while left > 0:
             size, some = sizes[number].tolist() if number < len(sizes) else (0, 0)
             if some < 1 or some > left or size < 0:
                 raise ValueError("frames of other blocks: the coded words are damaged")
-            here.append((bytes(data[at : at + size]), some))
+            pieces.append((bytes(data[at : at + size]), some))
             at, left, number = at + size, left - some, number + 1
         mine = (spots >= start) & (spots < start + held)
-        made.append(
+        chunks.append(
             float_chunks.Chunk(
                 held,
                 width,
                 base,
                 classes[blocks],
-                here,
+                pieces,
                 (spots[mine] - start).astype(np.uint32),
                 values[mine],
                 rests[blocks],
                 None if tails is None else tails[start : start + held],
             )
         )
-    return made
+    return chunks

@@ -111,14 +111,14 @@ class CodedWords(Leaf):
         """Return what a file holds: streams of the slices, after their sizes."""
         lead = self.starts.shape[:-1]
         count = math.prod(self.trailing)
-        made = [
+        streams = [
             b"".join(
                 chunked_stream.bind(map(float_chunks.write, chunks), count, self.width)
             )
             for chunks in _chunks_of_slices(self)
         ]
-        head = write_numbers([*write_stack(lead), *map(len, made)])
-        return {"stream": np.frombuffer(b"".join([head, *made]), np.uint8)}
+        head = write_numbers([*write_stack(lead), *map(len, streams)])
+        return {"stream": np.frombuffer(b"".join([head, *streams]), np.uint8)}
 
     @classmethod
     def restored(
@@ -137,14 +137,14 @@ class CodedWords(Leaf):
         sizes = data.numbers(slices)
         fits = sum(sizes) == len(data) and slices * count > 0
         data.require(fits, f"{len(data)} bytes of {slices} slices")
-        found = []
+        chunks = []
         for size in sizes:
             part = data.take(size, "a slice")
             stream = chunked_stream.from_bytes(part, name, kind.itemsize, count)
             fits = stream.width == static["width"]
             data.require(fits, f"blocks of {stream.width} words")
-            found.append(list(stream.chunks()))
-        return from_chunks(found, lead, trailing, kind, name)
+            chunks.append(list(stream.chunks()))
+        return from_chunks(chunks, lead, trailing, kind, name)
 
 
 def code_words(
@@ -177,8 +177,8 @@ def code_words(
     )
     each = len(starts)
     slices = [chunks[i : i + each] for i in range(0, len(chunks), each)]
-    made = from_chunks(slices, lead, trailing, words.dtype, split)
-    return jax.tree.map(jnp.asarray, made), size
+    leaf = from_chunks(slices, lead, trailing, words.dtype, split)
+    return jax.tree.map(jnp.asarray, leaf), size
 
 
 def from_chunks(
@@ -327,7 +327,7 @@ def _rows(coded: CodedWords, indices: jax.Array) -> jax.Array:
     words = _blocks(coded, entries, lambda x: x.at[which].get(mode="clip"))
     words = words.reshape(-1, many * width)
     place = behind[:, None] + jnp.arange(features)[None]
-    found = jnp.take_along_axis(words, place, axis=1)
+    gathered = jnp.take_along_axis(words, place, axis=1)
     spot_row, spot_column = coded.spots // features, coded.spots % features
 
     def patch(row: jax.Array, number: jax.Array) -> jax.Array:
@@ -335,11 +335,11 @@ def _rows(coded: CodedWords, indices: jax.Array) -> jax.Array:
         return row.at[column].set(coded.values, mode="drop")
 
     if coded.spots.size:
-        found = jax.vmap(patch)(found, start)
+        gathered = jax.vmap(patch)(gathered, start)
     tails = None
     if coded.tails is not None:
         tails = coded.tails.reshape(rows, features)[start]
-    return _joined(found, tails, coded.dtype).reshape(*indices.shape, features)
+    return _joined(gathered, tails, coded.dtype).reshape(*indices.shape, features)
 
 
 def _joined(upper: jax.Array, tails: jax.Array | None, kind: np.dtype) -> jax.Array:

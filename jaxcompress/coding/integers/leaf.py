@@ -217,7 +217,7 @@ def _checked(contexts: np.ndarray, shape: tuple[int, ...], stack: int) -> np.nda
     if not fits:
         raise ValueError(
             f"contexts of shape {contexts.shape} do not fit codes of shape {shape} "
-            f"with {stack} stack axes; sizes must agree, or be 1 behind the stack"
+            f"with {stack} stack axes; sizes must agree, or be 1 after the stack axes"
         )
     if contexts.dtype.kind not in "iub" or contexts.min() < 0 or contexts.max() > 255:
         raise ValueError("contexts must be integers in [0, 255]")
@@ -225,7 +225,7 @@ def _checked(contexts: np.ndarray, shape: tuple[int, ...], stack: int) -> np.nda
 
 
 def _coded(
-    made: Plan,
+    plan: Plan,
     lead: tuple[int, ...],
     trailing: tuple[int, ...],
     kind: np.dtype,
@@ -233,10 +233,10 @@ def _coded(
     contexts: np.ndarray | None,
 ) -> Coded:
     """Return the leaf of a plan: all slices coded together, padded to the longest."""
-    view, lanes = made.view, made.lanes
-    slices, count = made.columns.shape
-    tables, width = made.frequencies.shape[1:]
-    raw = view.numbers if made.escape else None
+    view, lanes = plan.view, plan.lanes
+    slices, count = plan.columns.shape
+    tables, width = plan.frequencies.shape[1:]
+    raw = view.numbers if plan.escape else None
     per = max(1, PART // count)
 
     def work(first: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
@@ -244,29 +244,33 @@ def _coded(
         states.
         """
         part = slice(first, first + per)
-        frequencies = made.frequencies[part]
-        here = frequencies.shape[0]
+        frequencies = plan.frequencies[part]
+        slices_of_part = frequencies.shape[0]
         rest = -count % lanes
         likely = frequencies[:, 0].argmax(axis=-1)[:, None]
-        columns = np.append(made.columns[part], np.repeat(likely, rest, 1), axis=1)
+        columns = np.append(plan.columns[part], np.repeat(likely, rest, 1), axis=1)
         stream = rans.encode(
             _by_step(columns, lanes),
             frequencies.reshape(-1, width),
             _filled(view.contexts, part, lanes),
-            lane_tables=np.repeat(np.arange(here) * tables, lanes),
+            lane_tables=np.repeat(np.arange(slices_of_part) * tables, lanes),
             raw=_filled(raw, part, lanes),
-            escape=made.escape,
+            escape=plan.escape,
         )
-        starts = stream.starts.reshape(here, lanes)
+        starts = stream.starts.reshape(slices_of_part, lanes)
         places = np.append(starts, stream.ends[lanes - 1 :: lanes, None], axis=1)
         words = [stream.words[row[0] : row[-1]] for row in places]
-        return words, places - places[:, :1], stream.states.reshape(here, lanes)
+        return (
+            words,
+            places - places[:, :1],
+            stream.states.reshape(slices_of_part, lanes),
+        )
 
     words, offsets, states = [], [], []
-    for found in in_order(work, range(0, slices if lanes else 0, per)):
-        words += found[0]
-        offsets.append(found[1])
-        states.append(found[2])
+    for coded_part in in_order(work, range(0, slices if lanes else 0, per)):
+        words += coded_part[0]
+        offsets.append(coded_part[1])
+        states.append(coded_part[2])
     low = None
     if view.low_bits:
         mask = np.int32((1 << view.low_bits) - 1)
@@ -282,9 +286,9 @@ def _coded(
         padded,
         offsets.astype(np.int32),
         np.concatenate(states) if lanes else none,
-        made.frequencies,
+        plan.frequencies,
         view.base,
-        made.symbols,
+        plan.symbols,
     )
     data = [None if x is None else _lead(x, lead) for x in stacked]
     if view.contexts is None:
@@ -292,7 +296,7 @@ def _coded(
     elif contexts is not None:
         contexts = jnp.asarray(contexts)
     return Coded(
-        *data, low, contexts, trailing, kind, view.width, made.escape, view.low_bits
+        *data, low, contexts, trailing, kind, view.width, plan.escape, view.low_bits
     )
 
 

@@ -95,7 +95,7 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
     data.require(size in (2, 4), f"lane lengths of {size} bytes")
     lengths = data.array(f"<u{size}", (slices, lanes), f"{lanes} lanes")
     states = data.array("<u4", (slices, lanes), f"{lanes} lanes").astype(np.uint32)
-    found = {
+    fields = {
         **data.words(lengths),
         "states": states,
         "frequencies": frequencies,
@@ -104,7 +104,7 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
     }
     stacked = {
         name: None if x is None else x.reshape((*lead, *x.shape[1:]))
-        for name, x in found.items()
+        for name, x in fields.items()
     }
     kept = _read_kept(data, arrays, lead, trailing, low_bits, contexts)
     return {**stacked, **kept, **static, "trailing": trailing}

@@ -29,7 +29,7 @@ def contexts_by_scale(codes: np.ndarray) -> np.ndarray | None:
     numbers = codes.astype(np.int64) - low[:, None, None]
     plain = sum(_entropy(part.reshape(1, -1), span) for part in numbers)
     middle = np.median(numbers, axis=(1, 2), keepdims=True)
-    best, found = GAIN * plain, None
+    best, contexts = GAIN * plain, None
     for axis in (2, 1):
         sizes = np.abs(numbers - middle).mean(axis=axis)
         order = np.argsort(np.argsort(sizes, axis=1, kind="stable"), axis=1)
@@ -41,8 +41,8 @@ def contexts_by_scale(codes: np.ndarray) -> np.ndarray | None:
             bits += sum(_entropy(x[None], span) + TABLE for x in sorted_lines if x.size)
         bits += 8.0 * kinds.size
         if bits < best:
-            best, found = bits, np.expand_dims(kinds, axis)
-    return found
+            best, contexts = bits, np.expand_dims(kinds, axis)
+    return contexts
 
 
 def _entropy(numbers: np.ndarray, span: int) -> float:

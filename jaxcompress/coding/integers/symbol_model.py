@@ -35,17 +35,19 @@ class View:
 
     def histograms(self) -> list[Histogram]:
         """Return values and counts of each slice and, within it, each context."""
-        found = []
+        pairs = []
         for s, row in enumerate(self.numbers):
             for kind in range(self.kinds):
-                here = row if self.contexts is None else row[self.contexts[s] == kind]
+                numbers = (
+                    row if self.contexts is None else row[self.contexts[s] == kind]
+                )
                 if self.width:
-                    counts = np.bincount(here, minlength=1)
+                    counts = np.bincount(numbers, minlength=1)
                     values = np.flatnonzero(counts)
-                    found.append((values, counts[values]))
+                    pairs.append((values, counts[values]))
                 else:
-                    found.append(np.unique(here, return_counts=True))
-        return found
+                    pairs.append(np.unique(numbers, return_counts=True))
+        return pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +188,10 @@ def _list(view: View, histograms: list[Histogram], lanes: int) -> Plan:
         if not values.size:
             continue
         s, kind = divmod(i, view.kinds)
-        here = slice(None) if view.contexts is None else view.contexts[s] == kind
-        mine = view.numbers[s, here]
+        positions = slice(None) if view.contexts is None else view.contexts[s] == kind
+        mine = view.numbers[s, positions]
         nearest = np.minimum(np.searchsorted(values, mine), values.size - 1)
-        columns[s, here] = np.where(values[nearest] == mine, nearest, most - 1)
+        columns[s, positions] = np.where(values[nearest] == mine, nearest, most - 1)
     shape = (view.numbers.shape[0], view.kinds, most)
     return Plan(
         view,

@@ -148,14 +148,14 @@ def code_levels(levels: np.ndarray, states: int, groups: int = 1) -> CodedLevels
     parities = 2 if states else 1
     _, places = trellis.walks(outputs)
     slices = in_groups(levels, groups, places).reshape(-1, inputs, outputs)
-    found = [contexts.fit(each, parities) for each in slices]
+    fits = [contexts.fit(each, parities) for each in slices]
     lanes = count_lanes(inputs, outputs)
-    kinds = max(len(each.parameters) for each in found)
-    edges = _stacked([each.edges for each in found], kinds - 1, 255)
-    parameters = _stacked([each.parameters for each in found], kinds, 0)
+    kinds = max(len(each.parameters) for each in fits)
+    edges = _stacked([each.edges for each in fits], kinds - 1, 255)
+    parameters = _stacked([each.parameters for each in fits], kinds, 0)
     frequencies = np.stack([contexts.frequencies(x, parities) for x in parameters])
     streams = []
-    for i, each in enumerate(found):
+    for i, each in enumerate(fits):
         tables = _contexts(each.rows, each.columns, edges[i], places, lanes, np)
         raw = _by_step(slices[i], places, lanes, np)
         if states:
@@ -171,8 +171,8 @@ def code_levels(levels: np.ndarray, states: int, groups: int = 1) -> CodedLevels
         "states": np.stack([x.states for x in streams]),
         "frequencies": frequencies,
         "parameters": parameters,
-        "rows": np.stack([each.rows for each in found]),
-        "columns": np.stack([each.columns for each in found]),
+        "rows": np.stack([each.rows for each in fits]),
+        "columns": np.stack([each.columns for each in fits]),
         "edges": edges,
     }
     return CodedLevels(
@@ -188,13 +188,13 @@ def _check_walks(levels: np.ndarray, states: int) -> None:
     """Raise where a decoder would lose its way: `[walks, places, lanes]`."""
     state = np.zeros_like(levels[:, 0])
     for place in range(levels.shape[1]):
-        here = levels[:, place]
-        if ((here ^ state) & 1).any():
+        current = levels[:, place]
+        if ((current ^ state) & 1).any():
             raise ValueError(
                 f"levels that no walk through a trellis of {states} states gives; make "
-                "them with trellis.search, zeros behind the last output"
+                "them with trellis.search, zeros after the last output"
             )
-        state = trellis.advance(state, here, states)
+        state = trellis.advance(state, current, states)
 
 
 def _stacked(arrays: list[np.ndarray], length: int, fill: int) -> np.ndarray:
@@ -225,10 +225,10 @@ def _contexts(
 ) -> Any:
     """Return the context of each symbol, uint8 `[steps, lanes]`."""
     scale = rows[:, None].astype(xp.int32) + columns[None].astype(xp.int32)
-    found = xp.zeros(scale.shape, xp.uint8)
+    classes = xp.zeros(scale.shape, xp.uint8)
     for i in range(edges.shape[0]):
-        found = found + (scale >= edges[i].astype(xp.int32)).astype(xp.uint8)
-    return _by_step(found, places, lanes, xp)
+        classes = classes + (scale >= edges[i].astype(xp.int32)).astype(xp.uint8)
+    return _by_step(classes, places, lanes, xp)
 
 
 def _slice(coded: CodedLevels) -> jax.Array:
@@ -313,15 +313,15 @@ def _filled(x: jax.Array, axis: int, size: int, value: int) -> Any:
     return xp.pad(xp.asarray(x), room, constant_values=value)
 
 
-def side_bits(found: contexts.Contexts, outputs: int) -> int:
+def side_bits(fit: contexts.Contexts, outputs: int) -> int:
     """Return bits of a slice in a file that are not its words, nor steps or column
     scales.
     """
-    inputs = found.rows.size
+    inputs = fit.rows.size
     lanes = count_lanes(inputs, outputs)
-    widths = [bits_needed(x.max()) for x in (found.rows, found.columns)]
+    widths = [bits_needed(x.max()) for x in (fit.rows, fit.columns)]
     layout = level_record.layout(
-        1, inputs, outputs, lanes, len(found.parameters), *widths, 2
+        1, inputs, outputs, lanes, len(fit.parameters), *widths, 2
     )
     sizes = (
         math.prod(shape) * np.dtype(kind).itemsize for kind, shape in layout.values()

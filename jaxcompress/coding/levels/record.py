@@ -74,21 +74,21 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
     fits = groups == 1 or (groups > 1 and not places % groups and not outputs % places)
     data.require(fits, f"{groups} groups of {outputs} outputs")
     sizes = layout(slices, inputs, outputs, lanes, kinds, *widths, wide)
-    found = {
+    fields = {
         name: data.array(kind, shape, f"cut off in its {name}: {shape}")
         for name, (kind, shape) in sizes.items()
     }
-    found |= data.words(found.pop("lengths"))
+    fields |= data.words(fields.pop("lengths"))
     parities = 2 if states else 1
-    tables = [contexts.frequencies(x, parities) for x in found["parameters"]]
+    tables = [contexts.frequencies(x, parities) for x in fields["parameters"]]
     for name, width, length in zip(
         ("rows", "columns"), widths, (inputs, outputs), strict=True
     ):
-        found[name] = unpack_fields(found[name], width, length, axis=-1)
-    found["frequencies"] = np.stack(tables)
-    found["states"] = found["states"].astype(np.uint32)
+        fields[name] = unpack_fields(fields[name], width, length, axis=-1)
+    fields["frequencies"] = np.stack(tables)
+    fields["states"] = fields["states"].astype(np.uint32)
     return {
-        **{name: x.reshape((*lead, *x.shape[1:])) for name, x in found.items()},
+        **{name: x.reshape((*lead, *x.shape[1:])) for name, x in fields.items()},
         **static,
     }
 

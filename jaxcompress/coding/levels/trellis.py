@@ -124,5 +124,5 @@ def search(
         return jnp.asarray(before, jnp.int32)[way, state], level
 
     end = jnp.argmin(total, axis=0).astype(jnp.int32)
-    _, found = jax.lax.scan(back, end, (second, levels), reverse=True)
-    return found.astype(jnp.int32), end
+    _, levels_of_path = jax.lax.scan(back, end, (second, levels), reverse=True)
+    return levels_of_path.astype(jnp.int32), end
