@@ -91,13 +91,13 @@ __all__ = sorted([*_HOMES, *_MODULES, "__version__"])
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        found = importlib.import_module(f"jaxcompress.{_MODULES[name]}")
+        value = importlib.import_module(f"jaxcompress.{_MODULES[name]}")
     elif name in _HOMES:
-        found = getattr(importlib.import_module(f"jaxcompress.{_HOMES[name]}"), name)
+        value = getattr(importlib.import_module(f"jaxcompress.{_HOMES[name]}"), name)
     else:
         raise AttributeError(f"module 'jaxcompress' has no attribute {name!r}")
-    globals()[name] = found
-    return found
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -67,8 +67,8 @@ def one_of(method: str, option: str, value: Any, allowed: Iterable[Any]) -> None
     """Raise ValueError where an option is none of those allowed."""
     allowed = list(allowed)
     if value not in allowed:
-        known = " or ".join(map(repr, allowed))
-        raise ValueError(f"{method} takes {option}={known}, not {value!r}")
+        choices = " or ".join(map(repr, allowed))
+        raise ValueError(f"{method} takes {option}={choices}, not {value!r}")
 
 
 def weights(method: str, x: jax.Array, *, outputs: bool = True) -> None:

@@ -111,10 +111,10 @@ def layers(report: Iterable[Any], *, title: str = "Bits and errors by leaf") -> 
         linestyle="none",
         label="of weights",
     )
-    known = [(row.output_error, i) for i, row in enumerate(rows) if row.output_error]
-    if known:
+    errors = [(row.output_error, i) for i, row in enumerate(rows) if row.output_error]
+    if errors:
         right.plot(
-            *zip(*known, strict=True),
+            *zip(*errors, strict=True),
             COLORS[2],
             marker=MARKERS[2],
             linestyle="none",
@@ -260,20 +260,20 @@ def masks(
 
 def _matrices(params: Any, names: Sequence[str] | None) -> list[tuple[str, jax.Array]]:
     """Name and first slice of the leaves that a picture shows."""
-    found: Mapping[str, Any] = dict(roots(params))
+    leaves: Mapping[str, Any] = dict(roots(params))
     if names is None:
-        large = [n for n, x in found.items() if x.ndim > 1 and min(x.shape[-2:]) > 1]
-        names = sorted(large, key=lambda n: -np.prod(found[n].shape))[:SHOWN]
+        large = [n for n, x in leaves.items() if x.ndim > 1 and min(x.shape[-2:]) > 1]
+        names = sorted(large, key=lambda n: -np.prod(leaves[n].shape))[:SHOWN]
     for name in names:
-        if name not in found:
+        if name not in leaves:
             raise ValueError(
                 f"the tree has no leaf {name!r}; leaf_names(params) lists all"
             )
-        if found[name].ndim < 2:
-            raise ValueError(f"{name} has shape {found[name].shape}: it is no matrix")
+        if leaves[name].ndim < 2:
+            raise ValueError(f"{name} has shape {leaves[name].shape}: it is no matrix")
     if not names:
         raise ValueError("the tree has no matrix to plot")
-    return [(name, _slice(dense(found[name]))) for name in names]
+    return [(name, _slice(dense(leaves[name]))) for name in names]
 
 
 def _slice(x: jax.Array) -> jax.Array:

@@ -91,7 +91,7 @@ def measure_curvatures_blockwise(
         layouts, embeddings = _measured(source, parts, uses, moments, where)
         about = [blocks, where, joint, damping, sorted(layouts), moments is None]
         weights = {} if store is None else source.digests()
-        given = {name: moments_to_arrays(x) for name, x in (moments or {}).items()}
+        statistics = {name: moments_to_arrays(x) for name, x in (moments or {}).items()}
         job = Measurement(
             source,
             parts,
@@ -102,7 +102,7 @@ def measure_curvatures_blockwise(
             joint,
             damping,
             Results(store or scratch, coding="none"),
-            digest([about, weights], [rows, given]),
+            digest([about, weights], [rows, statistics]),
         )
         count = len(job.segments)
         stretches = [(False, i) for i in range(count)]
@@ -197,10 +197,10 @@ def _measured(
     planned = planned_entries(source.tree, moments, where, traced)
     check_seen([entry.name for entry in planned], traced)
     for entry in planned:
-        layout, given = traced[entry.name], (moments or {}).get(entry.name)
+        layout, moment = traced[entry.name], (moments or {}).get(entry.name)
         count = sum(map(len, (layout.stack, layout.inputs, layout.outputs)))
         shape = entry.value.shape[-count:]
-        layouts[entry.name] = choose_layout(entry.name, shape, layout, given)
+        layouts[entry.name] = choose_layout(entry.name, shape, layout, moment)
         if entry.embedding:
             embeddings.add(entry.name)
     return layouts, frozenset(embeddings)

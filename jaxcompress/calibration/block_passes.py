@@ -76,8 +76,8 @@ class Measurement:
             "the model, options, moments or batches differ; delete the directory, or "
             "pass another store"
         )
-        found = self.results.load(f"curvatures-{name}", {"run": self.run}, advice)
-        return None if found is None else jax.tree.map(np.asarray, found[0])
+        stored = self.results.load(f"curvatures-{name}", {"run": self.run}, advice)
+        return None if stored is None else jax.tree.map(np.asarray, stored[0])
 
     def save(self, name: str, tree: Any) -> None:
         self.results.save(f"curvatures-{name}", tree, {"run": self.run})
@@ -91,17 +91,17 @@ class Measurement:
     def weights(self, number: int) -> dict[str, jax.Array]:
         """Return dense weights of a segment, by its names."""
         segment = self.segments[number]
-        found = {}
+        by_name = {}
         for name, full in full_names(segment).items():
             if full == SCORE:
-                found[name] = jnp.ones(())
+                by_name[name] = jnp.ones(())
                 continue
             leaf = self.source.fetch(full)
             index = self.slot(number, name)[1]
             if index is not None:
                 leaf = jax.tree.map(lambda x, i=index: x[i], leaf)
-            found[name] = dense(leaf)
-        return found
+            by_name[name] = dense(leaf)
+        return by_name
 
     def measured(self, number: int) -> dict[str, str]:
         """Return full names of the measured weights of a segment, by its names."""
@@ -143,9 +143,9 @@ class Passes:
     def forward(self, number: int) -> None:
         """Run a stretch, measure its moments, and put what it writes on disk."""
         job, names = self.job, self.job.measured(number)
-        found = job.load(f"moments-{number}")
+        measured = job.load(f"moments-{number}")
         written = job.load(f"values-{number}")
-        if found is None or written is None:
+        if measured is None or written is None:
             weights = job.weights(number)
             wanted = [n for n in names if job.moments is None and weights[n].ndim > 1]
             after, moments, _ = job.streams.measure(
@@ -155,24 +155,24 @@ class Passes:
                 str(b): _numbered(held[v] for v in self.segment(b, number).writes)
                 for b, held in enumerate(after)
             }
-            found = {}
-            for name, known in moments.items():
-                check_finite(names[name], known)
-                if known.second is not None:
-                    np.save(self._second(number, name), np.asarray(known.second))
-                known = dataclasses.replace(known, second=None)
-                found[str(list(names).index(name))] = moments_to_arrays(known)
+            measured = {}
+            for name, moment in moments.items():
+                check_finite(names[name], moment)
+                if moment.second is not None:
+                    np.save(self._second(number, name), np.asarray(moment.second))
+                moment = dataclasses.replace(moment, second=None)
+                measured[str(list(names).index(name))] = moments_to_arrays(moment)
             job.save(f"values-{number}", written)
-            job.save(f"moments-{number}", found)
-        for place, arrays in found.items():
+            job.save(f"moments-{number}", measured)
+        for place, arrays in measured.items():
             name = list(names)[int(place)]
-            known, second = moments_from_arrays(arrays), self._second(number, name)
+            moment, second = moments_from_arrays(arrays), self._second(number, name)
             if os.path.exists(second):
                 mapped = np.load(second, mmap_mode="r")
-                known = dataclasses.replace(known, second=mapped)
+                moment = dataclasses.replace(moment, second=mapped)
             full, index = job.slot(number, name)
             parts = self.moments.setdefault(full, {})
-            parts[index] = merge_tied(parts.get(index), known)
+            parts[index] = merge_tied(parts.get(index), moment)
         for b, held in enumerate(self.values):
             segment = self.segment(b, number)
             new = dict(zip(segment.writes, _listed(written[str(b)]), strict=True))
@@ -181,15 +181,15 @@ class Passes:
     def backward(self, number: int) -> None:
         """Carry cotangents through a stretch; finish the curvatures of its weights."""
         job, names = self.job, self.job.measured(number)
-        found = job.load(f"cotangents-{number}")
-        if found is None:
-            found = self._carry(number)
-            job.save(f"cotangents-{number}", found)
+        carried = job.load(f"cotangents-{number}")
+        if carried is None:
+            carried = self._carry(number)
+            job.save(f"cotangents-{number}", carried)
         for b, cotangents in enumerate(self.cotangents):
             for v in self.segment(b, number).writes:
                 cotangents.pop(self.places[b][v], None)
-            cotangents |= found["below"].get(str(b), {})
-        for place, arrays in found["curvatures"].items():
+            cotangents |= carried["below"].get(str(b), {})
+        for place, arrays in carried["curvatures"].items():
             full, index = job.slot(number, list(names)[int(place)])
             self.curvatures.setdefault(full, {})[index] = arrays
 
@@ -197,12 +197,12 @@ class Passes:
         """Return the moments of all leaves; second ones stay on disk if `keep`."""
         for full in sorted(self.shared):
             self.curvatures[full] = {None: self._shared(full)}
-        found = dict(self.job.moments or {})
+        by_name = dict(self.job.moments or {})
         for full, parts in self.curvatures.items():
             each = [
                 arrays for _, arrays in sorted(parts.items(), key=lambda x: x[0] or 0)
             ]
-            known = found.get(full) or self._known(full, keep)
+            moment = by_name.get(full) or self._known(full, keep)
             stacked = None not in parts
             arrays = {
                 key: np.stack([a[key] for a in each]) if stacked else each[0][key]
@@ -210,8 +210,8 @@ class Passes:
                 if all(key in a for a in each)
             }
             arrays = {key: jnp.asarray(x) for key, x in arrays.items()}
-            found[full] = dataclasses.replace(known, **arrays)
-        return found
+            by_name[full] = dataclasses.replace(moment, **arrays)
+        return by_name
 
     def _carry(self, number: int) -> dict[str, Any]:
         """Return what `backward` puts on disk."""
@@ -237,13 +237,13 @@ class Passes:
                 step = functools.partial(backward_products, segment=segment, **options)
                 arguments = weights, factors, read, slopes
                 ready[segment] = job.streams.compile(step, *arguments)
-            products, found = ready[segment](weights, factors, read, slopes)
+            products, pulled = ready[segment](weights, factors, read, slopes)
             for name, each in products.items():
                 sums[name].add(b, each)
             places = [self.places[b][v] for v in segment.reads if is_float(v)]
             below[str(b)] = {
                 place: np.asarray(x) + self.cotangents[b].get(place, 0)
-                for place, x in zip(places, found, strict=True)
+                for place, x in zip(places, pulled, strict=True)
             }
             above[str(b)] = _numbered(slopes)
         if any(full in self.shared for full in names.values()):
@@ -296,9 +296,11 @@ class Passes:
         tokens = float(sum(np.sum(mask > 0) for mask in masks))
         embedding = full in self.job.embeddings
         singles, joint = total.finish(full, shape, tokens, embedding=embedding)
-        found = {"curvatures": np.asarray(singles)}
+        fields = {"curvatures": np.asarray(singles)}
         return (
-            found if joint is None else found | {"joint_curvatures": np.asarray(joint)}
+            fields
+            if joint is None
+            else fields | {"joint_curvatures": np.asarray(joint)}
         )
 
     def _has_pairs(self, full: str, shape: tuple[int, ...]) -> bool:
@@ -355,11 +357,11 @@ class Passes:
         parts = sorted(self.moments.get(full, {}).items(), key=lambda x: x[0] or 0)
         if not parts:
             return Moments(jnp.zeros(()))
-        seconds = [known.second for _, known in parts]
-        rest = [dataclasses.replace(known, second=None) for _, known in parts]
-        second, known = seconds[0], rest[0]
+        seconds = [moment.second for _, moment in parts]
+        rest = [dataclasses.replace(moment, second=None) for _, moment in parts]
+        second, moment = seconds[0], rest[0]
         if parts[0][0] is not None:
-            known = jax.tree.map(lambda *x: jnp.stack(x), *rest)
+            moment = jax.tree.map(lambda *x: jnp.stack(x), *rest)
             if second is not None:
                 shape = len(parts), *second.shape
                 if keep:
@@ -372,15 +374,15 @@ class Passes:
                     second[i] = each
         if second is not None and not keep:
             second = jnp.asarray(second)
-        return dataclasses.replace(known, second=second)
+        return dataclasses.replace(moment, second=second)
 
 
 def _places(segments: Sequence[Segment], inputs: Sequence[Any]) -> dict[Any, str]:
     """Return where each value is made: "row-leaf" or "stretch-position"."""
-    found = {v: f"row-{k}" for k, v in enumerate(inputs)}
+    places = {v: f"row-{k}" for k, v in enumerate(inputs)}
     for i, segment in enumerate(segments):
-        found |= {v: f"{i}-{k}" for k, v in enumerate(segment.writes)}
-    return found
+        places |= {v: f"{i}-{k}" for k, v in enumerate(segment.writes)}
+    return places
 
 
 def _numbered(values: Iterable[Any]) -> dict[str, np.ndarray]:

@@ -78,8 +78,8 @@ def compress_blockwise(
         layer is compressed by itself, to leaves that must be alike, so plans of
         `plan_rates` are for the looped model.
       batches: as for `collect_moments`, with "mask" if there is one.
-      moments: of `measure_curvatures`, by name. Their curvatures, joint ones too, go
-        with the moments of the blocks; the rest of them is not used.
+      moments: of `measure_curvatures`, by name. Their curvatures, joint ones too, are
+        added to the moments of the blocks; the rest of them is not used.
       layouts: by name, as for `compress`, of weights that the trace does not follow.
       variables: further collections of a Linen module, as `{"batch_stats": ...}`.
       blocks: pattern that fully matches the path of every block, or of the stack of
@@ -148,14 +148,14 @@ def compress_blockwise(
                 f"moments hold curvatures of {unknown[0]!r}, which the tree does not "
                 "have; measure them on the same form of the model, looped or scanned"
             )
-        known = _layouts(function, source, batches[0], layouts or {})
+        merged = _layouts(function, source, batches[0], layouts or {})
         weights = {} if store is None else source.digests()
         run = digest_run(recipe, options, weights, [*batches, curvatures])
         job = Job(
             source,
             recipe,
-            _wanted(source, recipe, known),
-            known,
+            _wanted(source, recipe, merged),
+            merged,
             frozenset(layouts or {}),
             curvatures,
             moments or {},
@@ -208,10 +208,10 @@ def _layouts(
     function: Callable[[Any, Any], Any],
     source: Source,
     batch: Any,
-    given: Mapping[str, Layout],
+    fixed: Mapping[str, Layout],
 ) -> dict[str, Layout]:
     """Merge the layouts that the caller gives with those that a trace finds."""
-    for name, layout in given.items():
+    for name, layout in fixed.items():
         if name not in source.shapes:
             raise ValueError(
                 f"layouts= names {name!r}, which the tree does not have; the nearest "
@@ -219,8 +219,8 @@ def _layouts(
             )
         check_layout(name, source.shapes[name].shape, layout)
     shapes = source.rebuild(source.shapes)
-    seen = [name for name in source.shapes if name not in given]
-    return find_layouts(function, shapes, batch, where=seen.__contains__) | dict(given)
+    seen = [name for name in source.shapes if name not in fixed]
+    return find_layouts(function, shapes, batch, where=seen.__contains__) | dict(fixed)
 
 
 def _wanted(source: Source, recipe: Any, layouts: Mapping[str, Layout]) -> set[str]:

@@ -35,7 +35,7 @@ class Job:
     recipe: Any
     wanted: set[str]  # full names of leaves that the recipe takes
     layouts: Mapping[str, Layout]  # of whole leaves, by full name
-    given: frozenset[str]  # whose layouts the caller gave
+    fixed: frozenset[str]  # whose layouts the caller gave
     curvatures: dict[str, dict[str, np.ndarray]]  # by full name, then by field
     seen: Mapping[str, Moments]  # given by the caller, whose layouts must agree
     drift: float
@@ -89,8 +89,8 @@ class Job:
             if i + 1 < len(self.streams.segments):
                 if self.drift:
                     original = behind or self.streams.forward(i, weights, original)
-                known = done | part.leaves
-                small = _dense({key: known[n] for key, n in names.items()})
+                finished = done | part.leaves
+                small = _dense({key: finished[n] for key, n in names.items()})
                 drifted = self.streams.forward(i, small, drifted)
         if self.unused:
             number = len(self.streams.segments) + first
@@ -128,8 +128,8 @@ class Job:
         they are used, those of one input together, and moments measured anew after
         them: else two leaves in a row would compensate the same drift.
         """
-        given = number, weights, new, original, drifted
-        behind, moments, layouts = self.measure(*given)
+        arguments = number, weights, new, original, drifted
+        behind, moments, layouts = self.measure(*arguments)
         groups = group_by_input(moments, layouts) if self.drift else [set(moments)]
         groups = groups or [set()]
         groups[0] |= own.keys() - set().union(*groups)
@@ -140,13 +140,13 @@ class Job:
             if parts:
                 small = parts[-1].leaves
                 changed |= _dense({key: small[n] for key, n in before.items()})
-                given = number, weights, keys, original, drifted
-                _, moments, _ = self.measure(*given, changed)
+                arguments = number, weights, keys, original, drifted
+                _, moments, _ = self.measure(*arguments, changed)
             leaves = {n: own[n] for n in keys.values()}
-            known = {n: m for n, m in moments.items() if n in group}
+            of_group = {n: m for n, m in moments.items() if n in group}
             kinds = {n: kind for n, kind in layouts.items() if n in leaves}
             label = _label(number, segment)
-            parts.append(self.compress(label, leaves, known, kinds, segment))
+            parts.append(self.compress(label, leaves, of_group, kinds, segment))
         return behind, one_part(parts)
 
     def measure(
@@ -187,8 +187,10 @@ class Job:
             weights = _dense({key: self.fetch(segment, key) for key in names})
             keys = [f"/{n}" for n in segment.outer if n in self.shared]
             keys = [key for key in keys if weights[key].ndim > 1]
-            values, found, kinds = self.streams.measure(i, weights, values, None, keys)
-            for key, moments in found.items():
+            values, measured, kinds = self.streams.measure(
+                i, weights, values, None, keys
+            )
+            for key, moments in measured.items():
                 total[names[key]] = merge_tied(total.get(names[key]), moments)
             layouts |= {names[key]: kind for key, kind in kinds.items()}
         return total, layouts
@@ -219,7 +221,7 @@ class Job:
         block = segment and segment.block
         index = block.index if block else None
         whole = tuple(leaves) if not block else segment.outer
-        for name, known in moments.items():
+        for name, moment in moments.items():
             stacked = index is not None and name not in whole
             fields = {
                 key: jnp.asarray(x[index] if stacked else x)
@@ -228,10 +230,10 @@ class Job:
             choose_layout(
                 name, leaves[name].shape, layouts.get(name), self.seen.get(name)
             )
-            if name in self.given:
+            if name in self.fixed:
                 layout = self.layout(name, index if stacked else None)
-                choose_layout(name, leaves[name].shape, layout, known)
-            moments[name] = dataclasses.replace(known, **fields)
+                choose_layout(name, leaves[name].shape, layout, moment)
+            moments[name] = dataclasses.replace(moment, **fields)
         for name in leaves.keys() & self.layouts.keys() - layouts.keys():
             stacked = index is not None and name not in whole
             layouts[name] = self.layout(name, index if stacked else None)
@@ -246,10 +248,10 @@ class Job:
             traced=self.layouts,
         )
         for i, row in enumerate(rows):
-            old, new, known = leaves[row.name], small[row.name], moments.get(row.name)
+            old, new, moment = leaves[row.name], small[row.name], moments.get(row.name)
             error = None
-            if new is not old and known is not None and known.second is not None:
-                error = output_error(old, new, known.second, layouts[row.name])
+            if new is not old and moment is not None and moment.second is not None:
+                error = output_error(old, new, moment.second, layouts[row.name])
             rows[i] = dataclasses.replace(row, output_error=error)
         return Part(label, index, tuple(n for n in whole if n in leaves), small, rows)
 

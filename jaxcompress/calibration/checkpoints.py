@@ -46,10 +46,10 @@ class Parts:
             "the model, recipe, options, moments or batches differ; delete the "
             "directory, or pass another store"
         )
-        found = self.results.load(_name(number), {"run": self.run}, advice)
-        if found is None:
+        stored = self.results.load(_name(number), {"run": self.run}, advice)
+        if stored is None:
             return None
-        tree, about = found
+        tree, about = stored
         reports = [
             LeafReport(**row | {"shape": tuple(row["shape"])})
             for row in about["reports"]

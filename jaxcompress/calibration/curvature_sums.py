@@ -55,23 +55,25 @@ class CurvatureSum:
         *stack, inputs, outputs = shape
         halves = [half for half in self.halves if half is not None]
         self.halves = [None, None]
-        joint, found = None, sum(halves) / (2 * tokens * inputs)
-        if not np.isfinite(found).all():
+        joint, diagonal = None, sum(halves) / (2 * tokens * inputs)
+        if not np.isfinite(diagonal).all():
             raise ValueError(
                 f"{name}: its gradient is not finite on these batches; look for NaN in "
                 "the weights before it"
             )
-        if found.ndim == 3:
+        if diagonal.ndim == 3:
             shrinkage = choose_shrinkage(halves) if len(halves) > 1 else 1.0
             del halves
             if shrinkage < 1:
-                joint = shrunk(found, shrinkage).reshape(*stack, outputs, outputs)
+                joint = shrunk(diagonal, shrinkage).reshape(*stack, outputs, outputs)
                 joint = jnp.asarray(joint, jnp.float32)
-            found = np.diagonal(found, axis1=1, axis2=2)
-        found = found.reshape(*stack, outputs)
+            diagonal = np.diagonal(diagonal, axis1=1, axis2=2)
+        diagonal = diagonal.reshape(*stack, outputs)
         if embedding:
-            found = np.broadcast_to(found.mean(axis=-1, keepdims=True), found.shape)
-        return jnp.asarray(found, jnp.float32), joint
+            diagonal = np.broadcast_to(
+                diagonal.mean(axis=-1, keepdims=True), diagonal.shape
+            )
+        return jnp.asarray(diagonal, jnp.float32), joint
 
 
 def has_use_for_pairs(shape: tuple[int, ...]) -> bool:

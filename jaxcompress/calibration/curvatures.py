@@ -111,14 +111,14 @@ def measure_curvatures(
         singles, pairs = sums.pop(entry.name).finish(
             entry.name, shape, tokens, embedding=entry.embedding
         )
-        known = (entry.moments if not entry.depth else None) or Moments(
+        moment = (entry.moments if not entry.depth else None) or Moments(
             jnp.zeros(shape[:-2])
         )
         completed[entry.name] = dataclasses.replace(
-            known,
+            moment,
             curvatures=singles,
             joint_curvatures=pairs,
-            layout=known.layout or entry.given,
+            layout=moment.layout or entry.caller_layout,
         )
     return completed
 

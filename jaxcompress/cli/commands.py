@@ -20,8 +20,12 @@ from jaxcompress.models.saved import ARCHITECTURE
 def evaluate(options: argparse.Namespace) -> None:
     model, params, tokenizer = running.load_to_run(options.model)
     if options.against:
-        other, dense, theirs = running.load_to_run(options.against)
-        if theirs is None or tokenizer is None or theirs.digest != tokenizer.digest:
+        other, dense, other_tokenizer = running.load_to_run(options.against)
+        if (
+            other_tokenizer is None
+            or tokenizer is None
+            or other_tokenizer.digest != tokenizer.digest
+        ):
             raise ValueError(
                 f"{options.model} and {options.against} have different tokenizers; "
                 "only models that read the same tokens can be compared"
@@ -64,7 +68,7 @@ def _score(
 def generate(options: argparse.Namespace) -> None:
     model, params, tokenizer = running.load_to_run(options.model)
     if tokenizer is None:
-        raise ValueError(f"{options.model} came without a tokenizer; text needs one")
+        raise ValueError(f"{options.model} has no tokenizer; text needs one")
     untold = [options.prompt]
 
     def tell(text: str, row: int) -> None:
@@ -122,30 +126,30 @@ def _shown_name(name: str, metadata: dict[str, Any]) -> str:
 
 
 def verify(options: argparse.Namespace) -> None:
-    found = storage.verify(options.file)
+    summary = storage.verify(options.file)
     running.show(
         f"{options.file}: as written. "
-        f"{reporting.grouped(found['bytes'])} bytes in {found['files']} file(s), "
-        f"{found['leaves']} leaves, {found['arrays']} arrays, format "
-        f"{found['format_version']}"
+        f"{reporting.grouped(summary['bytes'])} bytes in {summary['files']} file(s), "
+        f"{summary['leaves']} leaves, {summary['arrays']} arrays, format "
+        f"{summary['format_version']}"
     )
 
 
 def pack(options: argparse.Namespace) -> None:
     progress = running.progress(options)("packing", "parts")
     coding = "decode" if options.fast else "size"
-    found = storage.pack(
+    summary = storage.pack(
         options.folder, options.out, base=options.base, coding=coding, progress=progress
     )
-    before, after = found["bytes"], found["packed"]
+    before, after = summary["bytes"], summary["packed"]
     running.show(
         f"{options.out}: {reporting.grouped(after)} bytes of "
-        f"{reporting.grouped(before)} in {found['files']} file(s), "
+        f"{reporting.grouped(before)} in {summary['files']} file(s), "
         f"{100 * after / max(1, before):.1f} %"
     )
     if options.base:
         running.show(
-            f"{found['differences']} part(s) are differences from {options.base}"
+            f"{summary['differences']} part(s) are differences from {options.base}"
         )
     if storage.is_orbax(options.folder):
         running.show(
@@ -156,12 +160,12 @@ def pack(options: argparse.Namespace) -> None:
 
 def unpack(options: argparse.Namespace) -> None:
     progress = running.progress(options)("unpacking", "files")
-    found = storage.unpack(
+    summary = storage.unpack(
         options.file, options.out, base=options.base, progress=progress
     )
     running.show(
-        f"{options.out}: {reporting.grouped(found['bytes'])} bytes in "
-        f"{found['files']} file(s), as they were packed"
+        f"{options.out}: {reporting.grouped(summary['bytes'])} bytes in "
+        f"{summary['files']} file(s), as they were packed"
     )
 
 

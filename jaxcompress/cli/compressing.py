@@ -57,19 +57,19 @@ def compress_(options: argparse.Namespace) -> None:
 
 
 def goal_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the goal that was given, by the keyword of `shrink`; empty without one."""
-    given = {name: getattr(options, name, None) for name in GOALS}
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(given) > 1:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
+    """Return the goal of the options, by the keyword of `shrink`; empty without one."""
+    goals = {name: getattr(options, name, None) for name in GOALS}
+    goals = {name: value for name, value in goals.items() if value is not None}
+    if len(goals) > 1:
+        names = ", ".join("--" + name.replace("_", "-") for name in goals)
         raise ValueError(f"give one goal, not {names}")
-    return given
+    return goals
 
 
 def _by_goal(options: argparse.Namespace, goal: dict[str, Any]) -> None:
     if options.dry_run:
-        found = shapes(options.model)
-        weights = sum(x.size for x in found.values())
+        weights_by_name = shapes(options.model)
+        weights = sum(x.size for x in weights_by_name.values())
         row = {"model": options.model, "goal": goal, "weights": weights}
         running.show(
             f"{options.model}: {grouped(weights)} weights; the goal is "
@@ -246,10 +246,10 @@ def _moments(
     )
     if options.blockwise:
         return None, list(data.batches)
-    known = digest(None, params) if options.store else ""
+    weights_digest = digest(None, params) if options.store else ""
     key = jax.random.key(options.seed)
     return calibration.calibrate(
-        subject, data, {}, effort, store, known, wrap, key
+        subject, data, {}, effort, store, weights_digest, wrap, key
     ), data.batches
 
 

@@ -65,7 +65,7 @@ def run(
         storage.verify(path)
         loaded = load(path)[1]
         if not same_bits(small, loaded):
-            raise ValueError(f"{path} did not come back bit for bit; please report it")
+            raise ValueError(f"{path} was not read back bit for bit; please report it")
         ready = stack_layers(decode_once(loaded))
         report = compare(Apply(scanned), dense, ready, reporting.track(batches, recipe))
         rows.append(row(recipe, path, loaded, report))

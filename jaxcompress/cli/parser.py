@@ -103,26 +103,26 @@ def parser() -> argparse.ArgumentParser:
     choices = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Any, about: str, example: str) -> argparse.ArgumentParser:
-        made = choices.add_parser(
+        subparser = choices.add_parser(
             run.__name__.removesuffix("_"),
             help=about,
             description=about,
             epilog=f"example:\n  python -m jaxcompress {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        made.add_argument(
+        subparser.add_argument(
             "--debug", action="store_true", help="show where an error comes from"
         )
-        made.set_defaults(run=run)
-        return made
+        subparser.set_defaults(run=run)
+        return subparser
 
-    made = command(
+    subparser = command(
         compressing.compress_,
         "compress a model into one file, by size or by recipe, and say what it cost",
         "compress model.gguf small.safetensors --size 60MB --calibrate text.txt",
     )
-    made.set_defaults(writes_file=True)
-    add = made.add_argument
+    subparser.set_defaults(writes_file=True)
+    add = subparser.add_argument
     add("model", help=MODEL)
     add("out", help="the file to write; one that is there is replaced")
     _goal_options(add, kl=True)
@@ -161,13 +161,13 @@ def parser() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="append the result to a file of JSON lines")
     _text_options(add, required=False)
 
-    made = command(
+    subparser = command(
         compressing.plan,
         "print the recipe that compress --size would try first, as JSON",
         "plan model.gguf --size 60MB --out recipe.json",
     )
-    made.set_defaults(writes_file=True)
-    add = made.add_argument
+    subparser.set_defaults(writes_file=True)
+    add = subparser.add_argument
     add("model", help=MODEL)
     add("--out", metavar="FILE", help="write the recipe there instead")
     _goal_options(add, kl=False)

@@ -32,9 +32,9 @@ def report_(options: argparse.Namespace) -> None:
     }
     if options.text:
         before, after = running.to_run(other, params), running.to_run(model, small)
-        found = running.compare_on_text(options, *before, *after, tokenizer)
-        row["text"] = found.to_dict()
-        lines += ["", *reporting.comparison_lines(found)]
+        comparison = running.compare_on_text(options, *before, *after, tokenizer)
+        row["text"] = comparison.to_dict()
+        lines += ["", *reporting.comparison_lines(comparison)]
     text = reporting.render(*lines)
     (folder / "report.txt").write_text(text + "\n", encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(row) + "\n", encoding="utf-8")

@@ -88,7 +88,7 @@ def track(batches: list[Any]) -> Any:
 
 def text_batches(options: argparse.Namespace, tokenizer: Any) -> list[Any]:
     if tokenizer is None:
-        raise ValueError("the model came without a tokenizer; a text needs one")
+        raise ValueError("the model has no tokenizer; a text needs one")
     ids = tokenizer.encode(read_text(options.text))
     return windows(
         ids,

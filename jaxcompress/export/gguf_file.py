@@ -232,8 +232,8 @@ def _scaling(model: Transformer) -> dict[str, Any]:
     kind = options.pop("rope_type", "none")
     if kind in ("none", "llama3"):
         return {}
-    known = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
-    if kind not in ("linear", "yarn") or set(options) - known:
+    supported = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+    if kind not in ("linear", "yarn") or set(options) - supported:
         raise ValueError(
             f"rope_scaling {dict(model.rope_scaling)} has no counterpart in GGUF"
         )

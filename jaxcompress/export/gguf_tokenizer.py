@@ -116,7 +116,7 @@ def _byte_fallback(described: dict[str, Any]) -> dict[str, Any]:
     if _by_piece(wanted) != _by_piece(merges):
         raise ValueError(
             "the merges of this tokenizer.json are not those that scores of pieces "
-            "give, which llama.cpp goes by; pass tokenizer=None and convert the "
+            "give, which llama.cpp follows; pass tokenizer=None and convert the "
             "tokenizer with llama.cpp's own script"
         )
     metadata = {

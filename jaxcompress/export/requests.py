@@ -33,15 +33,15 @@ def float_dtype(dtype: Any) -> Any:
     if dtype is None:
         return None
     try:
-        found = jnp.dtype(dtype)
+        parsed = jnp.dtype(dtype)
     except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
+        parsed = None
+    if parsed is None or not jnp.issubdtype(parsed, jnp.floating):
         raise ValueError(
             f"dtype must be a floating-point dtype, such as 'bfloat16', or None for "
             f"that of each weight, not {dtype!r}"
         )
-    return found
+    return parsed
 
 
 class Changes(NamedTuple):

@@ -101,10 +101,10 @@ def stablehlo(
     keeps its meaning.
     """
     platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
-    known = ("cpu", "cuda", "rocm", "tpu")
-    if not platforms or set(platforms) - set(known):
+    supported = ("cpu", "cuda", "rocm", "tpu")
+    if not platforms or set(platforms) - set(supported):
         raise ValueError(
-            f"platforms must be some of {', '.join(known)}, not {list(platforms)}"
+            f"platforms must be some of {', '.join(supported)}, not {list(platforms)}"
         )
     function = model_function(model)
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)

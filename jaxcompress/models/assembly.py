@@ -75,10 +75,10 @@ def foreign_names(name: str, shape: tuple[int, ...], modules: Modules) -> list[s
         return [foreign_name(name, modules)]
     stacks = {key.replace("experts/", "mlp/"): x for key, x in modules.items()
               if key.startswith("experts/")}  # fmt: skip
-    theirs = foreign_name(name, {**modules, **stacks})
-    if "{}" not in theirs:
-        return [theirs]
-    return [theirs.format(i) for i in range(shape[0])]
+    foreign = foreign_name(name, {**modules, **stacks})
+    if "{}" not in foreign:
+        return [foreign]
+    return [foreign.format(i) for i in range(shape[0])]
 
 
 def assemble(
@@ -87,27 +87,27 @@ def assemble(
     fetch: Callable[[str, str], np.ndarray],
     modules: Modules,
     *,
-    kind: Callable[[str], str] = lambda theirs: "float32",
+    kind: Callable[[str], str] = lambda foreign: "float32",
     ignorable: str = "(?!)",
     dtype: Any = None,
     source: str,
 ) -> Assembled:
     """Return model's parameters, looped or scanned as `model.scan` says, still unread.
 
-    `available` are the tensors the file has, `fetch(theirs, ours)` reads one in the
+    `available` are the tensors the file has, `fetch(foreign, ours)` reads one in the
     file's own orientation: kernels [outputs, inputs], which are transposed here; or
     a leaf in ours.
-    `kind(theirs)` is the name of its dtype.
+    `kind(foreign)` is the name of its dtype.
     Tensors whose names fully match the pattern `ignorable` are left where they are;
     `dtype=None` keeps the type of each. Besides what was read, one tensor is held at a
     time (one stack of tensors where the model is scanned). Raises ValueError naming
     missing tensors and surplus tensors, and, on reading, a tensor of the wrong shape.
     """
     shapes = parameter_shapes(model)
-    theirs = {
+    foreign = {
         name: foreign_names(name, shape, modules) for name, shape in shapes.items()
     }
-    needed = {name for names in theirs.values() for name in names}
+    needed = {name for names in foreign.values() for name in names}
     available = set(available)
     missing = sorted(needed - available)
     surplus = sorted(
@@ -136,7 +136,7 @@ def assemble(
         return array if dtype is None else array.astype(dtype)
 
     def read(name: str) -> Any:
-        tensors, shape = theirs[name], shapes[name]
+        tensors, shape = foreign[name], shapes[name]
         if len(tensors) == 1:
             return read_one(name, tensors[0], shape)
         experts = [read_one(name, tensor, shape[1:]) for tensor in tensors]
@@ -165,16 +165,16 @@ def assemble(
         unflatten_dict({name: name for name in ours}, sep="/"),
         {name: shape(name) for name in ours},
         lambda name: (
-            kind(theirs[ours[name][0]][0]) if dtype is None else jnp.dtype(dtype).name
+            kind(foreign[ours[name][0]][0]) if dtype is None else jnp.dtype(dtype).name
         ),
         fetch_ours,
     )
 
 
-def _checked(leaf: Leaf, theirs: str, shape: tuple[int, ...], source: str) -> Leaf:
+def _checked(leaf: Leaf, foreign: str, shape: tuple[int, ...], source: str) -> Leaf:
     if tuple(leaf.shape) != tuple(shape):
         raise ValueError(
-            f"{source}: tensor {theirs} holds codes of shape {leaf.shape[::-1]}; its "
+            f"{source}: tensor {foreign} holds codes of shape {leaf.shape[::-1]}; its "
             f"configuration makes it {shape[::-1]}"
         )
     return leaf

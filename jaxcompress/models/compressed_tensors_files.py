@@ -83,8 +83,8 @@ def find_codes(
         scheme = _scheme(module, settings, source)
         kind = scheme.get("format") or settings.get("format")
         weights = scheme["weights"]
-        known = weights.get("strategy") in FORMATS.get(kind, ())
-        if not known or (
+        supported = weights.get("strategy") in FORMATS.get(kind, ())
+        if not supported or (
             kind == "pack-quantized" and weights["num_bits"] not in (4, 8)
         ):
             raise ValueError(

@@ -226,10 +226,10 @@ def _rope(
 
 
 def _rope_dict(
-    given: Mapping[str, Any] | None, source: str, ignore: Collection[str]
+    entries: Mapping[str, Any] | None, source: str, ignore: Collection[str]
 ) -> dict[str, Any]:
     """Check a dict that describes the rotation; `rope_type` is in it, `type` is not."""
-    options = {k: x for k, x in (given or {}).items() if x is not None}
+    options = {k: x for k, x in (entries or {}).items() if x is not None}
     if not options:
         return {}
     spellings = [(key, options.pop(key, None)) for key in ("rope_type", "type")]
@@ -282,11 +282,11 @@ def _windows(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def _by_kind(kinds: list[str], window: int, layers: int) -> Any:
-    known = dict(zip(LAYER_TYPES, (window, None), strict=True))
-    if len(kinds) != layers or set(kinds) - set(known):
+    window_of = dict(zip(LAYER_TYPES, (window, None), strict=True))
+    if len(kinds) != layers or set(kinds) - set(window_of):
         raise ValueError(
             f"layer_types has {len(kinds)} entries for {layers} layers, of types "
-            f"{sorted(set(kinds))}; supported are {', '.join(known)}"
+            f"{sorted(set(kinds))}; supported are {', '.join(window_of)}"
         )
-    windows = tuple(known[kind] for kind in kinds)
+    windows = tuple(window_of[kind] for kind in kinds)
     return windows[0] if len(set(windows)) == 1 else windows

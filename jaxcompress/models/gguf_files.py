@@ -154,7 +154,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def dequantize(tensor: Any) -> np.ndarray:
-    """Return float32 array a GGUF tensor stands for, rows first as NumPy has them."""
+    """Return a GGUF tensor as a dense float32 array, rows first as NumPy has them."""
     from gguf import quants
 
     try:
@@ -174,8 +174,8 @@ def transformer_from(
 
     def get(key: str, *default: Any) -> Any:
         name = f"{kind}.{key}"
-        known = name in metadata or key in ARCHITECTURES[kind].defaults
-        if not known and not default:
+        present = name in metadata or key in ARCHITECTURES[kind].defaults
+        if not present and not default:
             raise ValueError(f"the GGUF file lacks {name}; it is incomplete")
         value = metadata.get(name, ARCHITECTURES[kind].defaults.get(key, *default))
         return tuple(value) if isinstance(value, list) else value
@@ -282,8 +282,8 @@ def _rope_scaling(get, tensors, head_size, theta):
             options[f"beta_{side}"] = turns
     # The factor multiplies YaRN's own magnitude (ggml, rope_yarn).
     names = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
-    given = [float(get(name, 0.0)) or 1.0 for name in names]
-    if (scale := math.prod(given)) != 1.0:
+    magnitudes = [float(get(name, 0.0)) or 1.0 for name in names]
+    if (scale := math.prod(magnitudes)) != 1.0:
         options["attention_factor"] = scale * (1 + 0.1 * math.log(factor))
     return tuple(sorted(options.items()))
 
@@ -348,7 +348,7 @@ def _split_paths(path: Path, count: int) -> list[Path]:
     ]
     if missing := [other.name for other in paths if not other.is_file()]:
         raise FileNotFoundError(
-            f"{path} is one of {count} files of a split model; missing beside it: "
+            f"{path} is one of {count} files of a split model; missing in its folder: "
             f"{', '.join(missing)}"
         )
     return paths

@@ -189,13 +189,13 @@ def piece_merges(
     """Return every way to join two pieces, best score first; the pair ends each
     entry.
     """
-    known, merges = set(tokens), []
+    pieces, merges = set(tokens), []
     for i, token in enumerate(tokens):
         if types[i] != NORMAL:
             continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
-            if left in known and right in known:
+            if left in pieces and right in pieces:
                 merges.append((-scores[i], -len(left), -len(right), i, left, right))
     return sorted(merges)
 

@@ -182,8 +182,8 @@ def rebuild(description: Mapping[str, Any]) -> Transformer:
         raise ValueError(
             f"the file holds a model of type {kind!r}; known: {Transformer.__name__}"
         )
-    known = {field.name for field in dataclasses.fields(Transformer)}
-    if unknown := sorted(set(settings) - known):
+    fields = {field.name for field in dataclasses.fields(Transformer)}
+    if unknown := sorted(set(settings) - fields):
         raise ValueError(
             f"the file's model has settings this version does not know: {unknown}; "
             "update jaxcompress"

@@ -96,15 +96,15 @@ def agree(spellings: Iterable[tuple[str, Any]], *, source: str) -> Any:
 
     Raises ValueError where two of them differ.
     """
-    given = [(name, value) for name, value in spellings if value is not None]
-    for name, value in given[1:]:
-        if value != given[0][1]:
+    values = [(name, value) for name, value in spellings if value is not None]
+    for name, value in values[1:]:
+        if value != values[0][1]:
             raise ValueError(
                 f"{source} has two spellings of one setting, and they differ: "
-                f"{given[0][0]} = {_short(given[0][1])}, {name} = {_short(value)}. "
+                f"{values[0][0]} = {_short(values[0][1])}, {name} = {_short(value)}. "
                 "Remove the wrong one from the file"
             )
-    return given[0][1] if given else None
+    return values[0][1] if values else None
 
 
 def _among(value: Any, values: tuple[Any, ...]) -> bool:

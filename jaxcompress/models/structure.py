@@ -158,8 +158,8 @@ def layer_influence(
 
     @jax.jit
     def influence(params: Params, tokens: jax.Array) -> jax.Array:
-        found = watched.apply({"params": params}, tokens, mutable=["intermediates"])[1]
-        sown = found["intermediates"]
+        state = watched.apply({"params": params}, tokens, mutable=["intermediates"])[1]
+        sown = state["intermediates"]
         first = sown["hidden"][0][None]
         if model.scan:
             others = sown["layers"]["hidden"][0]

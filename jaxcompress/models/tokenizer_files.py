@@ -83,10 +83,10 @@ def read_tokenizer(
     """
     directory = Path(directory)
     settings = _json(directory / "tokenizer_config.json")
-    known = {k: x for k, x in settings.items() if not re.fullmatch(_OTHER_MARKS, k)}
-    known |= {k: x for k, x in settings.items() if k in TABLE}
+    checked = {k: x for k, x in settings.items() if not re.fullmatch(_OTHER_MARKS, k)}
+    checked |= {k: x for k, x in settings.items() if k in TABLE}
     source = str(directory / "tokenizer_config.json")
-    check(known, TABLE, of="tokenizers", source=source, ignore=ignore)
+    check(checked, TABLE, of="tokenizers", source=source, ignore=ignore)
     named = _json(directory / "special_tokens_map.json")
     marks = {f"{mark}_token": _mark(settings, named, mark) for mark in MARKS}
     added = _added(directory, settings)
@@ -151,11 +151,11 @@ def _add(
     contents: dict[str, Any], added: Mapping[int, dict[str, Any]], source: str
 ) -> bool:
     """Add tokens that a tokenizer.json lacks, in place; whether there were any."""
-    here = {token["id"]: token["content"] for token in contents["added_tokens"]}
+    present = {token["id"]: token["content"] for token in contents["added_tokens"]}
     vocabulary = contents["model"].get("vocab", {})
     if isinstance(vocabulary, list):  # pairs of a piece and its score
         vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    spelled = {i: piece for piece, i in vocabulary.items()} | here
+    spelled = {i: piece for piece, i in vocabulary.items()} | present
     options = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     more = []
     for i, token in added.items():
@@ -165,7 +165,7 @@ def _add(
                 f"{source}: token {i} is {spelled[i]!r} in tokenizer.json, and "
                 f"{content!r} among the added tokens; remove the wrong one"
             )
-        if i not in here:
+        if i not in present:
             more.append({**options, "special": False, **token, "id": i})
     contents["added_tokens"] = [*contents["added_tokens"], *more]
     return bool(more)

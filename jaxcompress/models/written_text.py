@@ -48,10 +48,10 @@ class Written:
         if not self.stop and self.on_text is None:
             return  # decoded once, at the end
         text = self._decoded()
-        found = [text.find(string) for string in self.stop]
-        found = [place for place in found if place >= 0]
-        if found:
-            self._text, self.ended = text[: min(found)], True
+        places = [text.find(string) for string in self.stop]
+        places = [place for place in places if place >= 0]
+        if places:
+            self._text, self.ended = text[: min(places)], True
         elif self.on_text is not None:
             self._tell(text, self._sure(text))
 

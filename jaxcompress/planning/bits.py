@@ -206,7 +206,7 @@ def _compressed(entry: Entry, candidate: Any, coded: bool) -> Any:
     stages = [[(re.escape(name), candidate)], *(CODING if coded else ())]
     moments = None if entry.moments is None else {name: entry.moments}
     # One leaf as a tree of its own; a slash in a key is a slash in a name.
-    known = entry.depth > 0 or entry.given is not None
-    layouts = {name: entry.layout} if known else None
+    has_layout = entry.depth > 0 or entry.caller_layout is not None
+    layouts = {name: entry.layout} if has_layout else None
     small = compress({name: entry.value}, chain(*stages), moments, layouts=layouts)
     return small[name]

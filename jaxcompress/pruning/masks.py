@@ -100,7 +100,7 @@ def _pooled(scored: list[Entry], sparsity: Any) -> dict[str, jax.Array]:
 
 def _one_mask(entry: Entry, sparsity: Any, scope: str, nm: str | None) -> jax.Array:
     score = entry.value
-    has_layout = entry.given is not None or score.ndim == 2
+    has_layout = entry.caller_layout is not None or score.ndim == 2
     plain = not has_layout and scope == "leaf" and nm is None  # places do not matter
     matrix = score.reshape(-1, 1) if plain else entry.matrix()
     chosen = _choice(matrix.shape, f"{entry.name}: masks.make", sparsity, nm, scope)

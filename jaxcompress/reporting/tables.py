@@ -74,17 +74,17 @@ def table(
     all keys of the first row, with `brief`.
     """
     columns = columns or dict.fromkeys(rows[0] if rows else (), brief)
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for key in columns:
         text = all(isinstance(row.get(key, ""), str) for row in rows)
-        made.add_column(key, justify="left" if text else "right", no_wrap=True)
+        grid.add_column(key, justify="left" if text else "right", no_wrap=True)
     for row in rows:
         cells = (
             "-" if row.get(key) is None else form(row[key])
             for key, form in columns.items()
         )
-        made.add_row(*cells)
-    return made
+        grid.add_row(*cells)
+    return grid
 
 
 def leaf_table(
@@ -99,15 +99,15 @@ def leaf_table(
     """
     order = sorted(reports, key=lambda report: -report.bytes_before)
     shown, rest = order[:largest], order[largest:]
-    made = Table(box=None, pad_edge=False)
+    grid = Table(box=None, pad_edge=False)
     for name in ("leaf", "shape", "method"):
-        made.add_column(name, no_wrap=True)
+        grid.add_column(name, no_wrap=True)
     columns = ("bytes before", "in memory", "bits/weight", "in file", "error")
     for name in columns if stored else columns[:3] + columns[4:]:
-        made.add_column(name, justify="right", no_wrap=True)
+        grid.add_column(name, justify="right", no_wrap=True)
     for report in shown:
         error = report.relative_error
-        made.add_row(
+        grid.add_row(
             report.name,
             "x".join(map(str, report.shape)),
             _brief_method(report.method) or f"none: {report.reason}",
@@ -115,10 +115,10 @@ def leaf_table(
             "-" if error is None else f"{error:.4f}",
         )
     if rest:
-        made.add_row(f"{len(rest)} more", "", _methods(rest), *_amounts(rest, stored))
-    made.add_section()
-    made.add_row(f"{len(order)} leaves", "", "", *_amounts(order, stored))
-    return made
+        grid.add_row(f"{len(rest)} more", "", _methods(rest), *_amounts(rest, stored))
+    grid.add_section()
+    grid.add_row(f"{len(order)} leaves", "", "", *_amounts(order, stored))
+    return grid
 
 
 def _brief_method(method: str) -> str:

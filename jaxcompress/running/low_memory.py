@@ -171,6 +171,6 @@ def _embed(embed: nn.Embed, method: str, x: jax.Array) -> jax.Array | None:
     if method != "__call__" or not jnp.issubdtype(x.dtype, jnp.integer):
         return None
     # Flax gives NaN for a token outside the table; a gather of codes would hide it.
-    known = jnp.take(jnp.ones(embed.num_embeddings, bool), x, fill_value=False)
-    rows = jnp.where(known[..., None], table.take_rows(x), jnp.nan)
+    inside = jnp.take(jnp.ones(embed.num_embeddings, bool), x, fill_value=False)
+    rows = jnp.where(inside[..., None], table.take_rows(x), jnp.nan)
     return embed.promote_dtype(rows, dtype=embed.dtype, inexact=False)[0]

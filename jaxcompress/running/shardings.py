@@ -38,7 +38,7 @@ def shardings(small: Params, mesh: Mesh, specs: Any) -> Params:
       The tree with a `NamedSharding` for each array, for `jax.device_put` or `jit`.
 
     Raises:
-      ValueError: a cut would go through a block of inputs that share a scale, through
+      ValueError: a cut would split a block of inputs that share a scale, through
         packed bytes, or is uneven; a leaf type that cannot be cut; a spec of no weight.
         Names the leaf, and where it would be cut.
 
@@ -176,7 +176,7 @@ def _matrix_axes(x: Reshaped, axes: Axes, name: str) -> Axes:
         if any(rest):
             raise ValueError(
                 f"{name}: {PartitionSpec(*axes)} cuts an axis that is stored folded "
-                f"behind another; of the axes {group}, cut the first"
+                f"into another; of the axes {group}, cut the first"
             )
         folded.append(first)
     return (*stack, *folded)

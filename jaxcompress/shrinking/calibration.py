@@ -110,9 +110,9 @@ def other_data(batches: Iterable[Any]) -> Data:
             "give at least 2"
         )
     kept = max(1, len(batches) // HELD_OUT)
-    found = digest(None, list(batches))
+    data_digest = digest(None, list(batches))
     source = f"{len(batches)} batches given"
-    return Data(batches[:-kept], batches[-kept:], found, source)
+    return Data(batches[:-kept], batches[-kept:], data_digest, source)
 
 
 def _own(

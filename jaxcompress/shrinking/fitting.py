@@ -122,8 +122,8 @@ def fit(
     """Return the recipe of a plan whose file is at most so large, and nearly so large.
 
     The first attempt takes what the limit leaves besides headers and unplanned leaves.
-    What it misses the aim by goes to the smallest leaf that can take it, or, where
-    none can, to a new plan.
+    The smallest leaf that can take the rest takes it; where none can, a new plan is
+    made for it.
 
     Args:
       coder: of the model.

@@ -34,16 +34,16 @@ def parse_goal(
       ValueError: none given, or more than one, or one out of range.
     """
     named = {"size": size, "bits_per_weight": bits_per_weight, "kl": kl}
-    given = {name: value for name, value in named.items() if value is not None}
-    if len(given) != 1:
-        received = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    goals = {name: value for name, value in named.items() if value is not None}
+    if len(goals) != 1:
+        received = ", ".join(f"{name}={value!r}" for name, value in goals.items())
         raise ValueError(
             "shrink takes exactly one of size=, bits_per_weight= and kl=, not "
             f"{received or 'none'}; for instance size='60MB'"
         )
     if size is not None:
         return Goal(parse_bytes(size), None)
-    (name, value), *_ = given.items()
+    (name, value), *_ = goals.items()
     checks.positive("shrink", name, value)
     if kl is not None:
         return Goal(None, float(kl))

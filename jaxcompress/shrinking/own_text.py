@@ -27,7 +27,7 @@ def write_text(
 
     Nothing is downloaded, and the text is in the languages that the model speaks. One
     compilation serves all texts; texts of a batch are written side by side. Sampling
-    goes on after an end mark, as in a training stream of many documents.
+    continues after an end mark, as in a training stream of many documents.
 
         ids = write_text(model, params, count=64, length=512, start=1, key=key)
 

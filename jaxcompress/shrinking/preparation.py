@@ -1,4 +1,4 @@
-"""What every shrink does first: read, calibrate, and set up the planner."""
+"""First steps of every shrink: read, calibrate, and set up the planner."""
 
 import dataclasses
 import os
@@ -82,7 +82,7 @@ def prepare(
     def wrap(label: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         return lambda items: each_item(items, progress, label=label, unit=unit)
 
-    given = batches if text is None else text
+    source = batches if text is None else text
     needs = chosen.texts > 0 or measures
     if not subject.language and (text is not None or (batches is None and needs)):
         raise ValueError(
@@ -91,19 +91,25 @@ def prepare(
             "size"
         )
     planned = planned_entries(subject.params, None, None)
-    writes = subject.language and given is None and needs
+    writes = subject.language and source is None and needs
     amount = estimate(subject, planned, chosen, writes=writes)
     say(f"{grouped(subject.weights)} weights; {describe_estimate(*amount)}")
-    known = "" if store is None else digest(None, subject.params)
-    about: list[Any] = [known, effort]
+    weights_digest = "" if store is None else digest(None, subject.params)
+    about: list[Any] = [weights_digest, effort]
     data = None
-    if needs or given is not None:
+    if needs or source is not None:
         # Without calibration of its own, an effort measures as "good" does.
         wanted = chosen if chosen.texts else choose_effort("good")
         if subject.language:
             rows = _token_rows(batches) if batches is not None else text
             data = calibration.language_data(
-                subject, rows, wanted, kept, known, wrap, jax.random.fold_in(key, 0)
+                subject,
+                rows,
+                wanted,
+                kept,
+                weights_digest,
+                wrap,
+                jax.random.fold_in(key, 0),
             )
         else:
             data = calibration.other_data(batches)
@@ -118,7 +124,7 @@ def prepare(
             layouts,
             chosen,
             kept,
-            known,
+            weights_digest,
             wrap,
             jax.random.fold_in(key, 1),
         )

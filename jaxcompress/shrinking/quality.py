@@ -1,4 +1,4 @@
-"""How far a small model's predictions are from the model's."""
+"""Divergence of a small model's predictions from the model's."""
 
 import dataclasses
 import math
@@ -39,13 +39,13 @@ def measure_quality(subject: Subject, small: Params, batches: Sequence[Any]) -> 
     """
     ready = jax.jit(materialize)(small)
     if subject.language:
-        found = compare(Apply(subject.model), subject.params, ready, batches)
+        comparison = compare(Apply(subject.model), subject.params, ready, batches)
         return Quality(
-            found.kl,
-            found.kl_standard_error,
-            found.tokens,
-            found.small.perplexity,
-            found.dense.perplexity,
+            comparison.kl,
+            comparison.kl_standard_error,
+            comparison.tokens,
+            comparison.small.perplexity,
+            comparison.dense.perplexity,
         )
     both = {"dense": subject.params, "small": ready}
     bare = hasattr(batches[0], "shape") if batches else False

@@ -81,13 +81,13 @@ def meet(planner: Planner, goal: Goal) -> tuple[dict[str, Measured], list[str]]:
     kind = {"uniform": "uniform", "plan": "planned"}[main]
     notes: list[str] = []
     if goal.file_bytes is not None:
-        found = {main: planner.fit(kind, goal.file_bytes)}
+        results = {main: planner.fit(kind, goal.file_bytes)}
     else:
-        found = {main: _meet_kl(planner, kind, goal.kl, notes)}
+        results = {main: _meet_kl(planner, kind, goal.kl, notes)}
     if main == "plan":
-        limit = goal.file_bytes or found["plan"][0].file_bytes
-        found["uniform"] = planner.fit("uniform", limit)
-    return found, notes
+        limit = goal.file_bytes or results["plan"][0].file_bytes
+        results["uniform"] = planner.fit("uniform", limit)
+    return results, notes
 
 
 def _meet_kl(planner: Planner, kind: str, kl: float, notes: list[str]) -> Measured:
@@ -97,9 +97,9 @@ def _meet_kl(planner: Planner, kind: str, kl: float, notes: list[str]) -> Measur
     rest = coder.overhead()
     for _ in range(KL_TRIES):
         limit = int(rest + bits * planner.weights / 8)
-        found = planner.fit(kind, limit)
-        reached = max(found[1].kl, 1e-9)
-        tried.append((bits, math.log(reached), found))
+        fitted = planner.fit(kind, limit)
+        reached = max(fitted[1].kl, 1e-9)
+        tried.append((bits, math.log(reached), fitted))
         if CLOSE * kl <= reached <= kl:
             break
         bits = _next_bits(tried, math.log(0.95 * kl))

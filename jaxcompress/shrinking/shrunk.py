@@ -63,8 +63,7 @@ class Shrunk:
     def save(self, path: str | os.PathLike) -> None:
         """Write the file whose size is `file_bytes`.
 
-        A language model of ours comes back from `models.load`, other parameters from
-        `load`.
+        `models.load` reads a language model of this package, `load` other parameters.
         """
         self.subject.save(path, self.params, self.metadata)
 

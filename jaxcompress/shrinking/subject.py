@@ -69,16 +69,16 @@ def read_subject(model: Any, params: Params = None, tokenizer: Any = None) -> Su
     if isinstance(model, str | Path):
         if params is not None:
             raise ValueError(
-                f"params were given beside the path {str(model)!r}, which brings its "
-                "own; pass the model, or leave params out"
+                f"params were passed together with the path {str(model)!r}, which "
+                "brings its own; pass the model, or leave params out"
             )
         model, params, own = load(model)
         tokenizer = own if tokenizer is None else tokenizer
         model, params = stacked(model, params)
     nnx = _nnx(model)
     if nnx is not None:
-        given = params
-        params = nnx.params_of(model) if given is None else given
+        own_params = params
+        params = nnx.params_of(model) if own_params is None else own_params
         return Subject(model, params, tokenizer, _nnx_function(nnx, model), False)
     if params is None:
         raise ValueError(

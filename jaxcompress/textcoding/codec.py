@@ -68,8 +68,8 @@ def encode(
 
     Raises:
       ValueError: options out of range, no tokenizer, or a model that has no exact form.
-      RuntimeError: the device does not compute exact sums, or the text did not come
-        back.
+      RuntimeError: the device does not compute exact sums, or the text was not
+        restored.
     """
     overlap = window // 2 if overlap is None else overlap
     if not 2 <= window <= 8192:
@@ -119,7 +119,7 @@ def encode(
     )
     out = container.write(contents)
     if verify and _decode(out, coder) != data:
-        raise RuntimeError("the text did not come back from its coded form")
+        raise RuntimeError("decoding did not restore the text")
     return out
 
 
@@ -211,11 +211,11 @@ def _decode(stored: bytes, coder: Coder) -> bytes:
     return data
 
 
-def _check_same(what: str, wanted: bytes, found: bytes) -> None:
-    if wanted != found[: len(wanted)]:
+def _check_same(what: str, wanted: bytes, actual: bytes) -> None:
+    if wanted != actual[: len(wanted)]:
         raise ValueError(
             f"the file was made with another {what}: SHA-256 {wanted.hex()}..., here "
-            f"{found[: len(wanted)].hex()}...; pass the model and the tokenizer that "
+            f"{actual[: len(wanted)].hex()}...; pass the model and the tokenizer that "
             "encoded it"
         )
 

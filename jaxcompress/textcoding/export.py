@@ -177,12 +177,12 @@ def self_test(exact_model: ExactTransformer) -> None:
         drawn = random.integers(-bound, bound + 1, (32, len(wide)))
         inputs = np.concatenate([signs, -signs, drawn])
         wanted = inputs @ wide
-        found = np.asarray(exact_dot(jnp.asarray(inputs, jnp.float32), weight))
-        wrong = int((found != wanted).sum())
+        computed = np.asarray(exact_dot(jnp.asarray(inputs, jnp.float32), weight))
+        wrong = int((computed != wanted).sum())
         if wrong:
             raise RuntimeError(
-                f"{name}: {wrong} of {found.size} float32 dot products of integers are "
-                f"not exact on {jax.devices()[0].device_kind}, up to "
+                f"{name}: {wrong} of {computed.size} float32 dot products of integers "
+                f"are not exact on {jax.devices()[0].device_kind}, up to "
                 f"{int(np.abs(wanted).max())} of {EXACT}; an exact model cannot run on "
                 "this device, use JAX_PLATFORMS=cpu"
             )

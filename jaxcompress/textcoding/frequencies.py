@@ -97,7 +97,7 @@ def find_intervals(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     Logits `[N, V]` and tokens `[N]` to int32 `[N, depth, 2]`, from the root down.
     """
     levels = build_tree(logits)
-    found = []
+    intervals = []
     for level, nodes in enumerate(levels):
         below = FANOUT ** (len(levels) - 1 - level)
         child = tokens // below
@@ -105,8 +105,8 @@ def find_intervals(logits: jax.Array, tokens: jax.Array) -> jax.Array:
         child = (child % nodes.weights.shape[-1])[:, None]
         size = jnp.take_along_axis(shares, child, axis=-1)
         end = jnp.take_along_axis(jnp.cumsum(shares, -1, jnp.int32), child, axis=-1)
-        found.append(jnp.concatenate([end - size, size], axis=-1))
-    return jnp.stack(found, axis=1)
+        intervals.append(jnp.concatenate([end - size, size], axis=-1))
+    return jnp.stack(intervals, axis=1)
 
 
 def take_symbol(

@@ -1,7 +1,7 @@
 """The `Transformer` of `models`, in integers: logits that depend on the tokens alone.
 
 The same prefix gives the same bits in any batch, by prefill or step by step, with a
-cache of any length, on any instruction set or device. Read it beside
+cache of any length, on any instruction set or device. Read it together with
 `models/transformer.py`; each class there is a function here.
 
 Activations are `Rows`: int32 values with one exponent per token (and head). Where they

@@ -1,7 +1,7 @@
 """Any bytes as tokens, exactly: what a tokenizer would lose is spelled or set aside.
 
-Text is never matched as a special token, and never normalized. A part that does not
-come back from its tokens is split in halves until its parts do; a single character is
+Text is never matched as a special token, and never normalized. A part that its
+tokens do not restore is split in halves until its parts do; a single character is
 spelled in the pieces of its bytes, and a byte without a piece is an escape.
 """
 
@@ -42,11 +42,11 @@ def to_pieces(tokenizer: Tokenizer, data: bytes) -> Pieces:
     def add(text: str) -> None:
         part = text.encode("utf-8", "surrogateescape")
         try:
-            found = tokenizer.encode(text)
+            encoded = tokenizer.encode(text)
         except UnicodeEncodeError:  # lone surrogates: bytes that are no UTF-8
-            found = None
-        if found is not None and b"".join([pieces[i] for i in found]) == part:
-            ids.extend(found)
+            encoded = None
+        if encoded is not None and b"".join([pieces[i] for i in encoded]) == part:
+            ids.extend(encoded)
         elif len(text) == 1:
             spell(part)
         else:

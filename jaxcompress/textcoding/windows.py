@@ -57,8 +57,8 @@ def _intervals(
         return frequencies.find_intervals(model.logits(x)[0], tokens)
 
     flat = jax.tree.map(lambda y: y.reshape(-1, rows, y.shape[-1]), x)
-    found = jax.lax.map(some, (flat, targets.reshape(-1, rows)))
-    return found.reshape(*targets.shape, -1, 2)
+    intervals = jax.lax.map(some, (flat, targets.reshape(-1, rows)))
+    return intervals.reshape(*targets.shape, -1, 2)
 
 
 def encode_windows(
@@ -89,9 +89,9 @@ def encode_windows(
         for row, (lane, start, _, end) in enumerate(batch):
             inputs[row, : end - 1 - start] = texts[lane][start : end - 1]
             targets[row, : end - 1 - start] = texts[lane][start + 1 : end]
-        found = np.asarray(_intervals(model, inputs, targets))
+        by_row = np.asarray(_intervals(model, inputs, targets))
         for row, (lane, start, first, end) in enumerate(batch):
-            own = found[row, first - 1 - start : end - 1 - start]
+            own = by_row[row, first - 1 - start : end - 1 - start]
             intervals[lane][first - 1 : end - 1] = own
     return lanes.encode_lanes([x.reshape(-1, 2) for x in intervals])
 
@@ -167,11 +167,13 @@ def decode_windows(
     room = min(_rounded(min(longest, window)), -(-window // 16) * 16)
     for start, first, end in cut_windows(longest, window, overlap):
         # All but the last token of the context are read at once.
-        known = first - 1 - start
-        context = np.zeros((len(payloads), max(1, -(-known // 16) * 16)), np.int32)
+        context_length = first - 1 - start
+        context = np.zeros(
+            (len(payloads), max(1, -(-context_length // 16) * 16)), np.int32
+        )
         context = context[:, :room]
-        context[:, :known] = texts[:, start : first - 1]
-        cache = _prefill(model, context, np.int32(known), room)
+        context[:, :context_length] = texts[:, start : first - 1]
+        cache = _prefill(model, context, np.int32(context_length), room)
         left = np.array(counts, np.int32) - (first - 1)
         token = jnp.asarray(texts[:, first - 1])
         cache, reader, out = _steps(

@@ -15,15 +15,15 @@ def find_blocks(names: Sequence[str], pattern: str) -> dict[str, list[str]]:
     none does.
     """
     compiled = re.compile(pattern)
-    found: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for name in names:
         parts = name.split("/")
         for depth in range(len(parts) - 1, 0, -1):
             path = "/".join(parts[:depth])
             if compiled.fullmatch(path):
-                found.setdefault(path, []).append("/".join(parts[depth:]))
+                names_of.setdefault(path, []).append("/".join(parts[depth:]))
                 break
-    if not found:
+    if not names_of:
         paths = dict.fromkeys(name.rsplit("/", 1)[0] for name in names)
         tops = dict.fromkeys(name.split("/")[0] for name in names)
         raise ValueError(
@@ -32,7 +32,7 @@ def find_blocks(names: Sequence[str], pattern: str) -> dict[str, list[str]]:
             "Pass blocks= a pattern that fully matches the path of each block, or "
             "compress the model whole with collect_moments"
         )
-    return found
+    return names_of
 
 
 def parameters(names: Sequence[str]) -> list[str]:
@@ -57,27 +57,27 @@ def guess_blocks(
       loops: the loop that slices each weight, by name.
     """
     loops = loops or {}
-    found: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for loop in dict.fromkeys(loops.values()):
         inside = [name for name in names if loops.get(name) == loop]
         path = os.path.commonpath([os.path.dirname(name) for name in inside])
-        if path and not any(nests(path, other) for other in found):
-            found[path] = [name.removeprefix(f"{path}/") for name in inside]
+        if path and not any(nests(path, other) for other in names_of):
+            names_of[path] = [name.removeprefix(f"{path}/") for name in inside]
     left = [
         name
         for name in parameters(names)
-        if name not in loops and not any(nests(name, path) for path in found)
+        if name not in loops and not any(nests(name, path) for path in names_of)
     ]
     families = _families(left)
     for name in left:
         if path := _path(name, families):
-            found.setdefault(path, []).append(name.removeprefix(f"{path}/"))
-    if not found:
+            names_of.setdefault(path, []).append(name.removeprefix(f"{path}/"))
+    if not names_of:
         for name in left:
             path, _, short = name.rpartition("/")
             if path:
-                found.setdefault(path, []).append(short)
-    return found
+                names_of.setdefault(path, []).append(short)
+    return names_of
 
 
 def nests(a: str, b: str) -> bool:

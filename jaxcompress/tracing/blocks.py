@@ -55,12 +55,12 @@ class Segment:
     writes: tuple[Any, ...]
     alive: frozenset[Any]
     equations: tuple[Any, ...]
-    known: Mapping[Any, Any]  # constants of the program
+    constants: Mapping[Any, Any]  # constants of the program
     weights: Mapping[Any, str]  # name by variable
 
     def __call__(self, weights: Mapping[str, Any], values: Sequence[Any]) -> list:
         held = {var: weights[name] for var, name in self.weights.items()}
-        held |= self.known
+        held |= self.constants
         held |= zip(self.reads, values, strict=True)
         for eqn in self.equations:
             inputs = [_read(held, v) for v in eqn.invars]
@@ -114,9 +114,9 @@ def _cut(
         names = sorted(outer) if number < 0 else sorted(blocks[number].names)
         mark = "/" if number < 0 else ""
         owners |= {next(left): (number, mark + names[i]) for i in range(size)}
-    known = dict(zip(flat.constvars, consts, strict=True))
+    constants = dict(zip(flat.constvars, consts, strict=True))
     inputs = list(left)
-    return _segments(flat.eqns, blocks, owners, known, inputs), inputs
+    return _segments(flat.eqns, blocks, owners, constants, inputs), inputs
 
 
 def _flattened(
@@ -160,20 +160,20 @@ def _flattened(
         return jax.ShapeDtypeStruct(size, x.dtype)
 
     parts = [{name: shape(block, name) for name in block.names} for block in blocks]
-    made = jax.make_jaxpr(run)({name: shapes[name] for name in outer}, parts, batch)
-    return outer, blocks, made.jaxpr, made.consts
+    traced = jax.make_jaxpr(run)({name: shapes[name] for name in outer}, parts, batch)
+    return outer, blocks, traced.jaxpr, traced.consts
 
 
 def _segments(
     eqns: Sequence[Any],
     blocks: Sequence[Block],
     owners: Mapping[Any, tuple[int, str]],
-    known: Mapping[Any, Any],
+    constants: Mapping[Any, Any],
     inputs: Sequence[Any],
 ) -> list[Segment]:
     # What follows from weights and constants alone is worked out where it is needed.
     pure: dict[Any, frozenset[Any]] = {var: frozenset([var]) for var in owners}
-    pure |= dict.fromkeys(known, frozenset())
+    pure |= dict.fromkeys(constants, frozenset())
     made_by: dict[Any, Any] = {}  # equation of each pure variable
     steps: list[Any] = []
     reads: list[frozenset[Any]] = []  # weights that the operands of each step depend on
@@ -196,7 +196,7 @@ def _segments(
                 last[v] = i
         defined |= dict.fromkeys(eqn.outvars, i)
     bounds = [0, *_cuts(spans, defined, last), end]
-    made = []
+    segments = []
     for (number, _, _), (start, stop) in zip(
         spans, itertools.pairwise(bounds), strict=True
     ):
@@ -205,7 +205,7 @@ def _segments(
         names = dict.fromkeys(
             w for i in range(start, stop) for w in _in_order(reads[i], owners)
         )
-        made.append(
+        segments.append(
             Segment(
                 block=None if number < 0 else blocks[number],
                 outer=tuple(owners[w][1][1:] for w in names if owners[w][0] < 0),
@@ -215,11 +215,11 @@ def _segments(
                 ),
                 alive=frozenset(v for v, i in last.items() if defined[v] < stop <= i),
                 equations=(*_recipe(used, made_by), *own),
-                known=known,
+                constants=constants,
                 weights={w: owners[w][1] for w in names},
             )
         )
-    return made
+    return segments
 
 
 def _in_order(weights: frozenset[Any], owners: Mapping[Any, tuple[int, str]]) -> list:
@@ -310,20 +310,20 @@ def _recipe(needed: Mapping[Any, None], made_by: Mapping[Any, Any]) -> list:
     """Return equations of the pure variables among these, and of what they need, in
     order.
     """
-    found: dict[int, Any] = {}
+    ordered: dict[int, Any] = {}
 
     def visit(var: Any) -> None:
         eqn = made_by.get(var)
-        if eqn is None or id(eqn) in found:
+        if eqn is None or id(eqn) in ordered:
             return
         for v in eqn.invars:
             if not _literal(v):
                 visit(v)
-        found[id(eqn)] = eqn
+        ordered[id(eqn)] = eqn
 
     for var in needed:
         visit(var)
-    return list(found.values())
+    return list(ordered.values())
 
 
 def _nbytes(var: Any) -> int:

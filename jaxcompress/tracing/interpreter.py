@@ -150,13 +150,13 @@ class _Reader:
 
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
-            found = [read_tag(v) for v in eqn.invars]
-            if any(map(is_weight, found)) or eqn.primitive.name in CALLS:
-                results, after, more = self.step(eqn, inputs, found)
+            operand_tags = [read_tag(v) for v in eqn.invars]
+            if any(map(is_weight, operand_tags)) or eqn.primitive.name in CALLS:
+                results, after, more = self.step(eqn, inputs, operand_tags)
                 _add(sums, more)
             else:
                 results = bind(eqn, inputs)
-                after = moved(eqn, inputs, found, results)
+                after = moved(eqn, inputs, operand_tags, results)
             tag_of.update(zip(eqn.outvars, after, strict=True))
             value_of.update(zip(eqn.outvars, results, strict=True))
         results = [read(v) for v in jaxpr.outvars]
@@ -313,9 +313,9 @@ class _Reader:
 
 def _add(sums: Sums, more: Sums) -> None:
     for name, named in more.items():
-        here = sums[name] = dict(sums.get(name, {}))
+        total = sums[name] = dict(sums.get(name, {}))
         for key, value in named.items():
-            here[key] = here[key] + value if key in here else value
+            total[key] = total[key] + value if key in total else value
 
 
 def _zeros(shapes: Any) -> Any:

@@ -110,8 +110,8 @@ def _product(eqn: Any, values: list, tags: Sequence, factor: jax.Array) -> jax.A
         return bind(eqn, order(x, weight))[0]
 
     def rows(x: jax.Array, weight: jax.Array) -> jax.Array:
-        given = order(x, weight)
-        return uses_of(eqn, given, tags, mapped=False, experts=set())[0].inputs
+        operands = order(x, weight)
+        return uses_of(eqn, operands, tags, mapped=False, experts=set())[0].inputs
 
     @jax.custom_vjp
     def product(x: jax.Array, weight: jax.Array, factor: jax.Array) -> jax.Array:

@@ -61,11 +61,11 @@ def params_of(module: nnx.Module, of: Any = nnx.Param) -> Params:
     Warns where large arrays are in variables of other types, which stay dense.
     """
     others = _variables(module, nnx.Variable)
-    known = _variables(module, of)
+    own = _variables(module, of)
     large = {
         "/".join(path): x
         for path, variable in others.items()
-        if path not in known and _is_large(x := stored(variable))
+        if path not in own and _is_large(x := stored(variable))
     }
     if large and of is nnx.Param:
         warnings.warn(
@@ -74,7 +74,7 @@ def params_of(module: nnx.Module, of: Any = nnx.Param) -> Params:
             "params_of",
             stacklevel=2,
         )
-    return unflatten_dict({path: stored(variable) for path, variable in known.items()})
+    return unflatten_dict({path: stored(variable) for path, variable in own.items()})
 
 
 def _is_large(x: Any) -> bool:
@@ -97,12 +97,12 @@ def with_params(module: nnx.Module, params: Params) -> nnx.Module:
       ValueError: a parameter is missing, surplus or of another shape; names it.
     """
     copy = nnx.clone(module)
-    given = dict(roots(params))
+    values = dict(roots(params))
     variables = {"/".join(path): v for path, v in _variables(copy, nnx.Param).items()}
     others = {"/".join(p): v for p, v in _variables(copy, nnx.Variable).items()}
-    variables |= {name: others[name] for name in given if name in others}
-    for name in sorted(given.keys() ^ variables.keys()):
-        where, other = ("module", variables) if name in given else ("tree", given)
+    variables |= {name: others[name] for name in values if name in others}
+    for name in sorted(values.keys() ^ variables.keys()):
+        where, other = ("module", variables) if name in values else ("tree", values)
         raise ValueError(
             f"{name}: the {where} has no such parameter; nearest: "
             f"{nearest(name, other)}. Start from params_of(module)"
@@ -110,7 +110,7 @@ def with_params(module: nnx.Module, params: Params) -> nnx.Module:
     linen = _inside_linen(copy)
     new: dict[int, nnx.Variable] = {}
     for name, variable in variables.items():
-        value, shape = given[name], tuple(stored(variable).shape)
+        value, shape = values[name], tuple(stored(variable).shape)
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"{name}: shape {tuple(value.shape)}, the module wants {shape}"
@@ -129,11 +129,11 @@ def with_params(module: nnx.Module, params: Params) -> nnx.Module:
 
 def _variables(module: nnx.Module, of: Any) -> dict[tuple[str, ...], nnx.Variable]:
     """Return every variable of these types once, by its path."""
-    found: dict[int, tuple[tuple[str, ...], nnx.Variable]] = {}
+    by_id: dict[int, tuple[tuple[str, ...], nnx.Variable]] = {}
     for path, node in nnx.iter_graph(module):
         if isinstance(node, of):
-            found.setdefault(id(node), (tuple(map(str, path)), node))
-    return dict(found.values())
+            by_id.setdefault(id(node), (tuple(map(str, path)), node))
+    return dict(by_id.values())
 
 
 def _inside_linen(module: nnx.Module) -> set[str]:

@@ -157,8 +157,8 @@ def part(atoms: Sequence[Atom], start: int | None, size: int) -> tuple | None:
     first, inner = atoms[0], held_size(atoms[1:])
     if size % inner or (start or 0) % inner:
         return None
-    known = start is not None and first.start is not None and not first.flipped
-    place = first.start + first.stride * (start // inner) if known else None
+    starts_known = start is not None and first.start is not None and not first.flipped
+    place = first.start + first.stride * (start // inner) if starts_known else None
     return (first._replace(size=size // inner, start=place, whole=False), *atoms[1:])
 
 

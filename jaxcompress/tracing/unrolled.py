@@ -15,21 +15,21 @@ from jaxcompress.tracing.provenance import SAME
 
 def scanned(closed: Any, tags: Sequence[str | None]) -> dict[str, tuple[int, int]]:
     """Find the loop that slices each weight, and its length, by the weight's name."""
-    found: dict[str, tuple[int, int]] = {}
+    loops: dict[str, tuple[int, int]] = {}
     tag_of = dict(zip(closed.jaxpr.invars, tags, strict=False))
     for eqn in closed.jaxpr.eqns:
-        here = [None if _literal(v) else tag_of.get(v) for v in eqn.invars]
-        if not any(here):
+        operand_tags = [None if _literal(v) else tag_of.get(v) for v in eqn.invars]
+        if not any(operand_tags):
             continue
         if eqn.primitive.name in CALLS and (inner := called(eqn)) is not None:
-            found |= scanned(inner, here)
+            loops |= scanned(inner, operand_tags)
         elif eqn.primitive.name == "scan":
-            sliced = here[sum(scan_sizes(eqn.params, len(here))) :]
+            sliced = operand_tags[sum(scan_sizes(eqn.params, len(operand_tags))) :]
             loop = id(eqn), eqn.params["length"]
-            found |= {tag: loop for tag in sliced if tag}
+            loops |= {tag: loop for tag in sliced if tag}
         elif eqn.primitive.name in SAME:
-            tag_of[eqn.outvars[0]] = here[0]
-    return found
+            tag_of[eqn.outvars[0]] = operand_tags[0]
+    return loops
 
 
 @dataclasses.dataclass(frozen=True)

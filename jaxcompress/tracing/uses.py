@@ -85,7 +85,7 @@ def _parts(params: Mapping[str, Any], values: list, tag: Any, side: int) -> list
     w, x = values[side], values[1 - side]
     if isinstance(tag, Weight):
         return [(tag, w, x)]
-    found = []
+    parts = []
     contracted, batched = params["dimension_numbers"]
     pairs = [
         *zip(contracted[side], contracted[1 - side], strict=True),
@@ -95,7 +95,7 @@ def _parts(params: Mapping[str, Any], values: list, tag: Any, side: int) -> list
         if inner is None:
             continue
         if tag.axis is None:
-            found.append((inner, w, x))
+            parts.append((inner, w, x))
             continue
         take = lambda a, axis, i=start, n=size: jax.lax.slice_in_dim(  # noqa: E731
             a, i, i + n, axis=axis
@@ -104,8 +104,8 @@ def _parts(params: Mapping[str, Any], values: list, tag: Any, side: int) -> list
         for own, other in pairs:
             if own == tag.axis:
                 met = take(x, other)
-        found.append((inner, take(w, tag.axis), met))
-    return found
+        parts.append((inner, take(w, tag.axis), met))
+    return parts
 
 
 def _output_parts(params: Mapping[str, Any], kernel: jax.Array, tag: Any) -> list:
@@ -114,13 +114,13 @@ def _output_parts(params: Mapping[str, Any], kernel: jax.Array, tag: Any) -> lis
         return [(tag, kernel)]
     if tag.axis not in (None, params["dimension_numbers"].rhs_spec[0]):
         return []
-    found = []
+    parts = []
     for inner, start, size in tag.parts:
         if inner is not None:
             whole = tag.axis is None
             sliced = kernel if whole else kernel[_only(tag.axis, start, size)]
-            found.append((inner, sliced))
-    return found
+            parts.append((inner, sliced))
+    return parts
 
 
 def _only(axis: int, start: int, size: int) -> tuple:
@@ -150,7 +150,7 @@ def _product(
     mapped: bool,
 ) -> Use | None:
     contracted, batched = params["dimension_numbers"]
-    mine, theirs = contracted[side], contracted[1 - side]
+    mine, others = contracted[side], contracted[1 - side]
     # Along a batched axis on which the weight repeats, it meets further rows; along one
     # of gathered slices each row meets a slice of its own.
     pairs = list(zip(batched[side], batched[1 - side], strict=True))
@@ -163,7 +163,7 @@ def _product(
     used = {*mine, *batched[side]}
     free = [a for a in range(len(weight.axes)) if a not in used]
     lead = [b for _, _, b in stacked]
-    rows = [b for b in range(x.ndim) if b not in lead and b not in theirs]
+    rows = [b for b in range(x.ndim) if b not in lead and b not in others]
     meets = {b: weight.axes[a] for a, b in pairs}
     if any(map(_of_indices, meets.values())):
         # Several slices for each row: it meets each of them.
@@ -179,7 +179,7 @@ def _product(
     layout = original_layout(weight, stack, mine, free, shared=mapped)
     if layout is None or not covers(weight, mine, value):
         return None
-    x = x.transpose(*lead, *rows, *theirs)
+    x = x.transpose(*lead, *rows, *others)
     x = _in_order(
         x, len(lead) + len(rows), [weight.axes[axis] for axis in mine], weight
     )

@@ -246,7 +246,7 @@ def _name_large(params: Params, bound: Choices, traced: Collection[str]) -> None
 def _apply(f: Method, entry: Entry) -> Any:
     x = dense(entry.value)
     if traits(f).selects != "weights":
-        layout_of_leaf = entry.given or getattr(entry.moments, "layout", None)
+        layout_of_leaf = entry.caller_layout or getattr(entry.moments, "layout", None)
         stack = entry.stack
         if layout_of_leaf is not None and not entry.depth:
             stack = x.ndim - len(layout_of_leaf.inputs) - len(layout_of_leaf.outputs)

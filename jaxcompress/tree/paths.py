@@ -37,7 +37,7 @@ class Entry:
     layers, as far as its place tells: all but the last of a vector by name (`VECTORS`),
     all but the last two of any other array, and no fewer than the axes that everything
     in some subtree around it shares, kernels with stack axes among them.
-    `moments` are those of its inputs; `given` is the layout that the caller gave.
+    `moments` are those of its inputs; `caller_layout` is what `layouts=` says of it.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Entry:
     root: str
     stack: int
     moments: Any = None
-    given: Layout | None = None
+    caller_layout: Layout | None = None
 
     @property
     def layout(self) -> Layout:
@@ -64,7 +64,11 @@ class Entry:
             )
         if not self.depth:
             return choose_layout(
-                self.name, shape, self.given, self.moments, embedding=self.embedding
+                self.name,
+                shape,
+                self.caller_layout,
+                self.moments,
+                embedding=self.embedding,
             )
         if seen is not None:
             raise ValueError(
@@ -169,7 +173,7 @@ def map_entries(
             if depth == 0:
                 place["weight"] = place["weight"] or name in traced
                 place["moments"] = moments.get(name)
-                place["given"] = layouts.get(name)
+                place["caller_layout"] = layouts.get(name)
                 place["stack"] = _stack_axes(node, name, above, seen)
             return function(Entry(name, node, depth, root=root or name, **place))
         rebuilt = []

@@ -114,7 +114,7 @@ def test_folded_axes_are_cut_along_the_first():
     small = jc.compress(kernel, [("kernel", "symmetric(bits=8)")], layouts=layouts)
     placed = jc.shardings(small, mesh(), {"kernel": P(None, "model", None)})
     assert placed["kernel"].inner.codes.packed.spec == P(None, "model")
-    with pytest.raises(ValueError, match=r"kernel: .*folded behind another"):
+    with pytest.raises(ValueError, match=r"kernel: .*folded into another"):
         jc.shardings(small, mesh(), {"kernel": P(None, None, "model")})
 
 

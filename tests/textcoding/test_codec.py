@@ -215,7 +215,7 @@ def test_command_line(coder, tmp_path, capsys, monkeypatch):
     assert main(["text", "decode", files[1], str(tmp_path / "no/b"), *which]) == 2
     monkeypatch.setattr(codec, "_decode", lambda file, coder: b"something else")
     assert main(["text", "encode", *files[:2], *which, *options]) == 2
-    assert "did not come back" in capsys.readouterr().err
+    assert "did not restore the text" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*.part"))
 
 
@@ -235,5 +235,5 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_a_text_that_would_not_come_back_is_an_error(coder, monkeypatch):
     monkeypatch.setattr(codec, "_decode", lambda file, coder: b"something else")
-    with pytest.raises(RuntimeError, match="did not come back"):
+    with pytest.raises(RuntimeError, match="did not restore the text"):
         small(TEXT[:40], coder, verify=True)

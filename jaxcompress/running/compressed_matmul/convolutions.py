@@ -22,10 +22,10 @@ def convolve(module: nn.Conv, activations: str, inputs: jax.Array) -> jax.Array 
         return None
     if not isinstance(kernel, Leaf) or kernel.shape != (*window, module.features):
         return None
-    found = product(kernel, tuple(range(len(window))))
-    if found is None or not overrides(found.weight, "convolve"):
+    matched = product(kernel, tuple(range(len(window))))
+    if matched is None or not overrides(matched.weight, "convolve"):
         return None
-    if found.inputs != tuple(range(len(window))):
+    if matched.inputs != tuple(range(len(window))):
         return None
     x, _, bias = module.promote_dtype(
         inputs, jnp.zeros((), kernel.dtype), bias_of(module), dtype=module.dtype
@@ -48,5 +48,5 @@ def convolve(module: nn.Conv, activations: str, inputs: jax.Array) -> jax.Array 
         return layer.apply({"params": {"kernel": weight}}, x)
 
     how = Arithmetic(module.precision, activations)
-    y = found.weight.convolve(x, convolution, window, how).astype(x.dtype)
+    y = matched.weight.convolve(x, convolution, window, how).astype(x.dtype)
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)

@@ -33,9 +33,9 @@ def overrides(weight: Any, method: str) -> bool:
 
 def multiplies(kernel: Leaf, axes: tuple[int, ...]) -> bool:
     """Return whether a leaf multiplies along these axes by itself, a part at a time."""
-    found = product(kernel, axes)
-    return found is not None and (
-        overrides(found.weight, "contract") or found.weight.has_tiles
+    matched = product(kernel, axes)
+    return matched is not None and (
+        overrides(matched.weight, "contract") or matched.weight.has_tiles
     )
 
 
@@ -116,13 +116,13 @@ def einsum(
 def attend(module: nn.Embed, activations: str, query: jax.Array) -> jax.Array | None:
     table = stored(module, "embedding")
     shape = (module.num_embeddings, query.shape[-1])
-    found = stored_product(table, shape, (1,))
-    if found is None:
+    matched = stored_product(table, shape, (1,))
+    if matched is None:
         return None
     query, _ = module.promote_dtype(
         query, jnp.zeros((), table.dtype), dtype=module.dtype
     )
-    y = found.multiply(query, Arithmetic(activations=activations))
+    y = matched.multiply(query, Arithmetic(activations=activations))
     return y.astype(query.dtype)
 
 
@@ -141,8 +141,8 @@ def _affine(
     bias repeats, besides all leading ones that it lacks.
     """
     kernel = stored(module, "kernel")
-    found = stored_product(kernel, shape, axes)
-    if found is None:
+    matched = stored_product(kernel, shape, axes)
+    if matched is None:
         return None
     if x.shape[x.ndim - len(axes) :] != tuple(shape[axis] for axis in axes):
         return None
@@ -150,7 +150,7 @@ def _affine(
         x, jnp.zeros((), kernel.dtype), bias_of(module), dtype=module.dtype
     )
     how = Arithmetic(module.precision, activations)
-    y = found.multiply(x, how).astype(x.dtype)
+    y = matched.multiply(x, how).astype(x.dtype)
     y = y if order is None else y.transpose(order)
     if bias is None:
         return y
