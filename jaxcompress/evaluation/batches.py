@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxcompress.running.low_memory import mode
+from jaxcompress.running.interception import mode
 from jaxcompress.types import Batch, Params
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]

@@ -1,41 +1,22 @@
 """Running a Linen model with about one dequantized layer in memory at a time."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from flax.linen.module import InterceptorContext
 
-from jaxcompress.tree.leaf import Leaf, before_use
+from jaxcompress.running.compressed_matmul.products import attend, dense, stored
+from jaxcompress.running.interception import instead, mode, running, waiting_weights
+from jaxcompress.tree.layouts import product
+from jaxcompress.tree.leaf import Leaf
+from jaxcompress.tree.products import tiles_pay
 
-# `(module, method, args, kwargs)` to the result of that method, or to None where Flax's
-# own code is to run; `compressed_matmul` sets it, per thread.
-instead: ContextVar[Callable[..., Any] | None] = ContextVar("instead", default=None)
-_mode: ContextVar[str | None] = ContextVar("mode", default=None)
-
-
-def mode() -> str | None:
-    """Return how layers run here: the activations of `fast`, "streaming", or None.
-
-    It decides what a traced function computes, so a cache of compiled functions has it
-    in its key.
-    """
-    return _mode.get()
-
-
-@contextlib.contextmanager
-def running(how: str) -> Iterator[None]:
-    """Set `mode()`."""
-    token = _mode.set(how)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
+# Layers whose weight may be large, and the axis along which they contract it.
+LARGE: dict[tuple[type[nn.Module], str], tuple[Callable[..., Any], str, int]] = {
+    (nn.Dense, "__call__"): (dense, "kernel", 0),
+    (nn.Embed, "attend"): (attend, "embedding", 1),
+}
 
 
 @contextlib.contextmanager
@@ -44,9 +25,11 @@ def low_memory() -> Iterator[None]:
 
     Inside it, every module call makes the stored weights it uses wait for its
     activation, so that XLA cannot dequantize a layer before its input exists, and
-    `nn.Embed` reads only the rows it looks up. The outputs are those of a plain
-    `apply`. It acts while a function is *traced*: enter it inside the jitted function,
-    or around its first call. Subclasses of `nn.Embed` are materialized whole.
+    `nn.Embed` reads only the rows it looks up. On CPUs a large quantized weight, such
+    as a tied head, is dequantized a tile at a time. The outputs are those of a plain
+    `apply`, but for the rounding of sums in such a product. It acts while a function is
+    *traced*: enter it inside the jitted function, or around its first call. Subclasses
+    of `nn.Embed` are materialized whole.
 
     ```python
     @jax.jit
@@ -60,117 +43,24 @@ def low_memory() -> Iterator[None]:
       >>> with jc.low_memory():
       ...     logits = model.apply({"params": small}, tokens)
     """
-    with running(mode() or "streaming"), nn.intercept_methods(_stream):
-        yield
-
-
-def _stream(
-    call: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: InterceptorContext,
-) -> Any:
-    activation = _traced_array((args, kwargs))
-    module, method, replace = context.module, context.method_name, instead.get()
-    if method == "setup":
-        return call(*args, **kwargs)
-    with _waiting_for(activation):
-        result = replace and replace(module, method, args, kwargs)
-    if result is None and activation is not None and type(module) is nn.Embed:
-        result = _embed(module, method, activation)
-    if result is not None:
-        return result
-    with _waiting_for(activation):
-        return call(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _waiting_for(activation: jax.Array | None) -> Iterator[None]:
-    """Return stored weights used inside wait for the activation, if there is one."""
-    if activation is None:
-        yield
-        return
-    token = before_use.set(functools.partial(_after, activation))
+    outer = instead.get()
+    token = instead.set(_in_tiles if outer is None else outer)
     try:
-        yield
+        with running(mode() or "low_memory"), waiting_weights():
+            yield
     finally:
-        before_use.reset(token)
+        instead.reset(token)
 
 
-def _traced_array(tree: Any) -> jax.Array | None:
-    """Return the first array of real numbers under trace: what the call waits for."""
-    for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.core.Tracer) and x.size and jnp.isrealobj(x):
-            return x
-    return None
-
-
-def _after(activation: jax.Array, stored: Leaf) -> Leaf:
-    """Return the same leaf, bit for bit, not available before the activation is.
-
-    A barrier on both says so. XLA for CPUs did not order its work by barriers up to
-    jax 0.10 (it does in 0.12), so there the stored arrays really depend on a zero that
-    the compiler cannot know.
-    """
-    if jax.default_backend() != "cpu":
-        return jax.lax.optimization_barrier((activation, stored))[1]
-    zero = _zero_after(jax.lax.stop_gradient(activation))
-
-    def wait(x: jax.Array) -> jax.Array:
-        if x.dtype in (jnp.bfloat16, jnp.float16):
-            return _held(x, zero)
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            return x * (1 + zero).astype(x.dtype)
-        return x ^ zero.astype(x.dtype)
-
-    return jax.tree.map(wait, stored)
-
-
-@jax.custom_jvp
-def _held(x: jax.Array, zero: jax.Array) -> jax.Array:
-    """Hold 16-bit numbers back until the zero is available; the derivative is that of
-    `x`.
-
-    CPUs multiply them as float32 and round again, which costs more than a product.
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16) ^ zero.astype(jnp.uint16)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
-
-
-@_held.defjvp
-def _held_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
-    return _held(*primals), tangents[0]
-
-
-@jax.custom_batching.custom_vmap
-def _zero_after(activation: jax.Array) -> jax.Array:
-    first = activation[(0,) * activation.ndim].astype(jnp.int32)
-    return first & jax.lax.optimization_barrier(jnp.int32(0))
-
-
-@_zero_after.def_vmap
-def _zero_after_all(
-    size: int, batched: list[bool], activation: jax.Array
-) -> tuple[jax.Array, bool]:
-    """Return one zero for all examples: the weights they share must not be batched."""
-    del size
-    return _zero_after(activation[0] if batched[0] else activation), False
-
-
-def _embed(embed: nn.Embed, method: str, x: jax.Array) -> jax.Array | None:
-    """Compute `embed.<method>(x)` from a stored table; None where Flax's own code is to
-    run.
-    """
-    table = embed.get_variable("params", "embedding")
-    if not isinstance(table, Leaf) or embed.num_embeddings == 1:
+def _in_tiles(module: nn.Module, method: str, args: Any, kwargs: Any) -> Any:
+    """Multiply by a large quantized weight tile by tile; None where Flax's code runs."""
+    if (type(module), method) not in LARGE:
         return None
-    if method == "attend":
-        weights = _after(x, table).materialize()
-        x, weights = embed.promote_dtype(x, weights, dtype=embed.dtype)
-        return jnp.dot(x, weights.T)
-    if method != "__call__" or not jnp.issubdtype(x.dtype, jnp.integer):
+    layer, name, axis = LARGE[type(module), method]
+    weight = stored(module, name)
+    matrix = product(weight, (axis,)) if isinstance(weight, Leaf) else None
+    if matrix is None or not matrix.weight.has_tiles:
         return None
-    # Flax gives NaN for a token outside the table; a gather of codes would hide it.
-    inside = jnp.take(jnp.ones(embed.num_embeddings, bool), x, fill_value=False)
-    rows = jnp.where(inside[..., None], table.take_rows(x), jnp.nan)
-    return embed.promote_dtype(rows, dtype=embed.dtype, inexact=False)[0]
+    if not tiles_pay(matrix.weight.shape):
+        return None
+    return layer(module, "float", *args, **kwargs)

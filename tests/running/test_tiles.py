@@ -117,18 +117,37 @@ def applied(model, params, context=contextlib.nullcontext):
     return apply, params, jnp.arange(5)[None]
 
 
+@pytest.mark.parametrize("context", [jc.compressed_matmul, jc.low_memory])
 @pytest.mark.parametrize("recipe", ["symmetric(bits=8)", "symmetric(bits=4, block=16)"])
-def test_a_tied_head_is_never_dense(recipe):
+def test_a_tied_head_is_never_dense(recipe, context):
     params = {
         "embed": {"embedding": weight(ROWS, WIDTH)},
         "dense": {"kernel": weight(WIDTH, WIDTH), "bias": jnp.zeros(WIDTH)},
     }
     small = jc.compress(params, recipe)
-    apply, *arguments = applied(Tied(), small, jc.compressed_matmul)
+    apply, *arguments = applied(Tied(), small, context)
     dense, *_ = applied(Tied(), small)
     want = dense(jc.materialize(small), arguments[1])
     np.testing.assert_allclose(apply(*arguments), want, rtol=1e-4, atol=1e-4)
     compiled = apply.lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * ROWS * WIDTH
+
+
+def test_a_large_head_with_a_bias_is_never_dense_in_low_memory():
+    random = weight(2, ROWS, WIDTH)
+    params = {"kernel": random[0].T, "bias": random[1, :, 0]}
+    small = jc.compress(params, [("kernel", "symmetric(bits=8)")])
+    model, x = nn.Dense(ROWS), weight(3, WIDTH)
+
+    @jax.jit
+    def apply(params, x):
+        with jc.low_memory():
+            return model.apply({"params": params}, x)
+
+    kernel = np.asarray(small["kernel"].materialize(), np.float64)
+    want = np.asarray(x, np.float64) @ kernel + np.asarray(params["bias"])
+    np.testing.assert_allclose(apply(small, x), want, rtol=1e-5, atol=1e-5)
+    compiled = apply.lower(small, x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * ROWS * WIDTH
 
 

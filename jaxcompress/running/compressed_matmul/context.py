@@ -14,7 +14,7 @@ from jaxcompress.running.compressed_matmul.products import (
     dense_general,
     einsum,
 )
-from jaxcompress.running.low_memory import instead, low_memory, mode, running
+from jaxcompress.running.interception import instead, mode, running, waiting_weights
 
 Activations = Literal["float", "int8", "auto"]
 
@@ -75,7 +75,7 @@ def compressed_matmul(*, activations: Activations = "float") -> Iterator[None]:
         )
     token = instead.set(functools.partial(_product, activations))
     try:
-        with running(activations), low_memory():
+        with running(activations), waiting_weights():
             yield
     finally:
         instead.reset(token)
