@@ -20,7 +20,7 @@ _mode: ContextVar[str | None] = ContextVar("mode", default=None)
 
 
 def mode() -> str | None:
-    """Return how layers run here: activations of `compressed_matmul`, "low_memory" or None.
+    """Return how layers run: activations of `compressed_matmul`, "low_memory" or None.
 
     It decides what a traced function computes, so a cache of compiled functions has it
     in its key.

@@ -53,7 +53,7 @@ def low_memory() -> Iterator[None]:
 
 
 def _in_tiles(module: nn.Module, method: str, args: Any, kwargs: Any) -> Any:
-    """Multiply by a large quantized weight tile by tile; None where Flax's code runs."""
+    """Multiply by a large quantized weight in tiles; None where Flax's code runs."""
     if (type(module), method) not in LARGE:
         return None
     layer, name, axis = LARGE[type(module), method]

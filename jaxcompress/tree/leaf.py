@@ -31,8 +31,8 @@ T = TypeVar("T")
 _REGISTRY: dict[str, type["Leaf"]] = {}
 Convolution = Callable[..., jax.Array]
 
-# What a leaf passes through where a layer asks for its array; `running.interception` sets
-# it for the length of one module call, per thread.
+# What a leaf passes through where a layer asks for its array; set by
+# `running.interception` for the length of one module call, per thread.
 before_use: ContextVar[Callable[["Leaf"], "Leaf"] | None] = ContextVar(
     "before_use", default=None
 )
