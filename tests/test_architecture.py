@@ -45,6 +45,7 @@ PLACES = {
     "safetensors": ["storage", "models", "export"],
     "zstandard": ["coding/zstd"],
     "matplotlib": ["plots"],
+    "scipy": ["quantization/rate_distortion"],
     "rich": ["progress", "reporting", "evaluation", "cli", "models"],
     "flax": [
         "tree/leaf",

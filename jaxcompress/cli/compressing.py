@@ -20,6 +20,7 @@ from jaxcompress.reporting import grouped
 from jaxcompress.shrinking import calibration
 from jaxcompress.shrinking.efforts import choose_effort
 from jaxcompress.shrinking.shrink import plan_recipe, shrink
+from jaxcompress.shrinking.stages import Stages
 from jaxcompress.shrinking.store import Store
 from jaxcompress.shrinking.subject import read_subject, stacked
 from jaxcompress.storage.resume import digest
@@ -238,18 +239,16 @@ def _moments(
     effort = choose_effort("good" if options.effort == "quick" else options.effort)
     subject, store = read_subject(model, params, tokenizer), Store(options.store)
 
-    def wrap(label: str, unit: str) -> Any:
-        return running.progress(options)(label, unit)
-
+    stages = Stages(not options.quiet)
     data = calibration.language_data(
-        subject, Path(options.calibrate), effort, store, "", wrap, jax.random.key(0)
+        subject, Path(options.calibrate), effort, store, "", stages, jax.random.key(0)
     )
     if options.blockwise:
         return None, list(data.batches)
     weights_digest = digest(None, params) if options.store else ""
     key = jax.random.key(options.seed)
     return calibration.calibrate(
-        subject, data, {}, effort, store, weights_digest, wrap, key
+        subject, data, {}, effort, store, weights_digest, stages, key
     ), data.batches
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg.lapack
 
 from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import damped, feed_back, inverse_factor
@@ -212,19 +213,12 @@ def pivots(second: np.ndarray) -> np.ndarray:
     Args:
       second: float64 `[inputs, inputs]`.
     """
-    size = second.shape[0]
-    left, factor = np.diagonal(second).copy(), np.zeros((size, size))
-    order, least = np.zeros(size, np.int64), 1e-6 * left.max(initial=0)
-    for i in range(size):
-        pivot = order[i] = int(np.argmax(left))
-        if left[pivot] <= least:
-            order[i:] = np.flatnonzero(left > -np.inf)
-            break
-        column = second[pivot] - factor[:i, pivot] @ factor[:i]
-        factor[i] = column / np.sqrt(left[pivot])
-        left -= factor[i] ** 2
-        left[order[: i + 1]] = -np.inf
-    return order
+    if not second.size:
+        return np.zeros(0, np.int64)
+    least = 1e-6 * np.diagonal(second).max()
+    _, order, rank, _ = scipy.linalg.lapack.dpstrf(second, lower=1, tol=max(least, 0))
+    order = order.astype(np.int64) - 1  # LAPACK counts from one
+    return np.concatenate([order[:rank], np.sort(order[rank:])])
 
 
 @functools.partial(jax.jit, static_argnames=("states",))

@@ -17,6 +17,7 @@ from jaxcompress.running.decode_once import decode_once
 from jaxcompress.shrinking.efforts import Effort
 from jaxcompress.shrinking.own_text import write_text
 from jaxcompress.shrinking.quality import first_output
+from jaxcompress.shrinking.stages import Stages
 from jaxcompress.shrinking.store import Store
 from jaxcompress.shrinking.subject import Subject
 from jaxcompress.storage.resume import digest
@@ -47,7 +48,7 @@ def language_data(
     effort: Effort,
     store: Store,
     model_digest: str,
-    progress: Any,
+    stages: Stages,
     key: jax.Array,
 ) -> Data:
     """Return windows of a text, or of one that the model writes.
@@ -57,14 +58,14 @@ def language_data(
       effort: says how many windows, and how long.
       store: keeps what the model writes.
       model_digest: of its parameters.
-      progress: wraps lists of work, by label.
+      stages: told of what is done.
       key: of the writing.
 
     Raises:
       ValueError: a text that is too short or that no tokenizer reads.
     """
     if text is None:
-        rows = _own(subject, effort, store, model_digest, progress, key)
+        rows = _own(subject, effort, store, model_digest, stages, key)
         source = f"{rows.shape[0]} x {rows.shape[1]} tokens that the model wrote"
     elif isinstance(text, str | Path):
         rows = _windows(subject, text, effort)
@@ -120,7 +121,7 @@ def _own(
     effort: Effort,
     store: Store,
     model_digest: str,
-    progress: Any,
+    stages: Stages,
     key: jax.Array,
 ) -> np.ndarray:
     tokenizer = subject.tokenizer
@@ -137,17 +138,20 @@ def _own(
         np.asarray(jax.random.key_data(key)).tolist(),
     ]
 
+    label = "writing calibration text"
+
     def write() -> dict[str, np.ndarray]:
-        rows = write_text(
-            subject.model,
-            decode_once(subject.params),
-            count=effort.texts,
-            length=length,
-            start=start,
-            batch=OWN_BATCH,
-            progress=progress("writing calibration text", "batches"),
-            key=key,
-        )
+        with stages.stage(label, f"{effort.texts} texts of {length} tokens"):
+            rows = write_text(
+                subject.model,
+                decode_once(subject.params),
+                count=effort.texts,
+                length=length,
+                start=start,
+                batch=OWN_BATCH,
+                progress=stages.items(label, "calls"),
+                key=key,
+            )
         return {"tokens": rows}
 
     return np.asarray(store.get("text", about, write)["tokens"])
@@ -184,7 +188,7 @@ def calibrate(
     effort: Effort,
     store: Store,
     model_digest: str,
-    progress: Any,
+    stages: Stages,
     key: jax.Array,
 ) -> dict[str, Moments]:
     """Return moments with curvatures, from the store where it has them."""
@@ -196,23 +200,27 @@ def calibrate(
     ]
 
     def compute() -> dict[str, Moments]:
-        moments = collect_moments(
-            subject.function,
-            subject.params,
-            data.batches,
-            progress=progress("moments", "batches"),
-        )
+        with stages.stage("moments", f"{len(data.batches)} batches"):
+            moments = collect_moments(
+                subject.function,
+                subject.params,
+                data.batches,
+                progress=stages.items("moments", "batches"),
+            )
+            jax.block_until_ready(moments)
         apply_fn, rows = _rows(subject, data, effort)
-        return measure_curvatures(
-            apply_fn,
-            subject.params,
-            [{"tokens": rows}],
-            moments,
-            layouts=layouts,
-            joint=effort.joint,
-            key=key,
-            progress=progress("curvatures", "sequences"),
-        )
+        with stages.stage("curvatures", f"{len(rows)} sequences"):
+            measured = measure_curvatures(
+                apply_fn,
+                subject.params,
+                [{"tokens": rows}],
+                moments,
+                layouts=layouts,
+                joint=effort.joint,
+                key=key,
+                progress=stages.items("curvatures", "sequences"),
+            )
+            return jax.block_until_ready(measured)
 
     return store.get_moments("moments", about, compute)
 

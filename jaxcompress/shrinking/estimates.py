@@ -1,6 +1,9 @@
 """Time and memory that a shrink takes, estimated before it starts."""
 
+import dataclasses
+import math
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +11,25 @@ import jax.numpy as jnp
 from jaxcompress.progress import clock
 from jaxcompress.shrinking.efforts import Effort
 from jaxcompress.shrinking.subject import Subject
+from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.paths import Entry
 
-# Processor work per weight, in multiples of one multiplication at the speed of a matrix
-# product: the search for a step, whole leaves several times, and coding.
+# Work per weight of a search for a rate, in multiplications at the speed of a matrix
+# product: steps are sought on whole leaves several times, and levels are coded.
 ROUNDING, TRELLIS = 3e4, 2.5e5
+WRITING = 2.0  # a token that is written costs so many that are read
+OWN = 500 * 2**20  # bytes of the libraries and of their compiled programs
 SIDE = 1024  # of the matrices that speed is measured with
 
 
 def estimate(
-    subject: Subject, planned: list[Entry], effort: Effort, *, writes: bool
+    subject: Subject,
+    planned: list[Entry],
+    layouts: Mapping[str, Layout],
+    effort: Effort,
+    *,
+    writes: bool,
 ) -> tuple[float, int]:
     """Return seconds and bytes, to a factor of about two.
 
@@ -27,24 +38,46 @@ def estimate(
     Args:
       subject: the model.
       planned: what is compressed.
+      layouts: of these leaves, as far as they are known.
       effort: to be spent.
       writes: whether the model writes its calibration text.
     """
-    weights = sum(entry.value.size for entry in planned)
+    shapes = [_matrix_shape(entry, layouts.get(entry.name)) for entry in planned]
+    weights = sum(math.prod(shape) for shape in shapes)
+    inputs = [shape[-2] for shape in shapes]  # features of an embedding
+    squares = sum(
+        math.prod(shape[:-2]) * size**2
+        for shape, size in zip(shapes, inputs, strict=True)
+    )
+    calibrates = effort.texts > 0
     tokens = effort.texts * effort.length if subject.language else effort.texts
-    rows = effort.curvature_rows
+    rows = effort.curvature_rows if calibrates else 0
     length = effort.curvature_length if subject.language else 1
-    passes = 2.0 * tokens * (2 if writes else 1)  # reading; writing as well
-    passes += 6.0 * rows * length + 8.0 * effort.tuning_steps * effort.length
-    compressions = 2 if effort.texts else 1  # the plan and the uniform recipe
-    coding = compressions * (TRELLIS if effort.states else ROUNDING)
-    seconds = weights * (passes + coding) / _speed()
-    squares = [4 * entry.value.shape[-2] ** 2 for entry in planned if effort.texts]
+    work = tokens * weights * WRITING if writes else 0.0
+    work += tokens * (weights + squares) if calibrates else 0
+    # Forward and backward, and the gradient's product with a factor of the moments.
+    metric = sum(
+        math.prod(shape) * size for shape, size in zip(shapes, inputs, strict=True)
+    )
+    work += rows * (3.0 * length * weights + metric)
+    work += 8.0 * effort.tuning_steps * effort.length * weights
+    compressions = 2 if calibrates else 1  # the plan and the uniform recipe
+    work += compressions * (TRELLIS if effort.states else ROUNDING) * weights
     held = nbytes(subject.params)
-    copies = 4 if effort.texts else 2  # gradient, squares of it, what is measured
     vocabulary = getattr(subject.model, "vocab_size", 1)
-    logits = 4 * 4 * effort.length * vocabulary if effort.texts else 0
-    return seconds, int(copies * held + 3 * sum(squares) + logits)
+    logits = 4 * length * vocabulary
+    measuring = 3 * held + 4 * squares * 4 + 3 * logits if calibrates else 0
+    compressing = 2 * held + 4 * squares * (1 if calibrates else 0)
+    return work / _speed(), int(max(measuring, compressing) + OWN)
+
+
+def _matrix_shape(entry: Entry, layout: Layout | None) -> tuple[int, ...]:
+    """Return shape `[..., inputs, outputs]`; an embedding's features are its inputs."""
+    shape = entry.value.shape
+    if layout is not None:
+        known = dataclasses.replace(entry, given=layout)
+        return jax.eval_shape(known.matrix).shape
+    return (*shape[:-2], shape[-1], shape[-2]) if entry.embedding else shape
 
 
 def describe_estimate(seconds: float, memory: int) -> str:

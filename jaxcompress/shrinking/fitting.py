@@ -12,6 +12,7 @@ import jax
 
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.shrinking.goals import REACHED
+from jaxcompress.shrinking.stages import Stages
 from jaxcompress.shrinking.store import Store
 from jaxcompress.shrinking.subject import Subject
 from jaxcompress.storage.checkpoint import open_checkpoint
@@ -55,7 +56,7 @@ class Coder:
     metadata: Mapping[str, Any]
     store: Store
     about: Any
-    progress: Any
+    stages: Stages
     coded: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
 
     def apply(self, rules: tuple[Rule, ...]) -> Params:
@@ -64,15 +65,20 @@ class Coder:
         missing = [
             e for e in self.planned if (e.name, methods[e.name]) not in self.coded
         ]
-        for entry in self.progress("compressing", "leaves")(missing):
+        if missing:
+            with self.stages.stage("compressing", f"{len(missing)} leaves"):
+                self._code_all(missing, methods)
+        small = {e.name: self.coded[e.name, methods[e.name]] for e in self.planned}
+        return replace_roots(self.subject.params, small)
+
+    def _code_all(self, entries: list[Entry], methods: Mapping[str, str]) -> None:
+        for entry in self.stages.items("compressing", "leaves")(entries):
             method = methods[entry.name]
             self.coded[entry.name, method] = self.store.get(
                 "leaf",
                 [self.about, entry.name, method],
                 lambda entry=entry, method=method: self._code(entry, method),
             )
-        small = {e.name: self.coded[e.name, methods[e.name]] for e in self.planned}
-        return replace_roots(self.subject.params, small)
 
     def _code(self, entry: Entry, method: str) -> Any:
         name = entry.name

@@ -2,14 +2,12 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxcompress.progress import each_item
 from jaxcompress.reporting import grouped
 from jaxcompress.shrinking import calibration
 from jaxcompress.shrinking.efforts import choose_effort
@@ -17,6 +15,7 @@ from jaxcompress.shrinking.estimates import describe_estimate, estimate
 from jaxcompress.shrinking.fitting import Attempt, Coder
 from jaxcompress.shrinking.quality import Quality, measure_quality
 from jaxcompress.shrinking.search import Planner
+from jaxcompress.shrinking.stages import Stages
 from jaxcompress.shrinking.store import Store
 from jaxcompress.shrinking.subject import Subject, read_subject
 from jaxcompress.storage.resume import digest
@@ -77,11 +76,7 @@ def prepare(
     chosen = choose_effort(effort)
     if text is not None and batches is not None:
         raise ValueError("shrink takes text= or batches=, not both")
-    kept, say = Store(store), _speaker(progress)
-
-    def wrap(label: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-        return lambda items: each_item(items, progress, label=label, unit=unit)
-
+    kept, stages = Store(store), Stages(progress)
     source = batches if text is None else text
     needs = chosen.texts > 0 or measures
     if not subject.language and (text is not None or (batches is None and needs)):
@@ -90,32 +85,26 @@ def prepare(
             "batches=, as the model takes them; pass some, or effort='quick' with a "
             "size"
         )
+    data = None
+    if not subject.language and source is not None:
+        data = calibration.other_data(batches)
+    layouts = _layouts(subject, data)
     planned = planned_entries(subject.params, None, None)
     writes = subject.language and source is None and needs
-    amount = estimate(subject, planned, chosen, writes=writes)
-    say(f"{grouped(subject.weights)} weights; {describe_estimate(*amount)}")
-    weights_digest = "" if store is None else digest(None, subject.params)
-    about: list[Any] = [weights_digest, effort]
-    data = None
-    if needs or source is not None:
+    amount = estimate(subject, planned, layouts, chosen, writes=writes)
+    stages.say(f"{grouped(subject.weights)} weights; {describe_estimate(*amount)}")
+    known = "" if store is None else digest(None, subject.params)
+    about: list[Any] = [known, effort]
+    if subject.language and (needs or source is not None):
         # Without calibration of its own, an effort measures as "good" does.
         wanted = chosen if chosen.texts else choose_effort("good")
-        if subject.language:
-            rows = _token_rows(batches) if batches is not None else text
-            data = calibration.language_data(
-                subject,
-                rows,
-                wanted,
-                kept,
-                weights_digest,
-                wrap,
-                jax.random.fold_in(key, 0),
-            )
-        else:
-            data = calibration.other_data(batches)
-        say(f"calibration: {data.source}; {len(data.held_out)} batches held out")
+        rows = _token_rows(batches) if batches is not None else text
+        data = calibration.language_data(
+            subject, rows, wanted, kept, known, stages, jax.random.fold_in(key, 0)
+        )
+    if data is not None:
+        stages.say(f"calibration: {data.source}; {len(data.held_out)} batches held out")
         about.append(data.digest)
-    layouts = _layouts(subject, data)
     moments = None
     if chosen.texts:
         moments = calibration.calibrate(
@@ -124,29 +113,22 @@ def prepare(
             layouts,
             chosen,
             kept,
-            weights_digest,
-            wrap,
+            known,
+            stages,
             jax.random.fold_in(key, 1),
         )
         planned = planned_entries(subject.params, moments, None)
         numbers = np.asarray(jax.random.key_data(key)).tolist()
         about.append(numbers)
-    coder = Coder(subject, planned, moments, layouts, metadata, kept, about, wrap)
+    coder = Coder(subject, planned, moments, layouts, metadata, kept, about, stages)
 
     def measure(attempt: Attempt) -> Quality | None:
         if data is None:
             return None
-        return measure_quality(subject, attempt.params, data.held_out)
+        with stages.stage("measuring", f"{len(data.held_out)} batches"):
+            return measure_quality(subject, attempt.params, data.held_out)
 
-    return Prepared(Planner(coder, chosen, measure, say), data)
-
-
-def _speaker(progress: Any) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        if progress:
-            print(f"shrink: {line}", file=sys.stderr, flush=True)
-
-    return say
+    return Prepared(Planner(coder, chosen, measure), data)
 
 
 def _token_rows(batches: Iterable[Any]) -> np.ndarray:

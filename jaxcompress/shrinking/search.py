@@ -29,7 +29,6 @@ class Planner:
     coder: Coder
     effort: Effort
     measure: Callable[[Attempt], Quality | None]
-    say: Callable[[str], None]
 
     @property
     def weights(self) -> int:
@@ -65,7 +64,8 @@ class Planner:
         )
         quality = self.measure(attempt)
         measured = "not measured" if quality is None else f"{quality.kl:.4g} nats"
-        self.say(f"{kind}: {grouped(attempt.file_bytes)} bytes, KL {measured}")
+        size = grouped(attempt.file_bytes)
+        self.coder.stages.say(f"{kind}: {size} bytes, KL {measured}")
         return attempt, quality
 
 

@@ -18,6 +18,7 @@ from jaxcompress.shrinking.goals import REACHED, parse_goal
 from jaxcompress.shrinking.preparation import prepare, read_dense
 from jaxcompress.shrinking.search import meet
 from jaxcompress.shrinking.shrunk import Shrunk
+from jaxcompress.shrinking.stages import Stages
 from jaxcompress.shrinking.store import Store
 from jaxcompress.shrinking.subject import Subject
 from jaxcompress.shrinking.tuning import tune
@@ -110,7 +111,8 @@ def shrink(
         progress=progress,
         metadata=metadata or {},
     )
-    planner, coder, say = ready.planner, ready.planner.coder, ready.planner.say
+    planner, coder = ready.planner, ready.planner.coder
+    stages = coder.stages
     measure, moments, layouts = planner.measure, coder.moments, coder.layouts
     planned = coder.planned
     attempts, notes = meet(planner, goal)
@@ -119,15 +121,16 @@ def shrink(
         first = min(attempts, key=lambda name: attempts[name][1].kl)
         base = attempts[first][0]
         folder = None if store is None else Path(store) / f"tuning-{base.file_bytes}"
-        tuned = tune(
-            subject,
-            base.params,
-            ready.data.batches,
-            steps=chosen.tuning_steps,
-            progress=coder.progress("tuning", "steps"),
-            folder=folder,
-            key=jax.random.fold_in(key, 2),
-        )
+        with stages.stage("tuning", f"{chosen.tuning_steps} steps"):
+            tuned = tune(
+                subject,
+                base.params,
+                ready.data.batches,
+                steps=chosen.tuning_steps,
+                progress=stages.items("tuning", "steps"),
+                folder=folder,
+                key=jax.random.fold_in(key, 2),
+            )
         attempt = coder.write(base.rules, tuned)
         if attempt.file_bytes <= limit:
             attempts["tuned"] = attempt, measure(attempt)
@@ -169,9 +172,10 @@ def shrink(
         },
         notes=tuple(notes),
         metadata=coder.about_file(attempt.rules),
+        stages=stages.taken,
         subject=subject,
     )
-    say(str(shrunk))
+    stages.say(str(shrunk))
     return shrunk
 
 
@@ -226,7 +230,7 @@ def _lossless(subject: Subject, limit: int, metadata: dict[str, Any]) -> Shrunk 
     """Return the model as it is, where its losslessly coded file fits the limit."""
     if limit < nbytes(subject.params) / 2:  # floats code to more than half
         return None
-    coder = Coder(subject, [], None, {}, metadata, Store(None), [], None)
+    coder = Coder(subject, [], None, {}, metadata, Store(None), [], Stages(False))
     attempt = coder.write((), subject.params)
     if attempt.file_bytes > limit:
         return None
@@ -247,6 +251,7 @@ def _lossless(subject: Subject, limit: int, metadata: dict[str, Any]) -> Shrunk 
             "nothing was changed",
         ),
         metadata=coder.about_file(()),
+        stages={},
         subject=subject,
     )
 

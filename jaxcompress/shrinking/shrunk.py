@@ -33,6 +33,8 @@ class Shrunk:
         "uniform" and "tuned". The best within the limit is returned.
       notes: what a caller should know, in words.
       metadata: what the file says about its making.
+      stages: by name of a stage: `seconds`, `processor_seconds`, and
+        `peak_memory_bytes` of the process so far. What the store held took none.
 
     Example:
       >>> small = jc.shrink(model, params, size=60_000, effort="quick", progress=False)
@@ -53,6 +55,7 @@ class Shrunk:
     candidates: Mapping[str, Mapping[str, float | None]]
     notes: tuple[str, ...]
     metadata: Mapping[str, Any]
+    stages: Mapping[str, Mapping[str, float | None]]
     subject: Subject = dataclasses.field(repr=False)
 
     @property

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
+from jaxcompress.models.sampling import draw_rows
 from jaxcompress.models.transformer import Transformer
-from jaxcompress.shrinking import efforts, fitting, quality, search
+from jaxcompress.shrinking import efforts, estimates, fitting, own_text, quality, search
 from jaxcompress.shrinking.goals import Goal, parse_goal
 from jaxcompress.shrinking.own_text import write_text
+from jaxcompress.shrinking.stages import Stages
+from jaxcompress.shrinking.subject import read_subject
 from jaxcompress.tree.equality import same_bits
+from jaxcompress.tree.selection import planned_entries
 
 MODEL = Transformer(
     vocab_size=256,
@@ -160,6 +164,39 @@ def test_texts_of_other_keys_differ(params):
     assert (first != second).any() and (first[:, 0] == 1).all()
 
 
+@pytest.mark.slow
+def test_a_growing_cache_changes_no_token(params, monkeypatch):
+    """Tokens are those that the model without a cache gives the same random numbers."""
+    monkeypatch.setattr(own_text, "SEGMENT", 4)
+    monkeypatch.setattr(own_text, "SLOTS", 8)
+    key, length = jax.random.key(3), 14
+    texts = write_text(MODEL, params, count=2, length=length, start=1, key=key)
+    logits = MODEL.apply({"params": params}, texts)
+    for place in range(4):
+        part = jax.random.fold_in(jax.random.fold_in(key, 0), place)
+        for i, each in enumerate(jax.random.split(part, 4)):
+            at = 4 * place + i
+            if at + 1 < length:
+                drawn = draw_rows(logits[:, at], each)
+                np.testing.assert_array_equal(texts[:, at + 1], drawn)
+
+
+def test_batches_of_texts_are_equal_and_all_are_written():
+    calls = []
+    texts = write_text(
+        Counting(8),
+        {},
+        count=5,
+        length=4,
+        start=2,
+        batch=4,
+        progress=lambda items: calls.append(len(items)) or items,
+        key=jax.random.key(0),
+    )
+    np.testing.assert_array_equal(texts, [[2, 3, 4, 5]] * 5)
+    assert calls == [2]  # batches of 3 and 3
+
+
 @dataclasses.dataclass(frozen=True)
 class Counting:
     """A language model whose next token is the last one plus one."""
@@ -172,6 +209,35 @@ class Counting:
     def apply(self, variables, token, cache):
         del variables
         return 1e9 * jax.nn.one_hot(token + 1, self.size), cache
+
+
+def test_an_embedding_is_estimated_by_its_features():
+    model = MODEL.clone(vocab_size=50_000, width=8, head_size=4)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["params"])
+    planned = planned_entries(params, None, None)
+    subject = read_subject(model, params)
+    good = efforts.EFFORTS["good"]
+    _, memory = estimates.estimate(subject, planned, {}, good, writes=True)
+    assert memory < 2**30  # a square of the vocabulary has 9.3 GiB
+    quick, quick_memory = estimates.estimate(
+        subject, planned, {}, efforts.EFFORTS["quick"], writes=False
+    )
+    assert quick > 0 and quick_memory < memory
+
+
+def test_a_stage_is_announced_and_timed(capsys):
+    stages = Stages(True)
+    for _ in range(2):
+        with stages.stage("moments", "3 batches"):
+            assert capsys.readouterr().err == "shrink: moments: 3 batches\n"
+            sum(range(100_000))
+    row = stages.taken["moments"]
+    assert row["processor_seconds"] > 0 and row["seconds"] > 0
+    assert row["peak_memory_bytes"] > 2**20
+    with Stages(False).stage("silent"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def tokens(texts, length):

@@ -1,0 +1,57 @@
+"""Stages of a shrink: announced as they start, timed, their memory noted."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jaxcompress.progress import clock, each_item
+from jaxcompress.reporting.tables import peak_memory
+
+SHORT = 1.0  # seconds: the end of a shorter stage is not told
+
+
+@dataclasses.dataclass
+class Stages:
+    """Says what is done, and keeps what each stage took.
+
+    Args:
+      progress: as for `shrink`.
+
+    `taken` holds, by label, seconds of all stages of this label, wall and processor,
+    and the most memory that the process had held when the last of them ended.
+    """
+
+    progress: bool | Callable[[Iterable[Any]], Iterable[Any]]
+    taken: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
+
+    def say(self, line: str) -> None:
+        """Print a line for the reader who waits, unless nothing is to be shown."""
+        if self.progress:
+            print(f"shrink: {line}", file=sys.stderr, flush=True)
+
+    def items(self, label: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+        """Return a wrapper of items that shows how many are done."""
+        return lambda items: each_item(items, self.progress, label=label, unit=unit)
+
+    @contextlib.contextmanager
+    def stage(self, label: str, amount: str = "") -> Iterator[None]:
+        """Announce a stage, and add to `taken` what it takes.
+
+        Args:
+          label: what is done; stages of one label are added up.
+          amount: of work, for the reader.
+        """
+        self.say(f"{label}: {amount}" if amount else label)
+        start, used = time.perf_counter(), time.process_time()
+        yield
+        seconds = time.perf_counter() - start
+        row = self.taken.setdefault(label, {"seconds": 0.0, "processor_seconds": 0.0})
+        row["seconds"] += seconds
+        row["processor_seconds"] += time.process_time() - used
+        row["peak_memory_bytes"] = peak = peak_memory()
+        if seconds > SHORT:
+            held = "" if peak is None else f", {peak / 2**30:.2f} GiB at most so far"
+            self.say(f"{label} took {clock(seconds)}{held}")
