@@ -50,6 +50,7 @@ PLACES = {
     "flax": [
         "tree/leaf",
         "tree/boxes",
+        "tree/containers",
         "tree/state_dicts",
         "tracing/modules",
         "calibration/collect",

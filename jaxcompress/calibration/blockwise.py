@@ -25,7 +25,9 @@ from jaxcompress.progress import clock, each_item
 from jaxcompress.storage.resume import Results
 from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tracing.modules import model_function
+from jaxcompress.tracing.refusal import find_refusal
 from jaxcompress.tree.compress import chain
+from jaxcompress.tree.equality import share
 from jaxcompress.tree.layouts import Layout, check_layout
 from jaxcompress.tree.names import nearest
 from jaxcompress.tree.record import LeafReport
@@ -168,6 +170,8 @@ def compress_blockwise(
             parts = each_item(parts, progress, label="compressing", total=job.count)
         parts = list(parts)
         small = source.rebuild(joined(parts, source.fetch))
+        if not isinstance(params, LazyParams | str | os.PathLike):
+            small = share(params, small)
         _warn_if_refused(function, small, batches[0])
     if record is not None:
         record += [row for part in parts for row in reports_of(part)]
@@ -193,14 +197,9 @@ def _warn_if_refused(
     function: Callable[[Any, Any], Any], small: Any, batch: Any
 ) -> None:
     """Warn where the model cannot take the result: it took hours, so it is kept."""
-    try:
-        jax.eval_shape(function, small, batch)
-    except Exception as error:
+    if refusal := find_refusal(function, small, batch):
         warnings.warn(
-            f"the model cannot take the compressed tree: {error}. "
-            "jc.check(model, small, batch) names the leaf; pass materialize(small), or "
-            "keep that leaf by a rule (pattern, None)",
-            stacklevel=3,
+            f"the model cannot take the compressed tree: {refusal}", stacklevel=3
         )
 
 

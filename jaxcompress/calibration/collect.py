@@ -17,7 +17,7 @@ from jaxcompress.tracing.modules import model_function
 from jaxcompress.tracing.uses import Use
 from jaxcompress.tree.layouts import Layout, check_layout, trailing
 from jaxcompress.tree.leaf import dense
-from jaxcompress.tree.paths import is_float, roots
+from jaxcompress.tree.paths import is_float, roots, shape_of
 from jaxcompress.tree.selection import SMALLEST
 from jaxcompress.types import Params
 
@@ -122,7 +122,8 @@ def selected(params: Params, where: Where = None) -> list[str]:
 
     Raises ValueError where there are none.
     """
-    arrays = {name: x for name, x in roots(params) if x.ndim > 1 and is_float(x)}
+    shapes = {name: shape_of(x) for name, x in roots(params)}
+    arrays = {name: x for name, x in shapes.items() if x.ndim > 1 and is_float(x)}
     if where is not None:
         return matching(list(arrays), where)
     names = [name for name, x in arrays.items() if x.size >= SMALLEST]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxcompress.storage import checkpoint
 from jaxcompress.storage.resume import digest
 from jaxcompress.tree.leaf import is_leaf
-from jaxcompress.tree.paths import roots
+from jaxcompress.tree.paths import roots, shape_of
 from jaxcompress.types import LazyParams, Params
 
 
@@ -45,7 +45,7 @@ def source_of(params: Params | LazyParams | str | os.PathLike) -> Iterator[Sourc
     else:
         named = dict(roots(params))
         yield Source(
-            {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in named.items()},
+            {name: shape_of(x) for name, x in named.items()},
             named.__getitem__,
             params,
             _rebuilder(params, list(named)),

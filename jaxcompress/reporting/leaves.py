@@ -15,7 +15,7 @@ from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.methods import describe, traits
-from jaxcompress.tree.paths import roots
+from jaxcompress.tree.paths import roots, shape_of
 from jaxcompress.tree.record import LeafReport, leaf_reports
 from jaxcompress.tree.selection import bind
 from jaxcompress.types import Params, Recipe
@@ -178,7 +178,7 @@ def explain(
     Example:
       >>> table = jc.explain(params, "symmetric(bits=4)")
     """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    shapes = jax.tree.map(shape_of, params)
     total = sum(math.prod(value.shape) for _, value in roots(shapes)) or 1
     methods: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}

@@ -4,11 +4,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from jaxcompress.tracing.modules import model_function
-from jaxcompress.tree.leaf import is_leaf, materialize
-from jaxcompress.tree.paths import leaf_names
+from jaxcompress.tracing.refusal import find_refusal
+from jaxcompress.tree.compress import is_compressed
+from jaxcompress.tree.containers import check_tree
 from jaxcompress.types import Params
 
 
@@ -21,8 +20,10 @@ def check(
 ) -> None:
     """Apply a model abstractly to a compressed tree, and name a leaf that fails.
 
-    Nothing is computed. Warns where the tree has no compressed leaf any more: an
-    operation such as `flax.linen.unbox` made all of them dense.
+    Nothing is computed. A model that changes the parts of a leaf (`nn.map_variables`)
+    is found too, even where it would run, with other weights. Warns where the tree has
+    no compressed leaf any more: an operation such as `flax.linen.unbox` made all of
+    them dense.
 
         jc.check(model, jc.compress(params, "symmetric(bits=4)"), tokens)
 
@@ -34,40 +35,19 @@ def check(
     Raises:
       ValueError: the model takes the dense tree but not this one; names the leaf that
         it cannot take by itself, or says that only several together fail.
+      TypeError: a state of training.
       Exception: whatever the model raises of the dense tree too.
 
     Example:
       >>> jc.check(model, jc.compress(params, "symmetric(bits=4)"), tokens)
     """
     function = model_function(model, variables)
-    leaves, treedef = jax.tree.flatten(small, is_leaf=is_leaf)
-    if not any(map(is_leaf, leaves)):
+    check_tree(small)
+    if not is_compressed(small):
         warnings.warn(
             "the tree has no compressed leaf; pass what compress returns, and remove "
             "Flax's boxes by jc.tree.unbox, which keeps leaves",
             stacklevel=2,
         )
-    try:
-        jax.eval_shape(function, small, batch)
-        return
-    except Exception as error:
-        failure = error
-    dense = jax.eval_shape(materialize, small)
-    jax.eval_shape(function, dense, batch)  # if this fails, it is not the leaves
-    arrays = jax.tree.leaves(dense)
-    names = leaf_names(dense)
-    for number, leaf in enumerate(leaves):
-        if not is_leaf(leaf):
-            continue
-        one = [*arrays[:number], leaf, *arrays[number + 1 :]]
-        try:
-            jax.eval_shape(function, jax.tree.unflatten(treedef, one), batch)
-        except Exception as error:
-            raise ValueError(
-                f"{names[number]}: the model cannot take a {type(leaf).__name__} "
-                f"there: {error}. Keep this leaf with a rule (pattern, None), or pass "
-                "materialize(small)"
-            ) from error
-    raise ValueError(
-        f"the model cannot take these leaves together: {failure}"
-    ) from failure
+    if refusal := find_refusal(function, small, batch):
+        raise ValueError(refusal)

@@ -17,6 +17,7 @@ from jaxcompress.storage.checksummed_file import (
 )
 from jaxcompress.storage.file_writer import beside, write
 from jaxcompress.storage.stored_params import StoredParams
+from jaxcompress.tree.containers import frozen_paths
 from jaxcompress.types import Params
 
 CODINGS = ("size", "decode", "none")
@@ -33,8 +34,9 @@ def save(
     """Write parameters to a file from which `load` gives the same tree, bit for bit.
 
     Leaf types and their static fields, dicts, lists, tuples, None, dtypes and shapes
-    are kept; other mappings are loaded as dicts. Same parameters, metadata and
-    versions give the same bytes. The file is written next to `path` and renamed: an
+    are kept, and Flax's `FrozenDict`; other mappings are restored as dicts, an
+    `nnx.State` as one of values. Same parameters, metadata and versions give the same
+    bytes. The file is written next to `path` and renamed: an
     error leaves an old file as it was. One array is on the host at a time, or 64 MiB
     of small ones.
 
@@ -70,6 +72,8 @@ def save(
     path = os.path.realpath(path)
     node, slots = tree_json.encode(params, compact=True)
     about = describe(node, {} if metadata is None else metadata)
+    if frozen := frozen_paths(params):
+        about["frozen"] = [list(path) for path in frozen]
     parts = shards.split(slots, max_shard_bytes)
     if len(parts) > 1:
         shards.save(path, parts, about, coding=coding)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxcompress.storage import tree_json
+from jaxcompress.tree.containers import freeze_at, frozen_paths, thaw
 from jaxcompress.types import Params
 
 FORMAT, VERSION = "jaxcompress", 3
@@ -54,6 +55,8 @@ def save_orbax(path: str | os.PathLike, params: Params) -> None:
 
     node, slots = tree_json.encode(params, compact=False)
     about = {"format": FORMAT, "format_version": VERSION, "tree": node}
+    if frozen := frozen_paths(params):
+        about["frozen"] = [list(path) for path in frozen]
     items = {"tree": ocp.args.JsonSave(about)}
     # Orbax refuses empty arrays; the tree says all there is to say about them.
     arrays = {
@@ -90,7 +93,8 @@ def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
 
     path = _absolute(path)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        node = _tree(checkpointer, path)
+        about = _about(checkpointer, path)
+        node = about.get("tree")
         place = _place(node, sharding)
         target, how = {}, {}
         for name, dtype, shape in tree_json.arrays(node):
@@ -120,7 +124,7 @@ def restore_orbax(path: str | os.PathLike, *, sharding: Any = None) -> Params:
             x = x[step]
         return _freed(x, dtype)
 
-    return tree_json.decode(node, read)
+    return freeze_at(tree_json.decode(node, read), about.get("frozen", []))
 
 
 def is_orbax(path: str | os.PathLike) -> bool:
@@ -143,8 +147,8 @@ def _absolute(path: str | os.PathLike) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
-def _tree(checkpointer: Any, path: str) -> Any:
-    """Return the JSON node of a checkpoint's tree."""
+def _about(checkpointer: Any, path: str) -> dict[str, Any]:
+    """Return the JSON that describes a checkpoint's tree."""
     import orbax.checkpoint as ocp
 
     args = ocp.args.Composite(tree=ocp.args.JsonRestore())
@@ -163,7 +167,7 @@ def _tree(checkpointer: Any, path: str) -> Any:
             f"{path}: of format {version}, this jaxcompress reads {VERSION}; "
             f"{'update it' if newer else 'restore and save it with what wrote it'}"
         )
-    return about.get("tree")
+    return about
 
 
 def _held(x: Any) -> Any:
@@ -251,5 +255,5 @@ def _spread(node: Any, tree: Any) -> dict[str, Sharding]:
         for x in jax.tree.leaves(below):
             by_name[names[id(x)]] = sharding
 
-    jax.tree.map(assign, tree, params, is_leaf=lambda x: isinstance(x, Sharding))
+    jax.tree.map(assign, thaw(tree), params, is_leaf=lambda x: isinstance(x, Sharding))
     return by_name

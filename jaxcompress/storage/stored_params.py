@@ -18,6 +18,7 @@ from jaxcompress.storage.checksummed_file import (
     damaged,
 )
 from jaxcompress.storage.tree_json import ODD, FileDamaged, Slot
+from jaxcompress.tree.containers import freeze_at
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.names import nearest
 from jaxcompress.types import Params
@@ -109,7 +110,11 @@ class StoredParams:
 
             leaves = {name: self._leaf(name, take, numpy) for name in own}
         leaves |= {name: leaves[other] for name, other in same.items()}
-        return jax.tree.map(leaves.pop, self.tree)
+        tree = jax.tree.map(leaves.pop, self.tree)
+        try:
+            return freeze_at(tree, self._frozen)
+        except ODD as error:
+            raise damaged(self.path, f"no dict to freeze: {error}") from error
 
     def _decoded(
         self, wanted: list[tuple[str, str, tuple[int, ...]]]
@@ -228,6 +233,7 @@ class StoredParams:
         try:
             node = about["tree"]
             self.metadata, self.versions = about["metadata"], about["versions"]
+            self._frozen = about.get("frozen", [])
             if type(self.metadata) is not dict or type(self.versions) is not dict:
                 raise ValueError("metadata or versions that are no mapping")
             described = list(tree_json.arrays(node))

@@ -29,7 +29,15 @@ import numpy as np
 from jaxcompress.storage import static_json
 from jaxcompress.storage.static_json import DTYPES
 from jaxcompress.tree import boxes
-from jaxcompress.tree.leaf import Leaf, data_fields, is_box, leaf_type, static_fields
+from jaxcompress.tree.containers import check_tree
+from jaxcompress.tree.leaf import (
+    Leaf,
+    data_fields,
+    is_box,
+    is_variable,
+    leaf_type,
+    static_fields,
+)
 
 _LARGEST = 2**63  # elements; no file holds more
 
@@ -61,7 +69,7 @@ class Slot:
 def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
     """Return the tree as a JSON node, and its arrays by name; holds no copies.
 
-    Containers are dicts (other mappings, as `FrozenDict`, are restored as dicts),
+    Containers are dicts (of other mappings, `FrozenDict` is told apart elsewhere),
     lists, tuples and None. Keys of a dict are strings or integers; their order is not
     kept.
 
@@ -73,6 +81,7 @@ def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
       TypeError: the tree holds something else, or a static field that is not what its
         leaf type declares; names it.
     """
+    check_tree(params)
     slots: dict[str, Slot] = {}
     first: dict[int, str] = {}  # the name under which each object was met
     latest: list[Any] = [None, None]  # a leaf and what it stored: made once in a row
@@ -115,6 +124,10 @@ def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
         below = functools.partial(walk, within=within)
         if x is None:
             return None
+        if is_variable(x):  # of an nnx.State: it adds nothing to names
+            return walk(
+                x.get_raw_value() if hasattr(x, "get_raw_value") else x.raw_value, path
+            )
         if isinstance(x, Mapping):
             keys = _sorted_keys(x, path)
             return {"dict": [[key, below(x[key], (*path, str(key)))] for key in keys]}
@@ -295,8 +308,9 @@ def _check_array(name: str, x: Any) -> None:
     ):
         raise TypeError(
             f"{where} is a {type(x).__module__}.{type(x).__qualname__}; files keep "
-            "concrete arrays and leaf types in dicts, lists and tuples. Convert it "
-            "(flax.nnx.to_pure_dict, flax.serialization.to_state_dict, meta.unbox)"
+            "concrete arrays and leaf types in dicts, lists and tuples. Convert it: of "
+            "an NNX module jaxcompress.running.nnx.params_of(module), of Flax's boxes "
+            "jc.tree.unbox, of other objects flax.serialization.to_state_dict"
         )
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         raise TypeError(f"{where} holds random keys; store jax.random.key_data(x)")

@@ -24,6 +24,7 @@ from jaxcompress.tracing.jaxpr_compat import (
 from jaxcompress.tracing.movements import moved
 from jaxcompress.tracing.provenance import (
     CONSTANT,
+    ONE_HOT,
     Tag,
     Weight,
     is_weight,
@@ -197,9 +198,11 @@ class _Reader:
         if name in _EACH and len(results) == len(tags):
             return results, list(tags), sums
         after = moved(eqn, values, tags, results)
-        table = name == "gather" and not self.probing
-        if table and isinstance(tags[0], Weight) and tags[0].name not in self.experts:
-            after = [None]
+        if not self.probing and (name == "gather" or ONE_HOT in tags):
+            # Rows of a table, unless the slices are multiplied.
+            tables = [t for t in tags if isinstance(t, Weight)]
+            if any(t.name not in self.experts for t in tables):
+                after = [None] * len(after)
         return results, after, sums
 
     def note(self, use: Use, sums: Sums, *, fixed: bool) -> None:

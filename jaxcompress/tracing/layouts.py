@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxcompress.tracing.interpreter import Use, trace_uses
 from jaxcompress.tracing.modules import model_function
 from jaxcompress.tree.compress import NAMED
+from jaxcompress.tree.containers import check_tree
 from jaxcompress.tree.layouts import Layout, suggestion
 from jaxcompress.tree.leaf import is_leaf, nbytes
 from jaxcompress.tree.names import nearest
-from jaxcompress.tree.paths import check_names, check_tree, roots
+from jaxcompress.tree.paths import check_names, roots, shape_of
 from jaxcompress.tree.selection import SMALLEST
 from jaxcompress.types import Params
 
@@ -131,10 +132,7 @@ def flat_weights(params: Params) -> tuple[dict[str, Any], Callable[..., Params]]
     check_tree(params)
     named = list(roots(params))
     check_names([name for name, _ in named])
-    shapes = {
-        name: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-        for name, x in named
-    }
+    shapes = {name: shape_of(x) for name, x in named}
     treedef = jax.tree.structure(params, is_leaf=is_leaf)
     names = [name for name, _ in named]
 

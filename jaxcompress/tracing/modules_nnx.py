@@ -1,5 +1,8 @@
 """Parameters of NNX modules as trees, and modules that run on such trees."""
 
+import contextlib
+import dataclasses
+import functools
 import warnings
 from typing import Any
 
@@ -16,13 +19,8 @@ from jaxcompress.types import Params
 LARGE = 4096  # weights in an array that deserves a warning
 
 
-class CompressedParam(nnx.Param):
-    """A `Param` that stores a leaf and gives the layers its dense array.
-
-    `nnx.state`, `split`, `merge` and `nnx.jit` carry the stored arrays;
-    `nnx.to_pure_dict` and `param[...]` give dense ones: read the stored ones with
-    `params_of`.
-    """
+class _Compressed:
+    """Mixed into a type of variables, which then store leaves and give dense arrays."""
 
     def get_value(self, *, index: Any = ...) -> jax.Array:
         value = stored(self)
@@ -35,7 +33,30 @@ class CompressedParam(nnx.Param):
 
 
 if not hasattr(nnx.Param, "get_value"):  # flax 0.11 reads the property
-    CompressedParam.value = property(CompressedParam.get_value, nnx.Param.value.fset)
+    _Compressed.value = property(_Compressed.get_value, nnx.Param.value.fset)
+
+
+class CompressedParam(_Compressed, nnx.Param):
+    """A `Param` that stores a leaf and gives the layers its dense array.
+
+    A variable of another type is stored in a subclass of both its type and
+    this mechanism, so that `nnx.state(module, LoRAParam)` selects it as before.
+
+    `nnx.state`, `split`, `merge` and `nnx.jit` carry the stored arrays;
+    `nnx.to_pure_dict` and `param[...]` give dense ones: read the stored ones with
+    `params_of`.
+    """
+
+
+@functools.cache
+def _compressed_type(cls: type[nnx.Variable]) -> type[nnx.Variable]:
+    """Return the type that stores leaves for variables of a type."""
+    if issubclass(cls, _Compressed):
+        return cls
+    if cls is nnx.Param:
+        return CompressedParam
+    bases = (CompressedParam, cls) if issubclass(cls, nnx.Param) else (_Compressed, cls)
+    return type(f"Compressed{cls.__name__}", bases, {"__doc__": cls.__doc__})
 
 
 def stored(variable: nnx.Variable) -> Any:
@@ -151,7 +172,8 @@ def _holding(variable: nnx.Variable, value: Any, linen: bool) -> nnx.Variable:
     """Return a variable like this one that stores `value`; Linen modules unbox it."""
     if linen or not isinstance(value, Leaf):
         return variable.replace(value)
-    return CompressedParam.from_metadata(value, dict(variable.get_metadata()))
+    cls = _compressed_type(type(variable))
+    return cls.from_metadata(value, dict(variable.get_metadata()))
 
 
 def _replace(node: Any, new: dict[int, nnx.Variable]) -> None:
@@ -165,5 +187,21 @@ def _replace(node: Any, new: dict[int, nnx.Variable]) -> None:
     else:
         items, put = getattr(node, "__dict__", {}).items(), node.__setattr__
     for key, value in list(items):
-        if id(value) in new:
-            put(key, new[id(value)])
+        changed = _replaced(value, new)
+        if changed is not value:
+            # What stays as it was in a frozen container is named by `with_params`.
+            with contextlib.suppress(dataclasses.FrozenInstanceError):
+                put(key, changed)
+
+
+def _replaced(value: Any, new: dict[int, nnx.Variable]) -> Any:
+    """Return the new variable for an old one; of a tuple, a tuple of these."""
+    if id(value) in new:
+        return new[id(value)]
+    if not isinstance(value, tuple):
+        return value
+    items = [_replaced(item, new) for item in value]
+    if all(a is b for a, b in zip(items, value, strict=True)):
+        return value
+    changed = type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return nnx.data(changed) if hasattr(nnx, "data") else changed

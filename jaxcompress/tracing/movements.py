@@ -76,6 +76,8 @@ def _of_weights(
         return []
     if name in ELEMENTWISE:
         return [_combined(values, tags, results[0])]
+    if name == "dot_general":
+        return [_selected(params, values, tags, results[0])]
     if name == "concatenate":
         return [_joined(params["dimension"], values, tags)]
     if name == "stack":
@@ -99,6 +101,8 @@ def _of_weights(
         return after
     if isinstance(tag, Joined):
         return [_of_joined(eqn, values, tag, results[0])]
+    if name == "pad":
+        return [_padded(params["padding_config"], tag, values[0].shape)]
     return [_of_one(eqn, values, tag, results[0])]
 
 
@@ -216,6 +220,51 @@ def _gathered(params: Any, values: Sequence, weight: Weight, result: jax.Array) 
     return dataclasses.replace(weight, axes=tuple(axes), picked=picked)
 
 
+def _selected(
+    params: Any, values: Sequence, tags: Sequence[Tag], result: jax.Array
+) -> Tag:
+    """Return the tag of slices that a product with one-hot vectors picks."""
+    if not is_slice_product(params, values, tags):
+        return None
+    side = 0 if isinstance(tags[0], Weight) else 1
+    weight, hot = tags[side], values[1 - side]
+    (mine,), (theirs,) = (params["dimension_numbers"][0][i] for i in (side, 1 - side))
+    kept = [axes for a, axes in enumerate(weight.axes) if a != mine]
+    rows = [size for b, size in enumerate(hot.shape) if b != theirs]
+    indices = [(Atom(-1 - i, 1, size),) for i, size in enumerate(rows)]
+    axes = (*kept, *indices) if side == 0 else (*indices, *kept)
+    picked = Picked(weight.axes[mine][0], hot_index(jnp.moveaxis(hot, theirs, -1)))
+    return dataclasses.replace(weight, axes=axes, picked=(*weight.picked, picked))
+
+
+def hot_index(x: jax.Array) -> jax.Array:
+    """Return where the last axis has its one; its size where it has none."""
+    return jnp.where(x.max(-1) > 0, jnp.argmax(x, -1), x.shape[-1])
+
+
+def is_slice_product(params: Any, values: Sequence, tags: Sequence[Tag]) -> bool:
+    """Return whether a product with one-hot vectors picks whole slices, as
+    `is_slice_gather` says of a gather.
+    """
+    if sorted(type(tag).__name__ for tag in tags) != ["OneHot", "Weight"]:
+        return False
+    side = 0 if isinstance(tags[0], Weight) else 1
+    contracted, batched = params["dimension_numbers"]
+    mine, weight = contracted[side], tags[side]
+    if len(mine) != 1 or batched[0]:
+        return False
+    return _is_slicing(weight, mine[0], values[side].shape)
+
+
+def _is_slicing(weight: Weight, axis: int, shape: Sequence[int]) -> bool:
+    """Return whether slices along an axis are matrices of a whole, untouched axis."""
+    others = [a for a in range(len(shape)) if a != axis]
+    matrices = sum(held_size(weight.axes[a]) > 1 for a in others) > 1
+    atoms = weight.axes[axis]
+    plain = len(atoms) == 1 and atoms[0] == Atom(atoms[0].axis, 1, shape[axis])
+    return matrices and plain and not any(jnp.ndim(p.index) for p in weight.picked)
+
+
 def is_slice_gather(params: Any, values: Sequence, weight: Weight) -> bool:
     """Return whether a gather picks whole slices of two axes or more along one whole
     axis.
@@ -225,15 +274,9 @@ def is_slice_gather(params: Any, values: Sequence, weight: Weight) -> bool:
     sizes, shape = params["slice_sizes"], table.shape
     if len(rows) != 1 or numbers.operand_batching_dims or indices.shape[-1] != 1:
         return False
-    others = [axis for axis in range(table.ndim) if axis != rows[0]]
-    whole = all(sizes[axis] == shape[axis] for axis in others)
-    matrices = sum(held_size(weight.axes[axis]) > 1 for axis in others) > 1
-    one = tuple(numbers.collapsed_slice_dims) == rows and len(weight.axes[rows[0]]) == 1
-    plain = one and weight.axes[rows[0]][0] == Atom(
-        weight.axes[rows[0]][0].axis, 1, shape[rows[0]]
-    )
-    chosen = any(jnp.ndim(picked.index) for picked in weight.picked)
-    return whole and matrices and plain and not chosen
+    whole = all(sizes[a] == shape[a] for a in range(table.ndim) if a != rows[0])
+    one = tuple(numbers.collapsed_slice_dims) == rows
+    return whole and one and _is_slicing(weight, rows[0], shape)
 
 
 def _combined(values: Sequence, tags: Sequence[Tag], result: jax.Array) -> Tag:
@@ -260,6 +303,19 @@ def _combined(values: Sequence, tags: Sequence[Tag], result: jax.Array) -> Tag:
     if len({tag.name for tag in largest}) == 1:
         return largest[0]
     return Joined(None, tuple((tag, 0, 0) for tag in largest))
+
+
+def _padded(config: Sequence, weight: Weight, shape: Sequence[int]) -> Tag:
+    """Return the tag of a weight padded along one axis, as if joined with constants."""
+    around = [(axis, *pads) for axis, pads in enumerate(config) if any(pads)]
+    if not around:
+        return weight
+    axis, before, after, inside = around[0]
+    if len(around) > 1 or inside or min(before, after) < 0:
+        return None
+    end = before + shape[axis]
+    parts = [(None, 0, before), (weight, before, shape[axis]), (None, end, after)]
+    return Joined(axis, tuple(part for part in parts if part[2]))
 
 
 def _inserted(tag: Tag, axis: int) -> Tag:

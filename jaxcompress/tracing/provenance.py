@@ -179,6 +179,8 @@ def original_layout(
     order = [atom.axis for atom in weight.stack]
     chosen = sorted(weight.picked, key=lambda picked: jnp.ndim(picked.index))
     order += [picked.atom.axis for picked in chosen]
+    if len(set(order)) < len(order):
+        return None  # layers in groups, sliced twice along one axis
     role.update(dict.fromkeys(order, "stack"))
     batched: list[int] = []
     for name, axes in (("stack", stack), ("inputs", inputs), ("outputs", outputs)):

@@ -7,7 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.tracing.movements import is_slice_gather
+from jaxcompress.tracing.movements import (
+    hot_index,
+    is_slice_gather,
+    is_slice_product,
+)
 from jaxcompress.tracing.provenance import (
     Atom,
     OneHot,
@@ -64,6 +68,8 @@ def uses_of(
     weights = [is_weight(tag) for tag in tags]
     if name == "dot_general" and weights[0] != weights[1]:
         side = weights.index(True)
+        if is_slice_product(eqn.params, values, tags) and tags[side].name in experts:
+            return []
         for tag, w, x in _parts(eqn.params, values, tags[side], side):
             uses.append(_product(eqn.params, w, x, tag, side, tags[1 - side], mapped))
     elif name == "conv_general_dilated" and weights == [False, True]:
@@ -226,7 +232,7 @@ def _one_hot(
     x = x.transpose(
         *lead, *rows, *(b for b in range(x.ndim) if b not in (*lead, *rows))
     )
-    hot = jnp.where(x.max(-1) > 0, jnp.argmax(x, -1), x.shape[-1])
+    hot = hot_index(x)
     if weight.axes[mine[0]][0].flipped or not weight.axes[mine[0]][0].whole:
         return None
     before = [atom.axis for a in stack for atom in weight.axes[a]]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.progress import each_item
+from jaxcompress.tree.equality import share
 from jaxcompress.tree.layouts import Layout, suggestion, with_layout
 from jaxcompress.tree.leaf import Leaf, dense, is_box, is_leaf, nbytes
 from jaxcompress.tree.methods import describe, traits, unwrap, with_default
@@ -97,7 +98,8 @@ def compress(
       traced: names that count as seen by a trace, with those of layouts and moments.
 
     Returns:
-        The tree, with a leaf type in place of each selected array.
+        The tree, with a leaf type in place of each selected array. One array under
+        several names stays one where the results are equal.
 
     Warns of large leaves that a method leaves alone by default, with their share of
     the bytes.
@@ -129,6 +131,7 @@ def compress(
             _name_large(small, bound, {*layouts, *(moments or {})})
         small = _run(small, bound, moments, layouts, progress, done, reasons)
         instead |= bound.instead
+    small = share(params, small)
     _check_boxes(small)
     if record is not None:
         record += leaf_reports(params, small, done, reasons, moments, layouts, instead)

@@ -1,8 +1,11 @@
-"""Equality of trees, bit for bit."""
+"""Equality of trees, bit for bit, and leaves that several names share."""
+
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.types import Params
 
 
@@ -17,3 +20,20 @@ def same_bits(left: Params, right: Params) -> bool:
         and np.asarray(x).tobytes() == np.asarray(y).tobytes()
         for x, y in zip(a, b, strict=True)
     )
+
+
+def share(before: Params, after: Params) -> Params:
+    """Return `after` with one leaf where `before` has one array under several names.
+
+    Leaves that differ, as by different moments, stay apart, and so do traced ones.
+    """
+    arrays = jax.tree.leaves(before, is_leaf=is_leaf)
+    leaves, treedef = jax.tree.flatten(after, is_leaf=is_leaf)
+    first: dict[int, Any] = {}
+    for number, (array, leaf) in enumerate(zip(arrays, leaves, strict=True)):
+        if is_leaf(leaf) and first.setdefault(id(array), leaf) is not leaf:
+            other = first[id(array)]
+            traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaf))
+            if not traced and same_bits(other, leaf):
+                leaves[number] = other
+    return jax.tree.unflatten(treedef, leaves)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from jaxcompress.tree.array_access import ArrayAccess, one_line
@@ -331,18 +332,31 @@ def dense_cost(weight: Any) -> int:
 def materialize(params: Any) -> Any:
     """Replace every leaf of a tree by its dense array; traceable.
 
+    A leaf that has several names becomes one array.
+
     Args:
       params: pytree of arrays and leaves.
 
     Example:
       >>> dense = jc.materialize(jc.compress(params, "symmetric(bits=8)"))
     """
+    made: dict[int, tuple[Any, Any]] = {}  # by id of a leaf: the leaf, its array
+
+    def once(x: Any) -> Any:
+        if not is_leaf(x):
+            return x
+        if id(x) not in made:
+            made[id(x)] = x, dense(x)
+        return made[id(x)][1]
+
     with decoding(params):
-        return jax.tree.map(dense, params, is_leaf=is_leaf)
+        return jax.tree.map(once, params, is_leaf=is_leaf)
 
 
 def nbytes(params: Any) -> int:
     """Count the bytes of the arrays really held, leaves included.
+
+    An array that has several names is held once.
 
     Args:
       params: pytree of arrays and leaves; the result of `eval_shape` serves too.
@@ -351,7 +365,9 @@ def nbytes(params: Any) -> int:
       >>> jc.nbytes(x), jc.nbytes(jc.symmetric(x, bits=4))
       (16384, 2176)
     """
-    arrays = (x for x in jax.tree.leaves(params) if hasattr(x, "dtype"))
+    arrays = [x for x in jax.tree.leaves(params) if hasattr(x, "dtype")]
+    held = {id(x): x for x in arrays if isinstance(x, jax.Array | np.ndarray)}
+    arrays = [x for x in arrays if id(x) not in held] + list(held.values())
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 

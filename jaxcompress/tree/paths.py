@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.tree.containers import check_tree
 from jaxcompress.tree.layouts import (
     DENSE,
     Layout,
@@ -251,16 +252,6 @@ def entries(
     return result
 
 
-def check_tree(params: Any) -> None:
-    """Raise TypeError for a `TrainState`, whose optimizer holds kernels too."""
-    if hasattr(params, "params") and hasattr(params, "opt_state"):
-        raise TypeError(
-            f"a {type(params).__name__} is not a tree of parameters: its optimizer "
-            "holds arrays of the same names. Pass state.params, and put the result "
-            "back by state.replace(params=...)"
-        )
-
-
 def check_names(names: list[str]) -> None:
     """Raise ValueError where two leaves of a tree have one name."""
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -309,15 +300,27 @@ def array_names(params: Any) -> Any:
 
 
 def roots(params: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Name and value of every outermost leaf or array, in order."""
+    """Name and value of every outermost leaf or array, in order.
+
+    Raises TypeError for a state of training.
+    """
     if isinstance(params, Leaf):
         yield name, params
         return
+    if not name:
+        check_tree(params)
     for key, child in children(params)[0]:
         if child is params:
             yield name, params
         else:
             yield from roots(child, join(name, key))
+
+
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """Return shape and dtype of an array, a leaf, or a Python number."""
+    if not hasattr(x, "dtype"):
+        return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def is_transparent(leaf: Leaf) -> bool:

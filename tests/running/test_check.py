@@ -68,3 +68,57 @@ def test_a_norm_around_a_kernel_says_what_to_do(norm):
     small = jc.compress(params, "symmetric(bits=4)", layouts=layouts)
     with pytest.raises(ValueError, match=r"Dense_0/kernel: .*Fold the norm into"):
         jc.check(model, small, BATCH, variables=variables)
+
+
+class Doubled(nn.Module):
+    """A layer whose parameters are doubled, as a tree, before it reads them."""
+
+    double: bool
+
+    @nn.compact
+    def __call__(self, x):
+        change = lambda tree: jax.tree.map(lambda a: a * 2.0, tree)  # noqa: E731
+        lifted = nn.map_variables(
+            nn.Dense, "params", trans_in_fn=change, init=self.is_initializing()
+        )
+        return (lifted if self.double else nn.Dense)(64, name="layer")(x)
+
+
+def test_factors_that_a_model_changes_as_a_tree_are_found():
+    params = nn.Dense(64).init(jax.random.key(0), jnp.ones((2, 64)))["params"]
+    small = jc.compress({"layer": params}, "svd(rank=4)")
+    assert jc.check(Doubled(False), small, BATCH) is None
+    with pytest.raises(ValueError, match=r"kernel: .*as a tree.*parts of a LowRank"):
+        jc.check(Doubled(True), small, BATCH)
+    with pytest.warns(UserWarning, match="parts of a LowRank"):
+        jc.compress_blockwise(
+            Doubled(True), {"layer": params}, "svd(rank=4)", [jnp.ones((2, 64))]
+        )
+
+
+class Scanned(nn.Module):
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.Dense(64, name="dense")(x), None
+
+        stack = nn.scan(
+            Block,
+            variable_axes={"params": self.axis},
+            split_rngs={"params": True},
+            length=2,
+        )
+        return stack(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_factors_that_a_scan_slices_pass(axis):
+    model = Scanned(axis)
+    params = model.init(jax.random.key(0), jnp.ones((2, 64)))["params"]
+    layouts = jc.find_layouts(model, params, BATCH)
+    small = jc.compress(params, "svd(rank=4)", layouts=layouts)
+    assert jc.check(model, small, BATCH) is None

@@ -383,15 +383,3 @@ def test_nnx_errors_name_the_parameter(network):
     for given, message in cases:
         with pytest.raises(ValueError, match=message):
             running_nnx.with_params(model, given)
-
-
-def test_nnx_container_that_cannot_be_written_is_an_error():
-    class Fixed(nnx.Module):
-        def __init__(self, rngs):
-            pair = (nnx.Param(jnp.ones((4, 4))), nnx.Param(jnp.ones((4, 4))))
-            self.pair = nnx.data(pair) if hasattr(nnx, "data") else pair
-
-    model = Fixed(nnx.Rngs(0))
-    params = running_nnx.params_of(model)
-    with pytest.raises(ValueError, match="pair/0: its container"):
-        running_nnx.with_params(model, params)

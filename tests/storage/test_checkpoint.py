@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import types
 import zlib
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from flax.core import FrozenDict
+from flax.core import freeze
 from trees_for_tests import (
     NARROW,
     RNG,
@@ -83,10 +84,11 @@ def test_what_compress_makes_comes_back(recipe, path):
     check_same(storage.restore_orbax(path.with_suffix(".orbax")), small)
 
 
-def test_numpy_oddities_and_frozen_dicts_are_kept_by_value(path):
+def test_numpy_oddities_and_other_mappings_are_kept_by_value(path):
     big_endian = np.arange(3, dtype=">i4")
     turned = np.arange(6, dtype=np.int8).reshape(2, 3).T
-    storage.save(path, FrozenDict({"b": big_endian, "t": turned, "s": np.float32(2)}))
+    values = {"b": big_endian, "t": turned, "s": np.float32(2)}
+    storage.save(path, types.MappingProxyType(values))
     found = storage.load(path)
     assert type(found) is dict
     assert found["b"].tolist() == [0, 1, 2]
@@ -668,3 +670,19 @@ def test_a_header_as_long_as_a_pickle_begins_is_read(length, tmp_path):
         assert size < length
         name += "x" * max(1, (length - size) // 4)  # names are written more than once
     assert storage.load(path)[name] == 1
+
+
+def test_frozen_dicts_are_kept(tmp_path, monkeypatch):
+    inner = {"kernel": jc.symmetric(jnp.ones((8, 8)), bits=8)}
+    tree = {"a": freeze({"b": inner}), "c": [{"d": jnp.ones(2)}, (freeze({}),)]}
+    for name, saved in {"some": tree, "all": freeze(tree), "none": inner}.items():
+        for save, load in ((jc.save, jc.load), (jc.save_orbax, jc.restore_orbax)):
+            path = tmp_path / f"{name}_{save.__name__}"
+            save(path, saved)
+            check_same(load(path), saved)
+    monkeypatch.setattr(
+        "jaxcompress.storage.checkpoint.frozen_paths", lambda tree: [("x",)]
+    )
+    jc.save(tmp_path / "wrong", inner)
+    with pytest.raises(jc.FileDamaged, match="no dict to freeze"):
+        jc.load(tmp_path / "wrong")

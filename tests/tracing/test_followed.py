@@ -52,6 +52,11 @@ def sharded(p, x):
     return product(x, p["w"])
 
 
+def hot(choice, x):
+    """One-hot vectors of indices that the trace takes for the batch's."""
+    return jax.nn.one_hot(jnp.asarray(choice) + jnp.int32(0 * x[0, 0]), 3)
+
+
 W = {"w": STACK[0]}
 CASES = {
     "static slices, one at rest": (
@@ -169,6 +174,39 @@ CASES = {
             )
         },
     ),
+    "experts picked by one-hot vectors": (
+        lambda p, x: jnp.einsum(
+            "ti,tio->to", x, jnp.einsum("te,eio->tio", hot(CHOICE, x), p["w"])
+        ),
+        {"w": STACK},
+        {"w": (THREE, of_slices(X[CHOICE == 0], 0 * X, X[CHOICE == 2]))},
+    ),
+    "two experts picked by one-hot vectors": (
+        lambda p, x: jnp.einsum(
+            "ti,iokt->tko",
+            x,
+            jnp.einsum(
+                "eio,tke->iokt", p["w"], hot(np.stack([CHOICE, 0 * CHOICE], 1), x)
+            ),
+        ),
+        {"w": STACK},
+        {
+            "w": (
+                THREE,
+                of_slices(np.concatenate([X[CHOICE == 0], X]), 0 * X, X[CHOICE == 2]),
+            )
+        },
+    ),
+    "padded outputs": (
+        lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 2))),
+        W,
+        {"w": (PLAIN, second(X))},
+    ),
+    "padded inputs": (
+        lambda p, x: jnp.pad(x, ((0, 0), (3, 1))) @ jnp.pad(p["w"], ((3, 1), (0, 0))),
+        W,
+        {"w": (PLAIN, second(X))},
+    ),
     "rows sorted by experts": (
         lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([5, 0, 7])),
         {"w": STACK},
@@ -253,6 +291,26 @@ def test_what_is_not_followed_is_named_with_the_layout_to_write():
     with pytest.warns(UserWarning, match=r"67%.* odd.*'odd': jc\.Layout\(stack=\(0,\)"):
         layouts = jc.find_layouts(model, params, jnp.ones((4, 64)))
     assert layouts == {"w": PLAIN}
+
+
+def test_a_stack_cut_into_groups_is_named():
+    params = {"w": jnp.ones((4, 64, 64))}
+
+    def inner(x, w):
+        return jnp.tanh(x @ w), None
+
+    def group(x, w):
+        return jax.lax.scan(inner, x, w)
+
+    def model(p, x):
+        return jax.lax.scan(group, x, p["w"].reshape(2, 2, 64, 64))[0]
+
+    with pytest.warns(UserWarning, match=r"'w': jc\.Layout\(stack=\(0,\)"):
+        assert jc.find_layouts(model, params, jnp.ones((4, 64))) == {}
+    layouts = {"w": jc.Layout((0,), (1,), (2,))}
+    small = jc.compress(params, "symmetric(bits=8)", layouts=layouts)
+    want = model(jc.materialize(small), jnp.ones((4, 64)))
+    np.testing.assert_allclose(model(small, jnp.ones((4, 64))), want, rtol=1e-5)
 
 
 def test_where_leaves_weights_out():
