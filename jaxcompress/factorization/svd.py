@@ -107,7 +107,7 @@ def svd(
     inputs, outputs = x.shape[-2:]
     if sum(option is not None for option in (rank, fraction, energy)) != 1:
         raise ValueError(
-            "svd takes exactly one of rank, keep and energy, not "
+            "svd takes exactly one of rank, fraction and energy, not "
             f"rank={rank!r}, fraction={fraction!r}, energy={energy!r}"
         )
     if energy is not None:
@@ -333,7 +333,8 @@ def _rank_of_energy(
     if any(isinstance(a, jax.core.Tracer) for a in (x, *weighting)):
         raise TypeError(
             "svd with energy is a host method: the rank it finds depends on values, so "
-            "it can't run under jit, vmap or scan. Give rank or keep, or use it outside"
+            "it can't run under jit, vmap or scan. Give rank or fraction, or use it "
+            "outside"
         )
     values = np.asarray(_energies(x, *weighting, damping=damping), np.float64)
     kept = np.cumsum(values, axis=-1)

@@ -25,8 +25,11 @@ from jaxcompress.tree.methods import method
 # Steps that each dtype holds exactly, also after a product with any code.
 SMALLEST_STEP = {"float32": 2.0**-120, "bfloat16": 2.0**-120, "float16": 2.0**-14}
 LARGEST_STEP = {"float32": 2.0**120, "bfloat16": 2.0**120, "float16": 2.0**15}
+# What a search tries, for all grids and number formats. 1 is first: a tie keeps it.
 # Above 1 too: on the symmetric grid a larger step saves the clipped positive end.
-FACTORS = np.array([100, *range(30, 100, 2), *range(102, 122, 2)], np.float32) / 100
+STEP_FACTORS = (
+    np.array([100, *range(30, 100, 2), *range(102, 122, 2)], np.float32) / 100
+)
 
 
 @method()
@@ -44,9 +47,11 @@ def symmetric(
 
     With `S = max|x|` of a block the step is `S / 2^(bits - 1)` and the code
     `round(x / step)`, clipped to `[-2^(bits - 1), 2^(bits - 1) - 1]`: the error is at
-    most half a step, except at the clipped positive end, where it is up to a whole one.
-    One bit is plus or minus the mean magnitude of the block. A block holding NaN or
-    Inf, or weights that `scale_dtype` cannot reach, becomes NaN.
+    most half a step, except at the clipped positive end, where it is up to a whole one
+    (for steps in float32 and without `search`, which clips more, at both ends). One bit
+    is plus or minus the mean magnitude of the block, whatever `full_range` and `search`
+    say. A block holding NaN or Inf, or weights that `scale_dtype` cannot reach, becomes
+    NaN; `compress` raises before that.
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
@@ -57,8 +62,12 @@ def symmetric(
       full_range: the sign of the largest magnitude picks the side that is not
         clipped (its step is negative where that is the positive one). Helps most at
         2 and 3 bits.
-      search: the step of least squared error among factors 0.3 to 1.2 of the above.
-      scale_dtype: "bfloat16" (the default: 16 / block bits per weight, and the range
+      search: False: the step above. True: per block, that multiple of it, among 46
+        from 0.3 to 1.2, whose sum of squared weight errors is least; all weights count
+        alike, and a tie keeps 1. It lowers the error of weights, not always that of the
+        model: measure.
+      scale_dtype: of the step, which the field `scale` stores: "bfloat16" (the
+        default: 16 / block bits per weight, and the range
         of float32), "float32" or "float16" (steps below 2^-14 are raised to it). Codes
         are chosen for the step as stored.
 
@@ -163,6 +172,7 @@ def check_bits(name: str, bits: Any, most: int) -> None:
 
 
 def check_weights(x: jax.Array, name: str, block: Block, scale_dtype: str) -> None:
+    """Raise where a method of this name cannot quantize `x` in such blocks."""
     whole = checks.is_integer(block) and block >= 1
     if not (whole or block is None or block == "tensor"):
         raise ValueError(
@@ -255,19 +265,24 @@ def _ends(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def best_factor(
-    blocks: jax.Array, steps: Callable[[Any], Steps], grid: str, bits: Any
+    blocks: jax.Array, steps_at: Callable[[Any], Steps], grid: str, bits: Any
 ) -> jax.Array:
-    """Return the factor of least squared error per block; 1 where none is better.
+    """Return the factor of `STEP_FACTORS` with the least squared error, per block.
 
     One candidate at a time, so that no more than the weights themselves is held.
+
+    Args:
+      blocks: weights `[..., blocks, inputs of a block, outputs]`.
+      steps_at: from a factor, a number or `[..., blocks, outputs]`, to the steps as
+        they will be stored.
+      grid, bits: of the codes.
     """
-    unit = jnp.abs(steps(1).scale)[
-        ..., None, :
-    ]  # so that no square over- or underflows
+    # A unit, so that no square over- or underflows.
+    unit = jnp.abs(steps_at(1).scale)[..., None, :]
 
     def better(best: tuple, factor: jax.Array) -> tuple[tuple, None]:
         least, chosen = best
-        wide = jax.tree.map(lambda step: step[..., None, :], steps(factor))
+        wide = jax.tree.map(lambda step: step[..., None, :], steps_at(factor))
         codes = encode(blocks, wide, grid=grid, bits=bits)
         values = decode(codes, wide, grid=grid, bits=bits)
         error = jnp.sum(jnp.square((blocks - values) / unit), axis=-2)
@@ -275,7 +290,7 @@ def best_factor(
         return (jnp.where(wins, error, least), jnp.where(wins, factor, chosen)), None
 
     start = jnp.full_like(unit[..., 0, :], jnp.inf), jnp.ones_like(unit[..., 0, :])
-    (_, chosen), _ = jax.lax.scan(better, start, FACTORS)
+    (_, chosen), _ = jax.lax.scan(better, start, STEP_FACTORS)
     return chosen
 
 

@@ -175,7 +175,8 @@ def _rounded(
         _, exponent = jnp.frexp(largest)  # largest < 2^exponent
         step = jnp.where(largest > 0, jnp.ldexp(1.0, exponent - 3), 0)
         step = jnp.where(jnp.isfinite(largest), step, jnp.nan)
-        step = 2 * step if search else step  # its neighbours on both sides
+        # 2 times 0.3 to 1.2, rounded to powers of two: half the step, itself, twice it.
+        step = 2 * step if search else step
         nested = functools.partial(_scales, grid="e8m0", whole=jnp.ones_like)
     elif name == "nvfp4":
         most = LEVELS["e4m3"].largest

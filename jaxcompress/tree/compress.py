@@ -260,8 +260,8 @@ def _apply(f: Method, entry: Entry) -> Any:
             "narrow the pattern, or put (pattern, None) before it"
         )
     _check_finite(x)
-    moments = entry.moments
-    if traits(f).data and hasattr(moments, "checked"):
+    moments = entry.moments if traits(f).data else None
+    if hasattr(moments, "checked"):
         moments = moments.checked(entry.name)
     matrix = entry.matrix(x)
     # Without the layout, so that equal shapes share a compilation.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import jax
+import numpy as np
 
 from jaxcompress.types import Method
 
@@ -22,6 +23,9 @@ _FOREIGN = (
     r"(?:bit|bits|b)(\d+)",
 )
 _EXAMPLES = {"bits": 4, "rate": 3.0, "sparsity": 0.5, "rank": 64}
+
+# Types of second arguments that are no moments but options without a name.
+_NO_MOMENTS = (bool, int, float, str, jax.Array, np.ndarray)
 
 Selection = Literal["weights", "codes", "floats"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -36,13 +40,14 @@ class Traits:
     embeddings, and the weights inside leaves in their place, of 4 096 elements or
     more; "codes": integer arrays inside leaves; "floats": every floating-point array.
     `traceable`: output shapes depend on shapes and options only, so it may be jitted.
-    `data`: it uses moments where there are any. `without_data`: the method that
-    takes its place where inputs have no second moment; None: it needs none.
+    `data`: it reads moments, whether it needs them or not; others get None.
+    `without_data`: the method that takes its place where inputs have no second moment;
+    None: it needs none.
     """
 
     selects: Selection
     traceable: bool | Callable[[dict[str, Any]], bool]
-    data: bool = True
+    data: bool
     without_data: Any = None
 
 
@@ -62,33 +67,48 @@ def precise(function: Function) -> Function:
 
 
 def method(
+    function: Method | None = None,
+    /,
     *,
     selects: Selection = "weights",
     traceable: bool | Callable[[dict[str, Any]], bool] = True,
     data: bool = False,
     without_data: Callable[[dict[str, Any]], Method] | None = None,
-) -> Callable[[Method], Method]:
+) -> Any:
     """Register `f(x, moments=None, *, options) -> leaf` under its name.
 
     The decorated function called without `x` returns a partial, so that
-    `symmetric(bits=4)` is a recipe. A host method raises on tracers, naming itself.
-    Where that depends on the options, `traceable` is a function of them.
+    `symmetric(bits=4)` is a recipe. Options are literals, since recipes are strings: a
+    method that draws numbers takes `seed: int`, never a key, and sees neither the name
+    of a leaf nor its index in a stack, so that equal matrices get equal draws.
 
     Args:
-      selects, traceable, data: see `Traits`.
+      function: given where the decorator has no parentheses.
+      selects: which leaves it takes as a whole recipe. "weights": kernels and
+        embeddings; "codes": integer arrays inside leaves; "floats": every
+        floating-point array.
+      traceable: whether shapes of the result depend on shapes and options only, or a
+        function of the options that says so. A host method raises on tracers.
+      data: whether it reads moments, required or not; without, it gets None.
       without_data: for a method that needs moments, `(options) -> method` of the same
         width or sparsity that needs none; the method's options as they were given.
 
     Example:
       >>> @jc.method()
-      ... def halved(x, moments=None, *, factor: float = 0.5):
-      ...     return x * factor
-      >>> small = jc.compress(params, "halved(factor=0.25)")
+      ... def halved(x, moments=None, *, keep: float = 0.5):
+      ...     return jc.magnitude(x / 2, sparsity=1 - keep)
+      >>> small = jc.compress(params, "halved(keep=0.25)")
     """
 
     def register(function: Method) -> Method:
         name = function.__name__
         allowed = _options(function)
+        first = list(inspect.signature(function).parameters.values())[:2]
+        if len(first) < 2 or first[1].kind is first[1].KEYWORD_ONLY:
+            raise TypeError(
+                f"write {name}(x, moments=None, *, option=...): a method takes an "
+                "array, its moments, and options by name"
+            )
         precisely = precise(function)
 
         @functools.wraps(function)
@@ -96,6 +116,13 @@ def method(
             _check_options(name, options, allowed)
             if x is None:
                 return functools.partial(call, **options)
+            if isinstance(moments, _NO_MOMENTS):
+                raise TypeError(
+                    f"the second argument of {name} is the moments of x, not a "
+                    f"{type(moments).__name__}; options are given by name"
+                )
+            if missing := _missing(options, allowed):
+                raise TypeError(_needs(name, missing))
             if _traced(x) and not _is_traceable(traceable, options):
                 raise TypeError(
                     f"{name} is a host method: the shapes it returns depend on values, "
@@ -111,7 +138,7 @@ def method(
         _METHODS[name] = call
         return call
 
-    return register
+    return register if function is None else register(function)
 
 
 def unwrap(f: Method) -> tuple[Method, dict[str, Any]]:
@@ -130,7 +157,7 @@ def traits(f: Method) -> Traits:
     A function of the user's own counts as a host method on weights: it always works.
     """
     f, options = unwrap(f)
-    declared = getattr(f, "traits", Traits("weights", False))
+    declared = getattr(f, "traits", Traits("weights", traceable=False, data=True))
     instead = declared.without_data
     return dataclasses.replace(
         declared,
@@ -203,17 +230,8 @@ def parse(text: str) -> Method:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{wrong}; {keyword.arg} is not a literal") from error
     options = _checked(target.id, options)
-    missing = [
-        name
-        for name, parameter in _options(_METHODS[target.id]).items()
-        if parameter.default is parameter.empty and name not in options
-    ]
-    if missing:
-        example = ", ".join(f"{name}={_EXAMPLES.get(name, '...')}" for name in missing)
-        raise ValueError(
-            f"{target.id} needs {' and '.join(missing)}, for instance "
-            f"{target.id}({example})"
-        )
+    if missing := _missing(options, _options(_METHODS[target.id])):
+        raise ValueError(_needs(target.id, missing))
     return functools.partial(_METHODS[target.id](), **options)
 
 
@@ -250,11 +268,27 @@ def _options(function: Method) -> dict[str, inspect.Parameter]:
 
 
 def _check_options(name: str, options: dict[str, Any], allowed: dict) -> None:
-    for option in options:
+    for option, value in options.items():
         if option not in allowed:
             raise ValueError(
                 f"{name} has no option {option!r}; {_known(option, allowed)}"
             )
+        if isinstance(allowed[option].default, bool) and value not in (True, False):
+            raise ValueError(f"{name} takes {option}=True or False, not {value!r}")
+
+
+def _missing(options: dict[str, Any], allowed: dict) -> list[str]:
+    """Return the options without a default that were not given."""
+    return [
+        name
+        for name, parameter in allowed.items()
+        if parameter.default is parameter.empty and name not in options
+    ]
+
+
+def _needs(name: str, missing: list[str]) -> str:
+    example = ", ".join(f"{each}={_EXAMPLES.get(each, '...')}" for each in missing)
+    return f"{name} needs {' and '.join(missing)}, for instance {name}({example})"
 
 
 def _known(name: str | None, names: Any) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from jaxcompress.coding.integers.leaf import Packed
 from jaxcompress.quantization import GRIDS, asymmetric, sign_split, symmetric
+from jaxcompress.quantization.nearest import STEP_FACTORS
 from jaxcompress.tree.leaf import dense, nbytes
 
 BLOCKS = [None, 7, 64, "tensor"]  # one per output, dividing, too long, all; 5: ragged
@@ -248,17 +249,29 @@ def test_search_is_never_worse_in_any_block_and_mostly_better(method, block):
     assert searched.sum() < (0.9 if few else 1) * plain.sum()
 
 
-def test_search_finds_the_best_of_its_factors():
-    """At 4 bits of one block, against all factors tried one by one in float64."""
-    x = weights(64, 1, seed=2)
-    largest = np.abs(np.asarray(x, np.float64)).max() / 8
-    errors = []
-    for factor in np.arange(30, 122, 2) / 100:
-        scale = np.full((1, 1), largest * factor)
-        values = oracles.nearest(np.asarray(x), "symmetric", 4, None, scale)
-        errors.append(((values - np.asarray(x)) ** 2).sum())
-    leaf = symmetric(x, bits=4, search=True, scale_dtype="float32")
-    np.testing.assert_allclose(block_errors(x, leaf)[0], min(errors), rtol=1e-4)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_search_finds_the_best_of_its_factors(bits):
+    """The factor of every block, against all tried one by one in float64."""
+    normal = np.random.default_rng(2).normal(size=(64, 40))
+    x = np.float32(normal * np.abs(normal) ** np.linspace(0, 4, 40))  # heavier tails
+    x[:, 0], x[0, 0] = -0.5, -4.0  # clipped by the smallest factor at 2 bits
+    x[:, 1] = np.abs(x[:, 1]).max()  # the positive end: saved by the largest
+    factors = np.sort(STEP_FACTORS.astype(np.float64))
+    plain = np.abs(x.astype(np.float64)).max(axis=0, keepdims=True) / 2 ** (bits - 1)
+    errors = [
+        ((oracles.nearest(x, "symmetric", bits, None, plain * factor) - x) ** 2).sum(0)
+        for factor in factors
+    ]
+    leaf = symmetric(jnp.asarray(x), bits=bits, search=True, scale_dtype="float32")
+    np.testing.assert_allclose(block_errors(x, leaf), np.min(errors, axis=0), rtol=1e-4)
+    chosen = np.asarray(leaf.scale[0] / plain[0])
+    best = np.sort(errors, axis=0)
+    clear = best[1] > 1.001 * best[0]  # elsewhere two factors are as good
+    wanted = factors[np.argmin(errors, axis=0)]
+    np.testing.assert_allclose(chosen[clear], wanted[clear], rtol=1e-5)
+    assert clear.mean() > 0.5
+    if bits == 2:
+        np.testing.assert_array_equal(wanted[:2], factors[[0, -1]])
 
 
 def test_codes_are_counted_and_really_packed():

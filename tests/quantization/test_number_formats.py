@@ -125,6 +125,17 @@ def test_scales_follow_the_definition(case, name):
         np.testing.assert_allclose(scale, largest / LEVELS[name].largest, rtol=2**-8)
 
 
+def test_a_search_of_powers_tries_half_and_twice():
+    """Blocks of mxfp4 that gain by half the scale of their range, by none, by twice."""
+    x = np.full((96, 1), 1.5, np.float32)
+    x[:32], x[0] = 0.25, 4.0  # finer, though the largest is clipped
+    x[32] = 6.0  # the largest level, at a step of 1
+    x[64:], x[64] = 1.0, 7.9  # above it
+    leaves = jc.mxfp4(jnp.asarray(x)), jc.mxfp4(jnp.asarray(x), search=True)
+    plain, searched = (leaf.scale.materialize()[:, 0] for leaf in leaves)
+    np.testing.assert_array_equal(searched / plain, [0.5, 1, 2])
+
+
 @every
 def test_a_search_never_makes_a_block_worse(case, name):
     x, _ = case
