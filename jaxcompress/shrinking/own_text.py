@@ -83,7 +83,7 @@ def write_text(
             carry = first, model.init_cache(batch, slots)
             texts[number].append(np.asarray(first))
         elif place * segment % SLOTS == 0:
-            carry = carry[0], grow_cache(carry[1], slots)
+            carry = carry[0], _grow(carry[1], slots)
         carry, tokens = _write(
             model,
             params,
@@ -95,6 +95,15 @@ def write_text(
         texts[number].append(np.asarray(tokens, np.int32))
     rows = [np.concatenate(parts, axis=1)[:, :length] for parts in texts]
     return np.concatenate(rows)[:count]
+
+
+def _grow(cache: Any, slots: int) -> Any:
+    """Grow the cache layer by layer, so that only one of them is held twice."""
+    for name in list(cache):
+        if name != "index":
+            larger = grow_cache({"layer": cache.pop(name)}, slots)["layer"]
+            cache[name] = jax.block_until_ready(larger)
+    return cache
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="steps", donate_argnums=2)

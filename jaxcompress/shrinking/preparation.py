@@ -94,7 +94,7 @@ def prepare(
     amount = estimate(subject, planned, layouts, chosen, writes=writes)
     stages.say(f"{grouped(subject.weights)} weights; {describe_estimate(*amount)}")
     known = "" if store is None else digest(None, subject.params)
-    about: list[Any] = [known, effort]
+    about: list[Any] = [known, dataclasses.astuple(chosen)]
     if subject.language and (needs or source is not None):
         # Without calibration of its own, an effort measures as "good" does.
         wanted = chosen if chosen.texts else choose_effort("good")
