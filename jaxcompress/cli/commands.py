@@ -4,6 +4,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,34 @@ def inspect(options: argparse.Namespace) -> None:
                     "shape": "x".join(map(str, shape)),
                     "dtype": dtype,
                     "bytes in file": stored.nbytes(name),
-                    "bits/weight": 8 * stored.nbytes(name) / max(1, np.prod(shape)),
+                    "bits in file": 8 * stored.nbytes(name) / max(1, np.prod(shape)),
                 }
             )
         total = sum(file.size for file in stored.files()) + stored.index_bytes
         running.show(reporting.table(rows), "")
+        if options.parts:
+            running.show(reporting.table(list(_parts(stored))), "")
         for key, value in {**stored.metadata, "versions": stored.versions}.items():
             running.show(f"{key}: {json.dumps(value)}")
         running.show(f"{len(rows)} leaves, {reporting.grouped(total)} bytes in all")
+
+
+def _parts(stored: storage.StoredParams) -> Iterator[dict[str, Any]]:
+    """Yield a row for each array of a file, and for each kind of other bytes."""
+    for name in stored.names:
+        weights = max(1, np.prod(stored.describe(name)[1]))
+        for part in stored.parts(name):
+            yield {
+                "array": _shown_name(part.name, stored.metadata),
+                "stored as": part.dtype,
+                "shape": "x".join(map(str, part.shape)),
+                "coding": part.coding or "none",
+                "bytes in file": part.nbytes,
+                "bits a weight": 8 * part.nbytes / weights,
+            }
+    for name, count in stored.overhead().items():
+        other = dict.fromkeys(("stored as", "shape", "coding"), "")
+        yield {"array": f"({name})"} | other | {"bytes in file": count}
 
 
 def _shown_name(name: str, metadata: dict[str, Any]) -> str:

@@ -212,6 +212,7 @@ def parser() -> argparse.ArgumentParser:
         "inspect small.safetensors",
     ).add_argument
     add("file", help="a file written by compress")
+    add("--parts", action="store_true", help="each array, its coding, and other bytes")
 
     add = command(
         commands.verify,

@@ -95,14 +95,15 @@ def leaf_table(
 ) -> Table:
     """Tabulate leaves: the largest ones, the rest in one row, the total.
 
-    Bits per weight are those in memory; `stored` are bytes in a file by leaf name.
+    `bits` are those of a weight in memory; `stored` are bytes in a file by leaf name.
+    The relative error is `|x - y| / |x|` (Frobenius norms) of the weights.
     """
     order = sorted(reports, key=lambda report: -report.bytes_before)
     shown, rest = order[:largest], order[largest:]
     grid = Table(box=None, pad_edge=False)
     for name in ("leaf", "shape", "method"):
         grid.add_column(name, no_wrap=True)
-    columns = ("bytes before", "in memory", "bits/weight", "in file", "error")
+    columns = ("bytes before", "in memory", "bits", "in file", "relative error")
     for name in columns if stored else columns[:3] + columns[4:]:
         grid.add_column(name, justify="right", no_wrap=True)
     for report in shown:

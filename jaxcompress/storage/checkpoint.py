@@ -40,7 +40,7 @@ def save(
     error leaves an old file as it was. One array is on the host at a time, or 64 MiB
     of small ones.
 
-    Arrays are coded without loss where that makes them smaller (`coding.array_codecs`):
+    Arrays are coded without loss where that makes them smaller (docs/format.md, section 4):
     the coding belongs to the file, and the tree that `load` gives is the one that was
     saved.
 
@@ -51,7 +51,8 @@ def save(
       params: the tree.
       metadata: what to keep next to the tree, for instance the recipe; JSON, so tuples
         are restored as lists.
-      coding: "size" for the smallest file; "decode" for a coding that decodes sooner
+      coding: "size" for the smallest file of these (integers after `entropy_code()`
+        are a little smaller still); "decode" for a coding that decodes sooner
         (`code_floats`); "none" leaves every array as it is, so that any reader of
         .safetensors sees its numbers.
       max_shard_bytes: bytes of arrays in a file; a larger array has its own.

@@ -89,7 +89,7 @@ class TensorFile:
 
     Attributes: `path`, `size` (bytes), `about` (the JSON object), `spans` (`Span` by
     name, in order of the data), `codings` (by name, of arrays that are coded), `seal`
-    (the digest that seals the file).
+    (the digest that seals the file), `own_bytes` (of description and checksums).
 
     Raises:
       FileDamaged: any byte of the header or the checksums is not what was written.
@@ -250,6 +250,7 @@ class TensorFile:
             raise self._damaged(f"it lacks {ABOUT}")
         span = self.spans[ABOUT]
         data = self.read(ABOUT, "uint8", (span.stop - span.start,))
+        self.own_bytes = span.stop - span.start, DIGEST * (len(self.spans) + 2)
         del self.spans[ABOUT]
         try:
             inflater = zlib.decompressobj()

@@ -13,8 +13,7 @@ MAGIC = {  # first bytes of files that are mistaken for ours
 
 
 def check_ours(path: str, first: bytes) -> None:
-    """Return names what a file is, where its first nine bytes are those of another
-    program.
+    """Name a file whose first nine bytes are those of another program.
 
     Those of ours are the header's length, any number, and the "{" of the header: a
     length of 640 bytes begins as a pickle does.
@@ -31,3 +30,5 @@ def check_ours(path: str, first: bytes) -> None:
                 "`python -m jaxcompress compress` and models.load read models of "
                 "other programs (.gguf files, Hugging Face directories)"
             )
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in first[:8]):
+        raise ValueError(f"{path} is no .safetensors file; it begins as a text does")

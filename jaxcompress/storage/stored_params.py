@@ -4,7 +4,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,13 +24,27 @@ from jaxcompress.tree.names import nearest
 from jaxcompress.types import Params
 
 
+class Part(NamedTuple):
+    """One array of a leaf as a file stores it.
+
+    `name` in the file; dtype and shape of the array; `coding` of section 4 of
+    docs/format.md, empty where it is stored plainly; `nbytes` in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    coding: str
+    nbytes: int
+
+
 class StoredParams:
-    """Parameters in a file; made by `open`.
+    """Parameters in a file; made by `open_checkpoint`.
 
     Attributes:
       path: of the file, or of the index of shards.
       names: of the outermost leaves and arrays, in order; "/" and "~" in a key are
-        written ~1 and ~0.
+        written ~1 and ~0. Those of `models.save` begin with "params/".
       tree: the tree with these names in the places of the leaves.
       metadata: what `save` was given.
       versions: of the packages that wrote the file.
@@ -181,6 +195,25 @@ class StoredParams:
         """Return bytes that the arrays of one leaf take in the file."""
         spans = [self._file_of(x).spans[x] for x, _, _ in self._arrays(name)]
         return sum(span.stop - span.start for span in spans)
+
+    def parts(self, name: str) -> list[Part]:
+        """Return the arrays of one leaf as they are stored, without reading them."""
+        found = []
+        for array, dtype, shape in self._arrays(name):
+            file = self._file_of(array)
+            span = file.spans[array]
+            coding = file.codings.get(array, "")
+            found.append(Part(array, dtype, shape, coding, span.stop - span.start))
+        return found
+
+    def overhead(self) -> dict[str, int]:
+        """Return the bytes of all files that are no parameters, by what they hold."""
+        files = self.files()
+        arrays = sum(span.stop - span.start for f in files for span in f.spans.values())
+        about, seals = (sum(f.own_bytes[i] for f in files) for i in range(2))
+        header = sum(file.size for file in files) - arrays - about - seals
+        total = {"header": header, "description": about, "checksums": seals}
+        return total | ({"index": self.index_bytes} if self._shards else {})
 
     def describe(self, name: str) -> tuple[str, tuple[int, ...], str]:
         """Type, dense shape and dense dtype of one leaf, without reading it."""

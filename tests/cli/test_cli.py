@@ -1,6 +1,7 @@
 """The command line, in this process, on a tiny model."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -65,6 +66,12 @@ def test_compress_writes_a_model_that_loads(run, folder):
     out = run("inspect", "small.safetensors")
     assert "\nlayer_1/attention/q_proj/kernel" in out  # as recipes name it
     assert "symmetric(bits=4, block=32)" in out and "Quantized" in out
+
+    out = run("inspect", "small.safetensors", "--parts")
+    parts = out.split("array ", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+    counts = [re.search(r"  (\d[\d ]*?)  +(\S+)$", line)[1] for line in parts]
+    assert sum(int(count.replace(" ", "")) for count in counts) == size
+    assert any("codes" in line and "bytes" in line for line in parts)
 
     out = run("verify", "small.safetensors")
     assert f"{size:,}".replace(",", " ") in out
