@@ -196,7 +196,8 @@ def _by_recipe(
     running.show(
         reporting.leaf_table(reports, inside, largest=options.leaves),
         "",
-        f"{grouped(size.file_bytes)} bytes, {size.bits_per_weight:.3f} bits per weight in all",
+        f"{grouped(size.file_bytes)} bytes, {size.bits_per_weight:.3f} bits per weight "
+        "in all",
         _written(options, tokenizer),
     )
     if not options.recipe and not options.recipe_file:

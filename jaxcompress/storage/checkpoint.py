@@ -40,9 +40,9 @@ def save(
     error leaves an old file as it was. One array is on the host at a time, or 64 MiB
     of small ones.
 
-    Arrays are coded without loss where that makes them smaller (docs/format.md, section 4):
-    the coding belongs to the file, and the tree that `load` gives is the one that was
-    saved.
+    Arrays are coded without loss where that makes them smaller (docs/format.md, section
+    4): the coding belongs to the file, and the tree that `load` gives is the one that
+    was saved.
 
     Args:
       path: of the file. Where the arrays take more than `max_shard_bytes`, shards
