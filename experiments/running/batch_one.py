@@ -29,6 +29,7 @@ from experiments.common.results import about
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.reporting import append_lines
 from jaxcompress.running.decode_once import decode_once
+from jaxcompress.running.merged import merge_layers
 
 MIB = 2**20
 PER_OUTPUT = "symmetric(bits=8)"
@@ -78,6 +79,9 @@ def ways(model: Any, planned: str) -> dict[str, tuple[Any, Callable[[Any], Any],
     def by(recipe: Any) -> Callable[[Any], Any]:
         return lambda params: jc.compress(params, recipe)
 
+    def merged(recipe: Any) -> Callable[[Any], Any]:
+        return lambda params: merge_layers(jc.compress(params, recipe))
+
     halves = model.clone(dtype=jnp.bfloat16)
     all_ways = {
         "float32": (model, lambda params: params, plain),
@@ -89,6 +93,8 @@ def ways(model: Any, planned: str) -> dict[str, tuple[Any, Callable[[Any], Any],
         "8 bits in compressed_matmul": (model, by(PER_OUTPUT), inside),
         "4 bits in blocks of 64": (model, by(IN_BLOCKS), plain),
         "4 bits in blocks of 64 in compressed_matmul": (model, by(IN_BLOCKS), inside),
+        "8 bits, merged, in compressed_matmul": (model, merged(PER_OUTPUT), inside),
+        "4 bits, merged, in compressed_matmul": (model, merged(IN_BLOCKS), inside),
     }
     if planned:
         stored = lambda params: decode_once(jc.load(planned))  # noqa: E731

@@ -14,6 +14,7 @@ from jaxcompress.running.compressed_matmul.products import (
     dense_general,
     einsum,
 )
+from jaxcompress.running.compressed_matmul.siblings import computed
 from jaxcompress.running.interception import instead, mode, running, waiting_weights
 
 Activations = Literal["float", "int8", "auto"]
@@ -74,10 +75,12 @@ def compressed_matmul(*, activations: Activations = "float") -> Iterator[None]:
             f"{', '.join(map(repr, get_args(Activations)))}, not {activations!r}"
         )
     token = instead.set(functools.partial(_product, activations))
+    siblings = computed.set({})
     try:
         with running(activations), waiting_weights():
             yield
     finally:
+        computed.reset(siblings)
         instead.reset(token)
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.running.compressed_matmul.narrow import is_narrow, narrow_product
+from jaxcompress.running.compressed_matmul.siblings import merged_product
+from jaxcompress.running.merged import Elsewhere, Merged
 from jaxcompress.tree.layouts import Product, product
 from jaxcompress.tree.leaf import Arithmetic, Leaf, is_box
 
@@ -58,6 +60,14 @@ def dense(module: nn.Dense, activations: str, inputs: jax.Array) -> jax.Array | 
     shape = (inputs.shape[-1], module.features)
     if module.dot_general is not None or module.dot_general_cls is not None:
         return None
+    kernel = stored(module, "kernel")
+    if isinstance(kernel, Merged | Elsewhere) and kernel.shape == shape:
+        how = Arithmetic(module.precision, activations)
+        y = merged_product(module, how, inputs, kernel)
+        x, _, bias = module.promote_dtype(
+            inputs, jnp.zeros((), kernel.dtype), bias_of(module), dtype=module.dtype
+        )
+        return _biased(y.astype(x.dtype), bias)
     return _affine(module, activations, inputs, shape, (0,))
 
 
@@ -152,9 +162,13 @@ def _affine(
     how = Arithmetic(module.precision, activations)
     y = matched.multiply(x, how).astype(x.dtype)
     y = y if order is None else y.transpose(order)
+    return _biased(y, None if bias is None else jnp.expand_dims(bias, across))
+
+
+def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Add a bias along the last axes of `y`."""
     if bias is None:
         return y
-    bias = jnp.expand_dims(bias, across)
     return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
