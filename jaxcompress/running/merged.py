@@ -128,7 +128,8 @@ def merge_layers(
         wanted = "; ".join(", ".join(group) for group in groups)
         raise ValueError(
             f"no layers to merge: siblings named {wanted}, with kernels quantized "
-            "alike, are wanted; pass groups= of this model, or arrays=True for dense kernels"
+            "alike, are wanted; pass groups= of this model, or arrays=True for dense "
+            "kernels"
         )
     return merged
 
