@@ -223,6 +223,17 @@ def test_the_same_bytes_twice(method):
     assert contents(apply(method, parameters())) == contents(compressed(method))
 
 
+@pytest.mark.slow
+@every
+def test_a_constant_of_a_jitted_function_gives_the_same(method):
+    """As frozen parts do that a loss closes over, alone and in a slice of a stack."""
+    scanned = compressed(method, scanned=True)["layers"]["up"]["kernel"]
+    looped = compressed(method)["layer_0"]["up"]["kernel"]
+    for leaf in (looped, scanned):
+        inside = jax.jit(lambda leaf=leaf: dense_of(leaf) + 0)()
+        check_same(inside, dense_of(leaf), dense_of(leaf))
+
+
 @every
 @pytest.mark.parametrize("scanned", [False, True])
 def test_saved_and_loaded_bit_for_bit(method, scanned, tmp_path):

@@ -294,7 +294,8 @@ def _roomy(coded: CodedLevels) -> CodedLevels:
     room = max(0, contexts.MOST - kinds)
     width = coded.frequencies.shape[-1]
     lead = coded.states.shape[:-1]
-    tables = coded.frequencies.reshape(*lead, -1, kinds, width)
+    # On the host: under a trace, JAX turns an operation on constants into a tracer.
+    tables = _on_host(coded.frequencies).reshape(*lead, -1, kinds, width)
     tables = _filled(tables, -2, kinds + room, 0).reshape(*lead, -1, width)
     words = max(64, coded.words.shape[-1])
     return dataclasses.replace(
@@ -306,11 +307,19 @@ def _roomy(coded: CodedLevels) -> CodedLevels:
     )
 
 
-def _filled(x: jax.Array, axis: int, size: int, value: int) -> Any:
+def _filled(x: Any, axis: int, size: int, value: int) -> Any:
     room = [(0, 0)] * x.ndim
     room[axis] = (0, size - x.shape[axis])
-    xp = jnp if isinstance(x, jax.Array) and len(x.devices()) > 1 else np
-    return xp.pad(xp.asarray(x), room, constant_values=value)
+    x = _on_host(x)
+    xp = np if isinstance(x, np.ndarray) else jnp
+    return xp.pad(x, room, constant_values=value)
+
+
+def _on_host(x: Any) -> Any:
+    """Return a concrete array of one device in NumPy, others as they are."""
+    traced = isinstance(x, jax.core.Tracer)
+    spread = isinstance(x, jax.Array) and not traced and len(x.devices()) > 1
+    return x if traced or spread else np.asarray(x)
 
 
 def side_bits(fit: contexts.Contexts, outputs: int) -> int:
