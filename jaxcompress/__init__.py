@@ -1,7 +1,8 @@
 """Pure functions that make Flax language models small, and exact again.
 
 Examples in docstrings take as given: `import jaxcompress as jc`, a Flax `model` with
-`params`, `tokens`, `batches` and `moments`; a weight `x` with moments `of_x`; a `key`.
+`params`, `tokens`, `tokenizer`, `batches` and `moments`; a weight `x` with moments
+`of_x`; a `key`.
 """
 
 import importlib

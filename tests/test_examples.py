@@ -41,8 +41,11 @@ PUBLIC = {
 @pytest.fixture(scope="module")
 def names():
     """What every example may use; the package's docstring says so."""
+    tokenizer = jc.tokenization.train(
+        ["a small text", "another small text"] * 20, kind="word", vocab_size=270
+    )
     model = jc.models.Transformer(
-        vocab_size=64,
+        vocab_size=tokenizer.vocab_size,
         width=64,
         layers=2,
         heads=2,
@@ -73,9 +76,7 @@ def names():
         ),
         "key": jax.random.key(2),
         "windows": jc.evaluation.windows(np.arange(64) % 8, length=16, batch=2),
-        "tokenizer": jc.tokenization.train(
-            ["a small text", "another small text"] * 20, kind="word", vocab_size=270
-        ),
+        "tokenizer": tokenizer,
         "loss_fn": jc.distillation.hard_labels(apply_fn),
         "model": model,
         "apply_fn": apply_fn,

@@ -40,6 +40,22 @@ def test_types_are_announced():
     assert "Typing :: Typed" in PROJECT["project"]["classifiers"]
 
 
+def test_type_checkers_see_the_public_names():
+    """A lazy table hides names from them: the stub repeats it as imports."""
+    stub = ast.parse((ROOT / "jaxcompress" / "__init__.pyi").read_text("utf-8"))
+    seen = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    wanted = {name: f"jaxcompress.{home}.{name}" for name, home in jc._HOMES.items()}
+    wanted |= {name: f"jaxcompress.{home}" for name, home in jc._MODULES.items()}
+    assert seen == wanted
+    packed = PROJECT["tool"]["setuptools"]["package-data"]["jaxcompress"]
+    assert "__init__.pyi" in packed
+
+
 def test_importing_the_package_stays_light():
     """What is heavy is imported where it is used first; see the table of names."""
     heavy = [

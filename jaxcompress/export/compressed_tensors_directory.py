@@ -62,9 +62,6 @@ def compressed_tensors(
     | `nvfp4` | nvfp4-pack-quantized |
     | array, or losslessly coded array | dense |
 
-        small = jc.compress(params, [(".*/kernel", "gptq(bits=4, block=64)")], moments)
-        jc.export.compressed_tensors("out", model, small, tokenizer, dtype="bfloat16")
-
     Args:
       directory: must not exist, or be empty. It appears when it is complete.
       model: a Transformer, looped or scanned.
@@ -91,6 +88,11 @@ def compressed_tensors(
         schemes, or settings of the model that no architecture has; names the leaf. A
         pattern that matches no leaf.
       FileExistsError: the directory exists.
+
+    Example:
+      >>> rules = [(".*_proj/kernel", "gptq(bits=4, block=32)")]
+      >>> small = jc.compress(params, rules, moments)
+      >>> leaves = jc.export.compressed_tensors("out", model, small, dtype="bfloat16")
     """
     if activations not in (None, "dynamic"):
         raise ValueError(f"activations must be None or 'dynamic', not {activations!r}")

@@ -56,9 +56,6 @@ def gguf(
     to 8 bits Q8_0, where blocks are multiples of 32 and divide the inputs. Arrays are
     written as F32, F16 or BF16, vectors as F32.
 
-        recipe = "gptq(bits=4, block=32, scale_dtype='float16')"
-        jc.export.gguf("small.gguf", model, jc.compress(params, recipe, moments), words)
-
     Args:
       path: must not exist. The file appears when it is complete.
       model: a Transformer of the families Llama, Mistral, Qwen2 or Qwen3 without
@@ -82,6 +79,11 @@ def gguf(
         pattern that matches no leaf.
       FileExistsError: the file exists.
       ModuleNotFoundError: the package `gguf` is not installed.
+
+    Example:
+      >>> recipe = "symmetric(bits=4, block=32, scale_dtype='float16')"
+      >>> small = jc.compress(params, recipe)
+      >>> leaves = jc.export.gguf("small.gguf", model, small)
     """
     check_model(model, context)
     dtype, changes = float_dtype(dtype), Changes.of(dense, requantize)

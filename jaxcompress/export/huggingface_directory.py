@@ -35,8 +35,6 @@ def huggingface(
     Compressed leaves are written dense: the directory has the size of the dense model.
     `export.compressed_tensors` keeps codes.
 
-        jc.export.huggingface("out", model, small, tokenizer, dtype="bfloat16")
-
     Args:
       directory: must not exist, or be empty. It appears when it is complete.
       model: a Transformer, looped or scanned.
@@ -56,6 +54,11 @@ def huggingface(
       ValueError: no supported architecture has the model's settings, or `params` are
         of another model.
       FileExistsError: the directory exists.
+
+    Example:
+      >>> leaves = jc.export.huggingface("out", model, small, dtype="bfloat16")
+      >>> leaves[0].stored
+      'bfloat16'
     """
     config, family = described(model, tokenizer, context)
     dtype = float_dtype(dtype)

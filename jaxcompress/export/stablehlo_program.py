@@ -22,6 +22,10 @@ class Program:
 
     `names` and `arrays` are the compressed weights as they are stored, in the order in
     which the program takes them; both are empty where they are constants of it.
+
+    Example:
+      >>> program = jc.export.stablehlo(apply_fn, small, tokens)
+      >>> program.save("model.safetensors")
     """
 
     exported: export.Exported
@@ -83,9 +87,6 @@ def stablehlo(
 
     The weights stay compressed: the program dequantizes them where it multiplies.
 
-        program = jc.export.stablehlo(model, small, batch, platforms=["cpu", "tpu"])
-        program.save("model.safetensors")
-
     Args:
       model: a Linen or NNX module, or a function of `(params, batch)`.
       params: pytree of arrays and leaves.
@@ -99,6 +100,12 @@ def stablehlo(
 
     Source: `jax.export`; its documentation says for which versions of JAX a program
     keeps its meaning.
+
+    Example:
+      >>> platforms = ["cpu", "tpu"]
+      >>> program = jc.export.stablehlo(apply_fn, small, tokens, platforms=platforms)
+      >>> [x.shape for x in program.exported.out_avals]
+      [(2, 16, 64)]
     """
     platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     supported = ("cpu", "cuda", "rocm", "tpu")

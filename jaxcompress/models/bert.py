@@ -101,6 +101,12 @@ class Bert(nn.Module):
     `scan` stacks the layers' parameters along axis 0 under `layers` instead of
     `layer_0`, `layer_1`, ... (`stack_layers`). `sow_intermediates` leaves attention
     maps `[B, H, T, T]` and hidden states in the "intermediates" collection.
+
+    Example:
+      >>> sizes = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 64}
+      >>> encoder = jc.models.Bert(vocab_size=100, **sizes)
+      >>> jax.eval_shape(encoder.init_with_output, key, tokens)[0].shape
+      (2, 16, 32)
     """
 
     vocab_size: int
@@ -170,6 +176,15 @@ def sentence_embeddings(states: jax.Array, mask: jax.Array) -> jax.Array:
 
     As all-MiniLM-L6-v2 does it; padding does not count. Source: Reimers and Gurevych
     2019, Sentence-BERT (arXiv 1908.10084).
+
+    Args:
+      states: of a `Bert`, `[B, T, width]`.
+      mask: above zero where a token is not padding, `[B, T]`.
+
+    Example:
+      >>> states, mask = jnp.ones((2, 3, 4)), jnp.ones((2, 3))
+      >>> jc.models.sentence_embeddings(states, mask).shape
+      (2, 4)
     """
     counts = (mask > 0)[..., None]
     total = jnp.where(counts, states.astype(jnp.float32), 0).sum(axis=1)

@@ -14,6 +14,11 @@ class ConvNet(nn.Module):
     after every second one. The mean over what is left of the image is the head's input.
     Its variables are "params" and "batch_stats"; with `train=True` the latter must be
     mutable: they become a moving average of each batch's statistics.
+
+    Example:
+      >>> network, images = jc.models.ConvNet(filters=(4, 8)), jnp.ones((2, 8, 8, 1))
+      >>> jax.eval_shape(network.init_with_output, key, images)[0].shape
+      (2, 10)
     """
 
     filters: tuple[int, ...] = (16, 32, 32, 64)

@@ -49,8 +49,6 @@ def generate(
     first token; layers multiply by the other stored parts, as in `compressed_matmul`,
     with the activations of a `compressed_matmul` around the call.
 
-        generate(model, params, tokenizer, "Once", on_text=lambda text, row: ...)
-
     Args:
       model: a `Transformer`.
       params: dense or compressed.
@@ -70,6 +68,9 @@ def generate(
     Raises:
       ValueError: options out of range, or an empty prompt where the tokenizer has no
         begin mark.
+
+    Example:
+      >>> text = jc.models.generate(model, params, tokenizer, "a small", max_tokens=4)
     """
     _check(max_tokens, temperature, top_k, top_p, stop, key)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -98,10 +98,22 @@ def open_weights(
 ) -> tuple[Transformer, Any, Tokenizer | None]:
     """Open a model as `load` reads it; each weight is read when it is asked for.
 
-    What takes the place of the parameters is what `compress_blockwise` takes:
-    `[name]` reads a leaf, `tree` has a name for each. A file of `models.save`, a
-    `.gguf` file, a Hugging Face directory or a hub name; not "reference", which is
-    small. `dtype` casts the weights of foreign files; a file of ours keeps its own.
+    In place of the parameters it returns `LazyParams`, which `compress_blockwise`
+    takes: `[name]` reads a leaf, `tree` has a name for each.
+
+    Args:
+      name_or_path: a file of `models.save`, a `.gguf` file, a Hugging Face directory or
+        a hub name; not "reference", which is small.
+      dtype: of the weights of foreign files; a file of ours keeps its own.
+      ignore, keep_quantized: as for `load`.
+
+    Raises as `load`.
+
+    Example:
+      >>> jc.models.save("model.safetensors", model, params, tokenizer)
+      >>> model, lazy, tokenizer = jc.models.open_weights("model.safetensors")
+      >>> lazy["final_norm/scale"].shape
+      (64,)
     """
     path = Path(name_or_path)
     if _is_gguf(path):

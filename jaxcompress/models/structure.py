@@ -87,6 +87,13 @@ def filter_groups(model: ConvNet) -> dict[str, Group]:
 
     The names are those of the tree `{"params": ..., "batch_stats": ...}`, which must
     shrink together.
+
+    Args:
+      model: the network.
+
+    Example:
+      >>> list(jc.models.filter_groups(jc.models.ConvNet(filters=(4, 8))))
+      ['conv_0', 'conv_1']
     """
     groups = {}
     for i in range(len(model.filters)):
@@ -112,6 +119,13 @@ def resized(model: Transformer | ConvNet, params: Params) -> Transformer | ConvN
       model: the model before.
       params: of the transformer, looped or scanned as `model.scan` says; or the
         variables of the convolutional network.
+
+    Example:
+      >>> groups = jc.models.neuron_groups(model)
+      >>> keep = {name: np.arange(48) for name in groups}
+      >>> smaller = jc.structured.remove_units(params, groups, keep)
+      >>> jc.models.resized(model, smaller).mlp_width
+      48
     """
     if isinstance(model, ConvNet):
         kernels = params["params"]
@@ -153,6 +167,10 @@ def layer_influence(
       ValueError: no batches.
 
     Source: Men et al. 2024, "ShortGPT" (arXiv 2403.03853, section 3.1).
+
+    Example:
+      >>> jc.models.layer_influence(model, params, [tokens]).shape
+      (2,)
     """
     watched = model.clone(sow_intermediates=True)
 

@@ -83,6 +83,12 @@ def fewer_neurons(
       sparsity: fraction of the neurons of each layer to drop.
 
     Raises as `neuron_groups`, `score_units`, `choose_units`, `remove_units`.
+
+    Example:
+      >>> fewer = jc.models.fewer_neurons
+      >>> student, small = fewer(model, params, moments, sparsity=0.5)
+      >>> student.mlp_width
+      32
     """
     groups = neuron_groups(model)
     scores = score_units(moments, groups, params=params)
@@ -114,6 +120,12 @@ def fewer_channels(
     Raises as `score_units`, `choose_units`, `remove_units`.
 
     Source: Muralidharan et al. 2024, Minitron (arXiv 2407.14679, section 2.2).
+
+    Example:
+      >>> fewer = jc.models.fewer_channels
+      >>> student, small = fewer(model, params, moments, sparsity=0.5)
+      >>> student.width
+      32
     """
     groups = {"width": channel_group(model)}
     scores = score_units(moments, groups, by="activation")
@@ -139,7 +151,17 @@ def channel_group(model: Transformer) -> Group:
     """Return the channels of the model's width, which all its parts share, of a looped
     model.
 
-    Raises ValueError on a scanned one.
+    Args:
+      model: looped.
+
+    Raises:
+      ValueError: the model is scanned.
+
+    Example:
+      >>> groups = {"width": jc.models.channel_group(model)}
+      >>> small = jc.structured.remove_units(params, groups, {"width": np.arange(32)})
+      >>> small["final_norm"]["scale"].shape
+      (32,)
     """
     if model.scan:
         raise ValueError(

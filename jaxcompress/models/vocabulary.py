@@ -32,6 +32,12 @@ def trim_vocabulary(
     Raises:
       ValueError: where embedding or head are compressed (trim first, then compress), or
         the tokenizer has more ids than the model.
+
+    Example:
+      >>> keep = tokenizer.encode("a small text")
+      >>> smaller = jc.models.trim_vocabulary(model, params, tokenizer, keep)
+      >>> smaller[0].vocab_size < model.vocab_size
+      True
     """
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(

@@ -50,9 +50,6 @@ def encode(
 ) -> bytes:
     """Compress any bytes, best text, to bytes that `decode` turns back exactly.
 
-        small = jc.textcoding.encode(text.encode())
-        text = jc.textcoding.decode(small).decode()
-
     Args:
       data: text in UTF-8, or any other bytes.
       model: a `Transformer`, an `ExactTransformer`, or None for the reference model.
@@ -70,6 +67,9 @@ def encode(
       ValueError: options out of range, no tokenizer, or a model that has no exact form.
       RuntimeError: the device does not compute exact sums, or the text was not
         restored.
+
+    Example:
+      >>> stored = jc.textcoding.encode(b"a small text", model, params, tokenizer)
     """
     overlap = window // 2 if overlap is None else overlap
     if not 2 <= window <= 8192:
@@ -143,6 +143,11 @@ def decode(
       FileDamaged: a ValueError; the file is cut, altered or none of ours.
       ValueError: the model or the tokenizer is not the one that the file was made with,
         or this device computes other logits; digests are named.
+
+    Example:
+      >>> stored = jc.textcoding.encode(b"a small text", model, params, tokenizer)
+      >>> jc.textcoding.decode(stored, model, params, tokenizer)
+      b'a small text'
     """
     window = container.read(stored).window
     return _decode(stored, _coder(model, params, tokenizer, window))
@@ -161,6 +166,11 @@ def verify(
     Args:
       stored: of `encode`.
       model, params, tokenizer: as for `decode`.
+
+    Example:
+      >>> stored = jc.textcoding.encode(b"a small text", model, params, tokenizer)
+      >>> jc.textcoding.verify(stored, model, params, tokenizer)
+      12
     """
     return len(decode(stored, model, params, tokenizer))
 

@@ -54,10 +54,6 @@ def exact(
     materialized and rounded anew. The result is a pytree: pass it to jitted functions
     as an argument.
 
-        exact_model = jc.textcoding.exact(model, params)
-        logits = jax.jit(lambda m, ids: m.apply(ids))(exact_model, ids)  # int32
-        nats = logits * (math.log(2) / 4096)
-
     Args:
       model: a `Transformer`, looped or scanned.
       params: its parameters, dense or compressed.
@@ -68,6 +64,11 @@ def exact(
       ValueError: the model has a setting without an integer form, a weight is not
         finite, a sum of a layer cannot be bounded, or the context is out of range; it
         names the setting, or the leaf and the bound.
+
+    Example:
+      >>> exact_model = jc.textcoding.exact(model, params, context=64)
+      >>> logits = jax.jit(lambda m, ids: m.apply(ids))(exact_model, tokens)  # int32
+      >>> nats = logits * (np.log(2) / 4096)
     """
     if not isinstance(model, Transformer):
         raise TypeError(
@@ -150,7 +151,16 @@ def self_test(exact_model: ExactTransformer) -> None:
 
     Every shape of a product is tried with the weights whose sums are nearest to 2**24,
     and inputs that reach the proved bound, against sums on the host that cannot round
-    either. Raises RuntimeError, naming the product, where one differs.
+    either.
+
+    Args:
+      exact_model: of `exact`.
+
+    Raises:
+      RuntimeError: a product differs; it is named.
+
+    Example:
+      >>> jc.textcoding.self_test(jc.textcoding.exact(model, params, context=64))
     """
     head_size = exact_model.model.head_size
     bound = math.isqrt(EXACT // head_size)

@@ -42,6 +42,11 @@ class ExactTransformer:
         stacked arrays where all layers are alike, else a list of dicts.
       model: the settings of the float model.
       context: positions that the rotary tables hold.
+
+    Example:
+      >>> exact_model = jc.textcoding.exact(model, params, context=64)
+      >>> jax.eval_shape(exact_model.apply, tokens).dtype
+      dtype('int32')
     """
 
     arrays: Any
