@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def check_concrete(params: Any, name: str) -> None:
     """Raise TypeError under a trace."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(params)):
         raise TypeError(
             f"{name} reads values on the host, so it can't run under jit, vmap or "
             "scan; plan outside and use the recipe inside"
@@ -25,7 +26,7 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Return whether a value is a finite real number; booleans are none."""
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
         value = np.asarray(value)[()]  # a scalar where there are no axes
     real = isinstance(value, int | float | np.integer | np.floating)
     return real and not isinstance(value, bool) and math.isfinite(value)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import roots
+from jaxcompress.types import Params
 
 __all__ = ["histograms", "layers", "masks", "size_quality", "spectra"]
 
@@ -130,7 +131,7 @@ def layers(report: Iterable[Any], *, title: str = "Bits and errors by leaf") -> 
 
 
 def spectra(
-    params: Any,
+    params: Params,
     names: Sequence[str] | None = None,
     *,
     title: str = "Singular values",
@@ -169,8 +170,8 @@ def spectra(
 
 
 def histograms(
-    params: Any,
-    small: Any = None,
+    params: Params,
+    small: Params = None,
     names: Sequence[str] | None = None,
     *,
     title: str = "Weights",
@@ -221,7 +222,7 @@ def histograms(
 
 
 def masks(
-    small: Any, names: Sequence[str] | None = None, *, title: str = "Nonzero weights"
+    small: Params, names: Sequence[str] | None = None, *, title: str = "Nonzero weights"
 ) -> Any:
     """Plot where weights are not zero, as densities of small squares.
 
@@ -258,7 +259,9 @@ def masks(
     return figure
 
 
-def _matrices(params: Any, names: Sequence[str] | None) -> list[tuple[str, jax.Array]]:
+def _matrices(
+    params: Params, names: Sequence[str] | None
+) -> list[tuple[str, jax.Array]]:
     """Name and first slice of the leaves that a picture shows."""
     leaves: Mapping[str, Any] = dict(roots(params))
     if names is None:

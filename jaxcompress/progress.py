@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TextIO
 
 QUIET = 10.0  # seconds between lines of progress where there is no terminal
@@ -10,7 +10,7 @@ QUIET = 10.0  # seconds between lines of progress where there is no terminal
 
 def each_item(
     items: Iterable[Any],
-    progress: bool | Callable[[Iterable[Any]], Iterable[Any]],
+    progress: bool | Callable[[Any], Iterable[Any]],
     *,
     label: str,
     total: int | None = None,
@@ -60,7 +60,7 @@ def track(
       unit: what the rate counts, `amount(item)` of it for each item.
       stream: where to write, by default the standard error.
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn

@@ -102,7 +102,12 @@ LONG = {
     "distillation.train",
     "measure_curvatures",
     "measure_curvatures_blockwise",
+    "models.generate",
     "shrink",
+    "textcoding.decode",
+    "textcoding.encode",
+    "textcoding.exact",
+    "textcoding.verify",
 }
 
 

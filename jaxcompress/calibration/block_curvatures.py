@@ -23,12 +23,12 @@ from jaxcompress.tracing.metric_gradients import Uses, find_uses
 from jaxcompress.tracing.modules import model_function
 from jaxcompress.tree.layouts import Layout, choose_layout
 from jaxcompress.tree.selection import planned_entries
-from jaxcompress.types import Batch
+from jaxcompress.types import Batch, Model, Params
 
 
 def measure_curvatures_blockwise(
-    model: Any,
-    params: Any,
+    model: Model,
+    params: Params,
     batches: Iterable[Batch],
     *,
     moments: Mapping[str, Moments] | None = None,
@@ -134,7 +134,7 @@ def _sequences(batches: Iterable[Batch], key: jax.Array) -> list[dict[str, Any]]
     return rows
 
 
-def _score(function: Callable[[Any, Any], jax.Array], params: Any, row: Any) -> Any:
+def _score(function: Callable[[Any, Any], jax.Array], params: Params, row: Any) -> Any:
     """Return the log-probability of tokens that the model itself would say."""
     logits = function(params, row["inputs"])
     if getattr(logits, "ndim", 0) != 3:
@@ -153,7 +153,7 @@ def _score(function: Callable[[Any, Any], jax.Array], params: Any, row: Any) -> 
 
 
 def _stretches(
-    model: Any, source: Source, rows: list[dict[str, Any]], blocks: str | None
+    model: Model, source: Source, rows: list[dict[str, Any]], blocks: str | None
 ) -> tuple[Streams, list[Uses]]:
     """Cut the program of the score, and find the uses of weights in each stretch."""
     function = model_function(model)

@@ -33,6 +33,7 @@ from jaxcompress.tracing.blocks import Segment
 from jaxcompress.tracing.metric_gradients import Uses
 from jaxcompress.tree.layouts import Layout, matricize
 from jaxcompress.tree.leaf import dense
+from jaxcompress.types import Params
 
 SCORE = "score"  # a weight of one, by which the score is multiplied at the end
 
@@ -79,7 +80,7 @@ class Measurement:
         stored = self.results.load(f"curvatures-{name}", {"run": self.run}, advice)
         return None if stored is None else jax.tree.map(np.asarray, stored[0])
 
-    def save(self, name: str, tree: Any) -> None:
+    def save(self, name: str, tree: Params) -> None:
         self.results.save(f"curvatures-{name}", tree, {"run": self.run})
 
     def mapped_path(self, name: str) -> str:

@@ -32,15 +32,15 @@ from jaxcompress.tree.layouts import Layout, check_layout
 from jaxcompress.tree.names import nearest
 from jaxcompress.tree.record import LeafReport
 from jaxcompress.tree.selection import bind
-from jaxcompress.types import LazyParams, Params
+from jaxcompress.types import LazyParams, Model, Params, Recipe
 
 CURVATURES = "curvatures", "joint_curvatures"
 
 
 def compress_blockwise(
-    model: Any,
+    model: Model,
     params: Params | LazyParams | str | os.PathLike,
-    recipe: Any,
+    recipe: Recipe,
     batches: Iterable[Any],
     *,
     moments: Mapping[str, Moments] | None = None,
@@ -51,7 +51,7 @@ def compress_blockwise(
     store: str | os.PathLike | None = None,
     record: list[LeafReport] | None = None,
     progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
-) -> Any:
+) -> Params:
     """Compress block by block, with the moments that each block meets after the
     compressed ones.
 
@@ -194,7 +194,7 @@ def _shown(parts: Iterator[Part], count: int, show: bool) -> Iterator[Part]:
 
 
 def _warn_if_refused(
-    function: Callable[[Any, Any], Any], small: Any, batch: Any
+    function: Callable[[Any, Any], Any], small: Params, batch: Any
 ) -> None:
     """Warn where the model cannot take the result: it took hours, so it is kept."""
     if refusal := find_refusal(function, small, batch):
@@ -222,7 +222,7 @@ def _layouts(
     return find_layouts(function, shapes, batch, where=seen.__contains__) | dict(fixed)
 
 
-def _wanted(source: Source, recipe: Any, layouts: Mapping[str, Layout]) -> set[str]:
+def _wanted(source: Source, recipe: Recipe, layouts: Mapping[str, Layout]) -> set[str]:
     """List names of the outermost leaves that a recipe takes; check its first stage."""
     taken: set[str] = set()
     for i, stage in enumerate(chain(recipe).stages):

@@ -25,6 +25,7 @@ from jaxcompress.tree.compress import compress
 from jaxcompress.tree.layouts import Layout, choose_layout
 from jaxcompress.tree.leaf import materialize
 from jaxcompress.tree.record import LeafReport, output_error
+from jaxcompress.types import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Job:
     """Hold what one run of `compress_blockwise` works on, and run its parts in turn."""
 
     source: Source
-    recipe: Any
+    recipe: Recipe
     wanted: set[str]  # full names of leaves that the recipe takes
     layouts: Mapping[str, Layout]  # of whole leaves, by full name
     fixed: frozenset[str]  # whose layouts the caller gave

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxcompress.storage.resume import Results, digest
 from jaxcompress.tree.compress import LeafReport, chain
 from jaxcompress.tree.methods import describe
+from jaxcompress.types import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _name(number: int) -> str:
 
 
 def digest_run(
-    recipe: Any,
+    recipe: Recipe,
     options: Mapping[str, Any],
     weights: Mapping[str, str],
     batches: Sequence,

@@ -19,11 +19,11 @@ from jaxcompress.tree.layouts import Layout, check_layout, trailing
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import is_float, roots, shape_of
 from jaxcompress.tree.selection import SMALLEST
-from jaxcompress.types import Params
+from jaxcompress.types import Model, Params
 
 
 def collect_moments(
-    model: Any,
+    model: Model,
     params: Params,
     batches: Iterable[Any],
     *,
@@ -265,5 +265,5 @@ def warn_few(moments: Mapping[str, Moments]) -> None:
 
 
 @jax.jit
-def _all_finite(moments: Any) -> jax.Array:
+def _all_finite(moments: Moments) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(moments)]))

@@ -26,7 +26,7 @@ def measure_curvatures(
     apply_fn: Callable[[Params, jax.Array], jax.Array],
     params: Params,
     batches: Iterable[Batch],
-    moments: Mapping[str, Any],
+    moments: Mapping[str, Moments],
     *,
     layouts: Mapping[str, Layout] | None = None,
     where: str | None = None,

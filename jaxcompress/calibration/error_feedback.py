@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 BLOCK = 32  # rows fed back within, in the cache, before later ones are updated
 
+float64: Callable[[bool], Any]
 if hasattr(jax, "enable_x64"):
     float64 = jax.enable_x64
 else:

@@ -66,6 +66,6 @@ def _stored(file: LazyParams) -> Source:
     return Source(shapes, lambda name: file[places[name]], rebuild(shapes), rebuild)
 
 
-def _rebuilder(tree: Any, names: list[str]) -> Callable[[Mapping[str, Any]], Params]:
+def _rebuilder(tree: Params, names: list[str]) -> Callable[[Mapping[str, Any]], Params]:
     structure = jax.tree.structure(tree, is_leaf=is_leaf)
     return lambda leaves: jax.tree.unflatten(structure, [leaves[n] for n in names])

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress.calibration.targets import (
     corrected_targets,
@@ -17,6 +18,7 @@ from jaxcompress.calibration.targets import (
     warn_unseen,
 )
 from jaxcompress.tree.layouts import Layout, trailing
+from jaxcompress.types import DType
 
 
 @jax.tree_util.register_dataclass
@@ -151,7 +153,7 @@ class Moments:
         named = {key: getattr(self, key) for key in ("count", *AVERAGED)}
         named = {key: x for key, x in named.items() if x is not None}
         moments = {key: named[key] for key in _SECONDS if key in named}
-        if any(isinstance(x, jax.core.Tracer) for x in named.values()):
+        if any(isinstance(x, Tracer) for x in named.values()):
             return dataclasses.replace(self, **fill_unseen(moments))
         refuse_not_finite(name, named)
         key = "second" if self.drifted is None else "drifted"
@@ -235,7 +237,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def empty_moments(
-    inputs: int, *, stack: tuple[int, ...] = (), dtype: Any = jnp.float32
+    inputs: int, *, stack: tuple[int, ...] = (), dtype: DType = jnp.float32
 ) -> Moments:
     """Return the moments of no tokens: the identity of `+` for those of one kernel."""
     return Moments(
@@ -266,7 +268,7 @@ def moments_from_covariance(covariance: jax.Array, *, count: float = 1.0) -> Mom
         raise ValueError(
             f"a covariance is [..., inputs, inputs], this has shape {covariance.shape}"
         )
-    if not isinstance(covariance, jax.core.Tracer):
+    if not isinstance(covariance, Tracer):
         gap = jnp.max(jnp.abs(covariance - jnp.swapaxes(covariance, -1, -2)))
         largest = jnp.max(jnp.abs(covariance))
         if not math.isfinite(largest):
@@ -305,7 +307,11 @@ def check_curvatures(moments: Mapping[str, Any]) -> bool:
 
 
 def require(
-    moments: Any, x: jax.Array, method: str, *, fields: tuple[str, ...] = ("second",)
+    moments: Moments | None,
+    x: jax.Array,
+    method: str,
+    *,
+    fields: tuple[str, ...] = ("second",),
 ) -> Moments:
     """Return the moments, `checked`, once they are known to be there and to fit `x`.
 

@@ -15,12 +15,12 @@ along the outputs of each, are an addition.
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jaxcompress.calibration.moments import require
+from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.coding.levels import trellis
 from jaxcompress.coding.levels.shrinkage import shrink_to_mean
 
@@ -48,7 +48,7 @@ class OutputFeedback(NamedTuple):
 
 
 def output_costs(
-    moments: Any, x: jax.Array, method: str
+    moments: Moments | None, x: jax.Array, method: str
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Return the cost of an error of each output, and joint curvatures where they are
     of use.

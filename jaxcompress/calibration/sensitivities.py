@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxcompress import checks
 from jaxcompress.calibration.damage import relative_square
+from jaxcompress.calibration.moments import Moments
 from jaxcompress.checks import check_concrete
 from jaxcompress.progress import each_item
 from jaxcompress.tree.layouts import Layout
@@ -23,7 +24,7 @@ def measure_sensitivities(
     params: Params,
     *,
     sizes: Sequence[float] = (0.1, 0.2),
-    moments: Mapping[str, Any] | None = None,
+    moments: Mapping[str, Moments] | None = None,
     layouts: Mapping[str, Layout] | None = None,
     where: str | None = None,
     key: jax.Array,

@@ -16,6 +16,7 @@ from jaxcompress.cli import demo, running
 from jaxcompress.evaluation import Apply, LanguageModelMetrics, perplexity
 from jaxcompress.models import generation
 from jaxcompress.models.saved import ARCHITECTURE
+from jaxcompress.types import Params
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -42,7 +43,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _score(
-    options: argparse.Namespace, model: Any, params: Any, tokenizer: Any
+    options: argparse.Namespace, model: Any, params: Params, tokenizer: Any
 ) -> dict[str, Any]:
     batches = running.text_batches(options, tokenizer)
     start = time.perf_counter()

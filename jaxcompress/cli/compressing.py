@@ -29,6 +29,7 @@ from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.paths import roots
 from jaxcompress.tree.record import LeafReport
+from jaxcompress.types import Params
 
 CODING = ("entropy_code()", "code_floats()")
 GOALS = ("size", "bits_per_weight", "kl")
@@ -228,7 +229,7 @@ def _append(options: argparse.Namespace, row: dict[str, Any]) -> None:
 
 
 def _moments(
-    options: argparse.Namespace, model: Any, params: Any, tokenizer: Any
+    options: argparse.Namespace, model: Any, params: Params, tokenizer: Any
 ) -> tuple[Any, Any]:
     """Measure what `--calibrate` asks for, for recipes; return batches alone for block
     by block.

@@ -9,6 +9,7 @@ from typing import Any
 from jaxcompress import reporting
 from jaxcompress.export import ExportedLeaf, compressed_tensors, gguf, huggingface
 from jaxcompress.models.loading import REFERENCE, load, open_weights
+from jaxcompress.types import Params
 
 FORMATS = ("compressed-tensors", "gguf", "huggingface")
 
@@ -76,7 +77,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _write(
-    options: argparse.Namespace, model: Any, params: Any, tokenizer: Any
+    options: argparse.Namespace, model: Any, params: Params, tokenizer: Any
 ) -> list[ExportedLeaf]:
     shared: dict[str, Any] = {"dtype": options.dtype, "context": options.context}
     if options.format == "huggingface":

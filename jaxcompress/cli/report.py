@@ -13,6 +13,7 @@ from jaxcompress.models.loading import load
 from jaxcompress.reporting.leaves import report
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import roots
+from jaxcompress.types import Params
 
 PRUNED = 0.3  # share of zeros from which masks are drawn; coarse codes have fewer
 
@@ -53,7 +54,7 @@ def report_(options: argparse.Namespace) -> None:
     running.show(f"{folder}: {', '.join(written)}")
 
 
-def _is_pruned(small: Any) -> bool:
+def _is_pruned(small: Params) -> bool:
     """Return whether a large matrix has many zeros."""
     matrices = [x for _, x in roots(small) if x.ndim > 1]
     if not matrices:

@@ -13,6 +13,7 @@ from jaxcompress.models.loading import load
 from jaxcompress.models.stacking import stack_layers
 from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tokenization import read_text
+from jaxcompress.types import Params
 
 PER_LAYER = ("heads", "kv_heads", "mlp_width", "sliding_window")
 
@@ -42,7 +43,7 @@ def load_to_run(name: str) -> tuple[Any, Any, Any]:
     return *to_run(model, params), tokenizer
 
 
-def to_run(model: Any, params: Any) -> tuple[Any, Any]:
+def to_run(model: Any, params: Params) -> tuple[Any, Any]:
     """Return a model with its layers stacked where they are alike, lossless arrays
     decoded.
     """
@@ -60,9 +61,9 @@ def to_run(model: Any, params: Any) -> tuple[Any, Any]:
 def compare_on_text(
     options: argparse.Namespace,
     model: Any,
-    params: Any,
+    params: Params,
     small_model: Any,
-    small: Any,
+    small: Params,
     tokenizer: Any,
 ) -> Report:
     batches = text_batches(options, tokenizer)

@@ -8,7 +8,6 @@ what repeats itself.
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from jaxcompress.coding import chunked_stream, palette_codec
 from jaxcompress.coding.floats import chunks as float_chunks
 from jaxcompress.coding.floats.bit_fields import SPLITS
+from jaxcompress.types import DType
 
 LEAST = 2048  # bytes; what a shorter array would gain its entry in a header costs
 SAMPLE = 1 << 10  # words, at each of so many places; or 8 times as many
@@ -95,7 +95,7 @@ def open_stream(
     read: chunked_stream.Read,
     size: int,
     coding: str,
-    dtype: Any,
+    dtype: DType,
     shape: tuple[int, ...],
 ) -> chunked_stream.Stream:
     """Return the stream of an array of this dtype and shape.
@@ -115,7 +115,7 @@ def open_stream(
 
 def decode(
     stream: chunked_stream.Stream,
-    dtype: Any,
+    dtype: DType,
     first: int = 0,
     last: int | None = None,
     *,

@@ -2,13 +2,15 @@
 
 import math
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress.tree.leaf import Leaf, leaf, static
+from jaxcompress.types import Array, DType
 
 
 @leaf
@@ -51,7 +53,7 @@ class Packed(Leaf):
         return _unpacked(self)
 
 
-def pack_bits(codes: jax.Array, bits: int) -> Packed:
+def pack_bits(codes: Array, bits: int) -> Packed:
     """Pack codes `[..., inputs, outputs]` (or `[inputs]`) of `bits` bits into bytes.
 
     Traceable. Codes are unsigned: values in `[0, 2^bits - 1]`, whatever the dtype.
@@ -79,7 +81,7 @@ def pack_bits(codes: jax.Array, bits: int) -> Packed:
         raise ValueError("pack takes codes of at least one axis, not a scalar")
     if not 1 <= bits <= 32:
         raise ValueError(f"cannot pack {bits} bits per code; bits must be 1 to 32")
-    if not isinstance(codes, jax.core.Tracer) and codes.size and bits < 32:
+    if not isinstance(codes, Tracer) and codes.size and bits < 32:
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= 1 << bits:
             raise ValueError(
@@ -123,7 +125,7 @@ def packing_axis(shape: tuple[int, ...], bits: int) -> int:
     return -1 if inputs < 8 and fewer else -2
 
 
-def pack_fields(codes: jax.Array, bits: int, *, axis: int = -2) -> jax.Array:
+def pack_fields(codes: Array, bits: int, *, axis: int = -2) -> jax.Array:
     """Return the bytes of `pack`; a NumPy array is packed by NumPy, on the host."""
     xp: ModuleType = np if isinstance(codes, np.ndarray) else jnp
     if axis == -1:
@@ -148,7 +150,7 @@ def pack_fields(codes: jax.Array, bits: int, *, axis: int = -2) -> jax.Array:
 
 
 def unpack_fields(
-    packed: jax.Array, bits: int, length: int, *, axis: int = -2, dtype: Any = "uint8"
+    packed: Array, bits: int, length: int, *, axis: int = -2, dtype: DType = "uint8"
 ) -> jax.Array:
     """Return the codes in `packed`; shifts of unsigned bytes only."""
     xp: ModuleType = np if isinstance(packed, np.ndarray) else jnp

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcompress.types import Array
+
 PRECISION = 12  # bits: with 8 for a symbol, one 32-bit entry tells all of a slot
 TOTAL = 1 << PRECISION
 START = 1 << 16  # lowest state; every lane ends on it
@@ -44,10 +46,10 @@ class Stream(NamedTuple):
       states: uint32 `[lanes]`, where decoding starts.
     """
 
-    words: jax.Array
-    starts: jax.Array
-    ends: jax.Array
-    states: jax.Array
+    words: Array
+    starts: Array
+    ends: Array
+    states: Array
 
 
 def count_lanes(symbols: int, coded_bytes: int | None = None) -> int:
@@ -144,8 +146,8 @@ def follow(
 
 
 def lookup(
-    frequencies: jax.Array, symbols: jax.Array | None = None, escape: int = 0
-) -> tuple[jax.Array, jax.Array | None]:
+    frequencies: Array, symbols: Array | None = None, escape: int = 0
+) -> tuple[Array, Array | None]:
     """Tabulate what each of the 4096 slots of each table means; NumPy in, NumPy out.
 
     An entry holds, from the lowest bit, eight bits of symbol (the column; or, when
@@ -155,7 +157,7 @@ def lookup(
 
     Returns: entries uint32 `[tables * 4096]`, and values int32 of that shape or None.
     """
-    xp = np if isinstance(frequencies, np.ndarray) else jnp
+    xp: Any = np if isinstance(frequencies, np.ndarray) else jnp
     tables, width = frequencies.shape
     sizes = frequencies.astype(xp.int32)
     ends = xp.cumsum(sizes, axis=-1, dtype=xp.int32)
@@ -179,7 +181,7 @@ def lookup(
     return entries.reshape(tables * TOTAL), values
 
 
-def _count_until(ends: jax.Array, slots: jax.Array) -> jax.Array:
+def _count_until(ends: Array, slots: Array) -> jax.Array:
     """Return how many of each row's ends, which never fall, a slot has reached:
     bisection.
     """

@@ -52,7 +52,7 @@ def compress(words: np.ndarray) -> bytes:
 
 def decompress_into(frame: bytes | memoryview, out: np.ndarray) -> None:
     """Fill a contiguous array with what `compress` made; ValueError if it does not."""
-    room = memoryview(out).cast("B") if out.size else memoryview(b"")
+    room = out.data.cast("B") if out.size else memoryview(b"")
     try:
         with _local.decompressor.stream_reader(frame) as reader:
             while len(room):

@@ -24,8 +24,6 @@ from jaxcompress.evaluation.language import divergence
 from jaxcompress.storage.resume import Results, digest
 from jaxcompress.types import Batch
 
-_static = {"metadata": {"static": True}}
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +41,8 @@ class TopK:
     indices: jax.Array  # [..., k], unsigned
     log_probs: jax.Array  # [..., k], float32
     log_tail: jax.Array  # [...], float32
-    temperature: float = dataclasses.field(**_static)
-    vocabulary: int = dataclasses.field(**_static)
+    temperature: float = dataclasses.field(metadata={"static": True})
+    vocabulary: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -62,8 +60,8 @@ class Sampled:
     indices: jax.Array  # [..., draws], unsigned
     weights: jax.Array  # [..., draws], float32
     entropy: jax.Array  # [...], float32
-    temperature: float = dataclasses.field(**_static)
-    vocabulary: int = dataclasses.field(**_static)
+    temperature: float = dataclasses.field(metadata={"static": True})
+    vocabulary: int = dataclasses.field(metadata={"static": True})
 
 
 def top_k(logits: jax.Array, k: int, *, temperature: float = 1.0) -> TopK:

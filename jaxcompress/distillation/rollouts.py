@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from jaxcompress.training.steps import LossFn
 from jaxcompress.tree.leaf import materialize
-from jaxcompress.types import Batch, Params
+from jaxcompress.types import Batch, Model, Params
 
 
 def rollout(
-    model: Any,
+    model: Model,
     params: Params,
     prompts: jax.Array,
     length: int,
@@ -88,7 +88,7 @@ def rollout(
 
 def on_policy(
     loss_fn: LossFn,
-    model: Any,
+    model: Model,
     *,
     prompt: int,
     ratio: float = 1.0,
@@ -135,7 +135,7 @@ def on_policy(
 
 
 def _on_policy(
-    model: Any,
+    model: Model,
     prompt: int,
     ratio: float,
     options: dict[str, Any],

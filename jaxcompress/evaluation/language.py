@@ -94,7 +94,7 @@ class Apply:
 
     Example:
       >>> jc.evaluation.Apply(model)(params, tokens).shape
-      (2, 16, 64)
+      (2, 16, 263)
     """
 
     model: Any

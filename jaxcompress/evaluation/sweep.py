@@ -15,7 +15,7 @@ from jaxcompress.tree.compress import compress
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import materialize
 from jaxcompress.tree.paths import roots
-from jaxcompress.types import Batch, Params, Recipe
+from jaxcompress.types import Batch, Model, Params, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Point:
 
 
 def sweep(
-    model: Any,
+    model: Model,
     params: Params,
     recipes: Mapping[str, Recipe] | Sequence[Recipe],
     batches: Iterable[Batch],

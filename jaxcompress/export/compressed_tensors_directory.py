@@ -30,6 +30,7 @@ from jaxcompress.export.sharded_files import Shards, new_directory, write_json
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.quantization.grids import Quantized
 from jaxcompress.tokenization import Tokenizer
+from jaxcompress.types import DType, Params
 
 # Layers that readers multiply by as one matrix, and so in one scheme.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -38,14 +39,14 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def compressed_tensors(
     directory: str | Path,
     model: Transformer,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer | None = None,
     *,
     activations: str | None = None,
     dense: str | None = None,
     requantize: Sequence[tuple[str, Any]] = (),
     group: int | None = None,
-    dtype: Any = None,
+    dtype: DType | None = None,
     context: int = 8192,
     generation: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -90,8 +91,7 @@ def compressed_tensors(
       FileExistsError: the directory exists.
 
     Example:
-      >>> rules = [(".*_proj/kernel", "gptq(bits=4, block=32)")]
-      >>> small = jc.compress(params, rules, moments)
+      >>> small = jc.compress(params, [(".*_proj/kernel", "symmetric(block=32)")])
       >>> leaves = jc.export.compressed_tensors("out", model, small, dtype="bfloat16")
     """
     if activations not in (None, "dynamic"):
@@ -147,7 +147,7 @@ def compressed_tensors(
 
 
 def _stored(
-    leaf: NamedLeaf, dynamic: bool, groups: tuple[int, ...], dtype: Any
+    leaf: NamedLeaf, dynamic: bool, groups: tuple[int, ...], dtype: DType | None
 ) -> tuple[layout.Scheme, dict[str, np.ndarray]]:
     advice = (
         f"pass dense={leaf.name!r} to write it dense, or "

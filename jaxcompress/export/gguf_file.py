@@ -27,6 +27,7 @@ from jaxcompress.models.rope import rope_frequencies
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.models.written_configurations import config_from
 from jaxcompress.tokenization import Tokenizer
+from jaxcompress.types import DType, Params
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -41,12 +42,12 @@ GEMMA_PERIOD = 6  # of its layers, the last attends to everything
 def gguf(
     path: str | Path,
     model: Transformer,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer | None = None,
     *,
     dense: str | None = None,
     requantize: Sequence[tuple[str, Any]] = (),
-    dtype: Any = None,
+    dtype: DType | None = None,
     context: int = 8192,
     metadata: Mapping[str, Any] | None = None,
 ) -> list[ExportedLeaf]:
@@ -137,7 +138,7 @@ def _rows(leaf: NamedLeaf, head_size: int) -> np.ndarray | None:
     return rows.swapaxes(1, 2).ravel()
 
 
-def _stored(leaf: NamedLeaf, rows: np.ndarray | None, dtype: Any) -> Stored:
+def _stored(leaf: NamedLeaf, rows: np.ndarray | None, dtype: DType | None) -> Stored:
     advice = (
         f"pass dense={leaf.name!r} to write it dense, or requantize=[({leaf.name!r}, "
         "\"symmetric(bits=8, block=32, scale_dtype='float16')\")]"

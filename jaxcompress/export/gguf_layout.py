@@ -13,6 +13,7 @@ from jaxcompress.export.compressed_tensors_layout import (
 from jaxcompress.models.gguf_blocks import BLOCK, pack_q4_0, pack_q8_0
 from jaxcompress.quantization.grids import Quantized
 from jaxcompress.tree.generic_leaves import Reshaped
+from jaxcompress.types import DType
 
 DENSE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -62,7 +63,7 @@ def store(leaf: Quantized, rows: np.ndarray | None = None) -> Stored:
     return Stored("Q8_0", pack_q8_0(codes, half))
 
 
-def store_dense(array: np.ndarray, dtype: Any = None) -> Stored:
+def store_dense(array: np.ndarray, dtype: DType | None = None) -> Stored:
     """Store an array of rows as F32, F16 or BF16; vectors always as F32.
 
     Raises:

@@ -15,6 +15,7 @@ from jaxcompress.models.families import FAMILIES, Family
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.models.written_configurations import config_from
 from jaxcompress.tokenization import Tokenizer
+from jaxcompress.types import DType, Params
 
 SHARD_BYTES = 2 * 10**9
 
@@ -22,10 +23,10 @@ SHARD_BYTES = 2 * 10**9
 def huggingface(
     directory: str | Path,
     model: Transformer,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer | None = None,
     *,
-    dtype: Any = None,
+    dtype: DType | None = None,
     context: int = 8192,
     generation: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,

@@ -14,6 +14,7 @@ from jaxcompress.models.assembly import Modules, foreign_names, parameter_shapes
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tree.leaf import Leaf, dense
 from jaxcompress.tree.methods import parse
+from jaxcompress.types import DType, Params
 
 
 class NamedLeaf(NamedTuple):
@@ -47,7 +48,7 @@ class ExportedLeaf(NamedTuple):
 @contextlib.contextmanager
 def named_leaves(
     model: Transformer,
-    params: Any,
+    params: Params,
     modules: Modules,
     *,
     norm_offset: float = 0.0,
@@ -137,7 +138,7 @@ def _keep_last(fetch: Callable[[str], Any]) -> Callable[[str], Any]:
     return cached
 
 
-def dense_tensor(name: str, value: Any, dtype: Any = None) -> np.ndarray:
+def dense_tensor(name: str, value: Any, dtype: DType | None = None) -> np.ndarray:
     """Return the dense array of a leaf in their orientation, contiguous, in `dtype`."""
     array = dense(value)
     if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):

@@ -5,12 +5,14 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress import checks
 from jaxcompress.export.named_leaves import NamedLeaf, apply_method, is_compressed
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tree.methods import parse
 from jaxcompress.tree.names import match
+from jaxcompress.types import DType
 
 
 def check_model(model: Any, context: int) -> None:
@@ -25,7 +27,7 @@ def check_model(model: Any, context: int) -> None:
     checks.integer("an export", "context (of tokens)", context)
 
 
-def float_dtype(dtype: Any) -> Any:
+def float_dtype(dtype: DType | None) -> np.dtype | None:
     """Return the dtype that was asked for, or None.
 
     Raises ValueError for what is no floating-point dtype.

@@ -12,6 +12,7 @@ from jax import export
 from jaxcompress.export.sharded_files import DTYPES, new_file, write_tensors
 from jaxcompress.tracing.modules import model_function
 from jaxcompress.tree.paths import key_name
+from jaxcompress.types import Model, Params
 
 PROGRAM = "program"
 
@@ -76,8 +77,8 @@ def _serialized(exported: export.Exported) -> np.ndarray:
 
 
 def stablehlo(
-    model: Any,
-    params: Any,
+    model: Model,
+    params: Params,
     batch: Any,
     *,
     platforms: str | Sequence[str] = ("cpu",),
@@ -105,7 +106,7 @@ def stablehlo(
       >>> platforms = ["cpu", "tpu"]
       >>> program = jc.export.stablehlo(apply_fn, small, tokens, platforms=platforms)
       >>> [x.shape for x in program.exported.out_avals]
-      [(2, 16, 64)]
+      [(2, 16, 263)]
     """
     platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     supported = ("cpu", "cuda", "rocm", "tpu")

@@ -19,7 +19,7 @@ from jaxcompress.types import Method
 
 
 def _as_traceable_as_its_base(options: Mapping[str, Any]) -> bool:
-    return "base" not in options or traits(_method(options["base"])).traceable
+    return "base" not in options or bool(traits(_method(options["base"])).traceable)
 
 
 def _without_data(options: Mapping[str, Any]) -> Any:

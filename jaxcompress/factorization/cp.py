@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import each_slice, float64
@@ -75,14 +76,14 @@ class CP(FactoredLeaf):
         return (*stack, math.prod(inputs), math.prod(outputs))
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.factors[0].dtype
 
     @property
     def rank(self) -> int:
         return self.factors[0].shape[-1]
 
-    def inner_moments(self, field: str, moments: Any) -> None:
+    def inner_moments(self, field: str, moments: Moments | None) -> None:
         """Return None: no factor meets the layer's inputs by itself."""
         del field, moments
 

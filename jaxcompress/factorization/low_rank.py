@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.tree.leaf import (
@@ -70,7 +71,7 @@ class LowRank(FactoredLeaf):
         return (*self.left.shape[:-1], self.right.shape[-1])
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.left.dtype
 
     @property

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import damped, each_slice, float64
@@ -330,7 +331,7 @@ def _rank_of_energy(
     x: jax.Array, weighting: Statistics, *, energy: float, damping: float
 ) -> int:
     checks.fraction("svd", "energy", energy, one=True)
-    if any(isinstance(a, jax.core.Tracer) for a in (x, *weighting)):
+    if any(isinstance(a, Tracer) for a in (x, *weighting)):
         raise TypeError(
             "svd with energy is a host method: the rank it finds depends on values, so "
             "it can't run under jit, vmap or scan. Give rank or fraction, or use it "

@@ -31,6 +31,7 @@ from jaxcompress.tree.leaf import (
     unboxed,
 )
 from jaxcompress.tree.methods import method
+from jaxcompress.types import DType
 
 Sizes = tuple[int, ...]
 
@@ -68,10 +69,10 @@ class Tucker(FactoredLeaf):
         return (*stack, math.prod(inputs), math.prod(outputs))
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.core.dtype
 
-    def inner_moments(self, field: str, moments: Any) -> None:
+    def inner_moments(self, field: str, moments: Moments | None) -> None:
         """Return None: neither the core nor a factor meets the layer's inputs by
         itself.
         """
@@ -107,7 +108,7 @@ class Tucker(FactoredLeaf):
         kernel = core.reshape((math.prod(core.shape[: self.inputs]), -1))
         return self._outwards(convolution(x, kernel), x.dtype, how).astype(x.dtype)
 
-    def _outwards(self, y: jax.Array, dtype: Any, how: Arithmetic) -> jax.Array:
+    def _outwards(self, y: jax.Array, dtype: DType, how: Arithmetic) -> jax.Array:
         """Multiply coordinates of the outputs, `[..., ranks]`, by the output
         factors.
         """
@@ -233,7 +234,7 @@ def unfolded(name: str, x: jax.Array, sizes: Any) -> tuple[Sizes, int]:
 def axis_statistics(
     name: str,
     x: jax.Array,
-    moments: Any,
+    moments: Moments | None,
     weighted: Weighted,
     inputs: int,
     damping: float,

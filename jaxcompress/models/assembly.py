@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tree.leaf import Leaf
-from jaxcompress.types import Params
+from jaxcompress.types import DType, Params
 
 Modules = Mapping[str, str]  # our module's path -> theirs; "layer" holds a {}
 
@@ -89,7 +89,7 @@ def assemble(
     *,
     kind: Callable[[str], str] = lambda foreign: "float32",
     ignorable: str = "(?!)",
-    dtype: Any = None,
+    dtype: DType | None = None,
     source: str,
 ) -> Assembled:
     """Return model's parameters, looped or scanned as `model.scan` says, still unread.

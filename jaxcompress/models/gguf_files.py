@@ -25,7 +25,7 @@ from jaxcompress.models.rope import rope_frequencies
 from jaxcompress.models.settings import agree
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tokenization import Tokenizer
-from jaxcompress.types import Params
+from jaxcompress.types import DType, Params
 
 ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3's scaling arrives as a tensor of factors; these are its constants.
@@ -49,7 +49,7 @@ def read_gguf(
     path: str | Path,
     *,
     scan: bool = False,
-    dtype: Any = None,
+    dtype: DType | None = None,
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
@@ -73,7 +73,7 @@ def open_gguf(
     path: str | Path,
     *,
     scan: bool = False,
-    dtype: Any = None,
+    dtype: DType | None = None,
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Assembled, Tokenizer | None]:

@@ -29,14 +29,14 @@ from jaxcompress.models.families import FAMILIES
 from jaxcompress.models.tokenizer_files import read_tokenizer
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tokenization import Tokenizer
-from jaxcompress.types import Params
+from jaxcompress.types import DType, Params
 
 
 def read_huggingface(
     directory: str | Path,
     *,
     scan: bool = False,
-    dtype: Any = None,
+    dtype: DType | None = None,
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
@@ -65,7 +65,7 @@ def open_huggingface(
     directory: str | Path,
     *,
     scan: bool = False,
-    dtype: Any = None,
+    dtype: DType | None = None,
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Assembled, Tokenizer | None]:
@@ -86,7 +86,7 @@ def open_model(
     directory: str | Path,
     *,
     scan: bool = False,
-    dtype: Any = None,
+    dtype: DType | None = None,
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Assembled]:

@@ -24,7 +24,7 @@ from jaxcompress.models.saved import (
 )
 from jaxcompress.models.transformer import Transformer
 from jaxcompress.tokenization import Tokenizer
-from jaxcompress.types import Params
+from jaxcompress.types import DType, Params
 
 REFERENCE = "reference"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
@@ -35,7 +35,7 @@ def load(
     name_or_path: str | Path,
     *,
     scan: bool | None = None,
-    dtype: Any = None,
+    dtype: DType | None = None,
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
@@ -92,14 +92,15 @@ def load(
 def open_weights(
     name_or_path: str | Path,
     *,
-    dtype: Any = None,
+    dtype: DType | None = None,
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
 ) -> tuple[Transformer, Any, Tokenizer | None]:
     """Open a model as `load` reads it; each weight is read when it is asked for.
 
     In place of the parameters it returns `LazyParams`, which `compress_blockwise`
-    takes: `[name]` reads a leaf, `tree` has a name for each.
+    takes: `[name]` reads a leaf, `tree` has a name for each; those of a file of ours
+    begin with `params/`.
 
     Args:
       name_or_path: a file of `models.save`, a `.gguf` file, a Hugging Face directory or
@@ -112,7 +113,7 @@ def open_weights(
     Example:
       >>> jc.models.save("model.safetensors", model, params, tokenizer)
       >>> model, lazy, tokenizer = jc.models.open_weights("model.safetensors")
-      >>> lazy["final_norm/scale"].shape
+      >>> lazy["params/final_norm/scale"].shape
       (64,)
     """
     path = Path(name_or_path)

@@ -17,7 +17,7 @@ from jaxcompress.models.transformer import Transformer
 from jaxcompress.storage import checkpoint
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.tree.leaf import Leaf, is_leaf, materialize
-from jaxcompress.types import Params
+from jaxcompress.types import DType, Params
 
 ARCHITECTURE = "architecture"  # the key in a file's metadata
 _FLAX_FIELDS = ("parent", "name")
@@ -63,7 +63,7 @@ def save(
 
 
 def load_saved(
-    path: str | Path, *, scan: bool | None = None, dtype: Any = None
+    path: str | Path, *, scan: bool | None = None, dtype: DType | None = None
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Return model, parameters and tokenizer (or None) from a file of `models.save`.
 
@@ -107,7 +107,7 @@ def open_saved(
 
 
 def load_reference(
-    *, scan: bool | None = None, dtype: Any = None
+    *, scan: bool | None = None, dtype: DType | None = None
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Return reference model shipped with the package, dense, in float32 by default.
 
@@ -148,7 +148,7 @@ def saved_shapes(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def cast(params: Params, dtype: Any) -> Params:
+def cast(params: Params, dtype: DType) -> Params:
     """Return dense floating-point arrays in another type; compressed leaves as they
     are.
     """

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxcompress.calibration.damage import divergence, relative_square
-from jaxcompress.calibration.moments import check_curvatures
+from jaxcompress.calibration.moments import Moments, check_curvatures
 from jaxcompress.checks import check_concrete
 from jaxcompress.planning.allocation import choose_candidates, prefer_candidates
 from jaxcompress.planning.budget import byte_limit
@@ -18,7 +18,7 @@ from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import nbytes as held_bytes
 from jaxcompress.tree.paths import Entry, entries
 from jaxcompress.tree.selection import planned_entries
-from jaxcompress.types import Method, Params, Rule
+from jaxcompress.types import Method, Params, Recipe, Rule
 
 CANDIDATES = tuple(
     f"symmetric(bits={bits}, block=64, full_range=True)" for bits in range(2, 9)
@@ -35,7 +35,7 @@ CODING = ("entropy_code()", "code_floats()")
 
 def plan_bits(
     params: Params,
-    moments: Mapping[str, Any] | None = None,
+    moments: Mapping[str, Moments] | None = None,
     *,
     bits_per_weight: float | None = None,
     nbytes: int | str | None = None,
@@ -46,7 +46,7 @@ def plan_bits(
     where: str | None = None,
     coded: bool = False,
     progress: bool | Callable[[list[str]], Iterable[str]] = False,
-) -> Any:
+) -> Recipe:
     """Plan a recipe that gives each leaf the candidate of least damage in a budget.
 
     Every candidate is tried on every leaf, and its bytes and its relative squared error

@@ -3,12 +3,11 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from jaxcompress import checks
-from jaxcompress.calibration.moments import check_curvatures
+from jaxcompress.calibration.moments import Moments, check_curvatures
 from jaxcompress.checks import check_concrete
 from jaxcompress.factorization.svd import energies, svd
 from jaxcompress.planning.allocation import Curve, allocate, total_loss
@@ -36,7 +35,7 @@ class _Spectrum(Curve):
 
 def plan_ranks(
     params: Params,
-    moments: Mapping[str, Any] | None = None,
+    moments: Mapping[str, Moments] | None = None,
     *,
     bits_per_weight: float | None = None,
     nbytes: int | str | None = None,

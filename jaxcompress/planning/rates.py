@@ -3,13 +3,12 @@
 import itertools
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.moments import check_curvatures
+from jaxcompress.calibration.moments import Moments, check_curvatures
 from jaxcompress.calibration.output_feedback import (
     output_costs,
 )
@@ -33,7 +32,7 @@ BINS = 16  # an octave of sizes is sorted into
 @precise
 def plan_rates(
     params: Params,
-    moments: Mapping[str, Any] | None = None,
+    moments: Mapping[str, Moments] | None = None,
     *,
     bits_per_weight: float | None = None,
     nbytes: int | str | None = None,
@@ -137,7 +136,7 @@ def plan_rates(
 
 
 def _spreads(
-    x: jax.Array, moments: Any, order: str, damping: float
+    x: jax.Array, moments: Moments | None, order: str, damping: float
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the sizes that each slice's levels have at a scale of one, as log2.
 

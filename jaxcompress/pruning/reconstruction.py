@@ -1,7 +1,6 @@
 """Pruning with reconstruction: the weights that stay compensate for those dropped."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +122,7 @@ def alps(
 
 def _problem(
     x: jax.Array,
-    moments: Any,
+    moments: Moments | None,
     name: str,
     sparsity: float | None,
     nm: str | None,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxcompress import checks
 from jaxcompress.calibration.moments import Moments, require
@@ -27,7 +28,7 @@ def _shapes_known(options: Mapping[str, Any]) -> bool:
 @method(traceable=_shapes_known)
 def magnitude(
     x: jax.Array,
-    moments: Any = None,
+    moments: Moments | None = None,
     *,
     sparsity: float | None = None,
     threshold: float | None = None,
@@ -69,7 +70,7 @@ def magnitude(
             "magnitude takes a threshold, or a sparsity or pattern, not both"
         )
     checks.positive("magnitude", "a threshold", threshold, zero=True)
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise TypeError(
             "how many weights a threshold keeps is not known under jit, vmap or scan; "
             "call magnitude outside, or give a sparsity"
@@ -118,14 +119,14 @@ def wanda(
     return _kept(x, score, chosen)
 
 
-def second_of(x: jax.Array, moments: Any, name: str) -> jax.Array:
+def second_of(x: jax.Array, moments: Moments | None, name: str) -> jax.Array:
     """Return second moment of the inputs the pruned layer will see, drifted if
     known.
     """
     return require(moments, x, name, fields=()).target_problem(x, name)[1]
 
 
-def input_norms(x: jax.Array, moments: Any, name: str) -> jax.Array:
+def input_norms(x: jax.Array, moments: Moments | None, name: str) -> jax.Array:
     """Return root mean square of each input of the pruned layer, `[..., inputs, 1]`."""
     return _norms(second_of(x, moments, name))
 
@@ -162,8 +163,8 @@ def _norms(second: jax.Array) -> jax.Array:
 
 
 def magnitude_scores(
-    params: Params, gradients: Any = None, *, where: str | None = None
-) -> Any:
+    params: Params, gradients: Params = None, *, where: str | None = None
+) -> Params:
     """Score each weight by its magnitude, float32; traceable.
 
     Args:
@@ -186,8 +187,8 @@ def magnitude_scores(
 
 
 def taylor_scores(
-    params: Params, gradients: Any = None, *, where: str | None = None
-) -> Any:
+    params: Params, gradients: Params = None, *, where: str | None = None
+) -> Params:
     """Score each weight by the first-order change of the loss without it: |weight *
     gradient|.
 
@@ -230,7 +231,7 @@ def wanda_scores(
     *,
     layouts: Mapping[str, Layout] | None = None,
     where: str | None = None,
-) -> Any:
+) -> Params:
     """Score each weight by magnitude times root mean square of its input; None without
     moments.
 
@@ -273,9 +274,9 @@ def _scored(
     params: Params,
     names: str | None,
     score: Callable[[Entry], jax.Array | None],
-    moments: Mapping[str, Any] | None = None,
+    moments: Mapping[str, Moments] | None = None,
     layouts: Mapping[str, Layout] | None = None,
-) -> Any:
+) -> Params:
     plain = jax.tree.map(lambda x: None if is_leaf(x) else x, params, is_leaf=is_leaf)
     scored = 0
 

@@ -4,7 +4,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
+from jaxcompress.calibration.moments import Moments
 from jaxcompress.coding.packing import pack_bits
 from jaxcompress.tree.leaf import Leaf, dense, leaf, static
 
@@ -47,10 +50,10 @@ class Sparse(Leaf):
         return (*stack, rows * self.block[0], columns * self.block[1])
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.values.dtype
 
-    def inner_moments(self, field: str, moments: Any) -> None:
+    def inner_moments(self, field: str, moments: Moments | None) -> None:
         """Return None: row i of the values belongs to another input in every column."""
         del field, moments
 
@@ -93,7 +96,7 @@ def sparse(
     if mask.shape != x.shape:
         raise ValueError(f"a mask of shape {mask.shape} for weights of {x.shape}")
     if kept is None or by_output is None:
-        if isinstance(mask, jax.core.Tracer):
+        if isinstance(mask, Tracer):
             raise TypeError(
                 "how many weights a mask keeps is not known under jit, vmap or scan; "
                 "call it outside, or prune by sparsity or pattern"

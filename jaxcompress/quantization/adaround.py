@@ -1,6 +1,7 @@
 """AdaRound: a continuous relaxation of rounding up or down."""
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,9 @@ def descend_relaxed(
         updates, state = optimizer.update(gradient, state)
         theta = tuple(
             jax.tree.map(lambda t, u, rate=rate: t - rate * u, part, update)
-            for part, update, rate in zip(theta, updates, rates, strict=True)
+            for part, update, rate in zip(
+                theta, cast(tuple, updates), rates, strict=True
+            )
         )
         return (theta, state), None
 

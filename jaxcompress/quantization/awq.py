@@ -53,7 +53,7 @@ class Scaled(Leaf):
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    def inner_moments(self, field: str, moments: Any) -> Any:
+    def inner_moments(self, field: str, moments: Moments | None) -> Any:
         """Return the moments of the inputs times the factors."""
         del field
         return moments.stretch(dense(self.factors))

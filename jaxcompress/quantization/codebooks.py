@@ -6,11 +6,13 @@ functions of the ratio `x / scale`, as in `grids`; infinities are never encoded.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxcompress.types import DType
 
 # Levels at even quantiles of a normal distribution, zero exact: Dettmers et al. 2023,
 # "QLoRA" (arXiv 2305.14314, appendix E).
@@ -60,7 +62,7 @@ def _table(levels: np.ndarray, bits: int) -> Levels:
     return Levels(encode, decode, bits, float(np.abs(levels).max()))
 
 
-def _float8(dtype: Any, largest: float) -> Levels:
+def _float8(dtype: DType, largest: float) -> Levels:
     finest = jnp.finfo(dtype).minexp  # below this power of two steps stay the same
     digits = jnp.finfo(dtype).nmant
 

@@ -31,6 +31,7 @@ from jaxcompress.tree.leaf import (
     take_columns,
 )
 from jaxcompress.tree.products import cut_columns
+from jaxcompress.types import DType
 
 Block = int | str | None  # inputs per step; None: all of one output; "tensor": all
 Bits = int | tuple[int, int]  # per code; of the positive and the negative side
@@ -59,7 +60,7 @@ class Scheme(NamedTuple):
     grid: str
     bits: Bits
     block: Block
-    scale_dtype: Any = "float32"
+    scale_dtype: str = "float32"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -338,7 +339,7 @@ def quantized(
     steps: Steps,
     scheme: Scheme,
     *,
-    dtype: Any,
+    dtype: DType,
 ) -> Quantized:
     """Return leaf of codes `[..., inputs, outputs]` and steps `[..., blocks, outputs]`.
 
@@ -378,7 +379,7 @@ def quantized(
     )
 
 
-def round_to(x: jax.Array, dtype: Any) -> jax.Array:
+def round_to(x: jax.Array, dtype: DType) -> jax.Array:
     """Round float32 values to those of bfloat16 or float16; the result is float32.
 
     A cast there and back need not do it under `jit`: XLA may drop the pair where excess

@@ -1,12 +1,12 @@
 """Half-quadratic quantization: zero points without data, robust to outlying weights."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxcompress import checks
+from jaxcompress.calibration.moments import Moments
 from jaxcompress.quantization.grids import (
     Block,
     Quantized,
@@ -31,7 +31,7 @@ SHARPENING = 1.01  # of the penalty on what the sparse part leaves over, per ste
 @method()
 def hqq(
     x: jax.Array,
-    moments: Any = None,
+    moments: Moments | None = None,
     *,
     bits: int,
     block: Block = 64,

@@ -135,12 +135,12 @@ class _Problem(NamedTuple):
     x: jax.Array
     target: jax.Array
     second: jax.Array | None
-    moments: Any
+    moments: Moments | None
     objective: Callable[[jax.Array], jax.Array] | None
     damping: float
 
 
-def _objective(objective: Objective, moments: Any) -> str:
+def _objective(objective: Objective, moments: Moments | None) -> str:
     if objective is None:
         return "weights" if moments is None else "outputs"
     if callable(objective):
@@ -176,7 +176,9 @@ def _sides(width: int, grid: str) -> Any:
     return (width - 1, width - 1) if grid == "sign_split" else width
 
 
-def _target(x: jax.Array, moments: Any, damping: float) -> tuple[jax.Array, jax.Array]:
+def _target(
+    x: jax.Array, moments: Moments | None, damping: float
+) -> tuple[jax.Array, jax.Array]:
     """Return target weights and the damped second moment of what multiplies them."""
     checked = require(moments, x, "learned", fields=())
     target, second = checked.target_problem(x, "learned", damping=damping)

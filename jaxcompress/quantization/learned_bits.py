@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def _descend(
         better = loss < best[0]
         best = (jnp.where(better, loss, best[0]), jnp.where(better, theta[1], best[1]))
         updates, state = optimizer.update(gradient, state)
-        logs, width = optax.apply_updates(theta, updates)
+        logs, width = cast(tuple, optax.apply_updates(theta, updates))
         return ((logs, jnp.clip(width, FEWEST, MOST)), state, best), None
 
     theta = (jax.tree.map(jnp.zeros_like, start), jnp.asarray(float(START)))

@@ -1,6 +1,6 @@
 """Mixed precision inside a layer: the channels that matter most stay finer."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def _count(fraction: float | None, channels: int | None, total: int) -> int:
 
 
 def _errors(
-    x: jax.Array, coarse: jax.Array, moments: Any, score: str, where: int
+    x: jax.Array, coarse: jax.Array, moments: Moments | None, score: str, where: int
 ) -> jax.Array:
     """Return squared error per channel, `[..., channels]`."""
     change = coarse.astype(jnp.float32) - x.astype(jnp.float32)

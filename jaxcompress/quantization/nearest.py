@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import checks
+from jaxcompress.calibration.moments import Moments
 from jaxcompress.quantization.grids import (
     Block,
     Quantized,
@@ -35,7 +36,7 @@ STEP_FACTORS = (
 @method()
 def symmetric(
     x: jax.Array,
-    moments: Any = None,
+    moments: Moments | None = None,
     *,
     bits: int,
     block: Block = None,
@@ -91,7 +92,7 @@ def symmetric(
 @method()
 def asymmetric(
     x: jax.Array,
-    moments: Any = None,
+    moments: Moments | None = None,
     *,
     bits: int,
     block: Block = None,
@@ -126,7 +127,7 @@ def asymmetric(
 @method()
 def sign_split(
     x: jax.Array,
-    moments: Any = None,
+    moments: Moments | None = None,
     *,
     bits: tuple[int, int],
     block: Block = None,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.calibration.moments import Moments
 from jaxcompress.quantization.codebooks import LEVELS
 from jaxcompress.quantization.grids import (
     Block,
@@ -32,7 +33,7 @@ MX_BLOCK, NV_BLOCK = 32, 16  # inputs per scale, part of these formats
 @method()
 def nf4(
     x: jax.Array,
-    moments: Any = None,
+    moments: Moments | None = None,
     *,
     block: Block = 64,
     search: bool = False,
@@ -65,7 +66,7 @@ def nf4(
 @method()
 def fp8(
     x: jax.Array,
-    moments: Any = None,
+    moments: Moments | None = None,
     *,
     kind: Literal["e4m3", "e5m2"] = "e4m3",
     block: Block = None,
@@ -96,7 +97,9 @@ def fp8(
 
 
 @method()
-def mxfp4(x: jax.Array, moments: Any = None, *, search: bool = False) -> Quantized:
+def mxfp4(
+    x: jax.Array, moments: Moments | None = None, *, search: bool = False
+) -> Quantized:
     """MXFP4: round to e2m1 codes with a power of two for each 32 inputs; 4.25 bits.
 
     The power is that of the largest magnitude, so that magnitudes above six steps are
@@ -120,7 +123,9 @@ def mxfp4(x: jax.Array, moments: Any = None, *, search: bool = False) -> Quantiz
 
 
 @method()
-def nvfp4(x: jax.Array, moments: Any = None, *, search: bool = False) -> Quantized:
+def nvfp4(
+    x: jax.Array, moments: Moments | None = None, *, search: bool = False
+) -> Quantized:
     """NVFP4: round to e2m1 codes with an e4m3 scale for each 16 inputs; 4.5 bits.
 
     The scales share a float32 scale of the matrix, which maps the largest of them to
@@ -157,7 +162,7 @@ def to_format(
         if block not in (None, own):
             raise ValueError(f"{name} has blocks of {own} inputs, not of {block!r}")
         return (mxfp4 if name == "mxfp4" else nvfp4)(x, search=search)
-    options = {} if block is None else {"block": block}
+    options: dict[str, Any] = {} if block is None else {"block": block}
     options |= {"search": search, "scale_dtype": scale_dtype}
     return nf4(x, **options) if name == "nf4" else fp8(x, kind=name, **options)
 

@@ -8,11 +8,11 @@ from jaxcompress.tracing.modules import model_function
 from jaxcompress.tracing.refusal import find_refusal
 from jaxcompress.tree.compress import is_compressed
 from jaxcompress.tree.containers import check_tree
-from jaxcompress.types import Params
+from jaxcompress.types import Model, Params
 
 
 def check(
-    model: Any,
+    model: Model,
     small: Params,
     batch: Any,
     *,

@@ -23,6 +23,7 @@ from jaxcompress.shrinking.subject import Subject
 from jaxcompress.storage.resume import digest
 from jaxcompress.tokenization import read_text
 from jaxcompress.tree.layouts import Layout
+from jaxcompress.types import Params
 
 HELD_OUT = 5  # one window in so many, the last ones
 LOGIT_BYTES = 2**27  # of one array of logits in a batch, about
@@ -237,7 +238,7 @@ def _rows(subject: Subject, data: Data, effort: Effort) -> tuple[Any, np.ndarray
     numbers = _spread(np.arange(count), effort.curvature_rows)
     chosen = jax.tree.map(lambda x: jnp.asarray(x[numbers]), examples)
 
-    def apply_fn(params: Any, index: jax.Array) -> jax.Array:
+    def apply_fn(params: Params, index: jax.Array) -> jax.Array:
         batch = jax.tree.map(lambda x: x[index.reshape(-1)], chosen)
         logits = first_output(subject.function(params, batch))
         return logits.reshape(1, -1, logits.shape[-1])

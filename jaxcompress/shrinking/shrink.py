@@ -3,13 +3,14 @@
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxcompress.calibration.damage import divergence
+from jaxcompress.calibration.moments import Moments
 from jaxcompress.reporting import grouped
 from jaxcompress.reporting.leaves import LeafTable
 from jaxcompress.shrinking.efforts import choose_effort
@@ -259,7 +260,7 @@ def _lossless(subject: Subject, limit: int, metadata: dict[str, Any]) -> Shrunk 
 def _report(
     subject: Subject,
     attempt: Attempt,
-    moments: Any,
+    moments: Mapping[str, Moments] | None,
     layouts: dict[str, Layout],
 ) -> LeafTable:
     methods = {re.sub(r"\\(.)", r"\1", n): [method] for n, method in attempt.rules}

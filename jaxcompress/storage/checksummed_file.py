@@ -128,12 +128,12 @@ class TensorFile:
         self._check_kind(name, dtype, shape)
         span = self.spans[name]
         data = np.empty(span.stop - span.start, np.uint8)
-        self._fill(span.start, memoryview(data))
+        self._fill(span.start, data.data)
         if digest(data) != span.digest:
             raise self._damaged(f"the bytes of {name} are not those written")
         if name not in self.codings:
             return data.view(jnp.dtype(dtype)).reshape(shape)
-        view = memoryview(data)
+        view = data.data
         stream = self._stream(name, lambda i, j: bytes(view[i:j]), dtype, shape)
         return self._decoded(name, stream, dtype, threads=threads).reshape(shape)
 

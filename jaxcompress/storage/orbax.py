@@ -238,7 +238,7 @@ def _everywhere() -> Sharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _spread(node: Any, tree: Any) -> dict[str, Sharding]:
+def _spread(node: Any, tree: Params) -> dict[str, Sharding]:
     """Return sharding of each array by its name, from a prefix of the parameters."""
     names: dict[int, str] = {}
     held = []

@@ -79,7 +79,7 @@ class Results:
         return tree
 
 
-def digest(about: Any, tree: Any = None, *, size: int = 16) -> str:
+def digest(about: Any, tree: Params = None, *, size: int = 16) -> str:
     """Hash JSON values, and names, dtypes, shapes and bits of a tree's arrays.
 
     Args:

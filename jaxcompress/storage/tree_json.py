@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress.storage import static_json
 from jaxcompress.storage.static_json import DTYPES
@@ -38,6 +39,7 @@ from jaxcompress.tree.leaf import (
     leaf_type,
     static_fields,
 )
+from jaxcompress.types import Params
 
 _LARGEST = 2**63  # elements; no file holds more
 
@@ -66,7 +68,7 @@ class Slot:
     fetch: Callable[[], Any]
 
 
-def encode(params: Any, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
+def encode(params: Params, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
     """Return the tree as a JSON node, and its arrays by name; holds no copies.
 
     Containers are dicts (of other mappings, `FrozenDict` is told apart elsewhere),
@@ -303,9 +305,7 @@ def _check_array(name: str, x: Any) -> None:
             f"{where} is the Python {type(x).__name__} {x!r}; store it as an array, "
             "jnp.asarray(x), or in the metadata"
         )
-    if isinstance(x, jax.core.Tracer) or not isinstance(
-        x, jax.Array | np.ndarray | np.generic
-    ):
+    if isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray | np.generic):
         raise TypeError(
             f"{where} is a {type(x).__module__}.{type(x).__qualname__}; files keep "
             "concrete arrays and leaf types in dicts, lists and tuples. Convert it: of "

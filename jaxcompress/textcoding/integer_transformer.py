@@ -45,7 +45,7 @@ class ExactTransformer:
 
     Example:
       >>> exact_model = jc.textcoding.exact(model, params, context=64)
-      >>> jax.eval_shape(exact_model.apply, tokens).dtype
+      >>> jax.eval_shape(lambda m, ids: m.apply(ids), exact_model, tokens).dtype
       dtype('int32')
     """
 

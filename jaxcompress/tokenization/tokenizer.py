@@ -31,15 +31,32 @@ class Tokenizer(Protocol):
       'a small text'
     """
 
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    add_eos: bool
-    end_ids: Sequence[int]
-    digest: str
-    pieces: Sequence[bytes]
-    symbols: Mapping[str, int]
-    byte_ids: Sequence[int] | None
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def add_eos(self) -> bool: ...
+
+    @property
+    def end_ids(self) -> Sequence[int]: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def pieces(self) -> Sequence[bytes]: ...
+
+    @property
+    def symbols(self) -> Mapping[str, int]: ...
+
+    @property
+    def byte_ids(self) -> Sequence[int] | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 

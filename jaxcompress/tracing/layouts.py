@@ -17,13 +17,13 @@ from jaxcompress.tree.leaf import is_leaf, nbytes
 from jaxcompress.tree.names import nearest
 from jaxcompress.tree.paths import check_names, roots, shape_of
 from jaxcompress.tree.selection import SMALLEST
-from jaxcompress.types import Params
+from jaxcompress.types import Model, Params
 
 Where = str | Callable[[str], bool] | None
 
 
 def find_layouts(
-    model: Any,
+    model: Model,
     params: Params,
     batch: Any,
     *,

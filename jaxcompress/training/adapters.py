@@ -14,7 +14,7 @@ from jaxcompress.factorization.low_rank import LowRank
 from jaxcompress.tree.generic_leaves import Reshaped, Sum
 from jaxcompress.tree.leaf import Leaf, dense, is_leaf
 from jaxcompress.tree.paths import join, key_name
-from jaxcompress.types import Params
+from jaxcompress.types import DType, Params
 
 # What trains of a tree of `lora`: `where=` of `partition` and `make_train_step`.
 ADAPTERS = r".*/terms/1/(left|right)"
@@ -25,7 +25,7 @@ def lora(
     *,
     rank: int,
     where: str = ".*kernel",
-    dtype: Any = jnp.float32,
+    dtype: DType = jnp.float32,
     key: jax.Array,
 ) -> Params:
     """LoRA: add a trainable product of rank `rank` to each weight that `where` names.

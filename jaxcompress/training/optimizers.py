@@ -132,7 +132,7 @@ def gradual_pruning(
         state: PruningState,
         params: Params | None = None,
         *,
-        gradients: Any = None,
+        gradients: Params = None,
         **others: Any,
     ) -> tuple[Any, PruningState]:
         del others
@@ -350,7 +350,7 @@ def project(
         del params
         return ProjectionState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: ProjectionState, params: Any = None) -> Any:
+    def update(updates: Any, state: ProjectionState, params: Params = None) -> Any:
         if params is None:
             raise ValueError(
                 "a projection needs the parameters; call "

@@ -99,7 +99,7 @@ def _is_recipe(transform: Any) -> bool:
     return listed or hasattr(inner, "traits")
 
 
-def _trained(original: Any, small: Any) -> Any:
+def _trained(original: Any, small: Params) -> Any:
     """Return `small` with latent weights of `original`, the array that it replaces, or
     None.
     """

@@ -18,7 +18,7 @@ from jaxcompress.storage.orbax import restore_orbax, save_orbax
 from jaxcompress.training.steps import Metrics, TrainState, check_batch
 from jaxcompress.tree.leaf import data_fields, is_leaf, static_fields
 from jaxcompress.tree.paths import key_name
-from jaxcompress.types import Batch
+from jaxcompress.types import Batch, Params
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -202,10 +202,10 @@ def _named(state: TrainState) -> dict[str, jax.Array]:
     }
 
 
-def _leaf_kinds(tree: Any) -> np.ndarray:
+def _leaf_kinds(tree: Params) -> np.ndarray:
     """Return types and static fields of compressed leaves, inner ones too, as JSON."""
 
-    def kinds(tree: Any) -> list[Any]:
+    def kinds(tree: Params) -> list[Any]:
         leaves = jax.tree.leaves(tree, is_leaf=is_leaf)
         return [kind(x) for x in leaves if is_leaf(x)]
 

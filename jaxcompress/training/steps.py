@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxcompress import checks
 from jaxcompress.tree.partitions import combine, partition
 from jaxcompress.tree.paths import is_float
-from jaxcompress.types import Batch, Params
+from jaxcompress.types import Batch, DType, Params
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
@@ -51,7 +51,7 @@ def init_state(
     params: Params,
     optimizer: optax.GradientTransformation,
     *,
-    dtype: Any = None,
+    dtype: DType | None = None,
     where: str | None = None,
     key: jax.Array,
 ) -> TrainState:
@@ -105,7 +105,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    compute_dtype: Any = None,
+    compute_dtype: DType | None = None,
     where: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile a function `step(state, batch) -> (state, metrics)`; it donates `state`.
@@ -182,7 +182,7 @@ def _differentiate(
     batch: Batch,
     key: jax.Array,
     accumulate: int,
-    compute_dtype: Any,
+    compute_dtype: DType | None,
 ) -> tuple[jax.Array, Metrics, Params]:
     """Return loss, metrics and gradient on a batch; `parts` are of `partition`."""
     trainable, frozen = parts
@@ -360,7 +360,7 @@ def _parts(batch: Batch, count: int) -> Batch:
     return jax.tree.map(cut, batch)
 
 
-def _cast(params: Params, dtype: Any) -> Params:
+def _cast(params: Params, dtype: DType | None) -> Params:
     if dtype is None:
         return params
     return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, params)

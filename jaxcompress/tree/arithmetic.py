@@ -1,5 +1,7 @@
 """Arithmetic over trees whose leaves are arrays and compressed weights."""
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,8 +71,9 @@ def average(trees: Sequence[Params], weights: Sequence[float] | None = None) -> 
         if not jnp.issubdtype(first.dtype, jnp.inexact):
             return first
         wide = jnp.promote_types(first.dtype, jnp.float32)
-        parts = zip(shares, (first, *others), strict=True)
-        return sum(share * x.astype(wide) for share, x in parts).astype(first.dtype)
+        pairs = zip(shares, (first, *others), strict=True)
+        parts = [share * x.astype(wide) for share, x in pairs]
+        return functools.reduce(operator.add, parts).astype(first.dtype)
 
     return jax.tree.map(mean, *dense_trees)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxcompress.progress import each_item
 from jaxcompress.tree.equality import share
@@ -24,7 +25,7 @@ from jaxcompress.tree.paths import (
 )
 from jaxcompress.tree.record import LeafReport, leaf_reports
 from jaxcompress.tree.selection import SMALLEST, Choices, bind
-from jaxcompress.types import Method, Params
+from jaxcompress.types import Method, Params, Recipe
 
 NAMED = 0.01  # of all bytes: what is left alone and larger is named in a warning
 
@@ -61,7 +62,7 @@ def chain(*stages: Any) -> Chain:
 
 def compress(
     params: Params,
-    recipe: Any,
+    recipe: Recipe,
     moments: Mapping[str, Any] | None = None,
     *,
     layouts: Mapping[str, Layout] | None = None,
@@ -298,7 +299,7 @@ def _jitted(x: jax.Array, moments: Any, f: Method, options: tuple) -> Any:
 
 
 def _check_finite(x: jax.Array) -> None:
-    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if isinstance(x, Tracer | jax.ShapeDtypeStruct):
         return
     bad = int(_count_bad(x))
     if bad:

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 
+from jaxcompress.types import Params
+
 # Work that `decoding` announces, by the compiled program that could do it; per thread.
 _announced: ContextVar[Counter | None] = ContextVar("announced", default=None)
 
 
 @contextlib.contextmanager
-def decoding(params: Any) -> Iterator[None]:
+def decoding(params: Params) -> Iterator[None]:
     """Announce that all entropy-coded arrays of a tree are decoded inside.
 
     NumPy decodes one small array sooner than XLA compiles a program for it, but one

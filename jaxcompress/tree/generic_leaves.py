@@ -1,11 +1,14 @@
 """Generic leaves, which every room shares: reshaped, mixed and summed weights."""
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.tree.leaf import (
     Arithmetic,
@@ -55,7 +58,7 @@ class Reshaped(Leaf):
         return self.stack if len(self.stack) == count else tuple(range(count))
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.inner.dtype
 
     def materialize(self) -> jax.Array:
@@ -132,7 +135,7 @@ class Mixed(Leaf):
         return (*stack, channels, outputs)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.rest.dtype
 
     def inner_moments(self, field: str, moments: Any) -> Any:
@@ -180,7 +183,7 @@ class Sum(Leaf):
         return self.terms[0].shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.terms[0].dtype
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
@@ -190,10 +193,11 @@ class Sum(Leaf):
         rows = math.prod(x.shape[:-1])
         apart = [t for t in self.terms if product_cost(t, rows) < dense_cost(t)]
         rest = tuple(t for t in self.terms if all(t is not other for other in apart))
-        total = sum(contract(x, term, how) for term in apart)
-        if len(rest) > 1:
-            return total + contract(x, Sum(rest).unbox(), how)
-        return total + contract(x, rest[0], how) if rest else total
+        parts = [contract(x, term, how) for term in apart]
+        if rest:
+            one = rest[0] if len(rest) == 1 else Sum(rest).unbox()
+            parts.append(contract(x, one, how))
+        return functools.reduce(operator.add, parts)
 
     def product_cost(self, rows: int) -> int:
         dense_product = rows * math.prod(self.shape[-2:])

@@ -27,8 +27,9 @@ from jaxcompress.tree.products import (
     wide_product,
 )
 from jaxcompress.tree.state_dicts import register_state_dict
+from jaxcompress.types import Params
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Leaf")
 _REGISTRY: dict[str, type["Leaf"]] = {}
 Convolution = Callable[..., jax.Array]
 
@@ -65,6 +66,7 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
       (True, (64, 64), dtype('float32'))
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # `leaf` makes them
     lossless: ClassVar[bool] = False  # one array, bit for bit; names stop here
     entropy_coded: ClassVar[bool] = False  # nothing more to gain from coding it
     has_tiles: ClassVar[bool] = False  # whether `tiles` is defined
@@ -329,7 +331,7 @@ def dense_cost(weight: Any) -> int:
     return weight.dense_cost() if isinstance(weight, Leaf) else 0
 
 
-def materialize(params: Any) -> Any:
+def materialize(params: Params) -> Params:
     """Replace every leaf of a tree by its dense array; traceable.
 
     A leaf that has several names becomes one array.
@@ -353,7 +355,7 @@ def materialize(params: Any) -> Any:
         return jax.tree.map(once, params, is_leaf=is_leaf)
 
 
-def nbytes(params: Any) -> int:
+def nbytes(params: Params) -> int:
     """Count the bytes of the arrays really held, leaves included.
 
     An array that has several names is held once.

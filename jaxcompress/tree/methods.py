@@ -8,12 +8,13 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, cast, overload
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
-from jaxcompress.types import Method
+from jaxcompress.types import Method, RegisteredMethod
 
 # Names of integer formats elsewhere, with their bits, and values of options to show.
 _FOREIGN = (
@@ -28,7 +29,8 @@ _EXAMPLES = {"bits": 4, "rate": 3.0, "sparsity": 0.5, "rank": 64}
 _NO_MOMENTS = (bool, int, float, str, jax.Array, np.ndarray)
 
 Selection = Literal["weights", "codes", "floats"]
-Function = TypeVar("Function", bound=Callable[..., Any])
+Options = ParamSpec("Options")
+Result = TypeVar("Result")
 _METHODS: dict[str, Method] = {}
 
 
@@ -51,7 +53,7 @@ class Traits:
     without_data: Any = None
 
 
-def precise(function: Function) -> Function:
+def precise(function: Callable[Options, Result]) -> Callable[Options, Result]:
     """Return the function with float32 products in float32.
 
     Accelerators round what they multiply, to 8 or 11 bits, unless they are told not to:
@@ -59,11 +61,27 @@ def precise(function: Function) -> Function:
     """
 
     @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
+    def call(*args: Options.args, **options: Options.kwargs) -> Result:
         with jax.default_matmul_precision("highest"):
             return function(*args, **options)
 
     return call
+
+
+@overload
+def method(
+    function: Callable[Options, Result], /
+) -> RegisteredMethod[Options, Result]: ...
+
+
+@overload
+def method(
+    *,
+    selects: Selection = ...,
+    traceable: bool | Callable[[dict[str, Any]], bool] = ...,
+    data: bool = ...,
+    without_data: Callable[[dict[str, Any]], Method] | None = ...,
+) -> Callable[[Callable[Options, Result]], RegisteredMethod[Options, Result]]: ...
 
 
 def method(
@@ -100,7 +118,9 @@ def method(
       >>> small = jc.compress(params, "halved(keep=0.25)")
     """
 
-    def register(function: Method) -> Method:
+    def register(
+        function: Callable[Options, Result],
+    ) -> RegisteredMethod[Options, Result]:
         name = function.__name__
         allowed = _options(function)
         first = list(inspect.signature(function).parameters.values())[:2]
@@ -109,7 +129,7 @@ def method(
                 f"write {name}(x, moments=None, *, option=...): a method takes an "
                 "array, its moments, and options by name"
             )
-        precisely = precise(function)
+        precisely: Callable[..., Result] = precise(function)
 
         @functools.wraps(function)
         def call(x: Any = None, moments: Any = None, **options: Any) -> Any:
@@ -131,12 +151,12 @@ def method(
                 )
             return precisely(x, moments, **options)
 
-        call.traits = Traits(selects, traceable, data, without_data)
-        call.__signature__ = inspect.signature(function)
+        call.__dict__["traits"] = Traits(selects, traceable, data, without_data)
+        call.__dict__["__signature__"] = inspect.signature(function)
         if name in _METHODS and _METHODS[name].__module__ != function.__module__:
             raise ValueError(f"a method named {name} exists: {_METHODS[name]}")
         _METHODS[name] = call
-        return call
+        return cast(RegisteredMethod[Options, Result], call)
 
     return register if function is None else register(function)
 
@@ -166,7 +186,9 @@ def traits(f: Method) -> Traits:
     )
 
 
-def _is_traceable(traceable: Any, options: dict[str, Any]) -> bool:
+def _is_traceable(
+    traceable: bool | Callable[[dict[str, Any]], bool], options: dict[str, Any]
+) -> bool:
     return traceable(options) if callable(traceable) else traceable
 
 
@@ -223,12 +245,13 @@ def parse(text: str) -> Method:
         raise ValueError(f"unknown method {target.id!r}; {hint}{names}")
     options: dict[str, Any] = {}
     for keyword in keywords:
-        if keyword.arg in options:
-            raise ValueError(f"{text!r}: {keyword.arg} is given twice")
+        name = str(keyword.arg)
+        if name in options:
+            raise ValueError(f"{text!r}: {name} is given twice")
         try:
-            options[keyword.arg] = ast.literal_eval(keyword.value)
+            options[name] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{wrong}; {keyword.arg} is not a literal") from error
+            raise ValueError(f"{wrong}; {name} is not a literal") from error
     options = _checked(target.id, options)
     if missing := _missing(options, _options(_METHODS[target.id])):
         raise ValueError(_needs(target.id, missing))
@@ -298,4 +321,4 @@ def _known(name: str | None, names: Any) -> str:
 
 
 def _traced(x: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x))

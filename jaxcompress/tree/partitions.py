@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.names import match
 from jaxcompress.tree.paths import Entry, entries, map_entries
+from jaxcompress.types import Params
 
 
 def is_inexact(x: Any) -> bool:
@@ -16,7 +17,7 @@ def is_inexact(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def partition(params: Any, where: str | None = None) -> tuple[Any, Any]:
+def partition(params: Params, where: str | None = None) -> tuple[Any, Any]:
     """Split a tree into `(trainable, frozen)`, each with None in the other's places.
 
     Floating-point and complex arrays train (dense weights, scales, factors); integer
@@ -59,7 +60,7 @@ def partition(params: Any, where: str | None = None) -> tuple[Any, Any]:
     return split(True), split(False)
 
 
-def combine(trainable: Any, frozen: Any) -> Any:
+def combine(trainable: Params, frozen: Params) -> Params:
     """Join the two trees that `partition` returned; traceable.
 
     Args:

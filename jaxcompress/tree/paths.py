@@ -22,6 +22,7 @@ from jaxcompress.tree.layouts import (
     with_layout,
 )
 from jaxcompress.tree.leaf import Leaf, data_fields, dense, is_box, is_variable
+from jaxcompress.types import Params
 
 KERNEL, EMBEDDING = "kernel", "embedding"
 VECTORS = ("bias", "scale", "mean", "var")  # one axis in a layer that is not stacked
@@ -120,7 +121,7 @@ def children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 def map_entries(
     function: Callable[[Entry], Any],
-    params: Any,
+    params: Params,
     moments: Any = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> Any:
@@ -237,7 +238,7 @@ def _shared_axes(node: Any, seen: Memo) -> Shared:
 
 
 def entries(
-    params: Any,
+    params: Params,
     moments: Any = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> list[Entry]:
@@ -263,7 +264,7 @@ def check_names(names: list[str]) -> None:
         )
 
 
-def leaf_names(params: Any) -> list[str]:
+def leaf_names(params: Params) -> list[str]:
     """List the names that recipe patterns match: path components joined by "/".
 
     A leaf's data fields are components too (`mlp/kernel/codes`), except inside a
@@ -279,7 +280,7 @@ def leaf_names(params: Any) -> list[str]:
     return [entry.name for entry in entries(params)]
 
 
-def array_names(params: Any) -> Any:
+def array_names(params: Params) -> Any:
     """Return a tree like `params` with the name of each array in its place.
 
     As `leaf_names`, but inside lossless leaves too; parts may be None, as `partition`
@@ -299,7 +300,7 @@ def array_names(params: Any) -> Any:
     return walk(params, "")
 
 
-def roots(params: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def roots(params: Params, name: str = "") -> Iterator[tuple[str, Any]]:
     """Name and value of every outermost leaf or array, in order.
 
     Raises TypeError for a state of training.

@@ -53,7 +53,7 @@ def tiles_pay(shape: tuple[int, ...]) -> bool:
 def product_in_tiles(
     x: jax.Array,
     columns: Callable[[jax.Array, int], jax.Array],
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     how: Arithmetic,
 ) -> jax.Array:
     """Compute `x @ weight`, where `columns(start, size)` makes `weight[:, start:start +

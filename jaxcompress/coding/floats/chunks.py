@@ -230,7 +230,7 @@ def write(chunk: Chunk) -> memoryview:
     parts += [_little(chunk.spots), _little(chunk.values), chunk.rests, *tails]
     parts = [np.frombuffer(part, np.uint8) for part in parts if len(part)]
     out = fresh(sum(part.size for part in parts))
-    return memoryview(np.concatenate(parts, out=out))
+    return np.concatenate(parts, out=out).data
 
 
 def read(

@@ -13,6 +13,7 @@ from jaxcompress.coding.integers.leaf import ALLOWANCE, entropy_code, stored_byt
 from jaxcompress.coding.tables import entropy
 from jaxcompress.tree.leaf import Leaf, dense, leaf, nbytes, static
 from jaxcompress.tree.methods import method
+from jaxcompress.types import Array
 
 WHOLE = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of integers held exactly
 
@@ -78,7 +79,7 @@ def _numbers(
 
 @method(selects="floats", traceable=False)
 def code_floats(
-    x: jax.Array,
+    x: Array,
     moments: Any = None,
     *,
     speed: Literal["size", "decode"] = "size",
@@ -128,7 +129,7 @@ def code_floats(
         return x
     stack = max(0, array.ndim - 2) if stack is None else stack
     coded, bits = words_and_kind(array)
-    candidates = [(array.nbytes - ALLOWANCE, x)]
+    candidates: list[tuple[int, Any]] = [(array.nbytes - ALLOWANCE, x)]
 
     def add(size: int, held: CodedFloats) -> None:
         if nbytes(held) < array.nbytes:  # tables of many slices may take more

@@ -124,7 +124,7 @@ def pick_up(
     count: int,
     width: int,
 ) -> list[float_chunks.Chunk]:
-    data = memoryview(frames.astype("<u4")).cast("B")
+    data = frames.astype("<u4").data.cast("B")
     step = float_chunks.chunk_words(width)
     at, number, chunks = huffman_xla.AHEAD // 8, 0, []
     for i, base in enumerate(bases.tolist()):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jaxcompress.coding import chunked_stream, huffman_xla
 from jaxcompress.coding.floats import chunks as float_chunks
@@ -77,7 +78,7 @@ class CodedWords(Leaf):
         return self.starts.shape[:-1] + self.trailing
 
     def materialize(self) -> jax.Array:
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(self)):
             return _slices(self)
         if isinstance(self.frames, np.ndarray) or len(self.frames.devices()) == 1:
             return jnp.asarray(self.on_host())
@@ -125,7 +126,9 @@ class CodedWords(Leaf):
         cls, arrays: dict[str, np.ndarray], static: dict[str, Any]
     ) -> "CodedWords":
         """Undo `stored`, given the static fields; ValueError if they do not fit."""
-        data = Record(np.ascontiguousarray(arrays["stream"], np.uint8), "coded words")
+        data = Record(
+            np.ascontiguousarray(arrays["stream"], np.uint8).data, "coded words"
+        )
         trailing = tuple(static["trailing"])
         kind, name = np.dtype(static["dtype"]), static["split"]
         fits = name in SPLITS and kind.kind == "u" and kind.itemsize <= 4

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jaxcompress.coding import rans
 from jaxcompress.coding.integers import record as integer_record
@@ -28,6 +29,7 @@ from jaxcompress.coding.threads import in_order
 from jaxcompress.tree.decoding import announced
 from jaxcompress.tree.leaf import Leaf, leaf, nbytes, static
 from jaxcompress.tree.methods import method
+from jaxcompress.types import Array
 
 __all__ = ["Coded", "Packed", "entropy_code", "pack_bits"]
 
@@ -90,7 +92,7 @@ class Coded(Leaf):
         return self.states.shape[:-1] + self.trailing
 
     def materialize(self) -> jax.Array:
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(self)):
             return _slices(self)
         host = isinstance(self.words, np.ndarray) or len(self.words.devices()) == 1
         if host and announced(*self.decoding_work()) < FEW:
@@ -128,10 +130,10 @@ class Coded(Leaf):
 
 @method(selects="codes", traceable=False)
 def entropy_code(
-    codes: jax.Array,
+    codes: Array,
     moments: Any = None,
     *,
-    contexts: jax.Array | None = None,
+    contexts: Array | None = None,
     stack: int | None = None,
 ) -> Any:
     """Code integers at their order-0 entropy; the result materializes bit for bit.
@@ -230,7 +232,7 @@ def _coded(
     trailing: tuple[int, ...],
     kind: np.dtype,
     codes: np.ndarray,
-    contexts: np.ndarray | None,
+    contexts: Array | None,
 ) -> Coded:
     """Return the leaf of a plan: all slices coded together, padded to the longest."""
     view, lanes = plan.view, plan.lanes
@@ -300,7 +302,7 @@ def _coded(
     )
 
 
-def _lead(x: np.ndarray, lead: tuple[int, ...]) -> jax.Array:
+def _lead(x: Array, lead: tuple[int, ...]) -> jax.Array:
     return jnp.asarray(x.reshape(lead + x.shape[1:]))
 
 

@@ -65,7 +65,9 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
       ValueError: arrays and static fields do not fit each other. (What fits and is
         wrong all the same, a checksum must find.)
     """
-    data = Record(np.ascontiguousarray(arrays["stream"], np.uint8), "a coded array")
+    data = Record(
+        np.ascontiguousarray(arrays["stream"], np.uint8).data, "a coded array"
+    )
     trailing = tuple(static["trailing"])
     width, escape, low_bits = static["width"], static["escape"], static["low_bits"]
     fits = 0 <= width <= 8 and 0 <= low_bits <= 32 and 0 <= escape <= 2

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jaxcompress.coding import array_codecs, rans
 from jaxcompress.coding.levels import (
@@ -77,7 +78,7 @@ class CodedLevels(Leaf):
         return (*self.rows.shape, self.columns.shape[-1])
 
     def materialize(self) -> jax.Array:
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(self)):
             return _each_slice(self)
         return _decoded(_roomy(self))
 
@@ -330,7 +331,7 @@ def side_bits(fit: contexts.Contexts, outputs: int) -> int:
     lanes = count_lanes(inputs, outputs)
     widths = [bits_needed(x.max()) for x in (fit.rows, fit.columns)]
     layout = level_record.layout(
-        1, inputs, outputs, lanes, len(fit.parameters), *widths, 2
+        1, inputs, outputs, lanes, len(fit.parameters), widths[0], widths[1], 2
     )
     sizes = (
         math.prod(shape) * np.dtype(kind).itemsize for kind, shape in layout.values()

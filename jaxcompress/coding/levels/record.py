@@ -55,7 +55,7 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
       ValueError: they do not fit each other. (What fits and is wrong all the same, a
         checksum must find.)
     """
-    data = Record(np.ascontiguousarray(arrays["stream"], np.uint8), "coded levels")
+    data = Record(np.ascontiguousarray(arrays["stream"], np.uint8).data, "coded levels")
     lead = data.stack()
     inputs, outputs, lanes, kinds, *widths, wide = data.numbers(7)
     places, states = static["places"], static["trellis"]
@@ -73,7 +73,7 @@ def read(arrays: dict[str, np.ndarray], static: dict[str, Any]) -> dict[str, Any
     groups = static.get("groups", 1)
     fits = groups == 1 or (groups > 1 and not places % groups and not outputs % places)
     data.require(fits, f"{groups} groups of {outputs} outputs")
-    sizes = layout(slices, inputs, outputs, lanes, kinds, *widths, wide)
+    sizes = layout(slices, inputs, outputs, lanes, kinds, widths[0], widths[1], wide)
     fields = {
         name: data.array(kind, shape, f"cut off in its {name}: {shape}")
         for name, (kind, shape) in sizes.items()

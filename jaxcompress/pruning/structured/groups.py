@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress import checks
 from jaxcompress.tree.names import match
@@ -156,7 +156,7 @@ def check_keep(keep: Any, units: int, label: str) -> np.ndarray:
       ValueError: none, out of range, out of order, or given twice.
       TypeError: not integers, or a tracer: how many stay decides shapes.
     """
-    if isinstance(keep, jax.core.Tracer):
+    if isinstance(keep, Tracer):
         raise TypeError(
             f"{_said(label)}: which units stay decides shapes, so it must be known "
             "outside jit, vmap or scan; pass a list or a NumPy array"
