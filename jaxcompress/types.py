@@ -5,7 +5,7 @@ Axis legend, used in every docstring: `...` stack axes (layers of a scanned mode
 consecutive inputs that share a scale, `batch`, `tokens`, `vocabulary`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 import jax
@@ -46,6 +46,10 @@ class LinenModel(Protocol):
 # What `model=` takes: a Linen module; an NNX module or a model of transformers, which
 # are called; a function of `(params, batch)`.
 Model = LinenModel | Callable[..., Any]
+
+
+# What `progress=` takes: True for a bar, False for none, or a wrapper of an iterable.
+Progress = bool | Callable[[Any], Iterable[Any]]
 
 
 @runtime_checkable

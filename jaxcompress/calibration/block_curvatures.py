@@ -23,7 +23,7 @@ from jaxcompress.tracing.metric_gradients import Uses, find_uses
 from jaxcompress.tracing.modules import model_function
 from jaxcompress.tree.layouts import Layout, choose_layout
 from jaxcompress.tree.selection import planned_entries
-from jaxcompress.types import Batch, Model, Params
+from jaxcompress.types import Batch, Model, Params, Progress
 
 
 def measure_curvatures_blockwise(
@@ -38,7 +38,7 @@ def measure_curvatures_blockwise(
     damping: float = 0.01,
     store: str | os.PathLike | None = None,
     key: jax.Array,
-    progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
+    progress: Progress = False,
 ) -> dict[str, Moments]:
     """Measure moments and curvatures with one block of the model in memory.
 

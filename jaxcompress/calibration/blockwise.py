@@ -32,7 +32,7 @@ from jaxcompress.tree.layouts import Layout, check_layout
 from jaxcompress.tree.names import nearest
 from jaxcompress.tree.record import LeafReport
 from jaxcompress.tree.selection import bind
-from jaxcompress.types import LazyParams, Model, Params, Recipe
+from jaxcompress.types import LazyParams, Model, Params, Progress, Recipe
 
 CURVATURES = "curvatures", "joint_curvatures"
 
@@ -50,7 +50,7 @@ def compress_blockwise(
     drift: float = 0.0,
     store: str | os.PathLike | None = None,
     record: list[LeafReport] | None = None,
-    progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
+    progress: Progress = False,
 ) -> Params:
     """Compress block by block, with the moments that each block meets after the
     compressed ones.

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jaxcompress.tree.layouts import Layout, check_layout, trailing
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import is_float, roots, shape_of
 from jaxcompress.tree.selection import SMALLEST
-from jaxcompress.types import Model, Params
+from jaxcompress.types import Model, Params, Progress
 
 
 def collect_moments(
@@ -29,7 +29,7 @@ def collect_moments(
     *,
     where: Where = None,
     variables: Mapping[str, Any] | None = None,
-    progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
+    progress: Progress = False,
 ) -> dict[str, Moments]:
     """Return the `Moments` of the inputs of each selected kernel, by the kernel's name.
 

@@ -1,6 +1,6 @@
 """`measure_sensitivities`: how much a loss grows with the error of each leaf."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import dense
 from jaxcompress.tree.paths import map_entries
 from jaxcompress.tree.selection import planned_entries
-from jaxcompress.types import Params
+from jaxcompress.types import Params, Progress
 
 
 def measure_sensitivities(
@@ -28,7 +28,7 @@ def measure_sensitivities(
     layouts: Mapping[str, Layout] | None = None,
     where: str | None = None,
     key: jax.Array,
-    progress: bool | Callable[[list[str]], Iterable[str]] = False,
+    progress: Progress = False,
 ) -> dict[str, float]:
     """Measure how much a loss grows per relative squared error of each leaf, the others
     exact.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxcompress.tree.compress import compress
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import materialize
 from jaxcompress.tree.paths import roots
-from jaxcompress.types import Batch, Model, Params, Recipe
+from jaxcompress.types import Batch, Model, Params, Progress, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def sweep(
     *,
     moments: Mapping[str, Any] | None = None,
     layouts: Mapping[str, Layout] | None = None,
-    progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = False,
+    progress: Progress = False,
 ) -> list[Point]:
     """Compress by each recipe, write the file, read it again, and compare.
 

@@ -5,13 +5,13 @@ Axes: B batch, T query tokens, S key slots, H heads, K key/value heads, D head s
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxcompress.models.rope import rotate
+from jaxcompress.types import DType
 
 FEW = 16  # rows of queries: fewer are multiplied by keys one by one on CPUs
 LONG = 2048  # slots from which the product with values is too
@@ -45,7 +45,7 @@ class Attention(nn.Module):
     out_bias: bool
     qk_norm: bool
     sow_maps: bool
-    dtype: Any
+    dtype: DType
     scale: float | None = None
 
     @nn.compact

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.types import DType
+
 MODULES = {
     "embed": "embeddings.word_embeddings",
     "positions": "embeddings.position_embeddings",
@@ -35,7 +37,7 @@ class Attention(nn.Module):
 
     heads: int
     sow_maps: bool
-    dtype: Any
+    dtype: DType
 
     @nn.compact
     def __call__(self, x, allowed):
@@ -61,7 +63,7 @@ class MLP(nn.Module):
     """down(gelu(up(x))), with the exact Gaussian error function."""
 
     width: int
-    dtype: Any
+    dtype: DType
 
     @nn.compact
     def __call__(self, x):
@@ -77,7 +79,7 @@ class Block(nn.Module):
     mlp_width: int
     norm_eps: float
     sow_intermediates: bool
-    dtype: Any
+    dtype: DType
 
     @nn.compact
     def __call__(self, x, allowed):
@@ -119,7 +121,7 @@ class Bert(nn.Module):
     norm_eps: float = 1e-12
     scan: bool = False
     sow_intermediates: bool = False
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, tokens, mask=None, types=None):

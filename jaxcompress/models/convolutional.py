@@ -1,10 +1,10 @@
 """A small convolutional network with batch norm, in plain Flax Linen."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from jaxcompress.types import DType
 
 
 class ConvNet(nn.Module):
@@ -24,7 +24,7 @@ class ConvNet(nn.Module):
     filters: tuple[int, ...] = (16, 32, 32, 64)
     classes: int = 10
     momentum: float = 0.9
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:

@@ -1,11 +1,12 @@
 """Feed-forward layers: gated, plain, and a mixture of gated experts."""
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from jaxcompress.types import DType
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -20,7 +21,7 @@ class MLP(nn.Module):
 
     width: int
     use_bias: bool
-    dtype: Any
+    dtype: DType
     activation: str = "silu"
     gated: bool = True
 
@@ -45,7 +46,7 @@ class Stack(nn.Module):
 
     experts: int
     features: int
-    dtype: Any
+    dtype: DType
 
     @nn.compact
     def __call__(self, x):
@@ -70,7 +71,7 @@ class Experts(nn.Module):
     experts: int
     chosen: int
     normalized: bool
-    dtype: Any
+    dtype: DType
     activation: str = "silu"
 
     @nn.compact

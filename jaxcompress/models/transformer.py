@@ -16,6 +16,7 @@ from jaxcompress.models.attention import Attention
 from jaxcompress.models.cache import Cache, cache_length
 from jaxcompress.models.feed_forward import ACTIVATIONS, MLP, Experts
 from jaxcompress.models.rope import Scaling, rope_frequencies
+from jaxcompress.types import DType
 
 PerLayer = int | tuple[int, ...]
 
@@ -33,7 +34,7 @@ class Block(nn.Module):
     mlp: Mapping[str, Any]
     norm_eps: float
     sow_hidden: bool
-    dtype: Any
+    dtype: DType
     norm: str = "rms"
     post_norms: bool = False
 
@@ -134,7 +135,7 @@ class Transformer(nn.Module):
     scan: bool = False
     remat: bool = False
     sow_intermediates: bool = False
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, tokens, positions=None, mask=None, cache=None, last=False):

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import nbytes as held_bytes
 from jaxcompress.tree.paths import Entry, entries
 from jaxcompress.tree.selection import planned_entries
-from jaxcompress.types import Method, Params, Recipe, Rule
+from jaxcompress.types import Method, Params, Progress, Recipe, Rule
 
 CANDIDATES = tuple(
     f"symmetric(bits={bits}, block=64, full_range=True)" for bits in range(2, 9)
@@ -45,7 +45,7 @@ def plan_bits(
     layouts: Mapping[str, Layout] | None = None,
     where: str | None = None,
     coded: bool = False,
-    progress: bool | Callable[[list[str]], Iterable[str]] = False,
+    progress: Progress = False,
 ) -> Recipe:
     """Plan a recipe that gives each leaf the candidate of least damage in a budget.
 

@@ -31,7 +31,7 @@ from jaxcompress.tree.leaf import (
     take_columns,
 )
 from jaxcompress.tree.products import cut_columns
-from jaxcompress.types import DType
+from jaxcompress.types import Array, DType
 
 Block = int | str | None  # inputs per step; None: all of one output; "tensor": all
 Bits = int | tuple[int, int]  # per code; of the positive and the negative side
@@ -46,9 +46,9 @@ class Steps(NamedTuple):
     the value of code zero on the offset grid.
     """
 
-    scale: jax.Array
-    zero_point: jax.Array | None = None
-    negative_scale: jax.Array | None = None
+    scale: Array
+    zero_point: Array | None = None
+    negative_scale: Array | None = None
 
 
 class Scheme(NamedTuple):
@@ -60,7 +60,7 @@ class Scheme(NamedTuple):
     grid: str
     bits: Bits
     block: Block
-    scale_dtype: str = "float32"
+    scale_dtype: DType = "float32"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def _columns(x: Any, indices: jax.Array) -> Any:
 
 
 def quantized(
-    codes: jax.Array,
+    codes: Array,
     steps: Steps,
     scheme: Scheme,
     *,

@@ -22,10 +22,19 @@ from jaxcompress.quantization.grids import (
     spread,
 )
 from jaxcompress.tree.methods import method
+from jaxcompress.types import DType
 
 # Steps that each dtype holds exactly, also after a product with any code.
-SMALLEST_STEP = {"float32": 2.0**-120, "bfloat16": 2.0**-120, "float16": 2.0**-14}
-LARGEST_STEP = {"float32": 2.0**120, "bfloat16": 2.0**120, "float16": 2.0**15}
+SMALLEST_STEP: dict[Any, float] = {
+    "float32": 2.0**-120,
+    "bfloat16": 2.0**-120,
+    "float16": 2.0**-14,
+}
+LARGEST_STEP: dict[Any, float] = {
+    "float32": 2.0**120,
+    "bfloat16": 2.0**120,
+    "float16": 2.0**15,
+}
 # What a search tries, for all grids and number formats. 1 is first: a tie keeps it.
 # Above 1 too: on the symmetric grid a larger step saves the clipped positive end.
 STEP_FACTORS = (
@@ -295,7 +304,7 @@ def best_factor(
     return chosen
 
 
-def store_step(step: jax.Array, *, dtype: str) -> jax.Array:
+def store_step(step: jax.Array, *, dtype: DType) -> jax.Array:
     """Return the nearest step above zero that `dtype` holds, in float32; 1 for zero.
 
     Steps too large for it, NaN and Inf become NaN: integer codes would hide them.

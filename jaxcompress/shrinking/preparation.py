@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tree.compress import is_compressed
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.selection import planned_entries
-from jaxcompress.types import Params
+from jaxcompress.types import Params, Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def prepare(
     measures: bool,
     store: str | os.PathLike | None,
     key: jax.Array,
-    progress: bool | Callable[[Iterable[Any]], Iterable[Any]],
+    progress: Progress,
     metadata: Mapping[str, Any],
 ) -> Prepared:
     """Print the estimate, read or write the data, and measure moments.

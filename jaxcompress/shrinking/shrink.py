@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.paths import roots
 from jaxcompress.tree.record import leaf_reports
-from jaxcompress.types import Params, Rule
+from jaxcompress.types import Params, Progress, Rule
 
 
 def shrink(
@@ -43,7 +43,7 @@ def shrink(
     effort: str = "good",
     store: str | os.PathLike | None = None,
     key: jax.Array | None = None,
-    progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = True,
+    progress: Progress = True,
     metadata: dict[str, Any] | None = None,
 ) -> Shrunk:
     """Make a model as small as asked, with the least loss that the effort finds.
@@ -192,7 +192,7 @@ def plan_recipe(
     effort: str = "good",
     store: str | os.PathLike | None = None,
     key: jax.Array | None = None,
-    progress: bool | Callable[[Iterable[Any]], Iterable[Any]] = True,
+    progress: Progress = True,
 ) -> tuple[list[Rule], dict[str, Any]]:
     """Return the recipe that `shrink` would try first, without compressing anything.
 

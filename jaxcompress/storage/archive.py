@@ -18,7 +18,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,10 +32,9 @@ from jaxcompress.storage import checkpoint, delta_base
 from jaxcompress.storage.checksummed_file import CODES, damaged
 from jaxcompress.storage.file_writer import beside, write
 from jaxcompress.storage.tree_json import FileDamaged, Slot
+from jaxcompress.types import Progress
 
 PART = 1 << 26  # bytes of a file in memory at a time
-
-Progress = Callable[[list[Any]], Iterable[Any]]
 
 
 def pack(
@@ -44,7 +43,7 @@ def pack(
     *,
     base: str | os.PathLike | None = None,
     coding: str = "size",
-    progress: bool | Progress = False,
+    progress: Progress = False,
 ) -> dict[str, int]:
     """Pack a directory, such as a Hugging Face checkpoint, into one file.
 
@@ -132,7 +131,7 @@ def unpack(
     folder: str | os.PathLike,
     *,
     base: str | os.PathLike | None = None,
-    progress: bool | Progress = False,
+    progress: Progress = False,
 ) -> dict[str, int]:
     """Write the files of an archive into a new directory; every byte is checked.
 

@@ -7,7 +7,7 @@ import io
 import itertools
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -33,6 +33,7 @@ from jaxcompress.storage.checksummed_file import (
     to_json,
 )
 from jaxcompress.storage.tree_json import Slot
+from jaxcompress.types import Progress
 
 
 def write(
@@ -41,7 +42,7 @@ def write(
     about: Mapping[str, Any],
     *,
     coding: str = "size",
-    progress: bool | Callable[[list[str]], Iterable[str]] = False,
+    progress: Progress = False,
 ) -> bytes:
     """Write arrays; return the digest that seals the file.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
 from jaxcompress.tracing.movements import (
     hot_index,
@@ -57,7 +58,7 @@ class Use:
 
 
 def uses_of(
-    eqn: Any, values: list, tags: Sequence[Tag], *, mapped: bool, experts: set[str]
+    eqn: JaxprEqn, values: list, tags: Sequence[Tag], *, mapped: bool, experts: set[str]
 ) -> list[Use]:
     """Return the uses of weights in one operation.
 

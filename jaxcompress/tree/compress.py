@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from jaxcompress.tree.paths import (
 )
 from jaxcompress.tree.record import LeafReport, leaf_reports
 from jaxcompress.tree.selection import SMALLEST, Choices, bind
-from jaxcompress.types import Method, Params, Recipe
+from jaxcompress.types import Method, Params, Progress, Recipe
 
 NAMED = 0.01  # of all bytes: what is left alone and larger is named in a warning
 
@@ -67,7 +67,7 @@ def compress(
     *,
     layouts: Mapping[str, Layout] | None = None,
     record: list[LeafReport] | None = None,
-    progress: bool | Callable[[list[str]], Iterable[str]] = False,
+    progress: Progress = False,
     part: bool = False,
     traced: Collection[str] = (),
 ) -> Params:
@@ -179,7 +179,7 @@ def _run(
     bound: Choices,
     moments: Mapping[str, Any] | None,
     layouts: Mapping[str, Layout],
-    progress: bool | Callable[[list[str]], Iterable[str]],
+    progress: Progress,
     done: dict[str, list[str]],
     reasons: dict[str, str],
 ) -> Params:
