@@ -75,8 +75,8 @@ def _matrix_shape(entry: Entry, layout: Layout | None) -> tuple[int, ...]:
     """Return shape `[..., inputs, outputs]`; an embedding's features are its inputs."""
     shape = entry.value.shape
     if layout is not None:
-        known = dataclasses.replace(entry, caller_layout=layout)
-        return jax.eval_shape(known.matrix).shape
+        laid_out = dataclasses.replace(entry, caller_layout=layout)
+        return jax.eval_shape(laid_out.matrix).shape
     return (*shape[:-2], shape[-1], shape[-2]) if entry.embedding else shape
 
 

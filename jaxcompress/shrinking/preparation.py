@@ -35,7 +35,7 @@ class Prepared:
 
 
 def read_dense(model: Any, params: Params, tokenizer: Any) -> Subject:
-    """Return the subject of `read_subject`, once its parameters are known to be dense.
+    """Return the subject of `read_subject`, once its parameters are weights_digest to be dense.
 
     Raises:
       ValueError: parameters that are compressed already.
@@ -93,14 +93,20 @@ def prepare(
     writes = subject.language and source is None and needs
     amount = estimate(subject, planned, layouts, chosen, writes=writes)
     stages.say(f"{grouped(subject.weights)} weights; {describe_estimate(*amount)}")
-    known = "" if store is None else digest(None, subject.params)
-    about: list[Any] = [known, dataclasses.astuple(chosen)]
+    weights_digest = "" if store is None else digest(None, subject.params)
+    about: list[Any] = [weights_digest, dataclasses.astuple(chosen)]
     if subject.language and (needs or source is not None):
         # Without calibration of its own, an effort measures as "good" does.
         wanted = chosen if chosen.texts else choose_effort("good")
         rows = _token_rows(batches) if batches is not None else text
         data = calibration.language_data(
-            subject, rows, wanted, kept, known, stages, jax.random.fold_in(key, 0)
+            subject,
+            rows,
+            wanted,
+            kept,
+            weights_digest,
+            stages,
+            jax.random.fold_in(key, 0),
         )
     if data is not None:
         stages.say(f"calibration: {data.source}; {len(data.held_out)} batches held out")
@@ -113,7 +119,7 @@ def prepare(
             layouts,
             chosen,
             kept,
-            known,
+            weights_digest,
             stages,
             jax.random.fold_in(key, 1),
         )

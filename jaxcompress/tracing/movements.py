@@ -231,12 +231,12 @@ def _selected(
         return None
     side = 0 if isinstance(tags[0], Weight) else 1
     weight, hot = tags[side], values[1 - side]
-    (mine,), (theirs,) = (params["dimension_numbers"][0][i] for i in (side, 1 - side))
+    (mine,), (other,) = (params["dimension_numbers"][0][i] for i in (side, 1 - side))
     kept = [axes for a, axes in enumerate(weight.axes) if a != mine]
-    rows = [size for b, size in enumerate(hot.shape) if b != theirs]
+    rows = [size for b, size in enumerate(hot.shape) if b != other]
     indices = [(Atom(-1 - i, 1, size),) for i, size in enumerate(rows)]
     axes = (*kept, *indices) if side == 0 else (*indices, *kept)
-    picked = Picked(weight.axes[mine][0], hot_index(jnp.moveaxis(hot, theirs, -1)))
+    picked = Picked(weight.axes[mine][0], hot_index(jnp.moveaxis(hot, other, -1)))
     return dataclasses.replace(weight, axes=axes, picked=(*weight.picked, picked))
 
 

@@ -1,4 +1,4 @@
-"""Why a model cannot take a compressed tree, found without computing."""
+"""Reasons for which a model cannot take a compressed tree, without computing."""
 
 import dataclasses
 from collections.abc import Callable

@@ -14,13 +14,13 @@ _OF_TRAINING = ("opt_state", "optimizer_state", "optimizer", "tx")
 def check_tree(params: Any) -> None:
     """Raise TypeError for a state of training, whose optimizer holds kernels too."""
     if isinstance(params, Mapping):
-        found = "params" in params and any(key in params for key in _OF_TRAINING)
+        training = "params" in params and any(key in params for key in _OF_TRAINING)
         pick, back = 'state["params"]', '{**state, "params": ...}'
     else:
-        found = hasattr(params, "params")
-        found = found and any(hasattr(params, key) for key in _OF_TRAINING)
+        training = hasattr(params, "params")
+        training = training and any(hasattr(params, key) for key in _OF_TRAINING)
         pick, back = "state.params", "state.replace(params=...)"
-    if found:
+    if training:
         raise TypeError(
             f"a {type(params).__name__} with an optimizer's state is not a tree of "
             "parameters: the optimizer holds arrays of the same names. Pass "

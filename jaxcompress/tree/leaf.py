@@ -342,14 +342,14 @@ def materialize(params: Params) -> Params:
     Example:
       >>> dense = jc.materialize(jc.compress(params, "symmetric(bits=8)"))
     """
-    made: dict[int, tuple[Any, Any]] = {}  # by id of a leaf: the leaf, its array
+    arrays: dict[int, tuple[Any, Any]] = {}  # by id of a leaf: the leaf, its array
 
     def once(x: Any) -> Any:
         if not is_leaf(x):
             return x
-        if id(x) not in made:
-            made[id(x)] = x, dense(x)
-        return made[id(x)][1]
+        if id(x) not in arrays:
+            arrays[id(x)] = x, dense(x)
+        return arrays[id(x)][1]
 
     with decoding(params):
         return jax.tree.map(once, params, is_leaf=is_leaf)
