@@ -91,7 +91,8 @@ def compressed_tensors(
       FileExistsError: the directory exists.
 
     Example:
-      >>> small = jc.compress(params, [(".*_proj/kernel", "symmetric(block=32)")])
+      >>> rules = [(".*_proj/kernel", "symmetric(bits=4, block=32)")]
+      >>> small = jc.compress(params, rules)
       >>> leaves = jc.export.compressed_tensors("out", model, small, dtype="bfloat16")
     """
     if activations not in (None, "dynamic"):

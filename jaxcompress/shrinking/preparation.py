@@ -35,7 +35,7 @@ class Prepared:
 
 
 def read_dense(model: Any, params: Params, tokenizer: Any) -> Subject:
-    """Return the subject of `read_subject`, once its parameters are weights_digest to be dense.
+    """Return the subject of `read_subject`, once its parameters are known to be dense.
 
     Raises:
       ValueError: parameters that are compressed already.
