@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxcompress.storage import checkpoint
 from jaxcompress.storage.resume import digest
 from jaxcompress.tree.leaf import is_leaf
-from jaxcompress.tree.paths import roots, shape_of
+from jaxcompress.tree.paths import check_names, roots, shape_of
 from jaxcompress.types import LazyParams, Params
 
 
@@ -44,6 +44,7 @@ def source_of(params: Params | LazyParams | str | os.PathLike) -> Iterator[Sourc
         yield _stored(params)
     else:
         named = dict(roots(params))
+        check_names([name for name, _ in roots(params)])
         yield Source(
             {name: shape_of(x) for name, x in named.items()},
             named.__getitem__,

@@ -15,7 +15,7 @@ from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.methods import describe, traits
-from jaxcompress.tree.paths import roots, shape_of
+from jaxcompress.tree.paths import check_names, roots, shape_of
 from jaxcompress.tree.record import LeafReport, leaf_reports
 from jaxcompress.tree.selection import bind
 from jaxcompress.types import Params, Recipe
@@ -77,6 +77,7 @@ def report(
       >>> small = jc.compress(params, "symmetric(bits=4)")
       >>> table = jc.report(params, small)
     """
+    check_names([name for name, _ in roots(params)])
     later = dict(roots(small))
     for name, _ in roots(params):
         if name not in later:

@@ -12,7 +12,7 @@ from jaxcompress.quantization.awq import Scaled
 from jaxcompress.quantization.grids import Quantized
 from jaxcompress.tree.generic_leaves import Reshaped, Sum
 from jaxcompress.tree.layouts import leaf_layout
-from jaxcompress.tree.leaf import Leaf, is_leaf
+from jaxcompress.tree.leaf import Leaf, is_box, is_leaf
 from jaxcompress.tree.paths import join, key_name
 from jaxcompress.types import Params
 
@@ -32,7 +32,7 @@ def shardings(small: Params, mesh: Mesh, specs: Any) -> Params:
       mesh: with axes of type `AxisType.Auto`.
       specs: a tree of `PartitionSpec` of the dense weights; weights that it lacks, or
         has None for, are copied to each device. `flax.linen.get_partition_spec` gives
-        it for models with partitioning metadata.
+        it for models with partitioning metadata, of `small` too.
 
     Returns:
       The tree with a `NamedSharding` for each array, for `jax.device_put` or `jit`.
@@ -52,6 +52,8 @@ def shardings(small: Params, mesh: Mesh, specs: Any) -> Params:
     wanted = {_name(path): spec for path, spec in flat}
 
     def place(path: Any, x: Any) -> Any:
+        if is_box(x):  # Flax's, around a weight of this name
+            return x.replace_boxed(place(path, x.value))
         name = _name(path)
         spec = wanted.pop(name, None)
         axes = tuple(spec or ())
@@ -60,7 +62,8 @@ def shardings(small: Params, mesh: Mesh, specs: Any) -> Params:
         axes += (None,) * (x.ndim - len(axes))
         return _place(x, axes, mesh, name)
 
-    placed = jax.tree_util.tree_map_with_path(place, small, is_leaf=is_leaf)
+    outer = lambda x: is_leaf(x) or is_box(x)  # noqa: E731
+    placed = jax.tree_util.tree_map_with_path(place, small, is_leaf=outer)
     if wanted:
         raise ValueError(
             f"specs for no weight of the tree: {', '.join(sorted(wanted)[:4])}; they "

@@ -22,6 +22,7 @@ from jaxcompress.tracing.jaxpr_compat import (
     is_vmapped,
     scan_sizes,
 )
+from jaxcompress.tracing.mapped import mapped_axes
 from jaxcompress.tracing.movements import moved
 from jaxcompress.tracing.provenance import (
     CONSTANT,
@@ -113,12 +114,21 @@ def run_uses(
     tags += [None] * (len(values) - len(tags))
     experts: set[str] = set()
     batched: set[str] = set()
+    unclear: set[str] = set()
     stacks = any(isinstance(t, Weight) and len(t.axes) > 2 for t in tags)
     if stacks or any(jnp.ndim(x) for x in closed.consts):
         # What is multiplied decides whether a gather picks experts or rows of a table,
         # and whether a product with constants counts.
-        probe = _Reader(lambda use: {}, {}, experts, batched, probing=True)
+        probe = _Reader(
+            lambda use: {}, {}, experts, batched, probing=True, unclear=unclear
+        )
         jax.eval_shape(lambda *values: probe.run(closed, values, tags)[0], *values)
+    if unclear:
+        mapped = mapped_axes(function, weights, arguments)
+        tags[: len(names)] = [
+            tag(t.name, t.shape, mapped.get(t.name, ())) if isinstance(t, Weight) else t
+            for t in tags[: len(names)]
+        ]
     reader = _Reader(visit, {}, experts, batched, multiply=multiply)
     results, _, sums = reader.run(closed, values, tags)
     return jax.tree.unflatten(jax.tree.structure(shapes), results), sums
@@ -134,6 +144,7 @@ class _Reader:
     looped: bool = False
     mapped: bool = False  # inside a call that `vmap` made
     multiply: Multiply | None = None
+    unclear: set[str] = dataclasses.field(default_factory=set)  # stacks or outputs
 
     def run(self, closed: ClosedJaxpr, values: Sequence, tags: Sequence) -> tuple:
         """Return results, their tags, and sums of a program on tagged values."""
@@ -191,6 +202,8 @@ class _Reader:
         ]
         fixed = all(tag is not None for tag in tags)
         for use in uses:
+            if self.probing and mapped and len(use.layout.outputs) > 1:
+                self.unclear.add(use.name)
             self.note(use, sums, fixed=fixed and not use.lookup)
         if self.multiply:
             results = self.multiply(eqn, values, tags, uses)

@@ -100,4 +100,11 @@ def _arguments(batch: Any, call: Any) -> tuple[tuple, dict[str, Any]]:
         )
     if len(inputs) == 1:
         return tuple(inputs.values()), {}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    if surplus := [] if open_ended else sorted(inputs.keys() - taken.keys()):
+        raise TypeError(
+            f"the batch has {', '.join(map(repr, surplus))}, which the module has no "
+            f"argument for; it has {', '.join(list(taken)[1:])}. Leave them out of the "
+            "batch, or pass a function of (params, batch) as the model"
+        )
     return (), dict(inputs)

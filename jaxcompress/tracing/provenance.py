@@ -56,7 +56,8 @@ class Weight:
 
     `axes` has, for each axis of the value, the atoms it holds, slowest first; none for
     an axis along which the weight repeats. `stack` holds axes sliced off by scans,
-    `picked` those of which one slice was taken.
+    `picked` those of which one slice was taken. `mapped` are original axes along which
+    a lifted transform maps its module.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Weight:
     axes: tuple[tuple[Atom, ...], ...]
     stack: tuple[Atom, ...] = ()
     picked: tuple[Picked, ...] = ()
+    mapped: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +97,10 @@ def is_weight(tag: Tag) -> bool:
     return isinstance(tag, Weight | Joined)
 
 
-def tag(name: str, shape: Sequence[int]) -> Weight:
+def tag(name: str, shape: Sequence[int], mapped: Sequence[int] = ()) -> Weight:
     """Return the tag of an untouched weight."""
     axes = tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape))
-    return Weight(name, tuple(shape), axes)
+    return Weight(name, tuple(shape), axes, mapped=tuple(mapped))
 
 
 def sliced(tag: Tag) -> Tag:
@@ -198,11 +200,14 @@ def original_layout(
     named = {n: tuple(a for a in sorted(role) if role[a] == n) for n in role.values()}
     if "inputs" not in named or "outputs" not in named:
         return None
-    if shared:
-        ahead = [a for a in named["outputs"] if a < named["inputs"][0]]
-        if len(ahead) < len(named["outputs"]):
-            order += ahead
-            named["outputs"] = named["outputs"][len(ahead) :]
+    ahead = [
+        a
+        for a in named["outputs"]
+        if a in weight.mapped or (shared and a < named["inputs"][0])
+    ]
+    if len(ahead) < len(named["outputs"]):
+        order += ahead
+        named["outputs"] = tuple(a for a in named["outputs"] if a not in ahead)
     return Layout((*order, *batched), named["inputs"], named["outputs"])
 
 

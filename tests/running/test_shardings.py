@@ -1,5 +1,6 @@
 """Compressed weights laid over devices: the same logits, cut where weights are."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,3 +140,19 @@ def test_pmap_evaluates_as_a_mesh_does(params):
     for name, value in copied.items():
         assert same[name] == pytest.approx(value, rel=1e-5)
         assert cut[name] == pytest.approx(value, rel=1e-5)
+
+
+def test_boxes_of_flax_tell_where_a_loaded_tree_lies(tmp_path):
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    model, x = nn.Dense(64, kernel_init=init), jnp.ones((4, 64))
+    params = model.init(jax.random.key(0), x)["params"]
+    jc.save(tmp_path / "a", jc.compress(params, "symmetric(bits=8)"))
+    small = jc.load(tmp_path / "a")
+    specs = nn.logical_to_mesh(nn.get_partition_spec(small), [("out", "model")])
+    placed = jax.device_put(small, jc.shardings(small, mesh(), specs))
+    (codes,) = jax.tree.leaves(placed["kernel"].value.codes)
+    assert placed["kernel"].names == ("in", "out")
+    assert codes.sharding.spec == P(None, "model")
+    assert codes.addressable_shards[0].data.shape == (64, 32)
+    want = model.apply({"params": small}, x)
+    np.testing.assert_allclose(model.apply({"params": placed}, x), want, rtol=1e-5)

@@ -324,6 +324,41 @@ def test_where_leaves_weights_out():
         jc.find_layouts(model, params, X, where="c")
 
 
+class Mapped(nn.Module):
+    """Two layers mapped along an axis of their weights, over one shared input."""
+
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": self.axis},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=2,
+        )
+        return layers(5, use_bias=False, name="layers")(x)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_layers_mapped_along_any_axis_are_a_stack(axis):
+    model = Mapped(axis)
+    params = model.init(jax.random.key(0), X)["params"]
+    at = axis % 3
+    others = [a for a in range(3) if a != at]
+    layout = jc.Layout((at,), (others[0],), (others[1],))
+    assert jc.find_layouts(model, params, X) == {"layers/kernel": layout}
+    moments = jc.collect_moments(model, params, [X], where=".*")
+    np.testing.assert_allclose(
+        moments["layers/kernel"].second, of_slices(X, X), rtol=1e-4, atol=1e-5
+    )
+    small = jc.compress(params, [(".*", "symmetric(bits=8)")], moments)
+    jc.check(model, small, X)
+    got, want = (model.apply({"params": p}, X) for p in (small, jc.materialize(small)))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 class Block(nn.Module):
     """A block of a model that is scanned along axis 1."""
 

@@ -292,6 +292,8 @@ def test_what_a_linen_module_is_called_with():
     assert found == {"embed/embedding": ROWS}
     with pytest.raises(TypeError, match=r"has only .*'labels'.*function of"):
         find_layouts(Tied(), params, {"labels": jnp.zeros(2)})
+    with pytest.raises(TypeError, match=r"'weights', which .* it has tokens, scale\."):
+        find_layouts(TwoInputs(), params, {**batch, "scale": scale, "weights": scale})
     with pytest.raises(TypeError, match=r"array or a dict.* not a list"):
         find_layouts(Tied(), params, [batch])
     with pytest.raises(TypeError, match="not a dict; wrap it"):

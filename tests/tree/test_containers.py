@@ -125,3 +125,12 @@ def test_one_array_with_two_results_is_two():
     copies = {"a": {"kernel": KERNEL}, "b": {"kernel": KERNEL + 0}}
     small = jc.compress(copies, "symmetric(bits=8)")
     assert small["a"]["kernel"] is not small["b"]["kernel"]
+
+
+TWICE = {"a/b": {"kernel": KERNEL}, "a": {"b": {"kernel": KERNEL}}}
+
+
+@pytest.mark.parametrize("door", ["compress", "find_layouts", "blockwise", "report"])
+def test_two_leaves_of_one_name_are_refused(door, tmp_path):
+    with pytest.raises(ValueError, match=r"a/b/kernel.*rename the keys"):
+        DOORS[door](TWICE, tmp_path / "a")

@@ -1,0 +1,77 @@
+"""Axes along which lifted transforms of Flax map modules, as Flax itself tells."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxcompress.tree.leaf import Leaf
+
+Found = dict[str, list[int]]  # axes of the original weight, by its name
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """A name and where its axes are noted; equal to itself alone, as jit wants."""
+
+    name: str
+    found: Found
+
+    def __hash__(self) -> int:
+        return id(self.found)
+
+    def __eq__(self, other: Any) -> bool:
+        return self.name == other.name and self.found is other.found
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Noted(Leaf):
+    """An array that notes along which of its axes `nn.vmap` and `nn.scan` slice it.
+
+    `axes` are those of the original that are left.
+    """
+
+    value: jax.Array
+    axes: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
+    names: _Names = dataclasses.field(metadata={"static": True})
+
+    def materialize(self) -> jax.Array:
+        return self.value
+
+    def add_axis(self, index: int, params: dict) -> Leaf:
+        index %= len(self.axes) + 1
+        axes = (*self.axes[:index], None, *self.axes[index:])
+        return dataclasses.replace(self, axes=axes)
+
+    def remove_axis(self, index: int, params: dict) -> Leaf:
+        index %= len(self.axes)
+        noted = self.names.found.setdefault(self.names.name, [])
+        if self.axes[index] is not None and self.axes[index] not in noted:
+            noted.append(self.axes[index])
+        axes = self.axes[:index] + self.axes[index + 1 :]
+        return dataclasses.replace(self, axes=axes)
+
+
+def mapped_axes(
+    function: Callable[..., Any], weights: Mapping[str, Any], arguments: Any
+) -> Found:
+    """Return the axes along which lifted transforms slice each weight.
+
+    Computes nothing. Empty where the function takes nothing but arrays.
+    """
+    found: Found = {}
+    shapes = {
+        name: Noted(
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            tuple(range(len(x.shape))),
+            _Names(name, found),
+        )
+        for name, x in weights.items()
+    }
+    # What fails here ran on arrays: such a function has no lifted transform to ask.
+    with contextlib.suppress(Exception):
+        jax.eval_shape(function, shapes, arguments)
+    return found
