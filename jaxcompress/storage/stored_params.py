@@ -198,13 +198,13 @@ class StoredParams:
 
     def parts(self, name: str) -> list[Part]:
         """Return the arrays of one leaf as they are stored, without reading them."""
-        found = []
+        listed = []
         for array, dtype, shape in self._arrays(name):
             file = self._file_of(array)
             span = file.spans[array]
             coding = file.codings.get(array, "")
-            found.append(Part(array, dtype, shape, coding, span.stop - span.start))
-        return found
+            listed.append(Part(array, dtype, shape, coding, span.stop - span.start))
+        return listed
 
     def overhead(self) -> dict[str, int]:
         """Return the bytes of all files that are no parameters, by what they hold."""
