@@ -9,10 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.coding import array_codecs
+from jaxcompress.coding.levels.narrow import NarrowLevels
 from jaxcompress.coding.levels.shrinkage import shrink_to_mean
 from jaxcompress.coding.packing import bits_needed, pack_bits
-from jaxcompress.tree.leaf import Leaf, dense, leaf, static
-from jaxcompress.tree.products import cut_columns
+from jaxcompress.tree.leaf import (
+    Arithmetic,
+    Leaf,
+    before_use,
+    contract,
+    dense,
+    leaf,
+    static,
+)
+from jaxcompress.tree.products import cut_columns, tiles_pay
 
 OCTAVE = 4  # column scales to a factor of two
 MOST_SCALES = 64
@@ -53,6 +62,24 @@ class RateCoded(Leaf):
         if self.scales is not None:
             weights = weights * jnp.take(SCALES, dense(self.scales), mode="clip")
         return weights.astype(self.dtype)
+
+    def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
+        """Multiply the inputs by the steps, by the levels, and by the scales."""
+        if tiles_pay(self.shape) or jnp.dtype(self.dtype).itemsize < 4:
+            return super().contract(x, how)
+        prepare = before_use.get()
+        held = self if prepare is None else prepare(self)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        lead = (1,) * (x.ndim - 1)
+        x = x.astype(wide) * held.steps.astype(wide).reshape(*lead, -1)
+        levels = held.levels
+        if not isinstance(levels, NarrowLevels):
+            levels = dense(levels)
+        y = contract(x, levels, how)
+        if held.scales is None:
+            return y
+        scales = jnp.take(SCALES, dense(held.scales), mode="clip")
+        return y * scales.reshape(*lead, -1)
 
     def tiles(self) -> Callable[[jax.Array, int], jax.Array]:
         levels, scales = dense(self.levels), dense(self.scales)
