@@ -1,7 +1,7 @@
 """`measure_curvatures`: how the divergence from the model grows with each output."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -97,14 +97,28 @@ def measure_curvatures(
         for entry in planned
         if getattr(entry.moments, "second", None) is not None
     }
-    gradients = _sampled_gradients(apply_fn, params, rows, key, progress)
     sums = {entry.name: CurvatureSum() for entry in planned}
-    for number, gradient in enumerate(gradients):
+
+    @jax.jit
+    def products(
+        params: Params, factors: Mapping[str, jax.Array], row: jax.Array, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        # One program: a gradient is as large as the model, and outlives no product.
+        gradient = _sampled_gradient(apply_fn, params, row, key)
+        squares = {}
         for entry in planned_entries(gradient, moments, where, layouts):
             matrix, factor = entry.matrix(), factors.get(entry.name)
             pairs = joint and not entry.embedding and has_use_for_pairs(matrix.shape)
-            sums[entry.name].add(number, column_products(matrix, factor, pairs=pairs))
-    tokens = sum(row.size for row in rows)
+            squares[entry.name] = column_products(matrix, factor, pairs=pairs)
+        return squares
+
+    tokens = 0
+    shown = each_item(rows, progress, label="curvatures", unit="sequences")
+    for number, row in enumerate(shown):
+        squares = products(params, factors, row, jax.random.fold_in(key, tokens))
+        for name, square in squares.items():
+            sums[name].add(number, square)
+        tokens += row.size
     completed = dict(moments)
     for entry in planned:
         shape = entry.matrix().shape
@@ -123,38 +137,34 @@ def measure_curvatures(
     return completed
 
 
-def _sampled_gradients(
+def _sampled_gradient(
     apply_fn: Callable[[Params, jax.Array], jax.Array],
     params: Params,
-    rows: list[jax.Array],
+    row: jax.Array,
     key: jax.Array,
-    progress: bool | Callable[[list[Any]], Iterable[Any]],
-) -> Iterator[Params]:
-    """Yield the gradient of the log-probability of what the model says of each row.
+) -> Params:
+    """Return gradient of the log-probability of what the model says of a row.
 
     Args:
-      rows: of tokens, `[T]` each.
+      row: tokens `[T]`.
       key: that the model's answers are sampled with.
     """
 
-    @jax.jit
-    def gradient(params: Params, tokens: jax.Array, key: jax.Array) -> Params:
-        def score(params: Params) -> jax.Array:
-            logits = apply_fn(params, tokens[None])[0].astype(jnp.float32)
-            said = jax.random.categorical(key, jax.lax.stop_gradient(logits))
-            logs = jax.nn.log_softmax(logits)
-            return jnp.take_along_axis(logs, said[:, None], axis=-1).sum()
+    def score(params: Params) -> jax.Array:
+        logits = apply_fn(params, row[None])[0].astype(jnp.float32)
+        said = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+        logs = jax.nn.log_softmax(logits)
+        return jnp.take_along_axis(logs, said[:, None], axis=-1).sum()
 
-        return jax.grad(score)(params)
-
-    tokens = 0
-    for row in each_item(rows, progress, label="curvatures", unit="sequences"):
-        yield gradient(params, row, jax.random.fold_in(key, tokens))
-        tokens += row.size
+    return jax.grad(score)(params)
 
 
 def _factors(entry: Entry, damping: float) -> jax.Array:
     """Return a factor of each slice's second moment, `[slices, inputs, inputs]`."""
     second = jnp.asarray(entry.moments.second)
     flat = second.reshape(-1, *second.shape[-2:])
-    return jnp.stack([inverse_factor(each, damping=damping) for each in flat])
+    # One at a time: dispatched at once, the float64 steps of all slices are held.
+    factors = [
+        jax.block_until_ready(inverse_factor(each, damping=damping)) for each in flat
+    ]
+    return jnp.stack(factors)

@@ -1,8 +1,9 @@
 """`plan_rates`: one rate for the model, shared out over its leaves in closed form."""
 
+import dataclasses
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxcompress.quantization.rate_model import deviations, gaussian_bits
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import nbytes as held_bytes
 from jaxcompress.tree.methods import precise
+from jaxcompress.tree.paths import Entry
 from jaxcompress.tree.selection import planned_entries
 from jaxcompress.types import Params, Rule
 
@@ -75,17 +77,90 @@ def plan_rates(
     """
     check_concrete(params, "plan_rates")
     planned = planned_entries(params, moments, where, layouts)
+    weights = sum(entry.value.size for entry in planned)
     limit = byte_limit(
         "plan_rates",
         bits_per_weight=bits_per_weight,
         nbytes=nbytes,
         fraction=fraction,
-        weights=sum(entry.value.size for entry in planned),
+        weights=weights,
         total=sum(held_bytes(entry.value) for entry in planned),
     )
-    rate = bits_per_weight
-    if rate is None:
-        rate = 8 * limit / sum(entry.value.size for entry in planned)
+    rate = 8 * limit / weights if bits_per_weight is None else bits_per_weight
+    problem = rate_problem(planned, states=states, order=order, damping=damping)
+    return problem.solve(rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class RateProblem:
+    """Leaves to share a rate out over, with all that does not depend on the rate.
+
+    Args:
+      names: of the leaves.
+      slices: of each leaf, the number of a stack; 0 for a matrix.
+      sizes: weights of each slice, float64 `[slices]`.
+      spreads: of each slice, as `_spreads` returns them.
+      floors: bits per weight of the side information of each slice.
+      bends: log2 of what an error of each slice counts.
+      options: of `rate_distortion`, besides the rate.
+    """
+
+    names: list[str]
+    slices: list[int]
+    sizes: np.ndarray
+    spreads: list[tuple[np.ndarray, np.ndarray]]
+    floors: np.ndarray
+    bends: np.ndarray
+    options: str
+
+    def solve(self, rate: float) -> list[Rule]:
+        """Return rules of this rate on average over the weights.
+
+        Raises:
+          ValueError: a rate below the side information, or above 12.
+        """
+        total = self.sizes.sum()
+        least = float(self.floors @ self.sizes / total) + SMALLEST
+        if not least < rate <= 12:
+            raise ValueError(
+                f"plan_rates takes {least:.3f} to 12 bits per weight for these leaves, "
+                f"not {rate!r}; what describes their rows and columns takes the first"
+            )
+        low, high = -64.0, 64.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = self._rates(middle) @ self.sizes / total > rate
+            low, high = (middle, high) if above else (low, middle)
+        rates = np.round(np.minimum(self._rates(high), 12), 4)
+        chosen, plan = iter(rates.tolist()), []
+        for name, count in zip(self.names, self.slices, strict=True):
+            each = tuple(itertools.islice(chosen, count)) if count else next(chosen)
+            method = f"rate_distortion(rate={each}, {self.options})"
+            plan.append((re.escape(name), method))
+        return plan
+
+    def _rates(self, level: float) -> np.ndarray:
+        """Return the rate of each slice where an error costs `2**level`."""
+        bits = [
+            max(SMALLEST, shares @ gaussian_bits(logs - level + bend))
+            for (logs, shares), bend in zip(self.spreads, self.bends, strict=True)
+        ]
+        return self.floors + np.array(bits)
+
+
+@precise
+def rate_problem(
+    planned: Sequence[Entry], *, states: int, order: str, damping: float
+) -> RateProblem:
+    """Measure what `plan_rates` needs of leaves, once for any number of budgets.
+
+    Args:
+      planned: the leaves, with their moments.
+      states, order, damping: as for `plan_rates`.
+
+    Raises:
+      ValueError: a curvature that is missing or not positive.
+    """
     measured = check_curvatures({entry.name: entry.moments for entry in planned})
     slices, sizes, spreads, floors, bends = [], [], [], [], []
     for entry in planned:
@@ -106,33 +181,15 @@ def plan_rates(
         bends += list(
             0.5 * np.log2((bent * finer.astype(np.float64) ** 2).mean(axis=1))
         )
-    sizes = np.array(sizes, np.float64)
-    least = float(np.dot(floors, sizes) / sizes.sum()) + SMALLEST
-    if not least < rate <= 12:
-        raise ValueError(
-            f"plan_rates takes {least:.3f} to 12 bits per weight for these leaves, not "
-            f"{rate!r}; what describes their rows and columns takes the first"
-        )
-
-    def rates(level: float) -> np.ndarray:
-        slice_rates = [
-            floor + max(SMALLEST, shares @ gaussian_bits(logs - level + bend))
-            for (logs, shares), bend, floor in zip(spreads, bends, floors, strict=True)
-        ]
-        return np.array(slice_rates)
-
-    low, high = -64.0, 64.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        above = rates(middle) @ sizes / sizes.sum() > rate
-        low, high = (middle, high) if above else (low, middle)
-    options = f"states={states}, order={order!r}, damping={damping}"
-    chosen, plan = iter(np.round(np.minimum(rates(high), 12), 4).tolist()), []
-    for entry, count in zip(planned, slices, strict=True):
-        each = tuple(itertools.islice(chosen, count)) if count else next(chosen)
-        method = f"rate_distortion(rate={each}, {options})"
-        plan.append((re.escape(entry.name), method))
-    return plan
+    return RateProblem(
+        [entry.name for entry in planned],
+        slices,
+        np.array(sizes, np.float64),
+        spreads,
+        np.array(floors),
+        np.array(bends),
+        f"states={states}, order={order!r}, damping={damping}",
+    )
 
 
 def _spreads(

@@ -1,12 +1,13 @@
 """Searches for the recipe that meets a goal: a plan, and equal rates to compare."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
 from typing import Any
 
-from jaxcompress.planning.rates import plan_rates
+from jaxcompress.planning.rates import RateProblem, rate_problem
 from jaxcompress.reporting import grouped
 from jaxcompress.shrinking.efforts import Effort
 from jaxcompress.shrinking.fitting import AIM, Attempt, Coder, fit
@@ -35,17 +36,22 @@ class Planner:
         """Of the planned leaves."""
         return sum(entry.value.size for entry in self.coder.planned)
 
+    @functools.cached_property
+    def problem(self) -> RateProblem:
+        """What a plan needs of the leaves, measured once."""
+        coder = self.coder
+        known = [
+            dataclasses.replace(entry, caller_layout=coder.layouts.get(entry.name))
+            for entry in coder.planned
+        ]
+        with coder.stages.stage("planning", f"{len(known)} leaves"):
+            return rate_problem(
+                known, states=self.effort.states, order="pivoted", damping=0.01
+            )
+
     def planned(self, nbytes: int) -> tuple[Rule, ...]:
         """Return rates by curvatures."""
-        return tuple(
-            plan_rates(
-                self.coder.subject.params,
-                self.coder.moments,
-                bits_per_weight=min(8 * nbytes / self.weights, LARGEST),
-                layouts=self.coder.layouts,
-                states=self.effort.states,
-            )
-        )
+        return tuple(self.problem.solve(min(8 * nbytes / self.weights, LARGEST)))
 
     def uniform(self, nbytes: int) -> tuple[Rule, ...]:
         """Return one rate for all leaves."""
