@@ -9,7 +9,7 @@ import jax
 
 from jaxcompress.tree.leaf import Leaf
 
-Found = dict[str, list[int]]  # axes of the original weight, by its name
+Axes = dict[str, list[int]]  # axes of the original weight, by its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +17,13 @@ class _Names:
     """A name and where its axes are noted; equal to itself alone, as jit wants."""
 
     name: str
-    found: Found
+    sliced: Axes
 
     def __hash__(self) -> int:
-        return id(self.found)
+        return id(self.sliced)
 
     def __eq__(self, other: Any) -> bool:
-        return self.name == other.name and self.found is other.found
+        return self.name == other.name and self.sliced is other.sliced
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +48,7 @@ class Noted(Leaf):
 
     def remove_axis(self, index: int, params: dict) -> Leaf:
         index %= len(self.axes)
-        noted = self.names.found.setdefault(self.names.name, [])
+        noted = self.names.sliced.setdefault(self.names.name, [])
         if self.axes[index] is not None and self.axes[index] not in noted:
             noted.append(self.axes[index])
         axes = self.axes[:index] + self.axes[index + 1 :]
@@ -57,21 +57,21 @@ class Noted(Leaf):
 
 def mapped_axes(
     function: Callable[..., Any], weights: Mapping[str, Any], arguments: Any
-) -> Found:
+) -> Axes:
     """Return the axes along which lifted transforms slice each weight.
 
     Computes nothing. Empty where the function takes nothing but arrays.
     """
-    found: Found = {}
+    sliced: Axes = {}
     shapes = {
         name: Noted(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             tuple(range(len(x.shape))),
-            _Names(name, found),
+            _Names(name, sliced),
         )
         for name, x in weights.items()
     }
     # What fails here ran on arrays: such a function has no lifted transform to ask.
     with contextlib.suppress(Exception):
         jax.eval_shape(function, shapes, arguments)
-    return found
+    return sliced
