@@ -172,7 +172,7 @@ def sign_split(
     for side in bits:
         check_bits("sign_split", side, 7)
     check_weights(x, "sign_split", block, scale_dtype)
-    scheme = Scheme("sign_split", tuple(bits), block, scale_dtype)
+    scheme = Scheme("sign_split", (bits[0], bits[1]), block, scale_dtype)
     return _nearest(x, scheme, False, search)
 
 

@@ -164,7 +164,10 @@ def to_format(
         return (mxfp4 if name == "mxfp4" else nvfp4)(x, search=search)
     options: dict[str, Any] = {} if block is None else {"block": block}
     options |= {"search": search, "scale_dtype": scale_dtype}
-    return nf4(x, **options) if name == "nf4" else fp8(x, kind=name, **options)
+    if name == "nf4":
+        return nf4(x, **options)
+    options["kind"] = name
+    return fp8(x, **options)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from jax.extend import core
-from jax.extend.core import ClosedJaxpr
 
 from jaxcompress.tracing.block_names import find_blocks, guess_blocks
 from jaxcompress.tracing.jaxpr_compat import bind
@@ -104,7 +103,7 @@ class _Interleaved(ValueError):
 
 
 def _cut(
-    closed: ClosedJaxpr, shapes: Shapes, batch: Any, groups: Mapping[str, list[str]]
+    closed: Any, shapes: Shapes, batch: Any, groups: Mapping[str, list[str]]
 ) -> tuple[list[Segment], list[Any]]:
     """Cut a traced program into these blocks."""
     outer, blocks, flat, consts = _flattened(closed, shapes, batch, groups)
@@ -121,7 +120,7 @@ def _cut(
 
 
 def _flattened(
-    closed: ClosedJaxpr, shapes: Shapes, batch: Any, groups: Mapping[str, list[str]]
+    closed: Any, shapes: Shapes, batch: Any, groups: Mapping[str, list[str]]
 ) -> tuple[list[str], list[Block], Any, list]:
     """Return outer names, blocks, and the program with its loops over blocks
     unrolled.

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from jaxcompress.tracing.jaxpr_compat import (
     bind,
@@ -146,7 +145,7 @@ class _Reader:
     multiply: Multiply | None = None
     unclear: set[str] = dataclasses.field(default_factory=set)  # stacks or outputs
 
-    def run(self, closed: ClosedJaxpr, values: Sequence, tags: Sequence) -> tuple:
+    def run(self, closed: Any, values: Sequence, tags: Sequence) -> tuple:
         """Return results, their tags, and sums of a program on tagged values."""
         jaxpr, consts = closed.jaxpr, closed.consts
         value_of: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -175,7 +174,7 @@ class _Reader:
         results = [read(v) for v in jaxpr.outvars]
         return results, [read_tag(v) for v in jaxpr.outvars], sums
 
-    def step(self, eqn: JaxprEqn, values: list, tags: list) -> tuple[list, list, Sums]:
+    def step(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         """Return results, their tags, and sums of one operation that reads a weight."""
         name, mapped = eqn.primitive.name, self.mapped or is_vmapped(eqn)
         if self.multiply and name.startswith("custom_"):
@@ -245,7 +244,7 @@ class _Reader:
             stacklevel=2,
         )
 
-    def scan(self, eqn: JaxprEqn, values: list, tags: list) -> tuple[list, list, Sums]:
+    def scan(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         params, inner = eqn.params, closed_of(eqn.params["jaxpr"])
         consts, carries = scan_sizes(params, len(values))
         xs = values[consts + carries :]
@@ -278,7 +277,7 @@ class _Reader:
         _add(totals, each)
         return [*carry, *ys], [None] * (carries + len(ys)), totals
 
-    def loop(self, eqn: JaxprEqn, values: list, tags: list) -> tuple[list, list, Sums]:
+    def loop(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         params = eqn.params
         test, inner = closed_of(params["cond_jaxpr"]), closed_of(params["body_jaxpr"])
         split = params["cond_nconsts"]
@@ -299,9 +298,7 @@ class _Reader:
         carry, totals = jax.lax.while_loop(again, body, (carry, _zeros(shapes)))
         return list(carry), [None] * len(carry), totals
 
-    def branch(
-        self, eqn: JaxprEqn, values: list, tags: list
-    ) -> tuple[list, list, Sums]:
+    def branch(self, eqn: Any, values: list, tags: list) -> tuple[list, list, Sums]:
         branches = [closed_of(b) for b in eqn.params["branches"]]
         index, *operands = values
 

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
-from jax.extend.core import JaxprEqn
 
 
-def bind(eqn: JaxprEqn, values: Sequence) -> list:
+def bind(eqn: Any, values: Sequence) -> list:
     """Return the results of one operation."""
     bound = eqn.primitive.get_bind_params(eqn.params)
     # Older versions (0.7.2) return functions to call with the parameters.
@@ -23,7 +22,7 @@ def closed_of(jaxpr: Any) -> Any:
     return core.ClosedJaxpr(jaxpr, ())
 
 
-def called(eqn: JaxprEqn) -> Any:
+def called(eqn: Any) -> Any:
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if key in eqn.params:
             return closed_of(eqn.params[key])
@@ -41,7 +40,7 @@ def scan_sizes(params: Mapping[str, Any], count: int) -> tuple[int, int]:
     return len(list(consts)), len(list(carry))
 
 
-def is_vmapped(eqn: JaxprEqn) -> bool:
+def is_vmapped(eqn: Any) -> bool:
     """Return whether `vmap` made this operation, by the names that JAX gives for
     profiles.
     """

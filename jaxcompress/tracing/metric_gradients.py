@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
 
 from jaxcompress.tracing.interpreter import run_uses
 from jaxcompress.tracing.jaxpr_compat import bind
@@ -49,7 +48,7 @@ def find_uses(
         counts[use.name] += 1
         return {}
 
-    def multiply(eqn: JaxprEqn, values: list, tags: Sequence, uses: list[Use]) -> list:
+    def multiply(eqn: Any, values: list, tags: Sequence, uses: list[Use]) -> list:
         product = eqn.primitive.name == "dot_general" and len(uses) == 1
         plain.update(use.name for use in uses if product and _is_plain(use))
         results = bind(eqn, values)
@@ -81,7 +80,7 @@ def run_in_metric(
       factors: `[inputs, inputs]` by name of a `plain` weight of `find_uses`.
     """
 
-    def multiply(eqn: JaxprEqn, values: list, tags: Sequence, uses: list[Use]) -> list:
+    def multiply(eqn: Any, values: list, tags: Sequence, uses: list[Use]) -> list:
         if not uses or uses[0].name not in factors:
             return bind(eqn, values)
         return [_product(eqn, values, tags, factors[uses[0].name])]
@@ -100,9 +99,7 @@ def _is_plain(use: Use) -> bool:
     return not any(rest) and use.chosen is None and use.part == 1
 
 
-def _product(
-    eqn: JaxprEqn, values: list, tags: Sequence, factor: jax.Array
-) -> jax.Array:
+def _product(eqn: Any, values: list, tags: Sequence, factor: jax.Array) -> jax.Array:
     side = [is_weight(tag) for tag in tags].index(True)
     assert isinstance(tags[side], Weight)
 

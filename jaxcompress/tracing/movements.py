@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
 
 from jaxcompress.tracing.provenance import (
     CONSTANT,
@@ -47,9 +46,7 @@ ELEMENTWISE = {
 }
 
 
-def moved(
-    eqn: JaxprEqn, values: Sequence, tags: Sequence[Tag], results: list
-) -> list[Tag]:
+def moved(eqn: Any, values: Sequence, tags: Sequence[Tag], results: list) -> list[Tag]:
     """Return the tags of an operation's results."""
     name = eqn.primitive.name
     after: list[Tag] = []
@@ -72,7 +69,7 @@ def _compares(values: Sequence, tags: Sequence[Tag]) -> bool:
 
 
 def _of_weights(
-    eqn: JaxprEqn, values: Sequence, tags: Sequence[Tag], results: list
+    eqn: Any, values: Sequence, tags: Sequence[Tag], results: list
 ) -> list[Tag]:
     name, params = eqn.primitive.name, eqn.params
     if not jnp.issubdtype(results[0].dtype, jnp.inexact):
@@ -109,7 +106,7 @@ def _of_weights(
     return [_of_one(eqn, values, tag, results[0])]
 
 
-def _of_one(eqn: JaxprEqn, values: Sequence, weight: Weight, result: jax.Array) -> Tag:
+def _of_one(eqn: Any, values: Sequence, weight: Weight, result: jax.Array) -> Tag:
     name, params, shape = eqn.primitive.name, eqn.params, values[0].shape
     axes: tuple | None = None
     if name in SAME:
@@ -153,7 +150,7 @@ def _of_one(eqn: JaxprEqn, values: Sequence, weight: Weight, result: jax.Array) 
     return None if axes is None else dataclasses.replace(weight, axes=axes)
 
 
-def _of_joined(eqn: JaxprEqn, values: Sequence, tag: Joined, result: jax.Array) -> Tag:
+def _of_joined(eqn: Any, values: Sequence, tag: Joined, result: jax.Array) -> Tag:
     """Follow casts and transposes of joined weights, and slices that hold one."""
     name, params = eqn.primitive.name, eqn.params
     if name in SAME:

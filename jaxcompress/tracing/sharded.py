@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
 from jaxcompress.tracing.jaxpr_compat import closed_of
@@ -12,7 +11,7 @@ from jaxcompress.tracing.provenance import Tag, Weight
 
 
 def run_sharded(
-    run: Callable[..., tuple], eqn: JaxprEqn, values: list, tags: Sequence[Tag]
+    run: Callable[..., tuple], eqn: Any, values: list, tags: Sequence[Tag]
 ) -> tuple[list, list[Tag], dict]:
     """Return results, their tags, and sums over all devices of a program inside
     `shard_map`.

@@ -7,16 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from jaxcompress.tracing.interpreter import CALLS
 from jaxcompress.tracing.jaxpr_compat import bind, called, closed_of, scan_sizes
 from jaxcompress.tracing.provenance import SAME
 
 
-def scanned(
-    closed: ClosedJaxpr, tags: Sequence[str | None]
-) -> dict[str, tuple[int, int]]:
+def scanned(closed: Any, tags: Sequence[str | None]) -> dict[str, tuple[int, int]]:
     """Find the loop that slices each weight, and its length, by the weight's name."""
     loops: dict[str, tuple[int, int]] = {}
     tag_of = dict(zip(closed.jaxpr.invars, tags, strict=False))
@@ -51,7 +48,7 @@ class Stack(list):
         return jnp.stack([held.value for held in self])
 
 
-def unroll(closed: ClosedJaxpr, values: Sequence[Held | Stack]) -> list:
+def unroll(closed: Any, values: Sequence[Held | Stack]) -> list:
     """Run a program; open calls that read several blocks, and loops over them.
 
     Returns arrays.
@@ -83,7 +80,7 @@ def unroll(closed: ClosedJaxpr, values: Sequence[Held | Stack]) -> list:
     return [v.val if _literal(v) else env[v].value for v in jaxpr.outvars]
 
 
-def _turns(eqn: JaxprEqn, inputs: Sequence[Held | Stack]) -> list:
+def _turns(eqn: Any, inputs: Sequence[Held | Stack]) -> list:
     """Run a loop, its turns one after the other; return its results."""
     body, length = closed_of(eqn.params["jaxpr"]), eqn.params["length"]
     consts, carries = scan_sizes(eqn.params, len(inputs))

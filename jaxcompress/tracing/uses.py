@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
 
 from jaxcompress.tracing.movements import (
     hot_index,
@@ -58,7 +57,7 @@ class Use:
 
 
 def uses_of(
-    eqn: JaxprEqn, values: list, tags: Sequence[Tag], *, mapped: bool, experts: set[str]
+    eqn: Any, values: list, tags: Sequence[Tag], *, mapped: bool, experts: set[str]
 ) -> list[Use]:
     """Return the uses of weights in one operation.
 
