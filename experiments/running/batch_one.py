@@ -97,8 +97,11 @@ def ways(model: Any, planned: str) -> dict[str, tuple[Any, Callable[[Any], Any],
         "4 bits, merged, in compressed_matmul": (model, merged(IN_BLOCKS), inside),
     }
     if planned:
-        stored = lambda params: decode_once(jc.load(planned))  # noqa: E731
-        all_ways["3 bits, decoded once, in compressed_matmul"] = model, stored, inside
+        for name, packed in (("decoded once", False), ("levels packed", True)):
+            stored = lambda params, packed=packed: decode_once(  # noqa: E731
+                jc.load(planned), packed=packed
+            )
+            all_ways[f"3 bits, {name}, in compressed_matmul"] = model, stored, inside
     return all_ways
 
 
