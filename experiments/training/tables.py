@@ -67,6 +67,23 @@ TABLES = {
         },
         seeds,
     ),
+    "qlora": Table(
+        "qlora",
+        "training.qlora [--model SmolLM2.gguf --text docstrings]",
+        {
+            "model": lambda row: row["model"].partition("-")[0],
+            "text": "{text}",
+            "tokens trained on": "{training_tokens:,}",
+            "loss": "{loss:.4f}",
+            "loss while training": lambda row: (
+                "" if row["training_loss"] is None else f"{row['training_loss']:.4f}"
+            ),
+            "of the float model": "{loss_float:.4f}",
+            "numbers that train": "{trained:,}",
+            "MiB": "{mebibytes:.1f}",
+            "MiB, float": "{mebibytes_float:.1f}",
+        },
+    ),
     "quantization_aware": Table(
         "quantization_aware",
         "training.quantization_aware --bits N --steps 480",

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcompress.evaluation.batches import Metrics, per_example
+from jaxcompress.evaluation.logit_parts import in_parts
 from jaxcompress.running.compressed_matmul.context import compressed_matmul, surrounding
 from jaxcompress.types import Batch, Params
 
@@ -103,6 +104,22 @@ class Apply:
         with compressed_matmul(activations=surrounding()):
             return self.model.apply({"params": params}, tokens)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has a `head` that can be applied to a few tokens."""
+        return hasattr(self.model, "head") and getattr(self.model, "logits", False)
+
+    def hidden(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """Return what the head reads, `[B, T, width]`."""
+        with compressed_matmul(activations=surrounding()):
+            model = self.model.clone(logits=False)
+            return model.apply({"params": params}, tokens)
+
+    def head(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Return the logits of hidden states."""
+        with compressed_matmul(activations=surrounding()):
+            return self.model.head(params, hidden)
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelMetrics:
@@ -114,44 +131,27 @@ class LanguageModelMetrics:
 
     Args:
       apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
-      logits_bytes: the most bytes of logits at a time; larger batches are computed one
-        window after another, as models of large vocabularies need.
+      logits_bytes: about the most bytes of logits at a time. The head of `Apply` of our
+        models is applied to so many tokens; of other models, larger batches are
+        computed one window after another.
 
     Example:
       >>> metrics_fn = jc.evaluation.LanguageModelMetrics(apply_fn)
     """
 
     apply_fn: ApplyFn
-    logits_bytes: int = 1 << 28
+    logits_bytes: int = 1 << 27
 
     def __call__(self, params: Params, batch: Batch) -> Metrics:
-        def scores(params: Params, batch: Batch) -> Metrics:
-            logits = self.apply_fn(params, batch["tokens"])[:, :-1]
-            return _scores(logits.astype(jnp.float32), batch)
+        def scores(logits: list[jax.Array], part: Batch) -> Metrics:
+            return _scores(logits[0], part)
 
-        return _in_parts(scores, self.apply_fn, params, batch, self.logits_bytes)
+        models = [(self.apply_fn, params)]
+        return in_parts(scores, models, batch, self.logits_bytes)
 
     def check_batch(self, batch: Batch, number: int) -> None:
         """Raise ValueError on tokens outside the model's vocabulary."""
         _check_tokens(self.apply_fn, batch, number)
-
-
-def _in_parts(
-    metrics: Callable[[Params, Batch], Metrics],
-    apply_fn: ApplyFn,
-    params: Params,
-    batch: Batch,
-    limit: int,
-) -> Metrics:
-    """Return metrics of a batch, window by window where its logits exceed the limit."""
-    # A batch without a mask is scored whole.
-    batch = {"mask": jnp.ones(batch["tokens"].shape, bool), **batch}
-    logits = jax.eval_shape(apply_fn, params, batch["tokens"])
-    if len(batch["tokens"]) == 1 or 4 * math.prod(logits.shape) <= limit:
-        return metrics(params, batch)
-    rows = jax.tree.map(lambda x: x[:, None], batch)
-    parts = jax.lax.map(lambda row: metrics(params, row), rows)
-    return jax.tree.map(lambda x: x[:, 0], parts)
 
 
 def _check_tokens(apply_fn: ApplyFn, batch: Batch, number: int) -> None:
@@ -168,9 +168,9 @@ def _check_tokens(apply_fn: ApplyFn, batch: Batch, number: int) -> None:
         )
 
 
-def _scores(logits: jax.Array, batch: Batch) -> Metrics:
-    """Return metrics of next-token logits `[B, T - 1, V]`."""
-    targets, mask = batch["tokens"][:, 1:], batch["mask"][:, 1:]
+def _scores(logits: jax.Array, part: Batch) -> Metrics:
+    """Return metrics of logits `[B, T, V]` of the tokens to predict."""
+    targets, mask = part["tokens"], part["mask"]
     tokens = mask.sum(axis=1, dtype=jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - picked
@@ -178,8 +178,8 @@ def _scores(logits: jax.Array, batch: Batch) -> Metrics:
     # A maximum vectorizes where argmax does not: 60 times faster on a CPU.
     right = (mask & (picked == logits.max(axis=-1))).sum(axis=1, dtype=jnp.float32)
     scores = {"loss": (nats, tokens), "accuracy": (right, tokens)}
-    if "bytes" in batch:
-        size = jnp.where(mask, batch["bytes"][:, 1:], 0).sum(axis=1)
+    if "bytes" in part:
+        size = jnp.where(mask, part["bytes"], 0).sum(axis=1)
         scores["bits_per_byte"] = (nats / math.log(2), size)
     return scores
 
@@ -242,8 +242,8 @@ def compare(
 ) -> Report:
     """Compare two models on a text: loss, perplexity, bits per byte, and divergence.
 
-    One pass over the text, both models in one compiled step. It holds a few arrays
-    `[batch, length, vocabulary]` of float32: keep batches of large vocabularies small.
+    One pass over the text, both models in one compiled step. Logits are computed for
+    some tokens at a time, as `LanguageModelMetrics` does.
 
     Args:
       apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
@@ -317,32 +317,31 @@ class _Comparison:
 
     apply_fn: ApplyFn
     small_apply_fn: ApplyFn
-    logits_bytes: int = 1 << 28
+    logits_bytes: int = 1 << 27
 
     def __call__(self, params: Params, batch: Batch) -> Metrics:
-        def dense(params: Params, tokens: jax.Array) -> jax.Array:
-            return self.apply_fn(params["dense"], tokens)
-
-        return _in_parts(self._scores, dense, params, batch, self.logits_bytes)
+        models = [
+            (self.apply_fn, params["dense"]),
+            (self.small_apply_fn, params["small"]),
+        ]
+        return in_parts(self._scores, models, batch, self.logits_bytes // 2)
 
     def check_batch(self, batch: Batch, number: int) -> None:
         """Raise ValueError on tokens outside either model's vocabulary."""
         _check_tokens(self.apply_fn, batch, number)
         _check_tokens(self.small_apply_fn, batch, number)
 
-    def _scores(self, params: Params, batch: Batch) -> Metrics:
-        tokens, mask = batch["tokens"], batch["mask"][:, 1:]
-        dense = self.apply_fn(params["dense"], tokens)[:, :-1].astype(jnp.float32)
-        small = self.small_apply_fn(params["small"], tokens)[:, :-1]
-        small = small.astype(jnp.float32)
+    def _scores(self, logits: list[jax.Array], part: Batch) -> Metrics:
+        mask = part["mask"]
+        dense, small = logits
         if dense.shape != small.shape:
             raise ValueError(
                 f"logits of shapes {dense.shape} and {small.shape}; models with "
                 "different vocabularies cannot be compared token by token"
             )
         metrics = {}
-        for name, logits in (("dense", dense), ("small", small)):
-            scores = _scores(logits, batch)
+        for name, one in (("dense", dense), ("small", small)):
+            scores = _scores(one, part)
             metrics |= {f"{name}/{key}": pair for key, pair in scores.items()}
         weight = mask.sum(axis=1, dtype=jnp.float32)
         kl = jnp.where(mask, divergence(dense, small), 0.0).sum(axis=1)

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxcompress.models.attention import Attention
 from jaxcompress.models.cache import Cache, cache_length
 from jaxcompress.models.feed_forward import ACTIVATIONS, MLP, Experts
 from jaxcompress.models.rope import Scaling, rope_frequencies
-from jaxcompress.types import DType
+from jaxcompress.types import DType, Params
 
 PerLayer = int | tuple[int, ...]
 
@@ -253,6 +254,26 @@ class Transformer(nn.Module):
             logits = head(x)
         logits = logits.astype(jnp.float32)
         return logits if cache is None else (logits, cache)
+
+    @nn.nowrap
+    def head(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Return float32 logits of normalized hidden states, the output without
+        `logits`.
+
+        Args:
+          params: of the model.
+          hidden: `[..., width]`.
+        """
+        if self.tied:
+            embed = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, parent=None)
+            variables = {"params": params["embed"]}
+            logits = embed.apply(variables, hidden, method="attend")
+        else:
+            dense = nn.Dense(
+                self.vocab_size, use_bias=False, dtype=self.dtype, parent=None
+            )
+            logits = dense.apply({"params": params["head"]}, hidden)
+        return logits.astype(jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Return an empty cache for `length` tokens of `batch` texts, in the compute

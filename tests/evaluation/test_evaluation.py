@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import jaxcompress as jc
 from jaxcompress.evaluation import (
     Apply,
     LanguageModelMetrics,
@@ -18,6 +19,7 @@ from jaxcompress.evaluation import (
     totals,
     windows,
 )
+from jaxcompress.models.transformer import Transformer
 
 VOCABULARY = 13
 
@@ -333,6 +335,44 @@ def test_large_logits_are_scored_window_by_window():
     all_ = jax.make_jaxpr(LanguageModelMetrics(bigrams))
     assert "scan" in str(one(table, batches[0]))
     assert "scan" not in str(all_(table, batches[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_applied_to_few_tokens_at_a_time(tied):
+    """The same metrics as from all logits at once, which are never in memory."""
+    model = Transformer(
+        vocab_size=500,
+        width=16,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        head_size=8,
+        mlp_width=16,
+        tied=tied,
+    )
+    tokens = np.random.default_rng(1).integers(0, 500, 150)
+    batches = windows(tokens, 51, 2, token_bytes=np.arange(150) % 4)
+    key, first = jax.random.key(0), batches[0]["tokens"]
+    params = jax.jit(model.init)(key, first)["params"]
+    small = jc.compress(params, "symmetric(bits=4)")
+
+    def at_once(params, tokens):
+        return model.apply({"params": params}, tokens)
+
+    metrics = LanguageModelMetrics(Apply(model), logits_bytes=16 * 4 * 500)
+    for tree in (params, small):
+        want = evaluate(LanguageModelMetrics(at_once), tree, batches)
+        found = evaluate(metrics, tree, batches)
+        assert found.keys() == want.keys()
+        for name, value in want.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5)
+    want = compare(at_once, params, small, batches)
+    found = compare(Apply(model), params, small, batches)
+    np.testing.assert_allclose(found.kl, want.kl, rtol=1e-4)
+    assert found.agreement == want.agreement
+    compiled = jax.jit(metrics).lower(params, batches[0]).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 50 * 500 * 4
 
 
 def test_tokens_outside_the_vocabulary_are_named():
