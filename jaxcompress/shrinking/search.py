@@ -40,13 +40,13 @@ class Planner:
     def problem(self) -> RateProblem:
         """What a plan needs of the leaves, measured once."""
         coder = self.coder
-        known = [
+        entries = [
             dataclasses.replace(entry, caller_layout=coder.layouts.get(entry.name))
             for entry in coder.planned
         ]
-        with coder.stages.stage("planning", f"{len(known)} leaves"):
+        with coder.stages.stage("planning", f"{len(entries)} leaves"):
             return rate_problem(
-                known, states=self.effort.states, order="pivoted", damping=0.01
+                entries, states=self.effort.states, order="pivoted", damping=0.01
             )
 
     def planned(self, nbytes: int) -> tuple[Rule, ...]:
