@@ -6,7 +6,7 @@ functions of the ratio `x / scale`, as in `grids`; infinities are never encoded.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def _table(levels: np.ndarray, bits: int) -> Levels:
 
     def encode(ratio: jax.Array) -> jax.Array:
         # One comparison per level: a search would gather element by element.
-        rank = sum((ratio > middle).astype(jnp.uint8) for middle in middles)
+        rank: Any = sum((ratio > middle).astype(jnp.uint8) for middle in middles)
         if np.array_equal(order, np.arange(order.size)):
             return rank
         return jnp.asarray(order, jnp.uint8)[rank]

@@ -249,15 +249,8 @@ def _with_bits(problem: _Problem, place: Place) -> Quantized:
     nearest = _nearest(x, place)
     place = _with_width_of(place, nearest.bits)
     if place.rounding == "coordinates":
-        fed = gptq(
-            x,
-            moments,
-            grid=place.scheme.grid,
-            bits=place.scheme.bits,
-            block=place.scheme.block,
-            damping=damping,
-            scale_dtype=place.scheme.scale_dtype,
-        )
+        options: dict[str, Any] = place.scheme._asdict()
+        fed = gptq(x, moments, damping=damping, **options)
         one = functools.partial(descend_outputs, place=place)
         starts = (dense(nearest), dense(fed))
         codes, steps = each_slice(one, target, second, nearest.steps, *starts)

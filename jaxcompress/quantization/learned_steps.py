@@ -33,7 +33,7 @@ def stretched(start: Steps, theta: Steps, place: Place) -> Steps:
     rounded.
     """
 
-    def scale(base: jax.Array, log: jax.Array) -> jax.Array:
+    def scale(base: Any, log: Any) -> jax.Array:
         size = jnp.abs(base) * jnp.exp(log)
         store = functools.partial(store_step, dtype=place.scheme.scale_dtype)
         return jnp.sign(base) * straight(store, size)

@@ -1,6 +1,6 @@
 """Mixed precision inside a layer: the channels that matter most stay finer."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def _count(fraction: float | None, channels: int | None, total: int) -> int:
             "mixed_channels takes exactly one of fraction= and channels=, not "
             f"fraction={fraction!r} and channels={channels!r}"
         )
-    count = channels
+    count: Any = channels
     if fraction is not None:
         checks.fraction("mixed_channels", "a fraction", fraction, zero=True, one=True)
         count = round(fraction * total)

@@ -22,7 +22,7 @@ from jaxcompress.quantization.grids import (
     spread,
 )
 from jaxcompress.tree.methods import method
-from jaxcompress.types import DType
+from jaxcompress.types import Array, DType
 
 # Steps that each dtype holds exactly, also after a product with any code.
 SMALLEST_STEP: dict[Any, float] = {
@@ -254,7 +254,7 @@ def _asymmetric_steps(
 
 def _side_step(
     magnitudes: jax.Array, bits: int, search: bool, stored: Callable
-) -> jax.Array:
+) -> Array:
     """Return the step of one side `[..., blocks, columns]` of the sign-split grid."""
     step = jnp.max(magnitudes, axis=-2, initial=0) / 2**bits
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
+from jax.core import Tracer
 
 from jaxcompress.tree.leaf import Leaf, before_use
 
@@ -81,7 +82,7 @@ def _waiting_for(activation: jax.Array | None) -> Iterator[None]:
 def _traced_array(tree: Any) -> jax.Array | None:
     """Return the first array of real numbers under trace: what the call waits for."""
     for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.core.Tracer) and x.size and jnp.isrealobj(x):
+        if isinstance(x, Tracer) and x.size and jnp.isrealobj(x):
             return x
     return None
 

@@ -262,7 +262,7 @@ def _apply(f: Method, entry: Entry) -> Any:
         )
     _check_finite(x)
     moments = entry.moments if traits(f).data else None
-    if hasattr(moments, "checked"):
+    if moments is not None and hasattr(moments, "checked"):
         moments = moments.checked(entry.name)
     matrix = entry.matrix(x)
     # Without the layout, so that equal shapes share a compilation.

@@ -65,7 +65,8 @@ def thaw(tree: Any) -> Any:
 def _frozen(tree: Any, path: Steps) -> Any:
     if not path:
         return freeze(tree)
-    first, rest = path[0], path[1:]
+    first: Any = path[0]
+    rest = path[1:]
     if isinstance(tree, tuple):
         inner = _frozen(tree[first], rest)
         return (*tree[:first], inner, *tree[first + 1 :])

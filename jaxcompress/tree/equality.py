@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress.tree.leaf import is_leaf
 from jaxcompress.types import Params
@@ -33,7 +34,7 @@ def share(before: Params, after: Params) -> Params:
     for number, (array, leaf) in enumerate(zip(arrays, leaves, strict=True)):
         if is_leaf(leaf) and first.setdefault(id(array), leaf) is not leaf:
             other = first[id(array)]
-            traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaf))
+            traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(leaf))
             if not traced and same_bits(other, leaf):
                 leaves[number] = other
     return jax.tree.unflatten(treedef, leaves)
