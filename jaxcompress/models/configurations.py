@@ -20,6 +20,16 @@ GPT2 = {
     "norm": "layer",
 }
 ENCODER = "BertModel"
+MODEL_TYPES = {  # by which transformers chooses the architecture
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "bert": ENCODER,
+}
 LAYER_TYPES = ("sliding_attention", "full_attention")
 # transformers' names of activations; ours may have several.
 ACTIVATIONS = {
@@ -34,7 +44,8 @@ ACTIVATIONS = {
 
 def architecture_of(config: Mapping[str, Any]) -> str:
     """Name the family of a configuration; raises ValueError on an unknown one."""
-    name = (config.get("architectures") or ["none named"])[0]
+    named = config.get("architectures") or ["none named"]
+    name = named if isinstance(named, str) else named[0]
     if name not in FAMILIES:
         raise ValueError(
             f"architecture {name!r} is not supported; supported are "
@@ -47,7 +58,20 @@ def model_from(
     config: Mapping[str, Any], *, ignore: Collection[str] = (), source: str = SOURCE
 ) -> Transformer | bert.Bert:
     """Build the Transformer, or the encoder, that a `config.json` describes."""
-    if architecture_of(config) != ENCODER:
+    name = architecture_of(config)
+    if "model_type" not in ignore:
+        other = MODEL_TYPES.get(config.get("model_type", ""), name)
+        agree([("architectures", name), ("model_type", other)], source=source)
+    try:
+        return _model_of(name, config, ignore, source)
+    except KeyError as error:
+        raise ValueError(f"{source} ({name}) has no {error.args[0]}") from error
+
+
+def _model_of(
+    name: str, config: Mapping[str, Any], ignore: Collection[str], source: str
+) -> Transformer | bert.Bert:
+    if name != ENCODER:
         return transformer_from(config, ignore=ignore, source=source)
     check(config, FAMILIES[ENCODER].table, of=ENCODER, source=source, ignore=ignore)
     return bert.bert_from(config)

@@ -93,6 +93,11 @@ def open_model(
     """Open a directory as `open_huggingface`, without the tokenizer."""
     directory = Path(directory)
     source = directory / "config.json"
+    if (adapter := directory / "adapter_config.json").exists():
+        raise ValueError(
+            f"{adapter}: an adapter (LoRA) belongs to this model and is not applied "
+            "here; merge it with peft's merge_and_unload, or remove its files"
+        )
     config = json.loads(source.read_text(encoding="utf-8"))
     family = FAMILIES[architecture_of(config)]
     settings = config.pop("quantization_config", None) if keep_quantized else None

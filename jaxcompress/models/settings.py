@@ -6,8 +6,11 @@ no table is refused by name.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,9 @@ class Setting:
 
 
 Table = Mapping[str, Setting]
+
+# Numbers whose recorded alternative happens to be whole.
+_FRACTIONS = ("query_pre_attn_scalar",)
 
 HARMLESS = Setting("harmless")
 
@@ -59,7 +65,8 @@ def check(
     source: str,
     ignore: Collection[str] = (),
 ) -> None:
-    """Raise on a key in no table, and on a value that is not supported.
+    """Raise on a key in no table, and on a value that is not supported or of another
+    type than the recorded one.
 
     Args:
       settings: keys and values of the configuration.
@@ -78,6 +85,8 @@ def check(
         setting = table.get(key)
         if setting is None:
             unknown.append(key)
+        elif wanted := _wanted(key, value, setting):
+            refused.append(f"{key} is {_short(value)}: {wanted} is wanted")
         elif setting.effect == "refused" and not _among(value, setting.only):
             refused.append(f"{key} is {_short(value)}: {setting.reason}")
     if unknown:
@@ -89,6 +98,32 @@ def check(
         )
     if refused:
         raise ValueError(f"{source} ({of}): " + "; ".join(refused))
+
+
+def _wanted(key: str, value: Any, setting: Setting) -> str:
+    """Return what a value should be, by the recorded alternative; empty if it is."""
+    alternative = setting.alternative or {}
+    example = alternative.get(key)
+    for inner in alternative.values():
+        if example is None and isinstance(inner, Mapping):
+            example = inner.get(key)
+            is_int = isinstance(example, int) and not isinstance(example, bool)
+            example = float(example) if is_int else example
+    is_bool = isinstance(value, bool | np.bool_)
+    if isinstance(example, bool):
+        return "" if is_bool else "true or false"
+    if isinstance(example, str):
+        return "" if isinstance(value, str) else "a name"
+    if isinstance(example, Mapping):
+        return "" if isinstance(value, Mapping) else "an object"
+    if isinstance(example, list):
+        return "" if isinstance(value, list | tuple) else "a list"
+    if isinstance(example, float) or key in _FRACTIONS:
+        return "" if isinstance(value, numbers.Real) and not is_bool else "a number"
+    if isinstance(example, int):
+        whole = isinstance(value, numbers.Integral) and not is_bool
+        return "" if whole else "a whole number"
+    return ""
 
 
 def agree(spellings: Iterable[tuple[str, Any]], *, source: str) -> Any:

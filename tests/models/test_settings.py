@@ -82,6 +82,36 @@ def test_contradictions_and_what_is_not_supported_are_named(change, message):
         transformer_from(config_of("LlamaForCausalLM", change))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tie_word_embeddings": "false"}, "is 'false': true or false is wanted"),
+        ({"tie_word_embeddings": 0}, "is 0: true or false is wanted"),
+        ({"num_attention_heads": 4.0}, "is 4.0: a whole number is wanted"),
+        ({"num_hidden_layers": True}, "is True: a whole number is wanted"),
+        ({"rms_norm_eps": "1e-5"}, "is '1e-5': a number is wanted"),
+        ({"hidden_act": 3}, "is 3: a name is wanted"),
+        ({"rope_scaling": "yarn"}, "is 'yarn': an object is wanted"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "'4': a number is wanted"),
+        ({"hidden_size": None}, "has no hidden_size"),
+        ({"model_type": "mistral"}, "two spellings.*model_type = 'MistralForCausalLM'"),
+    ],
+)
+def test_values_of_another_type_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        model_from(config_of("LlamaForCausalLM", change))
+    numbers = {"rope_theta": 10000, "architectures": "LlamaForCausalLM"}
+    assert model_from(config_of("LlamaForCausalLM", numbers)).rope_theta == 10000.0
+
+
+def test_an_adapter_with_the_weights_is_not_passed_over(tmp_path):
+    path = directory(tmp_path)
+    (path / "adapter_config.json").write_text('{"r": 8}')
+    for read in (load, shapes):
+        with pytest.raises(ValueError, match=r"LoRA.*merge_and_unload"):
+            read(path)
+
+
 def test_equal_spellings_are_one_setting():
     twice = {"rope_parameters": YARN | {"rope_theta": 5.0}, "rope_scaling": YARN}
     twice |= {"rope_theta": 5.0, "original_max_position_embeddings": 16}
