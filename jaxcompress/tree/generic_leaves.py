@@ -80,13 +80,16 @@ class Reshaped(Leaf):
         """Return the parts as `scan` or `vmap` along axis `index` will slice them."""
         if index == 0 and not self.stack:
             return super().remove_axis(index, params)
-        if self.stack != (index % len(self.shape),):
+        index %= len(self.shape)
+        if index not in self.stack:
             raise ValueError(
                 f"a weight stacked along axes {self.stack or (0,)} is sliced along "
                 f"axis {index}; compress it with layouts=find_layouts(model, params, "
                 "batch) of the model that slices it"
             )
-        return dataclasses.replace(_moved(self, 0, index), stack=())
+        left = tuple(a - (a > index) for a in self.stack if a != index)
+        inner = dataclasses.replace(self, stack=left)
+        return _sliced_at(inner, self.stack.index(index), index)
 
     def take_rows(self, indices: jax.Array) -> jax.Array:
         if self.order != (-1, -2):
@@ -100,9 +103,53 @@ def _moved(leaf: Leaf, source: int, to: int) -> Leaf:
 
     Codes of a coded array have parts with fewer axes, which have no such axis.
     """
+    return jax.tree.map(lambda x: jnp.moveaxis(x, source, to), _decoded(leaf))
+
+
+def _decoded(leaf: Leaf) -> Leaf:
     few = lambda x: is_leaf(x) and x.entropy_coded  # noqa: E731
-    parts = jax.tree.map(dense, leaf, is_leaf=few)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, source, to), parts)
+    return jax.tree.map(dense, leaf, is_leaf=few)
+
+
+def _sliced_at(leaf: Leaf, source: int, to: int) -> Leaf:
+    """Return the leaf with axis `source` of each part where axis `to` will be sliced.
+
+    Parts of fewer axes get axes of size 1 in between.
+    """
+    parts, treedef = jax.tree.flatten(_decoded(leaf))
+    added = tuple(max(0, to + 1 - x.ndim) for x in parts)
+    parts = [
+        jnp.moveaxis(jnp.expand_dims(x, range(x.ndim, x.ndim + n)), source, to)
+        for x, n in zip(parts, added, strict=True)
+    ]
+    moved = jax.tree.unflatten(treedef, parts)
+    return Widened(moved, added) if any(added) else moved
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Widened(Leaf):
+    """A leaf whose parts have axes of size 1 at their ends, inside of a scan.
+
+    Invariant: `added` has their number for each array of `inner`, in order.
+    """
+
+    inner: Any
+    added: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def materialize(self) -> jax.Array:
+        return self._narrow().materialize()
+
+    def remove_axis(self, index: int, params: dict) -> Leaf:
+        return self._narrow().remove_axis(index, params)
+
+    def _narrow(self) -> Leaf:
+        parts, treedef = jax.tree.flatten(self.inner)
+        parts = [
+            x.reshape(x.shape[: x.ndim - n])
+            for x, n in zip(parts, self.added, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, parts)
 
 
 @leaf

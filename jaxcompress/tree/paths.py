@@ -321,7 +321,7 @@ def shape_of(x: Any) -> jax.ShapeDtypeStruct:
     """Return shape and dtype of an array, a leaf, or a Python number."""
     if not hasattr(x, "dtype"):
         return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def is_transparent(leaf: Leaf) -> bool:

@@ -359,6 +359,66 @@ def test_layers_mapped_along_any_axis_are_a_stack(axis):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+class Pairs(nn.Module):
+    """Layers in a scan along axis 1, and two such models mapped along axis 1."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Step(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.Dense(INS, use_bias=False)(x), None
+
+        class Layers(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                stack = nn.scan(
+                    Step,
+                    variable_axes={"params": 1},
+                    split_rngs={"params": True},
+                    length=3,
+                )
+                return stack(name="steps")(x, None)[0]
+
+        pair = nn.vmap(
+            Layers,
+            variable_axes={"params": 1},
+            split_rngs={"params": True},
+            axis_size=2,
+        )
+        return pair(name="pair")(x.reshape(2, -1, INS))
+
+
+def test_two_stack_axes_that_do_not_lead():
+    model = Pairs()
+    params = model.init(jax.random.key(0), X)["params"]
+    layouts = jc.find_layouts(model, params, X)
+    layout = jc.Layout((2, 1), (0,), (3,))
+    assert layouts == {"pair/steps/Dense_0/kernel": layout}
+    small = jc.compress(params, [(".*", "symmetric(bits=8)")], layouts=layouts)
+    got, want = (model.apply({"params": p}, X) for p in (small, jc.materialize(small)))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_last_stack_axis_beyond_those_of_the_parts():
+    model = Mapped(2)
+    params = model.init(jax.random.key(0), X)["params"]
+    layouts = jc.find_layouts(model, params, X)
+    small = jc.compress(params, [(".*", "rate_distortion(rate=8)")], layouts=layouts)
+    parts = jax.tree.leaves(small["layers"]["kernel"].inner)
+    assert min(x.ndim for x in parts) < 3
+    got, want = (model.apply({"params": p}, X) for p in (small, jc.materialize(small)))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_lossless_leaves_along_another_axis_are_decoded_before_the_scan():
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), SCANNED)
+    small = jc.compress(rounded, "code_floats()")
+    assert isinstance(small["layers"]["Dense_0"]["bias"], jc.CodedFloats)
+    got, want = (Scanned().apply({"params": p}, ROWS) for p in (small, rounded))
+    np.testing.assert_array_equal(got, want)
+
+
 class Block(nn.Module):
     """A block of a model that is scanned along axis 1."""
 
