@@ -7,7 +7,10 @@ README and the demo run on the whole one (`test_documents`).
 
 import pathlib
 import re
+import warnings
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxcompress as jc
@@ -31,7 +34,8 @@ SLOW = {
     "text_coding.md",
 }
 LAYERS = {"guides/distil.md": 2}
-NOT_RUN = {"exports.md": 1}  # blocks marked `py` read a file of another program
+# Blocks marked `py` need another program, or a version that is not installed here.
+NOT_RUN = {"exports.md": 1, "guides/own_model.md": 1}
 load = jc.models.load
 
 
@@ -84,3 +88,17 @@ def test_what_is_not_run_is_counted():
         for page in DOCS.rglob("*.md")
     }
     assert {name: count for name, count in found.items() if count} == NOT_RUN
+
+
+def test_models_of_transformers_run_as_the_page_says():
+    transformers = pytest.importorskip("transformers")
+    if not transformers.__version__.startswith("4."):
+        pytest.skip("version 5 has no Flax models")
+    text = (DOCS / "guides/own_model.md").read_text("utf-8")
+    (source,) = re.findall(r"^```py\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    names = {"jc": jc, "jnp": jnp}
+    with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
+        warnings.simplefilter("ignore")  # of transformers, and of few tokens
+        exec(source, names)
+    assert names["logits"].shape == (4, 24, 256)
+    assert jc.nbytes(names["small"]) < jc.nbytes(names["model"].params) / 4
