@@ -35,7 +35,7 @@ SLOW = {
 }
 LAYERS = {"guides/distil.md": 2}
 # Blocks marked `py` need another program, or a version that is not installed here.
-NOT_RUN = {"exports.md": 1, "guides/own_model.md": 1}
+NOT_RUN = {"exports.md": 1, "guides/own_model.md": 1, "many_devices.md": 1}
 load = jc.models.load
 
 
@@ -90,6 +90,7 @@ def test_what_is_not_run_is_counted():
     assert {name: count for name, count in found.items() if count} == NOT_RUN
 
 
+@pytest.mark.nightly
 def test_models_of_transformers_run_as_the_page_says():
     transformers = pytest.importorskip("transformers")
     if not transformers.__version__.startswith("4."):
