@@ -170,6 +170,8 @@ def prepare(
     weights' outputs.
     """
     first = np.arange(x.shape[0])
+    if second is None and not ridge:  # of the identity, damped
+        return x, jnp.eye(x.shape[0]) / math.sqrt(1 + damping), first
     if second is None:
         second = jnp.eye(x.shape[0])
     elif order == "pivoted":

@@ -23,6 +23,7 @@ from jaxcompress.shrinking.stages import Stages
 from jaxcompress.shrinking.store import Store
 from jaxcompress.shrinking.subject import Subject
 from jaxcompress.shrinking.tuning import tune
+from jaxcompress.storage.resume import digest
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.paths import roots
@@ -121,7 +122,10 @@ def shrink(
     if chosen.tuning_steps:
         first = min(attempts, key=lambda name: attempts[name][1].kl)
         base = attempts[first][0]
-        folder = None if store is None else Path(store) / f"tuning-{base.file_bytes}"
+        folder = None
+        if store is not None:
+            about = [coder.about, [list(rule) for rule in base.rules]]
+            folder = Path(store) / f"tuning-{digest(about, size=8)}"
         with stages.stage("tuning", f"{chosen.tuning_steps} steps"):
             tuned = tune(
                 subject,

@@ -673,3 +673,12 @@ def test_the_factor_is_what_the_theory_names():
         if len(rest):
             given -= second[j, j + 1 :] @ np.linalg.solve(rest, second[j + 1 :, j])
         assert float(factor[j, j]) ** -2 == pytest.approx(given, rel=1e-3)
+
+
+def test_inputs_that_count_alike_are_those_of_an_identity():
+    x = jnp.asarray(gaussian(12, 8), jnp.float32)
+    target, factor, order = prepare(x, None, order="pivoted", damping=0.02)
+    same, wanted, natural = prepare(x, jnp.eye(12), order="natural", damping=0.02)
+    np.testing.assert_allclose(factor, wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(target, same)
+    np.testing.assert_array_equal(order, natural)

@@ -78,6 +78,32 @@ def test_a_plan_is_measured_beside_the_uniform_recipe(params, brief, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("effort", ["good", "best"])
+def test_an_interrupted_run_ends_with_the_same_bytes(params, brief, tmp_path, effort):
+    options = {"size": "60kB", "effort": effort}
+    shrink(params, **options).save(tmp_path / "whole.safetensors")
+    left = iter(range(20 if effort == "good" else 40))
+
+    def stopping(items):
+        for item in items:
+            if next(left, None) is None:
+                raise Interrupted
+            yield item
+
+    store = tmp_path / "store"
+    with pytest.raises(Interrupted):
+        jc.shrink(MODEL, params, **options, store=store, progress=stopping)
+    assert list(store.glob("leaf-*")) and list(store.glob("moments-*"))
+    shrink(params, **options, store=store).save(tmp_path / "again.safetensors")
+    whole, again = tmp_path / "whole.safetensors", tmp_path / "again.safetensors"
+    assert again.read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.slow
 def test_the_better_candidate_is_returned(params, brief, monkeypatch):
     kls = iter([0.5, 0.25])
