@@ -1,4 +1,4 @@
-"""Table of the room's page: a model calibrated block by block."""
+"""Tables of the room's page: a model calibrated block by block."""
 
 from experiments.common.tables import Table, scaled
 
@@ -15,6 +15,17 @@ TABLES = {
             "peak, GB": scaled("peak_bytes", 1e-9, 1),
             "peak before, GB": scaled("peak_bytes_before", 1e-9, 2),
             "mean relative error of outputs": "{mean_output_error:.4f}",
+        },
+    ),
+    "curvatures": Table(
+        "curvatures",
+        "calibration.curvatures SmolLM2.gguf text.txt --stage STAGE --calibration 8",
+        {
+            "stage": "`{stage}`",
+            "tokens": "{calibration_tokens:,}",
+            "processor seconds": "{processor_seconds:.0f}",
+            "peak, GB": scaled("peak_bytes", 1e-9, 1),
+            "peak before, GB": scaled("peak_bytes_before", 1e-9, 1),
         },
     ),
 }
