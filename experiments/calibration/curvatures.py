@@ -2,9 +2,8 @@
 
 One stage a process, so that its peak of memory is its own:
 
-    for stage in forward gradient moments curvatures blockwise; do
-        python -m experiments.calibration.curvatures SmolLM2.gguf text.txt --stage $stage
-    done
+    for stage in forward gradient moments curvatures blockwise; do python -m
+        experiments.calibration.curvatures SmolLM2.gguf text.txt --stage $stage; done
 
 `forward` and `gradient` are what the others are compared with: the logits of every
 window, and the gradient of their loss with respect to all weights. `curvatures` is
