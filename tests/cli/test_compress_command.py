@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -100,6 +104,25 @@ def test_an_interruption_is_one_line_and_130(run, monkeypatch):
 
     monkeypatch.setattr(compressing, "load", interrupted)
     err = run("compress", "dense.safetensors", "out", code=130)
+    assert err == "jaxcompress: interrupted, nothing was written\n"
+
+
+@pytest.mark.nightly
+def test_a_signal_while_threads_compress_is_130(tmp_path):
+    out = tmp_path / "small.safetensors"
+    options = ["--size", "1.5MB", "--effort", "quick"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxcompress", "compress", "reference", out, *options],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "compressing" in line:
+            break
+    time.sleep(2)  # inside compiled programs
+    process.send_signal(signal.SIGINT)
+    err = process.stderr.read()
+    assert process.wait() == 130 and not out.exists()
     assert err == "jaxcompress: interrupted, nothing was written\n"
 
 
