@@ -389,6 +389,7 @@ class Pairs(nn.Module):
         return pair(name="pair")(x.reshape(2, -1, INS))
 
 
+@pytest.mark.slow
 def test_two_stack_axes_that_do_not_lead():
     model = Pairs()
     params = model.init(jax.random.key(0), X)["params"]
@@ -400,6 +401,7 @@ def test_two_stack_axes_that_do_not_lead():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_last_stack_axis_beyond_those_of_the_parts():
     model = Mapped(2)
     params = model.init(jax.random.key(0), X)["params"]

@@ -70,6 +70,7 @@ def test_paths_of_frozen_dicts_leave_out_dicts_in_them():
         containers.freeze_at(plain, [("z",)])
 
 
+@pytest.mark.slow
 def test_a_frozen_dict_stays_one_in_every_operation():
     params = freeze({"layer": {"kernel": KERNEL}})
     small = jc.compress(params, "symmetric(bits=8)")
