@@ -111,18 +111,18 @@ def test_an_interruption_is_one_line_and_130(run, monkeypatch):
 def test_a_signal_while_threads_compress_is_130(tmp_path):
     out = tmp_path / "small.safetensors"
     options = ["--size", "1.5MB", "--effort", "quick"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "jaxcompress", "compress", "reference", out, *options],
         stderr=subprocess.PIPE,
         text=True,
-    )
-    for line in process.stderr:
-        if "compressing" in line:
-            break
-    time.sleep(2)  # inside compiled programs
-    process.send_signal(signal.SIGINT)
-    err = process.stderr.read()
-    assert process.wait() == 130 and not out.exists()
+    ) as process:
+        for line in process.stderr:
+            if "compressing" in line:
+                break
+        time.sleep(2)  # inside compiled programs
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+    assert process.returncode == 130 and not out.exists()
     assert err == "jaxcompress: interrupted, nothing was written\n"
 
 
