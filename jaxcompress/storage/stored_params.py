@@ -124,11 +124,7 @@ class StoredParams:
 
             leaves = {name: self._leaf(name, take, numpy) for name in own}
         leaves |= {name: leaves[other] for name, other in same.items()}
-        tree = jax.tree.map(leaves.pop, self.tree)
-        try:
-            return freeze_at(tree, self._frozen)
-        except ODD as error:
-            raise damaged(self.path, f"no dict to freeze: {error}") from error
+        return jax.tree.map(leaves.pop, self.tree)
 
     def _decoded(
         self, wanted: list[tuple[str, str, tuple[int, ...]]]
@@ -266,7 +262,6 @@ class StoredParams:
         try:
             node = about["tree"]
             self.metadata, self.versions = about["metadata"], about["versions"]
-            self._frozen = about.get("frozen", [])
             if type(self.metadata) is not dict or type(self.versions) is not dict:
                 raise ValueError("metadata or versions that are no mapping")
             described = list(tree_json.arrays(node))
@@ -275,6 +270,10 @@ class StoredParams:
             raise self._in_file(error) from error
         except (LookupError, ValueError, TypeError, RecursionError) as error:
             raise damaged(self.path, f"its metadata lack a tree ({error})") from error
+        try:
+            self.tree = freeze_at(self.tree, about.get("frozen", []))
+        except ODD as error:
+            raise damaged(self.path, f"no dict to freeze: {error}") from error
         self.names = list(self._nodes)
         self._wanted = {name: tuple(kind) for name, *kind in described}
         for name in self._wanted.keys() ^ names:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from flax.core import freeze
+from flax.core import FrozenDict, freeze
 from trees_for_tests import (
     NARROW,
     RNG,
@@ -680,6 +680,8 @@ def test_frozen_dicts_are_kept(tmp_path, monkeypatch):
             path = tmp_path / f"{name}_{save.__name__}"
             save(path, saved)
             check_same(load(path), saved)
+    with jc.open_checkpoint(tmp_path / "all_save") as file:
+        assert isinstance(file.tree, FrozenDict)  # so that blocks are rebuilt as one
     monkeypatch.setattr(
         "jaxcompress.storage.checkpoint.frozen_paths", lambda tree: [("x",)]
     )
