@@ -3,6 +3,21 @@
 from experiments.common.tables import Table
 
 TABLES = {
+    "memory": Table(
+        "memory",
+        "evaluation.memory gemma-3-270m.gguf",
+        {
+            "job": "{job}",
+            "model": "{model}",
+            "pieces": "{pieces:,}",
+            "tokens a window": "{tokens}",
+            "windows": "{batch}",
+            "parameters, MiB": "{parameters:.0f}",
+            "peak after imports": "{imports:.0f}",
+            "after loading": "{loaded:.0f}",
+            "at the end": "{peak:.0f}",
+        },
+    ),
     "parity": Table(
         "parity",
         "evaluation.parity SmolLM2.gguf text.txt",

@@ -23,6 +23,24 @@ def rate(call: str) -> Callable[[Row], str]:
 
 
 TABLES = {
+    "batch_one": Table(
+        "batch_one_shared",
+        "running.batch_one --rounds 5 --tokens 16 --only ...",
+        {
+            "way": "{way}",
+            "processor time, times float32": "{processor_times_float32:.2f}",
+            "bits a weight in memory": "{bits_per_weight:.2f}",
+            "temporaries, MiB": "{temporary_mib:.1f}",
+        },
+    ),
+    "generation": Table(
+        "generation",
+        "running.generation --rounds 4 --tokens 60",
+        {
+            "way": "{way}",
+            "processor time, times the step": "{processor_times_step:.2f}",
+        },
+    ),
     "factor_speed": Table(
         "factor_speed",
         "running.factor_speed",

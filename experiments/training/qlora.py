@@ -4,7 +4,7 @@ Kernels are quantized by `nf4(block=64)` and frozen; LoRA products train on the 
 part of a text. The loss on the rest is measured every `--every` steps, beside that of
 the float model and of the codes alone. One JSON line for each point of the curve:
 
-    python -m experiments.training.qlora --model reference --text heldout
+    python -m experiments.training.qlora reference heldout
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import optax
 
 import jaxcompress as jc
 from experiments.common.config import parse
+from experiments.common.models import smollm2
 from experiments.common.results import Results
 from experiments.common.texts import docstrings
 from jaxcompress.distillation import init_state
@@ -30,7 +31,7 @@ KERNELS = ".*_proj/kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model: str = "reference"  # or a file
+    model: str = "reference"  # or "smollm2", or a file
     text: str = "heldout"  # or "docstrings"
     recipe: str = "nf4(block=64)"
     rank: int = 8
@@ -50,7 +51,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         config = dataclasses.replace(
             config, steps=2, every=1, tokens=32, batch=2, windows=2
         )
-    model, params, tokenizer = jc.models.load(config.model, scan=True)
+    file = smollm2() if config.model == "smollm2" else config.model
+    model, params, tokenizer = jc.models.load(file, scan=True)
     apply_fn = Apply(model)
     ids = np.asarray(tokenizer.encode(TEXTS[config.text]()), np.int32)
     cut = 4 * len(ids) // 5
@@ -60,7 +62,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     small = jc.compress(params, [(KERNELS, config.recipe)], layouts=layouts)
     tree = lora(small, rank=config.rank, where=KERNELS, key=jax.random.key(0))
     metrics = LanguageModelMetrics(apply_fn)
-    results = Results(config, model=config.model.rpartition("/")[2], text=config.text)
+    results = Results(config, model=config.model, text=config.text)
 
     def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
         del key

@@ -69,9 +69,10 @@ TABLES = {
     ),
     "qlora": Table(
         "qlora",
-        "training.qlora [--model SmolLM2.gguf --text docstrings]",
+        "training.qlora [smollm2 docstrings --steps 32 --every 8 --batch 2 "
+        "--windows 4]",
         {
-            "model": lambda row: row["model"].partition("-")[0],
+            "model": "{model}",
             "text": "{text}",
             "tokens trained on": "{training_tokens:,}",
             "loss": "{loss:.4f}",
