@@ -114,6 +114,7 @@ def _by_goal(options: argparse.Namespace, goal: dict[str, Any]) -> None:
         "predicted_kl": small.predicted_kl,
         "candidates": small.candidates,
         "notes": list(small.notes),
+        "stages": small.stages,
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": reporting.peak_memory(),
     }
