@@ -35,6 +35,7 @@ class Merged(Leaf):
     sizes: tuple[int, ...] = static()
 
     weights: ClassVar[tuple[str, ...]] = ("whole",)
+    for_files: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,6 +65,8 @@ class Elsewhere(Leaf):
     of: str = static()
     sizes: tuple[int, int] = static()
     dtype: np.dtype = static()
+
+    for_files: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -102,6 +102,11 @@ def encode(params: Params, *, compact: bool) -> tuple[Any, dict[str, Slot]]:
 
     def leaf(x: Leaf, path: Path) -> Any:
         cls = _registered(x, path)
+        if not cls.for_files:
+            raise TypeError(
+                f"{join(path)} is of type {cls.__name__}, which is made for running "
+                "and has no place in files; save the tree that it was made of"
+            )
         static = {}
         for field in dataclasses.fields(cls):
             if field.metadata.get("static"):

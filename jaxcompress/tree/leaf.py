@@ -68,6 +68,7 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # `leaf` makes them
     lossless: ClassVar[bool] = False  # one array, bit for bit; names stop here
+    for_files: ClassVar[bool] = True  # False: made for running, never stored
     entropy_coded: ClassVar[bool] = False  # nothing more to gain from coding it
     has_tiles: ClassVar[bool] = False  # whether `tiles` is defined
     weights: ClassVar[tuple[str, ...]] = ()  # fields that are weights themselves

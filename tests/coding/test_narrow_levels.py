@@ -99,3 +99,10 @@ def test_codes_are_packed_and_packed_codes_stay():
     np.testing.assert_array_equal(packed["b"].codes.packed, small["b"].codes.packed)
     assert jc.nbytes(packed) == jc.nbytes(small)
     assert jc.nbytes(decode_once(coded)) > 1.5 * jc.nbytes(packed)
+
+
+def test_what_is_made_for_running_is_not_written(tmp_path):
+    narrow = narrow_levels(jnp.ones((4, 8), jnp.int8))
+    with pytest.raises(TypeError, match=r"w is of type NarrowLevels.*made for running"):
+        jc.save(tmp_path / "a.safetensors", {"w": narrow})
+    assert not list(tmp_path.iterdir())

@@ -48,6 +48,7 @@ class NarrowLevels(Leaf):
     dtype: np.dtype = static()
 
     lossless: ClassVar[bool] = True
+    for_files: ClassVar[bool] = False
     integers: ClassVar[tuple[str, ...]] = ("parts", "where", "shift")
 
     @property
