@@ -20,7 +20,6 @@ from jaxcompress.cli import demo
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "run_notebooks"
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-STORED = [x for x in NOTEBOOKS if '"processor_seconds"' in x.read_text("utf-8")]
 # What replaces the values of the cell tagged "parameters".
 FAST = {
     "WINDOWS": 2,
@@ -102,8 +101,6 @@ def test_notebook_is_clean(notebook):
     # Where the package is missing: from the clone, from PyPI, from the repository; pip
     # leaves a jax that meets the requirements as it is, unless it is told to upgrade.
     words = installs[0].source
-    if notebook not in STORED:
-        return
     order = ["import jaxcompress", '"..[', '"jaxcompress[', "git+https"]
     assert sorted(order, key=words.index) == order
     assert not re.search(r"(?i)upgrade|-U\b|--force|\bjax\b(?!compress)", words)
@@ -118,7 +115,7 @@ def run_notebooks():
     return module
 
 
-@pytest.mark.parametrize("notebook", STORED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_outputs_are_whole_and_small(notebook):
     """What `scripts/run_notebooks` stored: of all cells, without errors."""
     text = notebook.read_text("utf-8")
@@ -131,7 +128,7 @@ def test_stored_outputs_are_whole_and_small(notebook):
     assert 0 < stored.metadata["processor_seconds"] < 180
 
 
-@pytest.mark.parametrize("notebook", STORED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_says_what_to_look_at(notebook):
     """Before the code, after it, an exercise, and a figure with its numbers."""
     cells = nbformat.read(notebook, as_version=4).cells
@@ -174,7 +171,7 @@ def agrees(entry, row):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("notebook", STORED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_figures_are_drawn_again(notebook):
     """Executed anew, as a user would: the figures' numbers are those stored."""
     where = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
