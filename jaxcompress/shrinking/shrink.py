@@ -265,7 +265,7 @@ def _report(
     subject: Subject,
     attempt: Attempt,
     moments: Mapping[str, Moments] | None,
-    layouts: dict[str, Layout],
+    layouts: Mapping[str, Layout],
 ) -> LeafTable:
     methods = {re.sub(r"\\(.)", r"\1", n): [method] for n, method in attempt.rules}
     reasons = dict.fromkeys((n for n, _ in roots(subject.params)), "not planned")

@@ -49,8 +49,9 @@ class Noted(Leaf):
     def remove_axis(self, index: int, params: dict) -> Leaf:
         index %= len(self.axes)
         noted = self.names.sliced.setdefault(self.names.name, [])
-        if self.axes[index] is not None and self.axes[index] not in noted:
-            noted.append(self.axes[index])
+        axis = self.axes[index]
+        if axis is not None and axis not in noted:
+            noted.append(axis)
         axes = self.axes[:index] + self.axes[index + 1 :]
         return dataclasses.replace(self, axes=axes)
 

@@ -228,6 +228,7 @@ def _selected(
         return None
     side = 0 if isinstance(tags[0], Weight) else 1
     weight, hot = tags[side], values[1 - side]
+    assert isinstance(weight, Weight)
     (mine,), (other,) = (params["dimension_numbers"][0][i] for i in (side, 1 - side))
     kept = [axes for a, axes in enumerate(weight.axes) if a != mine]
     rows = [size for b, size in enumerate(hot.shape) if b != other]
@@ -298,11 +299,12 @@ def _combined(values: Sequence, tags: Sequence[Tag], result: jax.Array) -> Tag:
     largest = list({id(tag): tag for tag in largest}.values())
     if len(largest) < 2:
         return largest[0] if largest else None
-    if not all(isinstance(tag, Weight) for tag in largest):
+    weights = [tag for tag in largest if isinstance(tag, Weight)]
+    if len(weights) < len(largest):
         return None
-    if len({tag.name for tag in largest}) == 1:
-        return largest[0]
-    return Joined(None, tuple((tag, 0, 0) for tag in largest))
+    if len({tag.name for tag in weights}) == 1:
+        return weights[0]
+    return Joined(None, tuple((tag, 0, 0) for tag in weights))
 
 
 def _padded(config: Sequence, weight: Weight, shape: Sequence[int]) -> Tag:

@@ -25,7 +25,7 @@ def run_sharded(
     axes = tuple(mesh.axis_names) if manual is None else tuple(manual)
     below = [_local(t, spec, mesh) for t, spec in zip(tags, specs, strict=True)]
 
-    def body(*values: Any) -> tuple[list, dict]:
+    def body(*values: Any) -> tuple[tuple, dict]:
         results, _, sums = run(inner, list(values), below)
         return tuple(results), jax.lax.psum(sums, axes)
 

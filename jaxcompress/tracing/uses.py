@@ -68,7 +68,9 @@ def uses_of(
     weights = [is_weight(tag) for tag in tags]
     if name == "dot_general" and weights[0] != weights[1]:
         side = weights.index(True)
-        if is_slice_product(eqn.params, values, tags) and tags[side].name in experts:
+        tag = tags[side]
+        named = isinstance(tag, Weight) and tag.name in experts
+        if named and is_slice_product(eqn.params, values, tags):
             return []
         for tag, w, x in _parts(eqn.params, values, tags[side], side):
             uses.append(_product(eqn.params, w, x, tag, side, tags[1 - side], mapped))

@@ -32,7 +32,7 @@ class Narrow:
         """
         if self.transposed:  # XLA widens it inside the sum
             return wide_product(x, self.array.T, how)
-        hold = before_use.get()
+        hold: Any = before_use.get()
         held = self.array if hold is None else hold(self.array)
         return wide_product(x, held, how)
 

@@ -39,6 +39,7 @@ def merged_product(
     results = computed.get()
     parent, name = module.path[:-1], module.name
     if isinstance(kernel, Elsewhere):
+        inputs: Any
         inputs, y = (results or {}).pop((parent, name), (None, None))
         if inputs is not x:
             raise ValueError(
@@ -47,7 +48,8 @@ def merged_product(
             )
         return y
     whole = kernel.whole
-    wide, _ = module.promote_dtype(x, jnp.zeros((), kernel.dtype), dtype=module.dtype)
+    zero = jnp.zeros((), kernel.dtype)
+    wide: Any = module.promote_dtype(x, zero, dtype=module.dtype)[0]
     matrix = product(whole, (0,)) if isinstance(whole, Leaf) else None
     y = contract(wide, whole, how) if matrix is None else matrix.multiply(wide, how)
     first, *others = jnp.split(y, np.cumsum(kernel.sizes)[:-1], axis=-1)
