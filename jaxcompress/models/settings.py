@@ -103,7 +103,7 @@ def check(
 def _wanted(key: str, value: Any, setting: Setting) -> str:
     """Return what a value should be, by the recorded alternative; empty if it is."""
     alternative = setting.alternative or {}
-    example = alternative.get(key)
+    example: Any = alternative.get(key)
     for inner in alternative.values():
         if example is None and isinstance(inner, Mapping):
             example = inner.get(key)
