@@ -2,10 +2,9 @@
 
 One stage a process, so that its peak of memory is its own:
 
-    for stage in forward gradient moments curvatures blockwise; do python -m
-        experiments.calibration.curvatures SmolLM2.gguf text.txt --stage $stage; done
+    python -m experiments.calibration.curvatures SmolLM2.gguf text.txt --stage moments
 
-`forward` and `gradient` are what the others are compared with: the logits of every
+The stages are forward, gradient, moments, curvatures and blockwise. `forward` and `gradient` are what the others are compared with: the logits of every
 window, and the gradient of their loss with respect to all weights. `curvatures` is
 `measure_curvatures` on moments of one window, so that its own time is seen; `blockwise`
 is `measure_curvatures_blockwise` from the file, moments included.
