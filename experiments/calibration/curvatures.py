@@ -4,10 +4,11 @@ One stage a process, so that its peak of memory is its own:
 
     python -m experiments.calibration.curvatures SmolLM2.gguf text.txt --stage moments
 
-The stages are forward, gradient, moments, curvatures and blockwise. `forward` and `gradient` are what the others are compared with: the logits of every
-window, and the gradient of their loss with respect to all weights. `curvatures` is
-`measure_curvatures` on moments of one window, so that its own time is seen; `blockwise`
-is `measure_curvatures_blockwise` from the file, moments included.
+The stages are forward, gradient, moments, curvatures and blockwise. `forward` and
+`gradient` are what the others are compared with: the logits of every window, and the
+gradient of their loss with respect to all weights. `curvatures` is `measure_curvatures`
+on moments of one window, so that its own time is seen; `blockwise` is
+`measure_curvatures_blockwise` from the file, moments included.
 """
 
 import dataclasses
