@@ -390,7 +390,7 @@ def test_pruned_factorized_quantized_and_coded_by_one_chain(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({}, "exactly one of rank, keep and energy"),
+        ({}, "exactly one of rank, fraction and energy"),
         ({"rank": 3, "fraction": 0.5}, "exactly one"),
         ({"rank": 0}, r"rank from 1 to 24, not 0"),
         ({"rank": 25}, r"rank from 1 to 24, not 25"),

@@ -146,7 +146,7 @@ def test_sensitive_leaves_get_more_bits_within_the_budget(params):
 
 @pytest.mark.filterwarnings(BLIND)
 def test_uniform_is_taken_where_nothing_is_better(params):
-    twins = {name: {"kernel": params["a"]["kernel"]} for name in "abc"}
+    twins = {name: {"kernel": params["a"]["kernel"] + 0} for name in "abc"}
     small = jc.compress(twins, CANDIDATES[1])
     rules = jc.planning.plan_bits(twins, nbytes=jc.nbytes(small), candidates=CANDIDATES)
     assert [f for _, f in rules] == [CANDIDATES[1]] * 3
