@@ -42,7 +42,7 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 BUDGET = 60.0  # processor seconds per file, on both cores together
-LIMITS = {"slow": 0.7, "nightly": 6.0}  # processor seconds of one test
+LIMITS = {"slow": 0.6, "nightly": 6.0}  # processor seconds of one test
 GROWN = 1.0e9  # resident bytes at which a process forgets its programs
 spent = collections.Counter()  # by test
 largest = collections.Counter()  # resident bytes, by process
