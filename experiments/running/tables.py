@@ -24,10 +24,12 @@ def rate(call: str) -> Callable[[Row], str]:
 
 TABLES = {
     "batch_one": Table(
-        "batch_one_shared",
+        "batch_one",
         "running.batch_one --rounds 5 --tokens 16 --only ...",
         {
             "way": "{way}",
+            "milliseconds": "{milliseconds:.1f}",
+            "times float32": "{times_float32:.2f}",
             "processor time, times float32": "{processor_times_float32:.2f}",
             "bits a weight in memory": "{bits_per_weight:.2f}",
             "temporaries, MiB": "{temporary_mib:.1f}",
