@@ -25,9 +25,8 @@ import numpy as np
 import jaxcompress as jc
 from experiments.common.config import parse
 from experiments.common.models import smollm2
-from experiments.common.results import about
+from experiments.common.results import Results
 from jaxcompress.models.transformer import Transformer
-from jaxcompress.reporting import append_lines
 from jaxcompress.running.decode_once import decode_once
 from jaxcompress.running.merged import merge_layers
 
@@ -157,6 +156,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             "temporary_mib": compiled.memory_analysis().temp_size_in_bytes / MIB,
             "compile_seconds": time.perf_counter() - start,
         }
+    results = Results(config, hide=("config",))
     times = measure(config, steps)
     base = np.median(times["float32"], 0)
     for name, row in rows.items():
@@ -166,8 +166,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         row["least_most"] = [wall.min(), wall.max()]
         row["processor_milliseconds"] = 1e3 * middle[1]
         row["times_float32"], row["processor_times_float32"] = middle / base
-        row |= {"config": dataclasses.asdict(config), **about()}
-    return list(rows.values())
+        results.add(row | {"config": dataclasses.asdict(config)})
+    return results.rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -187,6 +187,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     config = parse(Config, __doc__)
-    rows = run(config)
-    show(rows)
-    append_lines(config.results, rows)
+    show(run(config))
