@@ -7,6 +7,7 @@ neither JAX's arithmetic nor a method decides a byte.
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 
 import jaxcompress as jc
 from jaxcompress.coding.floats import leaf as float_leaf
@@ -52,6 +53,12 @@ def containers(rng):
             "leaf": nn.LogicallyPartitioned(low_rank, names=("in", "out")),
         },
     }
+
+
+def frozen(rng):
+    """Flax's frozen dicts, within a dict and by themselves."""
+    inner = FrozenDict({"kernel": rng.normal(size=(2, 3)).astype("f4")})
+    return {"a": [inner, {"bias": np.zeros(3, "f4")}], "b": FrozenDict({"c": inner})}
 
 
 def whole(rng, shape, dtype="float32"):
@@ -276,6 +283,7 @@ def float_arrays(rng):
 TREES = {
     "dtypes": (every_dtype, "none"),
     "containers": (containers, "none"),
+    "frozen": (frozen, "none"),
     "quantized": (quantized_leaves, "none"),
     "leaves": (other_leaves, "none"),
     "integers": (coded_integers, "none"),

@@ -1,6 +1,9 @@
 """Write the golden files of format 3, which every later version must read.
 
-    python scripts/write_golden_files.py [folder]
+    python scripts/write_golden_files.py FOLDER
+
+Write into an empty folder, and copy what is new: a checkpoint of shards that is written
+over one that exists gets new names.
 
 `digests.json` keeps the digest of every dense array, of every file, and of what the
 compressors of this machine make of a fixed text: files are the same bytes wherever that
@@ -13,6 +16,7 @@ import pathlib
 import sys
 import tempfile
 import zlib
+from collections.abc import Mapping
 from unittest import mock
 
 import flax.linen as nn
@@ -24,7 +28,6 @@ from golden_trees import TREES
 import jaxcompress as jc
 from jaxcompress.storage import archive, checkpoint
 
-FOLDER = pathlib.Path(__file__).parents[1] / "tests" / "data" / "format3"
 VERSIONS = {"jaxcompress": "0.2.0", "jax": "0.10.2", "flax": "0.12.0"}
 PROBE = bytes(range(256)) * 8 + b"probe " * 99
 
@@ -81,7 +84,7 @@ def dense_digests(tree):
     out = {}
 
     def walk(x, path):
-        if isinstance(x, dict):
+        if isinstance(x, Mapping):
             for key, child in x.items():
                 walk(child, (*path, str(key)))
         elif isinstance(x, list | tuple):
@@ -130,4 +133,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if sys.argv[1:] else FOLDER)
+    main(pathlib.Path(sys.argv[1]))
