@@ -1,7 +1,6 @@
 """`compress` and `plan`: a model into one file, by recipe or by size."""
 
 import argparse
-import functools
 import json
 import time
 from pathlib import Path
@@ -13,8 +12,9 @@ import jax.numpy as jnp
 from jaxcompress import reporting, storage
 from jaxcompress.calibration.blockwise import compress_blockwise
 from jaxcompress.cli import running
-from jaxcompress.cli.recipes import DEFAULT, read_recipe, stages_of
-from jaxcompress.models.loading import load, shapes
+from jaxcompress.cli.dry_run import forecast_, sizes_
+from jaxcompress.cli.recipes import DEFAULT, names_stacks, read_recipe, stages_of
+from jaxcompress.models.loading import load
 from jaxcompress.models.saved import save
 from jaxcompress.reporting import grouped
 from jaxcompress.shrinking import calibration
@@ -27,7 +27,6 @@ from jaxcompress.storage.resume import digest
 from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.leaf import nbytes
-from jaxcompress.tree.paths import roots
 from jaxcompress.tree.record import LeafReport
 from jaxcompress.types import Params
 
@@ -53,7 +52,7 @@ def compress_(options: argparse.Namespace) -> None:
         recipe = options.recipe or [DEFAULT]
         stages = stages_of(recipe)
     if options.dry_run:
-        _dry_run(options, stages, recipe)
+        sizes_(options, stages, recipe)
         return
     _by_recipe(options, stages, recipe)
 
@@ -70,16 +69,7 @@ def goal_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def _by_goal(options: argparse.Namespace, goal: dict[str, Any]) -> None:
     if options.dry_run:
-        weights_by_name = shapes(options.model)
-        weights = sum(x.size for x in weights_by_name.values())
-        row = {"model": options.model, "goal": goal, "weights": weights}
-        running.show(
-            f"{options.model}: {grouped(weights)} weights; the goal is "
-            + ", ".join(f"{key} {value}" for key, value in goal.items()),
-            "Nothing was read but shapes, and nothing was written. plan prints the "
-            "recipe.",
-        )
-        _append(options, row)
+        forecast_(options, goal)
         return
     start = time.perf_counter()
     small = shrink(
@@ -133,8 +123,7 @@ def _by_recipe(
     clock = time.perf_counter()
     model, params, tokenizer = load(options.model, scan=False)
     layouts = None
-    if any(isinstance(x, list) and x[0].startswith("layers/") for x in recipe):
-        # A plan is of the stacked layers, which compile once.
+    if names_stacks(stages):
         model, params = stacked(model, params)
         batch = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         layouts = find_layouts(model, params, batch)
@@ -274,41 +263,3 @@ def plan(options: argparse.Namespace) -> None:
         options.written = options.out
     else:
         print(text)
-
-
-def _dry_run(options: argparse.Namespace, stages: list[Any], recipe: list[Any]) -> None:
-    params = shapes(options.model)
-    small = jax.eval_shape(functools.partial(compress, recipe=chain(*stages)), params)
-    after = dict(roots(small))
-    rows = [
-        {
-            "leaf": name,
-            "shape": "x".join(map(str, old.shape)),
-            "bytes before": nbytes(old),
-            "after": nbytes(after[name]),
-            "bits/weight": 8 * nbytes(after[name]) / max(1, old.size),
-        }
-        for name, old in roots(params)
-    ]
-    rows.sort(key=lambda row: -row["bytes before"])
-    before, later = nbytes(params), nbytes(small)
-    weights = reporting.weight_count(params)
-    running.show(
-        reporting.table(rows[: options.leaves]),
-        f"{max(0, len(rows) - options.leaves)} more leaves" if rows else "",
-        "",
-        f"memory {grouped(before)} bytes before, {grouped(later)} "
-        f"after: {8 * later / weights:.3f} bits per weight of "
-        f"{grouped(weights)}",
-        "The file holds as much and its header, or less with lossless coding, which "
-        "depends on values. Nothing was written.",
-    )
-    row = {
-        "model": str(options.model),
-        "recipe": recipe,
-        "weights": weights,
-        "memory_bytes_before": before,
-        "memory_bytes_after": later,
-        "dry_run": True,
-    }
-    _append(options, row)

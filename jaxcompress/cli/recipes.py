@@ -33,6 +33,14 @@ def stages_of(texts: Sequence[str]) -> list[Any]:
     return stages
 
 
+def names_stacks(stages: Sequence[Any]) -> bool:
+    """Return whether rules name leaves of a model whose layers are stacked, as plans
+    and files of `compress --size` do.
+    """
+    rules = [rule for stage in stages if isinstance(stage, list) for rule in stage]
+    return any(pattern.startswith("layers/") for pattern, _ in rules)
+
+
 def read_recipe(path: str | Path) -> tuple[list[Any], list[Any]]:
     """Read what `plan` prints, or a list as `--recipe` takes it.
 

@@ -30,6 +30,7 @@ def estimate(
     effort: Effort,
     *,
     writes: bool,
+    tries: int = 1,
 ) -> tuple[float, int]:
     """Return seconds and bytes, to a factor of about two.
 
@@ -41,6 +42,7 @@ def estimate(
       layouts: of these leaves, as far as they are known.
       effort: to be spent.
       writes: whether the model writes its calibration text.
+      tries: plans that are compressed until the goal is met.
     """
     shapes = [_matrix_shape(entry, layouts.get(entry.name)) for entry in planned]
     weights = sum(math.prod(shape) for shape in shapes)
@@ -61,7 +63,7 @@ def estimate(
     )
     work += rows * (3.0 * length * weights + metric)
     work += 8.0 * effort.tuning_steps * effort.length * weights
-    compressions = 2 if calibrates else 1  # the plan and the uniform recipe
+    compressions = tries + calibrates  # plans, and the uniform recipe beside them
     work += compressions * (TRELLIS if effort.states else ROUNDING) * weights
     held = nbytes(subject.params)
     vocabulary = getattr(subject.model, "vocab_size", 1)
@@ -76,7 +78,7 @@ def _matrix_shape(entry: Entry, layout: Layout | None) -> tuple[int, ...]:
     shape = entry.value.shape
     if layout is not None:
         laid_out = dataclasses.replace(entry, caller_layout=layout)
-        return jax.eval_shape(laid_out.matrix).shape
+        return jax.eval_shape(laid_out.matrix, entry.value).shape
     return (*shape[:-2], shape[-1], shape[-2]) if entry.embedding else shape
 
 

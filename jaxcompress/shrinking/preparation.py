@@ -56,6 +56,7 @@ def prepare(
     text: Any,
     batches: Iterable[Any] | None,
     measures: bool,
+    tries: int = 1,
     store: str | os.PathLike | None,
     key: jax.Array,
     progress: Progress,
@@ -68,6 +69,7 @@ def prepare(
       effort: its name.
       text, batches, store, progress, metadata: as for `shrink`.
       measures: whether data are needed to measure on, at any effort.
+      tries: plans that may be made until the goal is met, for the estimate.
       key: of the whole run.
 
     Raises:
@@ -88,10 +90,10 @@ def prepare(
     data = None
     if not subject.language and source is not None:
         data = calibration.other_data(batches)
-    layouts = _layouts(subject, data)
+    layouts = find_kernel_layouts(subject, data)
     planned = planned_entries(subject.params, None, None)
     writes = subject.language and source is None and needs
-    amount = estimate(subject, planned, layouts, chosen, writes=writes)
+    amount = estimate(subject, planned, layouts, chosen, writes=writes, tries=tries)
     stages.say(f"{grouped(subject.weights)} weights; {describe_estimate(*amount)}")
     weights_digest = "" if store is None else digest(None, subject.params)
     about: list[Any] = [weights_digest, dataclasses.astuple(chosen)]
@@ -143,7 +145,7 @@ def _token_rows(batches: Iterable[Any]) -> np.ndarray:
     return np.concatenate([np.asarray(x) for x in rows])
 
 
-def _layouts(subject: Subject, data: Any) -> dict[str, Layout]:
+def find_kernel_layouts(subject: Subject, data: Any) -> dict[str, Layout]:
     """Find where the model's program multiplies each kernel; empty without a batch."""
     if subject.language:
         batch = {"tokens": jax.ShapeDtypeStruct((1, 8), np.int32)}

@@ -17,7 +17,7 @@ from jaxcompress.shrinking.efforts import choose_effort
 from jaxcompress.shrinking.fitting import AIM, Attempt, Coder, room_of
 from jaxcompress.shrinking.goals import REACHED, parse_goal
 from jaxcompress.shrinking.preparation import prepare, read_dense
-from jaxcompress.shrinking.search import meet
+from jaxcompress.shrinking.search import KL_TRIES, meet
 from jaxcompress.shrinking.shrunk import Shrunk
 from jaxcompress.shrinking.stages import Stages
 from jaxcompress.shrinking.store import Store
@@ -108,6 +108,7 @@ def shrink(
         text=text,
         batches=batches,
         measures=goal.kl is not None,
+        tries=1 if goal.kl is None else KL_TRIES,
         store=store,
         key=key,
         progress=progress,

@@ -12,6 +12,7 @@ import pytest
 from jaxcompress import storage
 from jaxcompress.cli import compressing, main
 from jaxcompress.cli.recipes import read_recipe
+from jaxcompress.models import loading
 from jaxcompress.reporting import render, table
 
 
@@ -143,6 +144,46 @@ def test_a_dry_run_writes_its_row(run, folder):
     run("compress", "dense.safetensors", "none", "--dry-run", "--json", "dry.jsonl")
     row = json.loads((folder / "dry.jsonl").read_text())
     assert row["dry_run"] and row["memory_bytes_after"] < row["memory_bytes_before"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_goal_forecasts_it(run, folder, monkeypatch):
+    monkeypatch.setattr(compressing, "shrink", None)  # reads and writes nothing
+    goal = ("--size", "70kB", "--dry-run", "--json", "goal")
+    out = run("compress", "dense.safetensors", "out", *goal)
+    assert "at most 70 000 bytes" in out and "of memory" in out
+    row = json.loads((folder / "goal").read_text())
+    shapes = {name: x.size for name, x in loading.shapes("dense.safetensors").items()}
+    kernels = [name for name in shapes if "scale" not in name]
+    assert row["weights"] == sum(shapes.values())
+    assert row["planned_weights"] == sum(shapes[name] for name in kernels)
+    assert row["file_bytes"] == 70_000 > row["planned_bytes"] > 60_000
+    assert row["seconds"] > 0 and row["memory_bytes"] > 2**20
+    message = run(
+        "compress", "dense.safetensors", "out", "--size", "2kB", "--dry-run", code=2
+    )
+    assert "takes" in message and not (folder / "out").exists()
+
+
+def test_a_dry_run_of_a_plan_has_its_rates(run, folder):
+    rate = "rate_distortion(rate=3)"
+    rules = [["layers/mlp/.*", rate], ["layers/attention/q.*", "gptq(bits=4)"]]
+    (folder / "rules.json").write_text(json.dumps(rules))
+    options = ("--recipe-file", "rules.json", "--dry-run", "--json", "rates")
+    run("compress", "dense.safetensors", "out", *options, "--calibrate", "text.txt")
+    row = json.loads((folder / "rates").read_text())
+    saved = 3 * 2 * 64 * 64 * (4 - 3 / 8) + 2 * 64 * 64 * (4 - 4 / 8)
+    steps = 2 * 64 * 2  # of q_proj, in bfloat16
+    change = row["memory_bytes_before"] - row["memory_bytes_after"]
+    assert change == saved - steps
+
+
+def test_rules_name_layers_that_are_stacked(run, folder):
+    rule = "layers/mlp/.*=symmetric(bits=3, block=32)"
+    run("compress", "dense.safetensors", "stacked", "--recipe", rule, "--quiet")
+    with storage.open_checkpoint(folder / "stacked") as stored:
+        kind, shape, _ = stored.describe("params/layers/mlp/up_proj/kernel")
+    assert kind in ("Quantized", "Reshaped") and shape == (2, 64, 64)
 
 
 def test_names_are_never_folded():
