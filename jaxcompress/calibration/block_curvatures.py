@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration.activations import Streams, streams
-from jaxcompress.calibration.block_passes import SCORE, Measurement, Passes
+from jaxcompress.calibration.block_measurement import SCORE, Measurement
+from jaxcompress.calibration.block_passes import Passes
 from jaxcompress.calibration.blockwise_parts import full_names
 from jaxcompress.calibration.collect import check_seen
 from jaxcompress.calibration.lazy_params import Source, source_of

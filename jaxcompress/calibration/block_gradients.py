@@ -24,11 +24,17 @@ def backward_products(
     *,
     segment: Segment,
     layouts: Mapping[str, Layout],
+    leaders: Mapping[str, str],
     plain: frozenset[str],
     pairs: Mapping[str, bool],
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
-    """Return products of the gradients of weights, and cotangents of what is read."""
-    metric = {name: factors[name][0] for name in plain if name in factors}
+    """Return products of the gradients of weights, and cotangents of what is read.
+
+    `factors` are by leader: one array, and one product with it, for all weights that
+    meet the same rows.
+    """
+    by_name = {n: factors[lead] for n, lead in leaders.items() if lead in factors}
+    metric = {name: by_name[name][0] for name in plain if name in by_name}
 
     def run(own: dict[str, jax.Array], floats: list[jax.Array]) -> list[jax.Array]:
         held = weights | own
@@ -40,7 +46,7 @@ def backward_products(
     gradients, below = back(above)
     products = {}
     for name, layout in layouts.items():
-        factor = None if name in metric else factors.get(name)
+        factor = None if name in metric else by_name.get(name)
         matrix = matricize(gradients[name], layout)
         products[name] = column_products(matrix, factor, pairs=pairs[name])
     return products, below

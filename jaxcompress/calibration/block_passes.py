@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration.activations import Streams, Values
+from jaxcompress.calibration.activations import Values
 from jaxcompress.calibration.block_gradients import (
     backward_products,
     is_float,
     weight_gradient,
 )
+from jaxcompress.calibration.block_measurement import Measurement
 from jaxcompress.calibration.block_moments import merge_tied
-from jaxcompress.calibration.blockwise_parts import full_names
 from jaxcompress.calibration.collect import check_finite
 from jaxcompress.calibration.curvature_sums import (
     CurvatureSum,
@@ -25,99 +25,11 @@ from jaxcompress.calibration.curvature_sums import (
     has_use_for_pairs,
 )
 from jaxcompress.calibration.error_feedback import inverse_factor
-from jaxcompress.calibration.lazy_params import Source
 from jaxcompress.calibration.moment_files import moments_from_arrays, moments_to_arrays
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.storage.resume import Results
 from jaxcompress.tracing.blocks import Segment
-from jaxcompress.tracing.metric_gradients import Uses
-from jaxcompress.tree.layouts import Layout, matricize
+from jaxcompress.tree.layouts import matricize, trailing
 from jaxcompress.tree.leaf import dense
-from jaxcompress.types import Params
-
-SCORE = "score"  # a weight of one, by which the score is multiplied at the end
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """A model cut into stretches, what is measured of it, and where results are kept.
-
-    Args:
-      source: of the weights.
-      streams: the sequences, and the stretches of their programs.
-      uses: by stretch, of weights by the names that the stretch has.
-      layouts: by full name of a measured weight; in a stack, of a slice.
-      embeddings: full names of those that are looked up.
-      moments: by full name; None where they are measured.
-      joint, damping: as in `measure_curvatures`.
-      results: where what is finished is kept, for the run of digest `run`.
-    """
-
-    source: Source
-    streams: Streams
-    uses: Sequence[Uses]
-    layouts: Mapping[str, Layout]
-    embeddings: frozenset[str]
-    moments: Mapping[str, Moments] | None
-    joint: bool
-    damping: float
-    results: Results
-    run: str
-
-    @property
-    def segments(self) -> list[Segment]:
-        return self.streams.segments
-
-    def load(self, name: str) -> Any:
-        """Return what a run kept under a name; None where there is nothing.
-
-        Raises ValueError where it is of another run.
-        """
-        advice = (
-            "the model, options, moments or batches differ; delete the directory, or "
-            "pass another store"
-        )
-        stored = self.results.load(f"curvatures-{name}", {"run": self.run}, advice)
-        return None if stored is None else jax.tree.map(np.asarray, stored[0])
-
-    def save(self, name: str, tree: Params) -> None:
-        self.results.save(f"curvatures-{name}", tree, {"run": self.run})
-
-    def mapped_path(self, name: str) -> str:
-        """Return the path of an array that is mapped into memory, of this run."""
-        folder = os.fspath(self.results.directory)
-        os.makedirs(folder, exist_ok=True)
-        return os.path.join(folder, f"{self.run[:8]}-{name}.npy")
-
-    def weights(self, number: int) -> dict[str, jax.Array]:
-        """Return dense weights of a segment, by its names."""
-        segment = self.segments[number]
-        by_name = {}
-        for name, full in full_names(segment).items():
-            if full == SCORE:
-                by_name[name] = jnp.ones(())
-                continue
-            leaf = self.source.fetch(full)
-            index = self.slot(number, name)[1]
-            if index is not None:
-                leaf = jax.tree.map(lambda x, i=index: x[i], leaf)
-            by_name[name] = dense(leaf)
-        return by_name
-
-    def measured(self, number: int) -> dict[str, str]:
-        """Return full names of the measured weights of a segment, by its names."""
-        names = full_names(self.segments[number])
-        return {name: full for name, full in names.items() if full in self.layouts}
-
-    def matrix_shape(self, full: str, weight: jax.Array) -> tuple[int, ...]:
-        """Return the shape of a weight, or of a slice, as a matrix."""
-        return jax.eval_shape(lambda x: matricize(x, self.layouts[full]), weight).shape
-
-    def slot(self, number: int, name: str) -> tuple[str, int | None]:
-        """Return the full name of a segment's weight, and the slice of a stack."""
-        block = self.segments[number].block
-        index = None if block is None or name.startswith("/") else block.index
-        return full_names(self.segments[number])[name], index
 
 
 class Passes:
@@ -136,6 +48,7 @@ class Passes:
         self.curvatures: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
         readers = [full for segment in job.segments for full in segment.outer]
         self.latest: dict[int, Any] = {}  # values of stretches, from disk
+        self.stacks: dict[Any, np.ndarray] = {}  # of second moments, by their slices
         self.shared = {full for full in job.layouts if readers.count(full) > 1}
 
     def segment(self, batch: int, number: int) -> Segment:
@@ -144,30 +57,39 @@ class Passes:
     def forward(self, number: int) -> None:
         """Run a stretch, measure its moments, and put what it writes on disk."""
         job, names = self.job, self.job.measured(number)
+        leaders = job.leaders(number)
         measured = job.load(f"moments-{number}")
         written = job.load(f"values-{number}")
         if measured is None or written is None:
             weights = job.weights(number)
             wanted = [n for n in names if job.moments is None and weights[n].ndim > 1]
+            first = dict.fromkeys(leaders[name] for name in wanted)
             after, moments, _ = job.streams.measure(
-                number, weights, self.values, None, wanted
+                number, weights, self.values, None, list(first)
             )
             written = {
                 str(b): _numbered(held[v] for v in self.segment(b, number).writes)
                 for b, held in enumerate(after)
             }
-            measured = {}
             for name, moment in moments.items():
                 check_finite(names[name], moment)
                 if moment.second is not None:
                     np.save(self._second(number, name), np.asarray(moment.second))
-                moment = dataclasses.replace(moment, second=None)
+            measured = {}
+            for name in wanted:
+                if leaders[name] not in moments:
+                    continue
+                layout = trailing(job.uses[number].layouts[name])
+                moment = dataclasses.replace(
+                    moments[leaders[name]], second=None, layout=layout
+                )
                 measured[str(list(names).index(name))] = moments_to_arrays(moment)
             job.save(f"values-{number}", written)
             job.save(f"moments-{number}", measured)
         for place, arrays in measured.items():
             name = list(names)[int(place)]
-            moment, second = moments_from_arrays(arrays), self._second(number, name)
+            moment = moments_from_arrays(arrays)
+            second = self._second(number, leaders[name])
             if os.path.exists(second):
                 mapped = np.load(second, mmap_mode="r")
                 moment = dataclasses.replace(moment, second=mapped)
@@ -219,11 +141,14 @@ class Passes:
         job, names = self.job, self.job.measured(number)
         weights = job.weights(number)
         own = [name for name, full in names.items() if full not in self.shared]
-        factors = {n: f for n in own if (f := self._factor(number, n)) is not None}
+        leaders = {name: job.leaders(number)[name] for name in own}
+        made = {name: self._factor(number, name) for name in set(leaders.values())}
+        factors = {name: made[name] for name in made if made[name] is not None}
         sums = {name: CurvatureSum() for name in own}
         shapes = {name: job.matrix_shape(names[name], weights[name]) for name in own}
         options = {
             "layouts": {name: job.layouts[names[name]] for name in own},
+            "leaders": leaders,
             "plain": job.uses[number].plain,
             "pairs": {
                 name: self._has_pairs(names[name], shape)
@@ -364,18 +289,26 @@ class Passes:
         if parts[0][0] is not None:
             moment = jax.tree.map(lambda *x: jnp.stack(x), *rest)
             if second is not None:
-                shape = len(parts), *second.shape
-                if keep:
-                    number = sorted(self.moments).index(full)
-                    path = self.job.mapped_path(f"stack-{number}")
-                    second = np.lib.format.open_memmap(path, "w+", "float32", shape)
-                else:
-                    second = np.empty(shape, np.float32)
-                for i, each in enumerate(seconds):
-                    second[i] = each
+                second = self._stacked(full, seconds, keep)
         if second is not None and not keep:
             second = jnp.asarray(second)
         return dataclasses.replace(moment, second=second)
+
+    def _stacked(self, full: str, seconds: list[Any], keep: bool) -> np.ndarray:
+        """Return second moments of slices as one array; equal ones are one array."""
+        key = tuple(getattr(each, "filename", None) or id(each) for each in seconds)
+        if key not in self.stacks:
+            shape = len(seconds), *seconds[0].shape
+            if keep:
+                number = sorted(self.moments).index(full)
+                path = self.job.mapped_path(f"stack-{number}")
+                stack = np.lib.format.open_memmap(path, "w+", "float32", shape)
+            else:
+                stack = np.empty(shape, np.float32)
+            for i, each in enumerate(seconds):
+                stack[i] = each
+            self.stacks[key] = stack
+        return self.stacks[key]
 
 
 def _places(segments: Sequence[Segment], inputs: Sequence[Any]) -> dict[Any, str]:

@@ -1,5 +1,6 @@
 """`collect_moments`: the moments of every kernel's inputs, over real batches."""
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -14,6 +15,7 @@ from jaxcompress.progress import each_item
 from jaxcompress.tracing.interpreter import Sums, trace_uses
 from jaxcompress.tracing.layouts import Where, flat_weights, matching, warn_unseen
 from jaxcompress.tracing.modules import model_function
+from jaxcompress.tracing.same_inputs import SameInputs
 from jaxcompress.tracing.uses import Use
 from jaxcompress.tree.layouts import Layout, check_layout, trailing
 from jaxcompress.tree.leaf import dense
@@ -37,9 +39,10 @@ def collect_moments(
     rematerialized layers, attention, NNX, convolutions (windows are the inputs; groups
     of channels share one set of moments) and embeddings (`tokens` counts the rows read)
     are all seen. Activations are summed where they arise and never stored. Memory: for
-    each kernel `4 * inputs**2` bytes, twice while a batch is added. Sums are float32 or
-    wider, products in the highest precision of the device. Batches of one shape share
-    one compilation.
+    each input `4 * inputs**2` bytes, twice while a batch is added; kernels that read
+    one input (queries, keys and values) share its arrays. Sums are float32 or wider,
+    products in the highest precision of the device. Batches of one shape share one
+    compilation.
 
     Args:
       model: a Linen module or a function of `(params, batch)`, as for `layout`.
@@ -76,22 +79,37 @@ def collect_moments(
     shapes, rebuild = flat_weights(params)
 
     layouts: dict[str, Layout] = {}  # in the order in which the model uses them
-
-    def visit(use: Use, mask: Any) -> dict[str, jax.Array]:
-        layouts[use.name] = use.layout
-        check_layout(use.name, shapes[use.name].shape, use.layout)
-        return row_sums(use, shapes[use.name].shape, mask)
+    leaders: dict[str, str] = {}  # the one whose sums a weight shares
 
     def sums(params: Params, batch: Any) -> Sums:
         weights = {name: dense(x) for name, x in roots(params)}
         mask = batch.get("mask") if isinstance(batch, Mapping) else None
-        return trace_uses(
+        same = SameInputs()
+
+        def visit(use: Use) -> dict[str, jax.Array]:
+            layouts[use.name] = use.layout
+            check_layout(use.name, shapes[use.name].shape, use.layout)
+            same.note(use)
+            if leaders.get(use.name, use.name) != use.name:
+                return {}
+            return row_sums(use, shapes[use.name].shape, mask)
+
+        traced = trace_uses(
             lambda weights, batch: function(rebuild(weights), batch),
             weights,
             batch,
-            functools.partial(visit, mask=mask),
+            visit,
             tagged=names,
         )
+        found = same.leaders()
+        changed = [n for n, lead in leaders.items() if found.get(n, lead) != lead]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: other inputs than on the batches before, since "
+                "the model takes another way on this batch; pass batches of one shape"
+            )
+        leaders.update(found)
+        return {name: named for name, named in traced.items() if named}
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(total: dict[str, Moments], params: Params, batch: Any) -> Any:
@@ -104,6 +122,7 @@ def collect_moments(
             probe = jax.eval_shape(sums, params, batch)
             check_seen(names if where is not None or not probe else [], probe)
             warn_unseen({n: shapes[n] for n in names if n not in probe}, shapes)
+            probe = {n: x for n, x in probe.items() if leaders[n] == n}
             empty = jax.eval_shape(lambda x: averages(x, layouts), probe)
             total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
         total = add(total, params, batch)
@@ -112,9 +131,14 @@ def collect_moments(
     if total is None:
         raise ValueError("there are no batches; pass at least one")
     for name in layouts:
-        check_finite(name, total[name])
-    warn_few(total)
-    return {name: total[name] for name in layouts}
+        if name in total:
+            check_finite(name, total[name])
+    found = {
+        name: dataclasses.replace(total[leaders[name]], layout=trailing(layout))
+        for name, layout in layouts.items()
+    }
+    warn_few(found)
+    return found
 
 
 def selected(params: Params, where: Where = None) -> list[str]:

@@ -17,7 +17,6 @@ from jaxcompress.calibration.moments import Moments
 from jaxcompress.checks import check_concrete
 from jaxcompress.progress import each_item
 from jaxcompress.tree.layouts import Layout
-from jaxcompress.tree.paths import Entry
 from jaxcompress.tree.selection import planned_entries
 from jaxcompress.types import Batch, Params
 
@@ -92,11 +91,12 @@ def measure_curvatures(
     rows = [row for batch in batches for row in jnp.asarray(batch["tokens"])]
     if not rows:
         raise ValueError("there are no batches; pass at least one")
-    factors = {
-        entry.name: _factors(entry, damping)
-        for entry in planned
-        if getattr(entry.moments, "second", None) is not None
-    }
+    seconds = {e.name: getattr(e.moments, "second", None) for e in planned}
+    made: dict[int, jax.Array] = {}  # weights that meet the same rows share an array
+    for second in seconds.values():
+        if second is not None and id(second) not in made:
+            made[id(second)] = _factors(second, damping)
+    factors = {n: made[id(x)] for n, x in seconds.items() if x is not None}
     sums = {entry.name: CurvatureSum() for entry in planned}
 
     @jax.jit
@@ -159,10 +159,9 @@ def _sampled_gradient(
     return jax.grad(score)(params)
 
 
-def _factors(entry: Entry, damping: float) -> jax.Array:
+def _factors(second: Any, damping: float) -> jax.Array:
     """Return a factor of each slice's second moment, `[slices, inputs, inputs]`."""
-    second = jnp.asarray(entry.moments.second)
-    flat = second.reshape(-1, *second.shape[-2:])
+    flat = jnp.asarray(second).reshape(-1, *second.shape[-2:])
     # One at a time: dispatched at once, the float64 steps of all slices are held.
     factors = [
         jax.block_until_ready(inverse_factor(each, damping=damping)) for each in flat

@@ -17,6 +17,7 @@ from jaxcompress.tracing.interpreter import run_uses
 from jaxcompress.tracing.jaxpr_compat import bind
 from jaxcompress.tracing.movements import moved
 from jaxcompress.tracing.provenance import Joined, Weight, is_weight
+from jaxcompress.tracing.same_inputs import SameInputs
 from jaxcompress.tracing.uses import Use, uses_of
 from jaxcompress.tree.layouts import Layout
 
@@ -28,10 +29,12 @@ class Uses:
     Args:
       layouts: by name of each weight that is multiplied or looked up, in order of use.
       plain: names of those that are only multiplied, whole and outside of loops.
+      same: which of them meet the same rows.
     """
 
     layouts: Mapping[str, Layout]
     plain: frozenset[str]
+    same: SameInputs
 
 
 def find_uses(
@@ -42,8 +45,10 @@ def find_uses(
     counts: Counter[str] = Counter()
     plain: Counter[str] = Counter()
     other: set[str] = set()  # what is added, or passed to a function unseen
+    same = SameInputs()
 
     def visit(use: Use) -> dict[str, jax.Array]:
+        same.note(use)
         layouts.setdefault(use.name, use.layout)
         counts[use.name] += 1
         return {}
@@ -62,7 +67,7 @@ def find_uses(
 
     jax.eval_shape(run, dict(weights), arguments)
     names = {n for n in plain.keys() - other if plain[n] == counts[n]}
-    return Uses(layouts, frozenset(names))
+    return Uses(layouts, frozenset(names), same)
 
 
 def run_in_metric(
