@@ -1,4 +1,4 @@
-"""What is measured by blocks: a model cut into stretches, and a place for results."""
+"""A measurement by blocks: a model cut into stretches, and a place for results."""
 
 import dataclasses
 import os

@@ -142,8 +142,8 @@ class Passes:
         weights = job.weights(number)
         own = [name for name, full in names.items() if full not in self.shared]
         leaders = {name: job.leaders(number)[name] for name in own}
-        made = {name: self._factor(number, name) for name in set(leaders.values())}
-        factors = {name: made[name] for name in made if made[name] is not None}
+        of_leader = {n: self._factor(number, n) for n in set(leaders.values())}
+        factors = {n: factor for n, factor in of_leader.items() if factor is not None}
         sums = {name: CurvatureSum() for name in own}
         shapes = {name: job.matrix_shape(names[name], weights[name]) for name in own}
         options = {

@@ -101,14 +101,14 @@ def collect_moments(
             visit,
             tagged=names,
         )
-        found = same.leaders()
-        changed = [n for n, lead in leaders.items() if found.get(n, lead) != lead]
+        now = same.leaders()
+        changed = [n for n, lead in leaders.items() if now.get(n, lead) != lead]
         if changed:
             raise ValueError(
                 f"{', '.join(changed)}: other inputs than on the batches before, since "
                 "the model takes another way on this batch; pass batches of one shape"
             )
-        leaders.update(found)
+        leaders.update(now)
         return {name: named for name, named in traced.items() if named}
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -133,12 +133,12 @@ def collect_moments(
     for name in layouts:
         if name in total:
             check_finite(name, total[name])
-    found = {
+    moments = {
         name: dataclasses.replace(total[leaders[name]], layout=trailing(layout))
         for name, layout in layouts.items()
     }
-    warn_few(found)
-    return found
+    warn_few(moments)
+    return moments
 
 
 def selected(params: Params, where: Where = None) -> list[str]:

@@ -92,11 +92,13 @@ def measure_curvatures(
     if not rows:
         raise ValueError("there are no batches; pass at least one")
     seconds = {e.name: getattr(e.moments, "second", None) for e in planned}
-    made: dict[int, jax.Array] = {}  # weights that meet the same rows share an array
+    by_array: dict[
+        int, jax.Array
+    ] = {}  # weights that meet the same rows share an array
     for second in seconds.values():
-        if second is not None and id(second) not in made:
-            made[id(second)] = _factors(second, damping)
-    factors = {n: made[id(x)] for n, x in seconds.items() if x is not None}
+        if second is not None and id(second) not in by_array:
+            by_array[id(second)] = _factors(second, damping)
+    factors = {n: by_array[id(x)] for n, x in seconds.items() if x is not None}
     sums = {entry.name: CurvatureSum() for entry in planned}
 
     @jax.jit

@@ -9,7 +9,7 @@ from jaxcompress.tracing.uses import Use
 
 @dataclasses.dataclass
 class SameInputs:
-    """What each weight meets in one trace, use after use."""
+    """The rows that each weight meets in one trace, use after use."""
 
     met: dict[str, list[Hashable]] = dataclasses.field(default_factory=dict)
     held: list[Any] = dataclasses.field(default_factory=list)  # an id is one value's
