@@ -1,5 +1,6 @@
 """`plan_bits`: each leaf its own method, bits and block, from one budget."""
 
+import functools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from jaxcompress.calibration.moments import Moments, check_curvatures
 from jaxcompress.checks import check_concrete
 from jaxcompress.planning.allocation import choose_candidates, prefer_candidates
 from jaxcompress.planning.budget import byte_limit
+from jaxcompress.planning.planned import Source, planned_leaves
 from jaxcompress.progress import each_item
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.layouts import Layout
@@ -34,7 +36,7 @@ CODING = ("entropy_code()", "code_floats()")
 
 
 def plan_bits(
-    params: Params,
+    params: Source,
     moments: Mapping[str, Moments] | None = None,
     *,
     bits_per_weight: float | None = None,
@@ -66,7 +68,8 @@ def plan_bits(
     another matrix with an axis of as many entries.
 
     Args:
-      params: pytree of arrays and leaves; concrete.
+      params: pytree of arrays and leaves; concrete. Or a path, or an open checkpoint,
+        as in `compress_blockwise`: leaves are then read one at a time.
       bits_per_weight, nbytes, fraction: exactly one: what the planned leaves may take
         together, in bits per weight, in bytes (an integer or "60MB"), or as a fraction
         of the bytes they take now.
@@ -111,28 +114,27 @@ def plan_bits(
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"plan_bits takes a list of candidates, not {candidates!r}")
     candidates = list(candidates)
-    planned = planned_entries(params, moments, where, layouts)
-    curved = sensitivities is None and check_curvatures(
-        {entry.name: entry.moments for entry in planned}
+    select = functools.partial(
+        planned_entries, moments=moments, where=where, layouts=layouts
     )
-    blind = sensitivities is None and not curved
-    if blind:
-        sensitivities = _sizes(params, planned)
-    weights = _weights(planned, sensitivities)
-    damage = divergence if curved else relative_square
-    turns = iter(
-        each_item([entry.name for entry in planned], progress, label="planning")
-    )
-    costs = np.zeros((len(planned), len(candidates)), np.int64)
-    losses = np.zeros((len(planned), len(candidates)))
-    for i, entry in enumerate(planned):
-        next(turns, None)
-        for j, candidate in enumerate(candidates):
-            small = _compressed(entry, candidate, coded)
-            costs[i, j] = held_bytes(small)
-            losses[i, j] = weights[entry.name] * damage(entry, small)
-    for _ in turns:
-        pass
+    with planned_leaves(params, select) as (planned, read, tree):
+        curved = sensitivities is None and check_curvatures(
+            {entry.name: entry.moments for entry in planned}
+        )
+        blind = sensitivities is None and not curved
+        if blind:
+            sensitivities = _sizes(tree, planned)
+        weights = _weights(planned, sensitivities)
+        damage = divergence if curved else relative_square
+        costs = np.zeros((len(planned), len(candidates)), np.int64)
+        losses = np.zeros((len(planned), len(candidates)))
+        names = [entry.name for entry in planned]
+        for i, _ in enumerate(each_item(names, progress, label="planning")):
+            entry = read(planned[i])
+            for j, candidate in enumerate(candidates):
+                small = _compressed(entry, candidate, coded)
+                costs[i, j] = held_bytes(small)
+                losses[i, j] = weights[entry.name] * damage(entry, small)
     weights_count = sum(entry.value.size for entry in planned)
     limit = byte_limit(
         "plan_bits",

@@ -12,6 +12,7 @@ from jaxcompress.checks import check_concrete
 from jaxcompress.factorization.svd import energies, svd
 from jaxcompress.planning.allocation import Curve, allocate, total_loss
 from jaxcompress.planning.budget import byte_limit
+from jaxcompress.planning.planned import Source, planned_leaves
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.paths import Entry
 from jaxcompress.tree.selection import bind
@@ -34,7 +35,7 @@ class _Spectrum(Curve):
 
 
 def plan_ranks(
-    params: Params,
+    params: Source,
     moments: Mapping[str, Moments] | None = None,
     *,
     bits_per_weight: float | None = None,
@@ -53,7 +54,8 @@ def plan_ranks(
     Never worse than the same fraction for every leaf.
 
     Args:
-      params: pytree of arrays and leaves; concrete.
+      params: pytree of arrays and leaves; concrete. Or a path, or an open checkpoint,
+        as in `compress_blockwise`: leaves are then read one at a time.
       bits_per_weight, nbytes, fraction: exactly one, as in `plan_bits`. In one dtype a
         fraction of bytes is one of weights. A leaf takes a rank of one at least.
       moments: by kernel name. With them the loss is the layers' expected squared
@@ -84,11 +86,15 @@ def plan_ranks(
     checks.fraction("plan_ranks", "damping", damping, zero=True)
     check_concrete(params, "plan_ranks")
     stage = svd(rank=1) if where is None else [(where, svd(rank=1))]
-    planned = bind(params, stage, moments, layouts).selected
     weighted = moments is not None
     relative = not weighted if relative is None else relative
-    check_curvatures({entry.name: entry.moments for entry in planned})
-    leaves = [_spectrum(entry, weighted, relative, damping) for entry in planned]
+
+    def select(tree: Params) -> list[Entry]:
+        return bind(tree, stage, moments, layouts).selected
+
+    with planned_leaves(params, select) as (planned, read, _):
+        check_curvatures({entry.name: entry.moments for entry in planned})
+        leaves = [_spectrum(read(e), weighted, relative, damping) for e in planned]
     total = sum(int(leaf.costs[-1]) for leaf in leaves)
     least = sum(int(leaf.costs[0]) for leaf in leaves)
     limit = byte_limit(

@@ -1,9 +1,10 @@
 """`plan_rates`: one rate for the model, shared out over its leaves in closed form."""
 
 import dataclasses
+import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxcompress.calibration.output_feedback import (
 from jaxcompress.checks import check_concrete
 from jaxcompress.coding.levels import rate_coded
 from jaxcompress.planning.budget import byte_limit
+from jaxcompress.planning.planned import Source, planned_leaves
 from jaxcompress.quantization.rate_distortion import prepare
 from jaxcompress.quantization.rate_model import deviations, gaussian_bits
 from jaxcompress.tree.layouts import Layout
@@ -23,7 +25,7 @@ from jaxcompress.tree.leaf import nbytes as held_bytes
 from jaxcompress.tree.methods import precise
 from jaxcompress.tree.paths import Entry
 from jaxcompress.tree.selection import planned_entries
-from jaxcompress.types import Params, Rule
+from jaxcompress.types import Rule
 
 ROW_BITS, COLUMN_BITS = 21, 5  # of side information
 SMALLEST = 0.05  # bits above the side information: every leaf gets them
@@ -33,7 +35,7 @@ BINS = 16  # an octave of sizes is sorted into
 
 @precise
 def plan_rates(
-    params: Params,
+    params: Source,
     moments: Mapping[str, Moments] | None = None,
     *,
     bits_per_weight: float | None = None,
@@ -55,7 +57,8 @@ def plan_rates(
     nothing. One number is left, found by bisection.
 
     Args:
-      params: pytree of arrays, concrete.
+      params: pytree of arrays, concrete; or a path, or an open checkpoint, as in
+        `compress_blockwise`: leaves are then read one at a time.
       moments: by kernel name, of `measure_curvatures`; without curvatures all errors
         count alike.
       bits_per_weight, nbytes, fraction: exactly one, as in `plan_bits`: bits per weight
@@ -76,18 +79,23 @@ def plan_rates(
       >>> plan = jc.planning.plan_rates(params, moments, bits_per_weight=3)
     """
     check_concrete(params, "plan_rates")
-    planned = planned_entries(params, moments, where, layouts)
-    weights = sum(entry.value.size for entry in planned)
-    limit = byte_limit(
-        "plan_rates",
-        bits_per_weight=bits_per_weight,
-        nbytes=nbytes,
-        fraction=fraction,
-        weights=weights,
-        total=sum(held_bytes(entry.value) for entry in planned),
+    select = functools.partial(
+        planned_entries, moments=moments, where=where, layouts=layouts
     )
-    rate = 8 * limit / weights if bits_per_weight is None else bits_per_weight
-    problem = rate_problem(planned, states=states, order=order, damping=damping)
+    with planned_leaves(params, select) as planned:
+        values = [entry.value for entry in planned.entries]
+        weights = sum(value.size for value in values)
+        limit = byte_limit(
+            "plan_rates",
+            bits_per_weight=bits_per_weight,
+            nbytes=nbytes,
+            fraction=fraction,
+            weights=weights,
+            total=sum(held_bytes(value) for value in values),
+        )
+        rate = 8 * limit / weights if bits_per_weight is None else bits_per_weight
+        options = {"states": states, "order": order, "damping": damping}
+        problem = rate_problem(planned.entries, read=planned.read, **options)
     return problem.solve(rate)
 
 
@@ -150,20 +158,26 @@ class RateProblem:
 
 @precise
 def rate_problem(
-    planned: Sequence[Entry], *, states: int, order: str, damping: float
+    planned: Sequence[Entry],
+    *,
+    states: int,
+    order: str,
+    damping: float,
+    read: Callable[[Entry], Entry] = lambda entry: entry,
 ) -> RateProblem:
     """Measure what `plan_rates` needs of leaves, once for any number of budgets.
 
     Args:
       planned: the leaves, with their moments.
       states, order, damping: as for `plan_rates`.
+      read: from an entry to the one with its value.
 
     Raises:
       ValueError: a curvature that is missing or not positive.
     """
     measured = check_curvatures({entry.name: entry.moments for entry in planned})
     slices, sizes, spreads, floors, bends = [], [], [], [], []
-    for entry in planned:
+    for entry in map(read, planned):
         matrix = entry.matrix()
         inputs, outputs = matrix.shape[-2:]
         count = entry.value.size // (inputs * outputs)

@@ -113,6 +113,24 @@ def test_uneven_outputs_are_planned_as_what_is_left_of_them():
     assert steps["uneven"] == pytest.approx(steps["even"], rel=0.05)
 
 
+@pytest.mark.slow
+def test_plans_of_a_file_are_those_of_its_tree(case, tmp_path):
+    """Rates, bits and ranks; the leaves are read one at a time."""
+    params, _, _, found = case
+    path, where = tmp_path / "model.safetensors", ".*kernel"
+    jc.save(path, {"params": params})
+    plans = {
+        jc.planning.plan_rates: {"bits_per_weight": 3.0},
+        jc.planning.plan_bits: {"bits_per_weight": 5.0},
+        jc.planning.plan_ranks: {"fraction": 0.7},
+    }
+    for plan, budget in plans.items():
+        wanted = plan(params, found, where=where, **budget)
+        assert plan(path, found, where=where, **budget) == wanted
+        with jc.open_checkpoint(path) as stored:
+            assert plan(stored, found, where=where, **budget) == wanted
+
+
 def test_slices_of_a_stack_are_planned_one_by_one(case):
     """As the same layers by themselves."""
     params, _, _, found = case
