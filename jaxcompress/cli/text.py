@@ -35,6 +35,10 @@ def add_text(choices: Any) -> None:
             help='"reference", a file of compress, a .gguf file, a Hugging Face '
             "directory or a name on its hub; decoding needs the same one",
         )
+        parser.add_argument(
+            "--primer",
+            help="a file of text that the model reads first; decoding needs it",
+        )
         parser.set_defaults(run=functools.partial(_run, run))
         return parser.add_argument
 
@@ -44,6 +48,7 @@ def add_text(choices: Any) -> None:
     add("--window", type=int, default=512, help="tokens the model sees (512)")
     add("--overlap", type=int, help="tokens of a window coded before (half of it)")
     add("--lanes", type=int, help="parts decoded together (one for 16384 tokens)")
+    add("--no-mix", action="store_true", help="do not learn from the text as it goes")
     add("--no-verify", action="store_true", help="do not decode the result again")
     add = command(decode_, "decompress a file", "decode notes.jxtc notes.txt")
     add("file", help="a file written by text encode")
@@ -71,6 +76,8 @@ def encode_(options: argparse.Namespace) -> None:
         window=options.window,
         overlap=options.overlap,
         lanes=options.lanes,
+        mix=not options.no_mix,
+        primer=_primer(options),
         verify=not options.no_verify,
     )
     write_whole(Path(options.out), coded)
@@ -80,15 +87,27 @@ def encode_(options: argparse.Namespace) -> None:
 
 def decode_(options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    data = textcoding.decode(Path(options.file).read_bytes(), *_model(options.model))
+    data = textcoding.decode(
+        Path(options.file).read_bytes(),
+        *_model(options.model),
+        primer=_primer(options),
+    )
     write_whole(Path(options.out), data)
     _say(f"{options.out}: {len(data)} bytes", start)
 
 
 def verify_(options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    size = textcoding.verify(Path(options.file).read_bytes(), *_model(options.model))
+    size = textcoding.verify(
+        Path(options.file).read_bytes(),
+        *_model(options.model),
+        primer=_primer(options),
+    )
     _say(f"{options.file}: {size} bytes of text, every checksum fits", start)
+
+
+def _primer(options: argparse.Namespace) -> bytes:
+    return Path(options.primer).read_bytes() if options.primer else b""
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -20,6 +20,7 @@ from jaxcompress.textcoding import container, pieces
 from jaxcompress.textcoding.container import MIXED, RAW, TOKENS, ZSTD, Contents, Lane
 from jaxcompress.textcoding.export import exact, self_test
 from jaxcompress.textcoding.integer_transformer import ExactTransformer
+from jaxcompress.textcoding.mixing import MOST_TOKENS
 from jaxcompress.textcoding.windows import decode_windows, encode_windows
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.types import Params
@@ -45,6 +46,8 @@ def encode(
     lanes: int | None = None,
     window: int = 512,
     overlap: int | None = None,
+    mix: bool = True,
+    primer: bytes = b"",
     store: bool = True,
     verify: bool = True,
 ) -> bytes:
@@ -60,6 +63,10 @@ def encode(
       window: tokens that the model sees at most.
       overlap: tokens of a window that the window before has coded already; they cost
         time, and save bits. None: half the window.
+      mix: let what a lane has shown so far correct the model (`mixing`).
+      primer: text that the model reads before each lane, best one of the same kind. It
+        is not stored: `decode` needs it too. Its last tokens are taken, half a window
+        at most.
       store: keep a lane as it is, or as a Zstandard frame, where that is smaller.
       verify: decode again, and compare.
 
@@ -79,9 +86,15 @@ def encode(
     if lanes is not None and lanes < 1:
         raise ValueError(f"lanes is {lanes}; at least 1 is needed")
     coder = _coder(model, params, tokenizer, window)
+    primer_ids = _primer_ids(coder.tokenizer, primer, window)
     whole = pieces.to_pieces(coder.tokenizer, data)
     total = len(whole.ids)
     lane_tokens = -(-total // (lanes or -(-total // 16384) or 1)) or 1
+    if mix and lane_tokens > MOST_TOKENS:
+        raise ValueError(
+            f"lanes of {lane_tokens} tokens; mixing allows {MOST_TOKENS}, take more "
+            "lanes or mix=False"
+        )
     counts = [lane_tokens] * (total // lane_tokens)
     if total % lane_tokens or not counts:
         counts.append(total % lane_tokens)
@@ -94,7 +107,13 @@ def encode(
         if not store or _may_gain(stored[i], len(part.ids))
     ]
     payloads = encode_windows(
-        coder.model, [parts[i].ids for i in coded], first, window, overlap
+        coder.model,
+        [parts[i].ids for i in coded],
+        first,
+        window,
+        overlap,
+        primer_ids,
+        mix,
     )
     records = list(stored)
     for i, payload in zip(coded, payloads, strict=True):
@@ -116,9 +135,11 @@ def encode(
         first_token=first,
         lane_tokens=lane_tokens,
         lanes=records,
+        mix=mix,
+        primer=_digest_of(primer),
     )
     out = container.write(contents)
-    if verify and _decode(out, coder) != data:
+    if verify and _decode(out, coder, primer) != data:
         raise RuntimeError("decoding did not restore the text")
     return out
 
@@ -128,6 +149,8 @@ def decode(
     model: Any = None,
     params: Params | None = None,
     tokenizer: Tokenizer | None = None,
+    *,
+    primer: bytes = b"",
 ) -> bytes:
     """Decompress what `encode` made, with the same model and tokenizer.
 
@@ -138,11 +161,12 @@ def decode(
     Args:
       stored: of `encode`.
       model, params, tokenizer: those that encoded; none for the reference model.
+      primer: that of the encoder.
 
     Raises:
       FileDamaged: a ValueError; the file is cut, altered or none of ours.
-      ValueError: the model or the tokenizer is not the one that the file was made with,
-        or this device computes other logits; digests are named.
+      ValueError: the model, the tokenizer or the primer is not the one that the file
+        was made with, or this device computes other logits; digests are named.
 
     Example:
       >>> stored = jc.textcoding.encode(b"a small text", model, params, tokenizer)
@@ -150,7 +174,7 @@ def decode(
       b'a small text'
     """
     window = container.read(stored).window
-    return _decode(stored, _coder(model, params, tokenizer, window))
+    return _decode(stored, _coder(model, params, tokenizer, window), primer)
 
 
 def verify(
@@ -158,6 +182,8 @@ def verify(
     model: Any = None,
     params: Params | None = None,
     tokenizer: Tokenizer | None = None,
+    *,
+    primer: bytes = b"",
 ) -> int:
     """Decode a file and check everything; returns the length of the text in bytes.
 
@@ -165,21 +191,22 @@ def verify(
 
     Args:
       stored: of `encode`.
-      model, params, tokenizer: as for `decode`.
+      model, params, tokenizer, primer: as for `decode`.
 
     Example:
       >>> stored = jc.textcoding.encode(b"a small text", model, params, tokenizer)
       >>> jc.textcoding.verify(stored, model, params, tokenizer)
       12
     """
-    return len(decode(stored, model, params, tokenizer))
+    return len(decode(stored, model, params, tokenizer, primer=primer))
 
 
-def _decode(stored: bytes, coder: Coder) -> bytes:
+def _decode(stored: bytes, coder: Coder, primer: bytes = b"") -> bytes:
     contents = container.read(stored)
     _check_same("model", contents.model, bytes.fromhex(coder.model.digest))
     digest = bytes.fromhex(coder.tokenizer.digest)
     _check_same("tokenizer", contents.tokenizer, digest)
+    _check_same("primer", contents.primer, _digest_of(primer))
     _check_same("logits on fixed tokens", contents.canary, coder.canary)
     if not 0 <= contents.overlap < contents.window <= 8192:
         raise FileDamaged(f"windows of {contents.window} overlap by {contents.overlap}")
@@ -207,6 +234,8 @@ def _decode(stored: bytes, coder: Coder) -> bytes:
         contents.first_token,
         contents.window,
         contents.overlap,
+        _primer_ids(coder.tokenizer, primer, contents.window),
+        contents.mix,
     )
     for (i, (_, escapes, _)), own in zip(coded.items(), ids, strict=True):
         part = pieces.Pieces(own, escapes)
@@ -225,8 +254,8 @@ def _check_same(what: str, wanted: bytes, actual: bytes) -> None:
     if wanted != actual[: len(wanted)]:
         raise ValueError(
             f"the file was made with another {what}: SHA-256 {wanted.hex()}..., here "
-            f"{actual[: len(wanted)].hex()}...; pass the model and the tokenizer that "
-            "encoded it"
+            f"{actual[: len(wanted)].hex()}...; pass the model, tokenizer and "
+            "primer that encoded it"
         )
 
 
@@ -261,6 +290,17 @@ def _reference_coder(context: int) -> Coder:
 @jax.jit
 def _apply(model: ExactTransformer, tokens: jax.Array) -> jax.Array:
     return model.apply(tokens)
+
+
+def _primer_ids(tokenizer: Tokenizer, primer: bytes, window: int) -> list[int]:
+    """Return the last tokens of a primer, half a window at most."""
+    return pieces.to_pieces(tokenizer, primer).ids[-(window // 2) :] if primer else []
+
+
+def _digest_of(primer: bytes) -> bytes:
+    """Return what the header holds of a primer; zeros where there is none."""
+    size = len(container.NO_PRIMER)
+    return hashlib.sha256(primer).digest()[:size] if primer else container.NO_PRIMER
 
 
 def _first_token(tokenizer: Tokenizer) -> int:

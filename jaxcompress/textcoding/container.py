@@ -4,12 +4,14 @@ All integers are little endian; a varint has seven bits a byte, the lowest first
 the high bit set on all bytes but the last.
 
     magic            4 bytes  "jxtc"
-    version          1 byte   1
+    version          1 byte   1, or 2 where `mix` or `primer` follows
     model            16 bytes of the exact model's SHA-256
     tokenizer        16 bytes of the tokenizer's SHA-256
     canary           8 bytes  of the SHA-256 of logits on fixed tokens
     data             16 bytes of the SHA-256 of the text
     varints          text bytes, window, overlap, first token, tokens a lane, lanes
+    mix              1 byte   version 2 only: 1 where lanes are mixed (`mixing`), else 0
+    primer           8 bytes  version 2 only: of the primer's SHA-256; zeros: no primer
     for each lane    varint: 4 * payload bytes + kind; CRC-32 of the payload, 4 bytes
     CRC-32           4 bytes  of everything before
     payloads         one after another, to the end of the file
@@ -28,7 +30,8 @@ from collections.abc import Sequence
 from jaxcompress.coding.zstd import compress_text, decompress_text
 from jaxcompress.storage import FileDamaged
 
-MAGIC, VERSION = b"jxtc", 1
+MAGIC, VERSIONS = b"jxtc", (1, 2)
+NO_PRIMER = bytes(8)
 RAW, ZSTD, TOKENS, MIXED = range(4)
 LARGEST = 1 << 40  # bytes of a text; a header that claims more is damaged
 _DIGESTS = {"model": 16, "tokenizer": 16, "canary": 8, "data": 16}
@@ -56,11 +59,14 @@ class Contents:
     first_token: int
     lane_tokens: int
     lanes: Sequence[Lane]
+    mix: bool = False
+    primer: bytes = NO_PRIMER
 
 
 def write(contents: Contents) -> bytes:
     """Return the bytes of a file."""
-    header = MAGIC + bytes([VERSION])
+    extended = contents.mix or contents.primer != NO_PRIMER
+    header = MAGIC + bytes([2 if extended else 1])
     for name, length in _DIGESTS.items():
         header += getattr(contents, name)[:length]
     for number in (
@@ -72,6 +78,8 @@ def write(contents: Contents) -> bytes:
         len(contents.lanes),
     ):
         header += varint(number)
+    if extended:
+        header += bytes([contents.mix]) + contents.primer
     for lane in contents.lanes:
         header += varint(4 * len(lane.payload) + lane.kind)
         header += zlib.crc32(lane.payload).to_bytes(4, "little")
@@ -89,9 +97,9 @@ def read(stored: bytes) -> Contents:
         raise FileDamaged(
             f"not compressed text: it begins with {stored[:4]!r}, not {MAGIC!r}"
         )
-    if len(stored) > 4 and stored[4] != VERSION:
+    if len(stored) > 4 and stored[4] not in VERSIONS:
         raise FileDamaged(
-            f"compressed text of version {stored[4]}; this library reads {VERSION}"
+            f"compressed text of version {stored[4]}; this library reads {VERSIONS}"
         )
     reader = Reader(stored, 5)
     digests = {name: reader.take(length) for name, length in _DIGESTS.items()}
@@ -101,6 +109,12 @@ def read(stored: bytes) -> Contents:
             f"the header claims {numbers[0]} bytes of text in {numbers[5]} lanes, in a "
             f"file of {len(stored)} bytes"
         )
+    options = {}
+    if stored[4] == 2:
+        mix = reader.take(1)[0]
+        if mix > 1:
+            raise FileDamaged(f"mixing rule {mix}; this library knows 0 and 1")
+        options = {"mix": bool(mix), "primer": reader.take(len(NO_PRIMER))}
     records = [(reader.varint(), reader.take(4)) for _ in range(numbers[5])]
     checked = reader.position
     if reader.take(4) != zlib.crc32(stored[:checked]).to_bytes(4, "little"):
@@ -116,7 +130,10 @@ def read(stored: bytes) -> Contents:
             f"{len(stored) - reader.position} bytes follow the end of the last lane"
         )
     return Contents(
-        **digests, **dict(zip(_NUMBERS, numbers, strict=False)), lanes=lanes
+        **digests,
+        **dict(zip(_NUMBERS, numbers, strict=False)),
+        **options,
+        lanes=lanes,
     )
 
 

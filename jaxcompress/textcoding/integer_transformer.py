@@ -26,6 +26,7 @@ from jaxcompress.textcoding.fixed_point import FRACTION, ONE, Rows
 from jaxcompress.textcoding.rounding import EXACT, Linear, split
 
 MOST_KEYS = 1 << 13
+_QUERIES = 256  # least queries of a block of attention
 LOGIT_LIMIT = 1 << 28
 # Probabilities in Q15 sum to ONE and at most a half more per key.
 VALUE_BOUND = EXACT // (ONE + MOST_KEYS // 2)
@@ -225,6 +226,27 @@ def _attention(model, layer, x, rotary, allowed, cache, index):
         k = jax.tree.map(write, cache["key"], k)
         v = jax.tree.map(write, cache["value"], v)
         cache = {"key": k, "value": v}
+    length = q.values.shape[1]
+    block = length if cache is not None else max(_QUERIES, -(-length // 4))
+    blocks = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        # Without a cache, no query sees a key that follows its block.
+        seen = k["values"].shape[2] if cache is not None else end
+        own = Rows(*(y[:, start:end] for y in q))
+        before = [jax.tree.map(lambda y, n=seen: y[:, :, :n], y) for y in (k, v)]
+        blocks.append(_attend(own, *before, allowed[..., start:end, :seen]))
+    out = Rows(*(jnp.concatenate(y, axis=1) for y in zip(*blocks, strict=True)))
+    b, t = out.values.shape[:2]
+    # One exponent for all heads of a token.
+    exponent = jnp.max(out.exponent, axis=2, keepdims=True)
+    values = fp.shift_right(out.values, exponent - out.exponent)
+    out = Rows(values.reshape(b, t, -1), exponent[..., 0])
+    return _linear(layer["o_proj"], out), cache
+
+
+def _attend(q, k, v, allowed):
+    """Return rows `[B, T, H, D]`: values weighted by the softmax of the scores."""
     kv_heads = v["values"].shape[1]
     b, t, heads, _ = q.values.shape
     # Heads that share keys are in one matrix, [B, K, G * T, D].
@@ -239,12 +261,7 @@ def _attention(model, layer, x, rotary, allowed, cache, index):
     out, exponent = weights.values, weights.exponent
     out = exact_dot(out, v["values"])
     out = Rows(out << 6, exponent - 6)
-    out = Rows(*(y.reshape(b, heads, t, y.shape[-1]).swapaxes(1, 2) for y in out))
-    # One exponent for all heads of a token.
-    exponent = jnp.max(out.exponent, axis=2, keepdims=True)
-    values = fp.shift_right(out.values, exponent - out.exponent)
-    out = Rows(values.reshape(b, t, -1), exponent[..., 0])
-    return _linear(layer["o_proj"], out), cache
+    return Rows(*(y.reshape(b, heads, t, y.shape[-1]).swapaxes(1, 2) for y in out))
 
 
 def _softmax(scores, allowed, exponents):

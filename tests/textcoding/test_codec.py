@@ -48,7 +48,7 @@ def coder():
 
 
 def small(data, coder, **options):
-    options = {"window": 16, "overlap": 8, "verify": False} | options
+    options = {"window": 16, "overlap": 8, "mix": False, "verify": False} | options
     return encode(data, *coder, **options)
 
 
@@ -72,16 +72,41 @@ def test_text_in_lanes_and_windows_comes_back(coder, lanes, window, overlap):
     assert verify(file, *coder) == len(data)
 
 
+@pytest.mark.slow
+def test_mixed_text_behind_a_primer_comes_back_and_is_smaller(coder):
+    data, options = TEXT[:200], {"mix": True, "lanes": 2, "store": False}
+    file = small(data, coder, primer=b"def other(): return", **options)
+    assert file[4] == 2 and container.read(file).mix
+    assert decode(file, *coder, primer=b"def other(): return") == data
+    with pytest.raises(ValueError, match=r"another primer: SHA-256 [0-9a-f]{16}"):
+        decode(file, *coder)
+    # A model of random weights learns nothing but what the text itself repeats.
+    plain = small(data, coder, store=False)
+    assert plain[4] == 1
+    mixed = small(data, coder, mix=True, store=False)
+    sizes = [len(container.read(x).lanes[0].payload) for x in (mixed, plain)]
+    assert sizes[0] < 0.75 * sizes[1]
+
+
+def test_an_unknown_mixing_rule_is_refused(coder):
+    contents = dataclasses.replace(container.read(small(b"", coder)), mix=True)
+    assert container.read(container.write(contents)) == contents
+    contents = dataclasses.replace(contents, mix=2)
+    with pytest.raises(FileDamaged, match="mixing rule 2"):
+        container.read(container.write(contents))
+
+
 def test_windows_cover_every_token_once():
     for count in (0, 1, 31, 32, 33, 100, 257):
         for window, overlap in ((32, 16), (32, 0), (32, 31), (2, 0), (64, 10)):
-            covered = []
-            for start, first, end in cut_windows(count, window, overlap):
-                assert 0 <= start < first < end
-                assert end - 1 - start <= window
-                assert start == 0 or first - start >= max(1, overlap)
-                covered += range(first, end)
-            assert covered == list(range(1, count + 1))
+            for primer in (0, window // 2):
+                covered = []
+                for start, first, end in cut_windows(count, window, overlap, primer):
+                    assert 0 <= start < first < end
+                    assert end - 1 - start <= window
+                    assert start == 0 or first - start >= max(1, overlap)
+                    covered += range(first, end)
+                assert covered == list(range(primer + 1, primer + count + 1))
 
 
 def test_what_does_not_gain_is_stored(coder):
@@ -183,17 +208,27 @@ def test_options_that_make_no_sense(coder):
         encode(b"x", None, {})
 
 
-@pytest.mark.slow
-def test_golden_files():
+@pytest.mark.parametrize(
+    ("name", "options", "primer"),
+    [
+        pytest.param("text", {"mix": False}, 0, marks=pytest.mark.slow),
+        pytest.param(
+            "mixed",
+            {"overlap": 100, "lanes": 2},
+            1000,
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
+def test_golden_files(name, options, primer):
     """Files of the reference model, made by another process, decode to their text."""
+    golden = (GOLDEN / f"{name}.jxtc").read_bytes()
     text = heldout_text().encode()
-    decoded = decode((GOLDEN / "text.jxtc").read_bytes())
+    primer = text[20_000 - primer : 20_000]
+    decoded = decode(golden, primer=primer)
     assert decoded == text[20_000:20_600]
-    again = encode(decoded, window=256, verify=False)
-    assert (
-        hashlib.sha256(again).digest()
-        == hashlib.sha256((GOLDEN / "text.jxtc").read_bytes()).digest()
-    )
+    again = encode(decoded, window=256, primer=primer, verify=False, **options)
+    assert hashlib.sha256(again).digest() == hashlib.sha256(golden).digest()
     assert len(again) < 0.4 * len(decoded)
 
 
@@ -213,7 +248,7 @@ def test_command_line(coder, tmp_path, capsys, monkeypatch):
     assert main(["text", "decode", files[0], files[2], *which]) == 2
     assert "not compressed text" in capsys.readouterr().err
     assert main(["text", "decode", files[1], str(tmp_path / "no/b"), *which]) == 2
-    monkeypatch.setattr(codec, "_decode", lambda file, coder: b"something else")
+    monkeypatch.setattr(codec, "_decode", lambda *_: b"something else")
     assert main(["text", "encode", *files[:2], *which, *options]) == 2
     assert "did not restore the text" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*.part"))
@@ -234,6 +269,6 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_a_text_that_would_not_come_back_is_an_error(coder, monkeypatch):
-    monkeypatch.setattr(codec, "_decode", lambda file, coder: b"something else")
+    monkeypatch.setattr(codec, "_decode", lambda *_: b"something else")
     with pytest.raises(RuntimeError, match="did not restore the text"):
         small(TEXT[:40], coder, verify=True)
