@@ -227,7 +227,7 @@ def _attention(model, layer, x, rotary, allowed, cache, index):
         v = jax.tree.map(write, cache["value"], v)
         cache = {"key": k, "value": v}
     length = q.values.shape[1]
-    block = length if cache is not None else max(_QUERIES, -(-length // 4))
+    block = length if cache is not None else max(_QUERIES, -(-length // 8))
     blocks = []
     for start in range(0, length, block):
         end = min(start + block, length)
