@@ -25,6 +25,7 @@ from jaxcompress.progress import clock, each_item
 from jaxcompress.storage.resume import Results
 from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tracing.modules import model_function
+from jaxcompress.tracing.options import fix_options, with_options
 from jaxcompress.tracing.refusal import find_refusal
 from jaxcompress.tree.compress import chain
 from jaxcompress.tree.equality import share
@@ -123,13 +124,13 @@ def compress_blockwise(
     """
     if isinstance(batches, Mapping):
         raise TypeError("batches is one dict; pass an iterable of them: [batch]")
-    batches = [jax.tree.map(np.asarray, batch) for batch in batches]
+    batches = [jax.tree.map(np.asarray, fix_options(batch)) for batch in batches]
     if not batches:
         raise ValueError("there are no batches; pass at least one")
     if not 0 <= drift <= 1:
         raise ValueError(f"drift is a part of it, 0 to 1, not {drift!r}")
     options = {"blocks": blocks, "drift": float(drift)}
-    function = model_function(model, variables)
+    function = with_options(model_function(model, variables))
     curvatures = {
         name: {
             k: np.asarray(getattr(x, k))
@@ -152,7 +153,8 @@ def compress_blockwise(
             )
         merged = _layouts(function, source, batches[0], layouts or {})
         weights = {} if store is None else source.digests()
-        run = digest_run(recipe, options, weights, [*batches, curvatures])
+        passed = {"passed": str(jax.tree.structure(batches[0]))}
+        run = digest_run(recipe, options | passed, weights, [*batches, curvatures])
         job = Job(
             source,
             recipe,

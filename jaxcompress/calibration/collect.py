@@ -15,6 +15,7 @@ from jaxcompress.progress import each_item
 from jaxcompress.tracing.interpreter import Sums, trace_uses
 from jaxcompress.tracing.layouts import Where, flat_weights, matching, warn_unseen
 from jaxcompress.tracing.modules import model_function
+from jaxcompress.tracing.options import fix_options, with_options
 from jaxcompress.tracing.same_inputs import SameInputs
 from jaxcompress.tracing.uses import Use
 from jaxcompress.tree.layouts import Layout, check_layout, trailing
@@ -74,7 +75,7 @@ def collect_moments(
     """
     if isinstance(batches, Mapping):
         raise TypeError("batches is one dict; pass an iterable of them: [batch]")
-    function = model_function(model, variables)
+    function = with_options(model_function(model, variables))
     names = selected(params, where)
     shapes, rebuild = flat_weights(params)
 
@@ -118,6 +119,7 @@ def collect_moments(
 
     total = None
     for batch in each_item(batches, progress, label="calibrating", unit="batches"):
+        batch = fix_options(batch)
         if total is None:
             probe = jax.eval_shape(sums, params, batch)
             check_seen(names if where is not None or not probe else [], probe)
@@ -172,7 +174,7 @@ def row_sums(
     if use.real is not None:
         real = real & jnp.broadcast_to(use.real, rows).reshape(-1)
     if use.lookup:
-        size = shape[use.layout.outputs[0]]
+        size = math.prod(shape[axis] for axis in use.layout.outputs)
         count = functools.partial(_count_rows, real=real, size=size)
         for _ in stack:
             count = jax.vmap(count)

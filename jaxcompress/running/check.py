@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcompress.tracing.modules import model_function
+from jaxcompress.tracing.options import fix_options, with_options
 from jaxcompress.tracing.refusal import find_refusal
 from jaxcompress.tree.compress import is_compressed
 from jaxcompress.tree.containers import check_tree
@@ -41,7 +42,7 @@ def check(
     Example:
       >>> jc.check(model, jc.compress(params, "symmetric(bits=4)"), tokens)
     """
-    function = model_function(model, variables)
+    function = with_options(model_function(model, variables))
     check_tree(small)
     if not is_compressed(small):
         warnings.warn(
@@ -49,5 +50,5 @@ def check(
             "Flax's boxes by jc.tree.unbox, which keeps leaves",
             stacklevel=2,
         )
-    if refusal := find_refusal(function, small, batch):
+    if refusal := find_refusal(function, small, fix_options(batch)):
         raise ValueError(refusal)

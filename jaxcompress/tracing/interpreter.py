@@ -26,8 +26,10 @@ from jaxcompress.tracing.movements import moved
 from jaxcompress.tracing.provenance import (
     CONSTANT,
     ONE_HOT,
+    Scaled,
     Tag,
     Weight,
+    is_followed,
     is_weight,
     sliced,
     tag,
@@ -163,7 +165,7 @@ class _Reader:
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
             operand_tags = [read_tag(v) for v in eqn.invars]
-            if any(map(is_weight, operand_tags)) or eqn.primitive.name in CALLS:
+            if any(map(is_followed, operand_tags)) or eqn.primitive.name in CALLS:
                 results, after, more = self.step(eqn, inputs, operand_tags)
                 _add(sums, more)
             else:
@@ -199,7 +201,7 @@ class _Reader:
             dataclasses.replace(use, looped=self.looped)
             for use in uses_of(eqn, values, tags, mapped=mapped, experts=self.experts)
         ]
-        fixed = all(tag is not None for tag in tags)
+        fixed = all(tag is not None and not isinstance(tag, Scaled) for tag in tags)
         for use in uses:
             if self.probing and mapped and len(use.layout.outputs) > 1:
                 self.unclear.add(use.name)
@@ -225,7 +227,7 @@ class _Reader:
         where the weight has no other use.
         """
         if self.probing:
-            if use.chosen is not None:
+            if use.chosen is not None or use.rearranged:
                 self.experts.add(use.name)
             if not fixed:
                 self.batched.add(use.name)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxcompress.tracing.interpreter import Use, trace_uses
 from jaxcompress.tracing.modules import model_function
+from jaxcompress.tracing.options import fix_options, with_options
 from jaxcompress.tree.compress import NAMED
 from jaxcompress.tree.containers import check_tree
 from jaxcompress.tree.layouts import Layout, suggestion
@@ -45,7 +46,8 @@ def find_layouts(
       params: pytree of arrays and leaves; a leaf counts as the array it represents.
       batch: what the function takes. For a module an array, or a dict of arguments: one
         is passed by position, several by name. The keys "mask", "labels" and "targets"
-        are passed only where the module has arguments of these names.
+        are passed only where the module has arguments of these names. Booleans and
+        strings are passed as they are.
       where: pattern that fully matches names, or a function of a name: which weights
         are wanted. None: all.
       variables: further collections of a Linen module, as `{"batch_stats": ...}`.
@@ -66,7 +68,8 @@ def find_layouts(
       >>> layouts["layer_0/mlp/down_proj/kernel"].inputs
       (0,)
     """
-    function = model_function(model, variables)
+    function = with_options(model_function(model, variables))
+    batch = fix_options(batch)
     layouts: dict[str, Layout] = {}
 
     def note(use: Use) -> dict[str, jax.Array]:

@@ -20,10 +20,17 @@ def model_function(
     """Return the function `(params, batch) -> anything` that runs a model.
 
     Args:
-      model: a Linen module, an NNX module, a Flax model of transformers, or such a
-        function.
+      model: a Linen module or its `apply`, an NNX module, a Flax model of
+        transformers, or such a function.
       variables: further collections of a Linen module, by name.
     """
+    if inspect.isclass(model):
+        raise TypeError(
+            f"{model.__name__} is a class; pass a module made of it, as "
+            f"{model.__name__}(...)"
+        )
+    if inspect.ismethod(model) and model.__name__ == "apply":
+        model = model.__self__  # as a TrainState's `apply_fn`
     if is_nnx(model):
         return lambda params, batch: _call_nnx(model, params, batch)
     if hasattr(model, "apply"):

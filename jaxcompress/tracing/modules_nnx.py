@@ -31,6 +31,15 @@ class _Compressed:
         value = unboxed(value)
         return value if index is ... else value[index]
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if index is not ...:
+            raise TypeError(
+                f"a compressed {type(self).__name__} cannot be set in part; set all of "
+                "it by variable[...] = x, which makes it dense, or change the arrays "
+                "of params_of(module) and use with_params"
+            )
+        store(self, value)
+
 
 if not hasattr(nnx.Param, "get_value"):  # flax 0.11 reads the property
     _Compressed.value = property(_Compressed.get_value, nnx.Param.value.fset)
@@ -66,6 +75,14 @@ def stored(variable: nnx.Variable) -> Any:
     if hasattr(variable, "get_raw_value"):
         return variable.get_raw_value()
     return variable.raw_value
+
+
+def store(variable: nnx.Variable, value: Any) -> None:
+    """Let an NNX variable hold a leaf or an array, without its hooks."""
+    if hasattr(variable, "set_raw_value"):
+        variable.set_raw_value(value)
+    else:
+        variable.raw_value = value
 
 
 def params_of(module: nnx.Module, of: Any = nnx.Param) -> Params:
@@ -114,6 +131,8 @@ def with_params(module: nnx.Module, params: Params) -> nnx.Module:
       params: nested dicts as `params_of` makes them, each array or leaf in the shape
         its parameter has.
 
+    Warns where the module is abstract and other variables than `Param`s stay shapes.
+
     Raises:
       ValueError: a parameter is missing, surplus or of another shape; names it.
     """
@@ -139,12 +158,22 @@ def with_params(module: nnx.Module, params: Params) -> nnx.Module:
         new[id(variable)] = _holding(variable, value, name in linen)
     for _, node in list(nnx.iter_graph(copy)):
         _replace(node, new)
+    empty = []
     for path, variable in _variables(copy, nnx.Variable).items():
+        if isinstance(stored(variable), jax.ShapeDtypeStruct):
+            empty += [] if isinstance(variable, nnx.RngState) else ["/".join(path)]
         if id(variable) in new:
             raise ValueError(
                 f"{'/'.join(path)}: its container can't be written to; hold parameters "
                 "in modules, lists or dicts"
             )
+    if empty:
+        warnings.warn(
+            f"{', '.join(empty[:5])}: shapes without values, and the tree has none for "
+            "them; take them along by params_of(module, nnx.Variable), or pass a "
+            "module with values",
+            stacklevel=2,
+        )
     return copy
 
 

@@ -1,7 +1,8 @@
 """Movements of a weight: from the tags of an operation's operands to its result's.
 
 Followed are casts, transposes, reshapes, slices, gathers of whole slices, reversals,
-concatenations, and arithmetic with what does not depend on the batch.
+concatenations, entries that are set, and arithmetic with what does not depend on the
+batch.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from jaxcompress.tracing.provenance import (
     Joined,
     OneHot,
     Picked,
+    Scaled,
     Tag,
     Weight,
     held_size,
@@ -28,28 +30,20 @@ from jaxcompress.tracing.provenance import (
 )
 
 # Arithmetic, element by element: axes stay, and values for this purpose.
-ELEMENTWISE = {
-    "mul",
-    "div",
-    "add",
-    "add_any",
-    "sub",
-    "neg",
-    "max",
-    "min",
-    "clamp",
-    "round",
-    "tanh",
-    "logistic",
-    "select_n",
-    "stop_gradient",
-}
+_ARITHMETIC = "mul div add add_any sub neg max min clamp abs sign pow integer_pow"
+_FUNCTIONS = """
+exp exp2 expm1 log log1p sqrt rsqrt cbrt square sin cos tanh logistic erf round floor
+ceil select_n stop_gradient
+"""
+ELEMENTWISE = {*_ARITHMETIC.split(), *_FUNCTIONS.split()}
 
 
 def moved(eqn: Any, values: Sequence, tags: Sequence[Tag], results: list) -> list[Tag]:
     """Return the tags of an operation's results."""
     name = eqn.primitive.name
     after: list[Tag] = []
+    if any(isinstance(tag, Scaled) for tag in tags):
+        return [tags[0] if name in SAME else None] * len(results)
     hot = any(isinstance(tag, OneHot) for tag in tags)
     if any(map(is_weight, tags)) and results:
         after = _of_weights(eqn, values, tags, results)
@@ -74,6 +68,11 @@ def _of_weights(
     name, params = eqn.primitive.name, eqn.params
     if not jnp.issubdtype(results[0].dtype, jnp.inexact):
         return []
+    if name == "mul" and None in tags:
+        return [_scaled(values, tags, results[0])]
+    if name.startswith("scatter") or name == "dynamic_update_slice":
+        fixed = all(tag == CONSTANT for tag in tags[1:])
+        return [tags[0] if fixed else None]
     if name in ELEMENTWISE:
         return [_combined(values, tags, results[0])]
     if name == "dot_general":
@@ -88,6 +87,8 @@ def _of_weights(
     tag = tags[0]
     if not is_weight(tag):
         return []
+    if name == "gather" and is_rearranging(params, values, tags):
+        return [_rearranged(params, values, tag)]
     if name == "unstack":
         return _unstacked(tag, params["axis"] % values[0].ndim, values[0].shape)
     if name == "split":
@@ -220,6 +221,35 @@ def _gathered(params: Any, values: Sequence, weight: Weight, result: jax.Array) 
     return dataclasses.replace(weight, axes=tuple(axes), picked=picked)
 
 
+def _rearranged(params: Any, values: Sequence, weight: Any) -> Weight:
+    """Return the tag of a weight with one axis in another order, or a part of it."""
+    (row,), (table, indices) = params["dimension_numbers"].start_index_map, values
+    order = jnp.clip(indices[..., 0].astype(jnp.int32), 0, table.shape[row] - 1)
+    atom = weight.axes[row][0]._replace(size=order.size, start=None, whole=False)
+    axes = list(weight.axes)
+    del axes[row]
+    kept = params["dimension_numbers"].offset_dims
+    (at,) = {*range(table.ndim)} - {*kept}
+    axes.insert(at, (atom._replace(order=order),))
+    return dataclasses.replace(weight, axes=tuple(axes))
+
+
+def is_rearranging(params: Any, values: Sequence, tags: Sequence[Tag]) -> bool:
+    """Return whether a gather takes constant indices along one whole axis."""
+    numbers, (table, indices) = params["dimension_numbers"], values
+    rows = tuple(numbers.start_index_map)
+    if len(rows) != 1 or numbers.operand_batching_dims or indices.ndim != 2:
+        return False
+    weight, sizes = tags[0], params["slice_sizes"]
+    if not isinstance(weight, Weight) or tags[1] is not CONSTANT:
+        return False
+    whole = all(sizes[a] == table.shape[a] for a in range(table.ndim) if a != rows[0])
+    one = tuple(numbers.collapsed_slice_dims) == rows
+    atoms = weight.axes[rows[0]]
+    plain = len(atoms) == 1 and atoms[0] == Atom(atoms[0].axis, 1, table.shape[rows[0]])
+    return whole and one and plain and not is_slice_gather(params, values, weight)
+
+
 def _selected(
     params: Any, values: Sequence, tags: Sequence[Tag], result: jax.Array
 ) -> Tag:
@@ -278,6 +308,15 @@ def is_slice_gather(params: Any, values: Sequence, weight: Weight) -> bool:
     whole = all(sizes[a] == shape[a] for a in range(table.ndim) if a != rows[0])
     one = tuple(numbers.collapsed_slice_dims) == rows
     return whole and one and _is_slicing(weight, rows[0], shape)
+
+
+def _scaled(values: Sequence, tags: Sequence[Tag], result: jax.Array) -> Tag:
+    """Return the tag of a weight times a value of the batch."""
+    side = list(tags).index(None)
+    weight, by = tags[1 - side], values[side]
+    if not isinstance(weight, Weight) or jnp.ndim(by) != result.ndim:
+        return None
+    return Scaled(weight, by)
 
 
 def _combined(values: Sequence, tags: Sequence[Tag], result: jax.Array) -> Tag:

@@ -29,6 +29,7 @@ class Atom(NamedTuple):
 
     `whole`: the atoms of the axis cover all of it. A part whose start is unknown
     (sharded, or sliced at a computed place) has `start` None. `flipped`: backwards.
+    `order`: constant indices that took the place of all others, of a gather.
     A negative axis `-1 - i` is axis i of the indices by which slices were gathered.
     """
 
@@ -38,6 +39,7 @@ class Atom(NamedTuple):
     start: int | None = 0
     whole: bool = True
     flipped: bool = False
+    order: Any = None
 
 
 class Picked(NamedTuple):
@@ -80,6 +82,17 @@ class Joined:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scaled:
+    """The tag of a weight times a value `by` of the batch, before it is summed.
+
+    `by` has as many axes, of size 1 where it repeats.
+    """
+
+    weight: Weight
+    by: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Constant:
     """The tag of a value that follows from weights and constants alone."""
 
@@ -90,11 +103,16 @@ class OneHot:
 
 
 CONSTANT, ONE_HOT = Constant(), OneHot()
-Tag = Weight | Joined | Constant | OneHot | None  # None: depends on the batch
+# None: depends on the batch.
+Tag = Weight | Joined | Scaled | Constant | OneHot | None
 
 
 def is_weight(tag: Tag) -> bool:
     return isinstance(tag, Weight | Joined)
+
+
+def is_followed(tag: Tag) -> bool:
+    return isinstance(tag, Weight | Joined | Scaled)
 
 
 def tag(name: str, shape: Sequence[int], mapped: Sequence[int] = ()) -> Weight:
@@ -111,7 +129,7 @@ def sliced(tag: Tag) -> Tag:
         parts = tuple((sliced(t), start, size) for t, start, size in tag.parts)
         return Joined(tag.axis - 1, parts)
     if not isinstance(tag, Weight):
-        return tag
+        return None if isinstance(tag, Scaled) else tag
     if len(tag.axes[0]) != 1:
         return None
     stack = tag.stack + tag.axes[0]
@@ -137,7 +155,7 @@ def reshaped(weight: Weight, shape: Sequence[int]) -> tuple | None:
                 if rest:
                     return None
                 if not atom.whole or atom.flipped:
-                    atom = atom._replace(start=None)
+                    atom = atom._replace(start=None, order=None)
                 left.insert(0, atom._replace(size=inner))
                 atom = atom._replace(stride=atom.stride * inner, size=missing)
             elif missing % atom.size:
@@ -161,7 +179,8 @@ def part(atoms: Sequence[Atom], start: int | None, size: int) -> tuple | None:
         return None
     starts_known = start is not None and first.start is not None and not first.flipped
     place = first.start + first.stride * (start // inner) if starts_known else None
-    return (first._replace(size=size // inner, start=place, whole=False), *atoms[1:])
+    kept = first._replace(size=size // inner, start=place, whole=False, order=None)
+    return (kept, *atoms[1:])
 
 
 def original_layout(

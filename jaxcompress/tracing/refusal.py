@@ -94,10 +94,13 @@ def find_refusal(function: Function, small: Params, batch: Any) -> str:
         try:
             jax.eval_shape(function, jax.tree.unflatten(treedef, one), batch)
         except Exception as error:
+            advice = "Keep"
+            if "__jax_array__" in str(error):
+                advice = "Pass jnp.asarray(weight) to jax.lax, or keep"
             return (
                 f"{names[number]}: the model cannot take a {type(leaf).__name__} "
-                f"there: {error}. Keep this leaf with a rule (pattern, None), or pass "
-                "materialize(small)"
+                f"there: {error}. {advice} this leaf with a rule (pattern, None), or "
+                "pass materialize(small)"
             )
     return f"the model cannot take these leaves together: {failure}"
 

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jaxcompress.tracing.jaxpr_compat import closed_of
-from jaxcompress.tracing.provenance import Tag, Weight
+from jaxcompress.tracing.provenance import Scaled, Tag, Weight
 
 
 def run_sharded(
@@ -43,7 +43,7 @@ def run_sharded(
 def _local(tag: Tag, spec: PartitionSpec, mesh: Any) -> Tag:
     """Return the tag of the part of a weight that one device holds."""
     if not isinstance(tag, Weight):
-        return tag if not any(spec) else None
+        return None if any(spec) or isinstance(tag, Scaled) else tag
     axes = list(tag.axes)
     for axis, names in enumerate(spec):
         names = () if names is None else names if isinstance(names, tuple) else (names,)

@@ -9,19 +9,27 @@ import jax.numpy as jnp
 
 from jaxcompress.tracing.movements import (
     hot_index,
+    is_rearranging,
     is_slice_gather,
     is_slice_product,
 )
 from jaxcompress.tracing.provenance import (
-    Atom,
     OneHot,
     Picked,
+    Scaled,
     Tag,
     Weight,
     covers,
     held_size,
     is_weight,
     original_layout,
+)
+from jaxcompress.tracing.rows import (
+    chosen_slices,
+    in_order,
+    of_indices,
+    row_numbers,
+    stack_fields,
 )
 from jaxcompress.tree.layouts import Layout
 
@@ -40,6 +48,7 @@ class Use:
     slice of its own, indices of the shape of the rows; `shared` are the sizes of those
     whose slices all meet the same rows. `part`: what of the inputs this use sees.
     `real`: the rows that count, if not all; `ordered`: rows are in the batch's order.
+    `rearranged`: an axis of the weight was gathered by constant indices.
     """
 
     name: str
@@ -54,6 +63,7 @@ class Use:
     part: float = 1.0
     real: jax.Array | None = None
     ordered: bool = True
+    rearranged: bool = False
 
 
 def uses_of(
@@ -62,7 +72,7 @@ def uses_of(
     """Return the uses of weights in one operation.
 
     `mapped`: `vmap` made it. `experts`: names of weights whose gathered slices are
-    multiplied, which are stacks and no tables.
+    multiplied, which are stacks or matrices in another order, and no tables.
     """
     name, uses = eqn.primitive.name, []
     weights = [is_weight(tag) for tag in tags]
@@ -78,9 +88,12 @@ def uses_of(
         for tag, kernel in _output_parts(eqn.params, values[1], tags[1]):
             uses.append(_convolution(eqn.params, [values[0], kernel], tag, mapped))
     elif name == "gather" and isinstance(tags[0], Weight):
-        whole = is_slice_gather(eqn.params, values, tags[0])
-        if not (whole and tags[0].name in experts):
+        kept = is_slice_gather(eqn.params, values, tags[0])
+        kept = kept or is_rearranging(eqn.params, values, tags)
+        if not (kept and tags[0].name in experts):
             uses.append(_lookup(eqn.params, values, tags[0]))
+    elif name == "reduce_sum" and isinstance(tags[0], Scaled):
+        uses.append(_summed(eqn.params["axes"], values[0].shape, tags[0], mapped))
     elif name in ("ragged_dot_general", "ragged_dot") and isinstance(tags[1], Weight):
         uses.append(_ragged(eqn.params, values, tags[1]))
     return [use for use in uses if use is not None]
@@ -135,19 +148,6 @@ def _only(axis: int, start: int, size: int) -> tuple:
     return (*(slice(None),) * axis, slice(start, start + size))
 
 
-def _stacks(weight: Weight, layout: Layout, before: Sequence[int]) -> dict[str, Any]:
-    """Return the fields of a `Use` that tell of stack axes; `before` are those of
-    `stack`.
-    """
-    picked = tuple(
-        (p.atom.size, p.index) for p in weight.picked if not jnp.ndim(p.index)
-    )
-    count = len(weight.stack) + len(weight.picked)
-    own = layout.stack[count:]
-    shared = tuple(weight.shape[a] for a in own if a not in before)
-    return {"picked": picked, "shared": shared}
-
-
 def _product(
     params: Mapping[str, Any],
     value: jax.Array,
@@ -173,14 +173,14 @@ def _product(
     lead = [b for _, _, b in stacked]
     rows = [b for b in range(x.ndim) if b not in lead and b not in others]
     meets = {b: weight.axes[a] for a, b in pairs}
-    if any(map(_of_indices, meets.values())):
+    if any(map(of_indices, meets.values())):
         # Several slices for each row: it meets each of them.
-        for a in [a for a in free if _of_indices(weight.axes[a])]:
+        for a in [a for a in free if of_indices(weight.axes[a])]:
             x = jnp.broadcast_to(x[..., None], (*x.shape, value.shape[a]))
             meets[x.ndim - 1] = weight.axes[a]
             rows.append(x.ndim - 1)
             free.remove(a)
-    if any(_of_indices(weight.axes[a]) for a in (*mine, *free, *stack)):
+    if any(of_indices(weight.axes[a]) for a in (*mine, *free, *stack)):
         return None
     if isinstance(other, OneHot):
         return _one_hot(weight, x, stack, mine, free, lead, rows)
@@ -188,40 +188,43 @@ def _product(
     if layout is None or not covers(weight, mine, value):
         return None
     x = x.transpose(*lead, *rows, *others)
-    x = _in_order(
-        x, len(lead) + len(rows), [weight.axes[axis] for axis in mine], weight
-    )
+    x = in_order(x, len(lead) + len(rows), [weight.axes[axis] for axis in mine], weight)
     if x is None:
         return None
     x, part = x
     before = [atom.axis for a in stack for atom in weight.axes[a]]
-    chosen = _chosen(weight, meets, rows)
-    stacks = _stacks(weight, layout, before)
+    chosen = chosen_slices(weight, meets, rows)
+    stacks = stack_fields(weight, layout, before)
+    stacks["rearranged"] = any(
+        a.order is not None for axis in weight.axes for a in axis
+    )
     return Use(
         weight.name, layout, x, len(lead), False, part=part, chosen=chosen, **stacks
     )
 
 
-def _of_indices(atoms: Sequence[Atom]) -> bool:
-    """Return whether an axis is one of the indices by which slices were gathered."""
-    return any(atom.axis < 0 for atom in atoms)
-
-
-def _chosen(
-    weight: Weight, held: Mapping[int, Sequence[Atom]], rows: Sequence[int]
-) -> tuple[int, jax.Array] | None:
-    """Return the slice that each row meets: `(slices, indices that broadcast to the
-    rows)`.
-    """
-    for picked in weight.picked:
-        if jnp.ndim(picked.index):
-            atoms = [atom for b in rows for atom in held.get(b, ()) if atom.axis < 0]
-            axes = [-1 - atom.axis for atom in atoms]
-            missing = [axis for axis in range(picked.index.ndim) if axis not in axes]
-            index = picked.index.transpose(*missing, *axes)
-            sizes = [held_size(held.get(b, ())) for b in rows]
-            return picked.atom.size, index.reshape(sizes)
-    return None
+def _summed(
+    axes: Sequence[int], shape: Sequence[int], tag: Scaled, mapped: bool
+) -> Use | None:
+    """Return a product that is written as a sum of the weight times its inputs."""
+    weight, x = tag.weight, tag.by
+    held = [a for a, atoms in enumerate(weight.axes) if held_size(atoms) > 1]
+    mine = [a for a in held if a in axes]
+    free = [a for a in held if a not in axes and x.shape[a] == 1]
+    batched = [a for a in held if a not in (*mine, *free)]
+    kept = [a for a in range(x.ndim) if a not in free]
+    if not mine:
+        return None
+    sizes = [n if a in mine else x.shape[a] for a, n in enumerate(shape)]
+    x = jnp.broadcast_to(x, sizes)
+    numbers = [
+        tuple(tuple(map(side.index, of)) for side in (held, kept))
+        for of in (mine, batched)
+    ]
+    params = {"dimension_numbers": numbers}
+    value = jax.ShapeDtypeStruct([shape[a] for a in held], x.dtype)
+    weight = dataclasses.replace(weight, axes=tuple(weight.axes[a] for a in held))
+    return _product(params, value, x.squeeze(free), weight, 0, None, mapped)
 
 
 def _one_hot(
@@ -238,36 +241,8 @@ def _one_hot(
     if weight.axes[mine[0]][0].flipped or not weight.axes[mine[0]][0].whole:
         return None
     before = [atom.axis for a in stack for atom in weight.axes[a]]
-    stacks = _stacks(weight, layout, before)
+    stacks = stack_fields(weight, layout, before)
     return Use(weight.name, layout, hot, len(lead), lookup=True, **stacks)
-
-
-def _in_order(
-    x: jax.Array, start: int, held: Sequence[Sequence[Atom]], weight: Weight
-) -> tuple[jax.Array, float] | None:
-    """Return axes from `start` on as one, in the order of the original weight's axes.
-
-    Where the weight's axes are held in part, zeros fill the rest up. The second result
-    is the part that is held. None where it is unknown which.
-    """
-    atoms = [atom for axis in held for atom in axis]
-    order = sorted(range(len(atoms)), key=lambda i: (atoms[i].axis, -atoms[i].stride))
-    lead = x.shape[:start]
-    x = x.reshape(*lead, *(atom.size for atom in atoms))
-    x = x.transpose(*range(start), *(start + i for i in order))
-    part = 1.0
-    for i, atom in enumerate(atoms[j] for j in order):
-        if atom.flipped:
-            x = jnp.flip(x, start + i)
-        if atom.whole:
-            continue
-        whole = weight.shape[atom.axis]
-        if atom.start is None or atom.flipped or atom.stride != 1:
-            return None
-        pads = [(0, 0)] * x.ndim
-        pads[start + i] = (atom.start, whole - atom.start - atom.size)
-        x, part = jnp.pad(x, pads), part * atom.size / whole
-    return x.reshape(*lead, -1), part
 
 
 def _convolution(
@@ -296,10 +271,10 @@ def _convolution(
     groups = params["feature_group_count"]
     patches = patches.reshape(x.shape[numbers.lhs_spec[0]], groups, *sizes, -1)
     patches = jnp.moveaxis(patches, (-1, 1), (1, 2))  # [batch, places, groups, ...]
-    rows = _in_order(patches, 3, [weight.axes[axis] for axis in axes], weight)
+    rows = in_order(patches, 3, [weight.axes[axis] for axis in axes], weight)
     if rows is None:
         return None
-    stacks = _stacks(weight, layout, ())
+    stacks = stack_fields(weight, layout, ())
     return Use(weight.name, layout, rows[0], 0, False, part=rows[1], **stacks)
 
 
@@ -310,19 +285,21 @@ def _lookup(params: Mapping[str, Any], values: list, weight: Weight) -> Use | No
     table, indices = values
     inputs = [a for a in range(table.ndim) if a not in stack and a not in rows]
     whole = all(params["slice_sizes"][a] == table.shape[a] for a in inputs)
-    one = len(rows) == 1 and tuple(numbers.collapsed_slice_dims) == tuple(rows)
+    one = sorted(numbers.collapsed_slice_dims) == sorted(rows)
+    if len(rows) > 1:  # slices that are matrices are no rows of a table
+        one = one and sum(table.shape[a] > 1 for a in inputs) == 1
     layout = original_layout(weight, stack, inputs, rows)
-    if layout is None or not (whole and one) or len(weight.axes[rows[0]]) != 1:
+    if layout is None or not (whole and one):
         return None
-    atom = weight.axes[rows[0]][0]
-    if not atom.whole or atom.flipped:
-        return None
-    if params["mode"] == jax.lax.GatherScatterMode.CLIP:
-        indices = jnp.clip(indices, 0, table.shape[rows[0]] - 1)
+    for axis in rows:
+        atoms = weight.axes[axis]
+        if len(atoms) != 1 or not atoms[0].whole or atoms[0].flipped:
+            return None
+    indices = row_numbers(indices, table.shape, rows, weight, params["mode"])
     lead = numbers.start_indices_batching_dims
-    indices = jnp.moveaxis(indices[..., 0], lead, range(len(lead)))
+    indices = jnp.moveaxis(indices, lead, range(len(lead)))
     before = [atom.axis for a in stack for atom in weight.axes[a]]
-    stacks = _stacks(weight, layout, before)
+    stacks = stack_fields(weight, layout, before)
     return Use(weight.name, layout, indices, len(lead), lookup=True, **stacks)
 
 
@@ -346,7 +323,7 @@ def _ragged(params: Mapping[str, Any], values: list, weight: Weight) -> Use | No
     chosen = (*weight.picked, Picked(atom, index))
     weight = dataclasses.replace(weight, axes=axes, picked=chosen)
     layout = original_layout(weight, (), mine, free)
-    rows = _in_order(x, 1, [weight.axes[axis] for axis in mine], weight)
+    rows = in_order(x, 1, [weight.axes[axis] for axis in mine], weight)
     if layout is None or rows is None:
         return None
     return Use(
@@ -358,5 +335,5 @@ def _ragged(params: Mapping[str, Any], values: list, weight: Weight) -> Use | No
         part=rows[1],
         chosen=(atom.size, index),
         ordered=False,
-        **_stacks(weight, layout, ()),
+        **stack_fields(weight, layout, ()),
     )

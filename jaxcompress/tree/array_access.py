@@ -16,9 +16,10 @@ import numpy as np
 # Attributes of an array that a leaf passes on. They are answered by `__getattr__`, so
 # that a leaf type may have a field of the same name.
 _NAMES = """
-T mT real imag at all any argmax argmin argsort astype clip conj conjugate copy cumprod
-cumsum diagonal dot flatten item max mean min nonzero prod ptp ravel repeat reshape
-round sort squeeze std sum swapaxes take tolist trace transpose var view
+T mT real imag at all any argmax argmin argsort astype block_until_ready clip conj
+conjugate copy cumprod cumsum diagonal dot flatten item itemsize max mean min
+nonzero prod ptp ravel repeat reshape round sort squeeze std sum swapaxes take
+tolist trace transpose var view
 """
 PASSED_ON = frozenset(_NAMES.split())
 

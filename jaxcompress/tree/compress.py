@@ -249,6 +249,11 @@ def _name_large(params: Params, bound: Choices, traced: Collection[str]) -> None
 
 def _apply(f: Method, entry: Entry) -> Any:
     x = dense(entry.value)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(
+            "a shape without values; jax.eval_shape(lambda params: compress(params, "
+            "recipe), params) gives the shapes of the result"
+        )
     if traits(f).selects != "weights":
         layout_of_leaf = entry.caller_layout or getattr(entry.moments, "layout", None)
         stack = entry.stack
@@ -299,7 +304,7 @@ def _jitted(x: jax.Array, moments: Any, f: Method, options: tuple) -> Any:
 
 
 def _check_finite(x: jax.Array) -> None:
-    if isinstance(x, Tracer | jax.ShapeDtypeStruct):
+    if isinstance(x, Tracer):
         return
     bad = int(_count_bad(x))
     if bad:

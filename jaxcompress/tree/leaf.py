@@ -99,6 +99,11 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored parts, as they are in memory."""
+        return nbytes(self)
+
     def materialize(self) -> jax.Array:
         """Return the dense array; traceable, never needs the host."""
         raise TypeError(f"{type(self).__name__} does not define materialize()")

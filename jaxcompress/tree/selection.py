@@ -101,6 +101,18 @@ def _bind_method(
                 f"{describe(rule)}"
             )
     if not result.methods and not part and kind.selects == "weights":
+        if not candidates:
+            raise ValueError(
+                "the tree has no arrays; pass the parameters, as "
+                'model.init(...)["params"] or params_of(module)'
+            )
+        if any(entry.depth for entry in candidates):
+            raise ValueError(
+                f"{describe(f)} takes no leaf of this tree by default: its weights are "
+                "compressed already. Compress the dense tree, or materialize(params); "
+                "to compress parts of leaves, name them by (pattern, method), as "
+                f"({next(e.name for e in candidates if e.depth)!r}, ...)"
+            )
         some = list(result.reasons.items())[:3]
         reasons = ", ".join(f"{name} ({why})" for name, why in some)
         raise ValueError(

@@ -122,3 +122,10 @@ def test_factors_that_a_scan_slices_pass(axis):
     layouts = jc.find_layouts(model, params, BATCH)
     small = jc.compress(params, "svd(rank=4)", layouts=layouts)
     assert jc.check(model, small, BATCH) is None
+
+
+def test_a_leaf_passed_to_lax_says_what_to_write():
+    params = {"kernel": jnp.ones((64, 64))}
+    small = jc.compress(params, "symmetric(bits=8)")
+    with pytest.raises(ValueError, match=r"^kernel: .*jnp\.asarray\(weight\)"):
+        jc.check(lambda p, x: jax.lax.dot(x, p["kernel"]), small, jnp.ones((2, 64)))

@@ -2,9 +2,11 @@
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx, struct
 
@@ -107,3 +109,86 @@ def test_a_container_that_cannot_be_written_is_an_error():
     params = running_nnx.params_of(module)
     with pytest.raises(ValueError, match="held/kernel: its container"):
         running_nnx.with_params(module, params)
+
+
+class Layers(nnx.Module):
+    """A quantized layer, one of factors, and statistics."""
+
+    def __init__(self, rngs):
+        self.codes = nnx.Linear(8, 8, rngs=rngs)
+        self.factors = nnx.Linear(8, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.factors(jnp.tanh(self.codes(x)))))
+
+
+ROWS = jax.random.normal(jax.random.key(3), (5, 8))
+RECIPE = [("codes/kernel", "symmetric(bits=8)"), ("factors/kernel", "svd(rank=3)")]
+
+
+def squares(module):
+    return jnp.mean((module(ROWS) - 1) ** 2)
+
+
+@pytest.mark.slow
+def test_factors_train_with_the_optimizer_as_a_function_of_them_would():
+    module = Layers(nnx.Rngs(0))
+    small = jc.compress(running_nnx.params_of(module), RECIPE)
+    ready = running_nnx.with_params(module, small)
+    optimizer = running_nnx.Optimizer(ready, optax.adam(0.1))
+    of = nnx.DiffState(0, running_nnx.trainable)
+    for _ in range(2):
+        optimizer.update(ready, nnx.grad(squares, argnums=of)(ready))
+    kept, frozen = {}, {"codes": {"kernel": small["codes"]["kernel"]}}
+    for name, layer in small.items():
+        kept[name] = {k: x for k, x in layer.items() if k not in frozen.get(name, {})}
+
+    def loss(kept):
+        tree = {name: {**frozen.get(name, {}), **kept[name]} for name in kept}
+        return squares(running_nnx.with_params(module, tree))
+
+    plain = optax.adam(0.1)
+    state = plain.init(kept)
+    for _ in range(2):
+        updates, state = plain.update(jax.grad(loss)(kept), state)
+        kept = optax.apply_updates(kept, updates)
+    got = running_nnx.params_of(ready)
+    assert isinstance(got["factors"]["kernel"], jc.LowRank)
+    chex.assert_trees_all_equal(got["codes"]["kernel"], small["codes"]["kernel"])
+    chex.assert_trees_all_close(got["factors"], kept["factors"], rtol=1e-5)
+    chex.assert_trees_all_close(got["codes"]["bias"], kept["codes"]["bias"], rtol=1e-5)
+    assert squares(ready) < squares(running_nnx.with_params(module, small))
+
+
+def test_a_part_of_a_compressed_parameter_cannot_be_set():
+    module = Layers(nnx.Rngs(0))
+    ready = running_nnx.with_params(
+        module, jc.compress(running_nnx.params_of(module), RECIPE)
+    )
+    with pytest.raises(TypeError, match=r"cannot be set in part; .*with_params"):
+        ready.codes.kernel[0] = 1.0
+    ready.codes.kernel[...] = jnp.ones((8, 8))
+    np.testing.assert_array_equal(running_nnx.params_of(ready)["codes"]["kernel"], 1.0)
+
+
+def test_an_abstract_module_names_what_has_no_values():
+    module = Layers(nnx.Rngs(0))
+    small = jc.compress(running_nnx.params_of(module), RECIPE)
+    shapes = nnx.eval_shape(lambda: Layers(nnx.Rngs(0)))
+    with pytest.warns(UserWarning, match="^norm/mean, norm/var: shapes without"):
+        running_nnx.with_params(shapes, small)
+    whole = jc.compress(
+        running_nnx.params_of(module, (nnx.Param, nnx.BatchStat)), RECIPE
+    )
+    np.testing.assert_array_equal(
+        running_nnx.with_params(shapes, whole)(ROWS),
+        running_nnx.with_params(module, small)(ROWS),
+    )
+
+
+def test_a_state_with_random_keys_has_layouts():
+    module = Layers(nnx.Rngs(0))
+    layouts = jc.find_layouts(module, nnx.state(module), ROWS)
+    assert list(layouts) == ["codes/kernel", "factors/kernel"]

@@ -58,6 +58,7 @@ def hot(choice, x):
 
 
 W = {"w": STACK[0]}
+ORDER = np.asarray([3, 0, 7, 1, 5, 2, 6, 4])
 CASES = {
     "static slices, one at rest": (
         lambda p, x: x @ p["w"][0] + (2 * x) @ p["w"][-1],
@@ -145,6 +146,41 @@ CASES = {
     "masked by constants": (
         lambda p, x: x @ jnp.where(np.tri(INS, OUTS) > 0, p["w"], 0.0),
         W,
+        {"w": (PLAIN, second(X))},
+    ),
+    "with an entry set": (
+        lambda p, x: x @ p["w"].at[0].set(0.0),
+        W,
+        {"w": (PLAIN, second(X))},
+    ),
+    "an exponential": (
+        lambda p, x: x @ jax.nn.softmax(p["w"], -1),
+        W,
+        {"w": (PLAIN, second(X))},
+    ),
+    "multiplied and summed": (
+        lambda p, x: (x[..., None] * p["w"][None]).sum(-2),
+        W,
+        {"w": (PLAIN, second(X))},
+    ),
+    "multiplied and averaged row by row": (
+        lambda p, x: jax.vmap(lambda x: (p["w"].T * x[None]).mean(-1))(x),
+        W,
+        {"w": (PLAIN, second(X))},
+    ),
+    "multiplied and summed with a stack": (
+        lambda p, x: (jnp.stack([x, 2 * x, 3 * x])[..., None] * p["w"][:, None]).sum(2),
+        {"w": STACK},
+        {"w": (THREE, of_slices(X, 2 * X, 3 * X))},
+    ),
+    "inputs in a constant order": (
+        lambda p, x: x @ p["w"][ORDER],
+        W,
+        {"w": (PLAIN, second(X[:, np.argsort(ORDER)]))},
+    ),
+    "outputs in a constant order": (
+        lambda p, x: x @ jnp.take(p["w"], ORDER[:5], axis=1),
+        {"w": SQUARES[0]},
         {"w": (PLAIN, second(X))},
     ),
     "with a low-rank update": (
@@ -266,6 +302,42 @@ def test_a_table_of_more_axes_is_no_stack_of_experts():
 
     layouts = jc.find_layouts(model, params, jnp.arange(5))
     assert layouts == {"table": jc.Layout((), (1, 2), (0,)), "w": PLAIN}
+
+
+def test_rows_of_a_table_by_two_indices_are_counted():
+    params = {"table": jnp.arange(60.0).reshape(3, 4, 5)}
+    rows, columns = jnp.asarray([0, 2, 2, 9]), jnp.asarray([3, 1, 1, 0])
+
+    def model(p, batch):
+        return p["table"].at[batch[0], batch[1]].get(mode="fill")
+
+    moments = jc.collect_moments(model, params, [(rows, columns)], where="table")
+    want = np.zeros((3, 4))
+    want[0, 3], want[2, 1] = 1, 2  # row 9 is outside
+    np.testing.assert_array_equal(moments["table"].tokens, want.ravel())
+    assert moments["table"].layout == jc.Layout((), (-1,), (-3, -2))
+
+
+def test_matrices_picked_by_two_indices_are_no_table():
+    params = {"w": jnp.ones((2, 2, 64, 64))}
+
+    def model(p, x):
+        chosen = (x[:, 0] > 0).astype(int)
+        return jnp.einsum("ti,tio->to", x, p["w"][chosen, 1 - chosen])
+
+    with pytest.warns(UserWarning, match=r"does not see.* w\."):
+        assert jc.find_layouts(model, params, jnp.ones((4, 64))) == {}
+
+
+def test_positions_in_a_constant_order_are_rows_of_a_table():
+    params = {"table": STACK[0].T}  # [6, 8]
+
+    def model(p, x):
+        return x[:6] + p["table"][np.asarray([0, 2, 4, 1, 3, 0])]
+
+    moments = jc.collect_moments(model, params, [X], where="table")["table"]
+    np.testing.assert_array_equal(moments.tokens, [2, 1, 1, 1, 1, 0])
+    assert moments.layout == jc.Layout((), (-1,), (-2,))
 
 
 def test_two_uses_warn_and_the_rest_goes_on():

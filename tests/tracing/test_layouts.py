@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxcompress as jc
 from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tree.generic_leaves import Reshaped
 from jaxcompress.tree.layouts import (
@@ -298,6 +299,51 @@ def test_what_a_linen_module_is_called_with():
         find_layouts(Tied(), params, [batch])
     with pytest.raises(TypeError, match="not a dict; wrap it"):
         find_layouts(params, params, batch)
+
+
+class Switched(nn.Module):
+    """Branches on a flag and a name, as models do on `train` and `mode`."""
+
+    @nn.compact
+    def __call__(self, x, train, mode="wide"):
+        x = nn.Dense(6, use_bias=False)(x)
+        return x if train or mode != "wide" else nn.Dense(3, use_bias=False)(x)
+
+
+def test_flags_and_names_in_a_batch_are_passed_as_they_are():
+    model, x = Switched(), np.ones((5, 4), np.float32)
+    params = model.init(jax.random.key(0), x, False)["params"]
+    both, one = ["Dense_0/kernel", "Dense_1/kernel"], ["Dense_0/kernel"]
+    batch = {"x": x, "train": False, "mode": "wide"}
+    for changed, names in (({}, both), ({"train": True}, one), ({"mode": "a"}, one)):
+        assert list(find_layouts(model, params, batch | changed)) == names
+
+    def called(params, batch):
+        assert batch["train"] is False
+        return model.apply({"params": params}, **batch)
+
+    assert list(find_layouts(called, params, batch)) == both
+
+
+@pytest.mark.slow
+def test_flags_are_passed_in_calibration_too():
+    model, x = Switched(), np.ones((5, 4), np.float32)
+    batch = {"x": x, "train": False}
+    params = model.init(jax.random.key(0), x, False)["params"]
+    moments = jc.collect_moments(model, params, [batch, batch], where=".*")
+    assert list(moments) == ["Dense_0/kernel", "Dense_1/kernel"]
+    np.testing.assert_allclose(moments["Dense_0/kernel"].count, 10)
+    recipe = [(".*", "symmetric(bits=8)")]
+    small = jc.compress_blockwise(model, params, recipe, [batch])
+    jc.check(model, small, batch)
+
+
+def test_the_apply_of_a_module_and_its_class():
+    model, x = nn.Dense(6), np.ones((5, 4), np.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+    assert list(find_layouts(model.apply, params, x)) == ["kernel"]
+    with pytest.raises(TypeError, match=r"Dense is a class; .*Dense\(\.\.\.\)"):
+        find_layouts(nn.Dense, params, x)
 
 
 class Holder:

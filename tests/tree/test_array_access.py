@@ -54,6 +54,7 @@ def test_access_gives_what_the_dense_array_gives(name):
 
 def test_shape_len_and_truth():
     assert (SMALL.shape, SMALL.ndim, len(SMALL), bool(SMALL)) == ((64, 64), 2, 64, True)
+    assert (SMALL.itemsize, SMALL.nbytes) == (4, jc.nbytes({"kernel": SMALL}))
 
 
 def test_no_other_attribute_is_invented():

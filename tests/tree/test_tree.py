@@ -631,3 +631,27 @@ def test_flax_serializes_leaves():
     jax.tree.map(np.testing.assert_array_equal, again, small)
     with pytest.raises(ValueError, match=r"a Quantized has .*'codes'"):
         serialization.from_bytes(jc.compress(params, "symmetric(bits=4)"), data)
+
+
+SQUARE = {"layer": {"kernel": jnp.ones((64, 64))}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, r"the tree has no arrays; .*model\.init.*params_of"),
+        (lambda: jc.compress(SQUARE, "nf4"), r"compressed already.*layer/kernel/codes"),
+    ],
+)
+def test_a_tree_that_cannot_be_compressed_by_default_says_why(tree, message):
+    tree = tree() if callable(tree) else tree
+    with pytest.raises(ValueError, match=message):
+        jc.compress(tree, "symmetric(bits=8)")
+
+
+def test_shapes_without_values_are_sent_to_eval_shape():
+    shapes = jax.eval_shape(lambda: SQUARE)
+    with pytest.raises(TypeError, match=r"layer/kernel: .*jax\.eval_shape\("):
+        jc.compress(shapes, "symmetric(bits=8)")
+    small = jax.eval_shape(lambda x: jc.compress(x, "symmetric(bits=8)"), shapes)
+    assert small["layer"]["kernel"].shape == (64, 64)
