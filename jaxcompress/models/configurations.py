@@ -43,8 +43,17 @@ ACTIVATIONS = {
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """Name the family of a configuration; raises ValueError on an unknown one."""
-    named = config.get("architectures") or ["none named"]
+    """Name the family of a configuration; raises ValueError on an unknown one.
+
+    The type of the model decides where no architecture is named.
+    """
+    kind = config.get("model_type")
+    named = config.get("architectures") or MODEL_TYPES.get(str(kind))
+    if not named:
+        raise ValueError(
+            f"the configuration names no architecture, and its model_type is {kind!r}; "
+            f"add one to its architectures: {', '.join(FAMILIES)}"
+        )
     name = named if isinstance(named, str) else named[0]
     if name not in FAMILIES:
         raise ValueError(
@@ -62,6 +71,9 @@ def model_from(
     if "model_type" not in ignore:
         other = MODEL_TYPES.get(config.get("model_type", ""), name)
         agree([("architectures", name), ("model_type", other)], source=source)
+    if not {"dtype", "torch_dtype"} & {*ignore}:
+        dtypes = [(key, config.get(key)) for key in ("dtype", "torch_dtype")]
+        agree(dtypes, source=source)
     try:
         return _model_of(name, config, ignore, source)
     except KeyError as error:

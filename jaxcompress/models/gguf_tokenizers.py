@@ -130,11 +130,17 @@ def byte_level_bpe(
     }
 
 
+def _required(metadata: Mapping[str, Any], name: str) -> Any:
+    if (key := f"tokenizer.ggml.{name}") not in metadata:
+        raise ValueError(f"the GGUF file lacks {key}; it is incomplete")
+    return metadata[key]
+
+
 def _byte_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
     steps = _pre_tokenizer(metadata)
     return byte_level_bpe(
         {token: i for i, token in enumerate(_tokens(metadata))},
-        metadata["tokenizer.ggml.merges"],
+        _required(metadata, "merges"),
         steps,
         ignore_merges=steps is _LLAMA3,
     )
@@ -158,7 +164,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> dict[str, Any]:
     tokens, types = _tokens(metadata), _types(metadata)
     prefixed = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     ids = {token: i for i, token in enumerate(tokens)}
-    merges = piece_merges(tokens, types, metadata["tokenizer.ggml.scores"])
+    merges = piece_merges(tokens, types, _required(metadata, "scores"))
     space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     prefix, strip = [], []

@@ -28,6 +28,7 @@ from jaxcompress.models.configurations import architecture_of, model_from
 from jaxcompress.models.families import FAMILIES
 from jaxcompress.models.tokenizer_files import read_tokenizer
 from jaxcompress.models.transformer import Transformer
+from jaxcompress.models.vocabulary import warn_of_rows
 from jaxcompress.tokenization import Tokenizer
 from jaxcompress.types import DType, Params
 
@@ -79,7 +80,9 @@ def open_huggingface(
         ignore=ignore,
         keep_quantized=keep_quantized,
     )
-    return model, params, read_tokenizer(directory, ignore=ignore)
+    tokenizer = read_tokenizer(directory, ignore=ignore)
+    warn_of_rows(model, tokenizer, str(directory))
+    return model, params, tokenizer
 
 
 def open_model(
@@ -98,7 +101,7 @@ def open_model(
             f"{adapter}: an adapter (LoRA) belongs to this model and is not applied "
             "here; merge it with peft's merge_and_unload, or remove its files"
         )
-    config = json.loads(source.read_text(encoding="utf-8"))
+    config = _configuration(directory)
     family = FAMILIES[architecture_of(config)]
     settings = config.pop("quantization_config", None) if keep_quantized else None
     model = model_from(config, ignore=ignore, source=str(source)).clone(scan=scan)
@@ -205,10 +208,26 @@ def _refuse_codes(dtypes: Mapping[str, str], ignorable: str, source: str) -> Non
         )
 
 
+def _configuration(directory: Path) -> dict[str, Any]:
+    source = directory / "config.json"
+    if not source.exists():
+        advice = "a model's directory is as transformers' save_pretrained writes it"
+        files = sorted(directory.iterdir()) if directory.is_dir() else []
+        if named := [p.name for p in files if p.suffix.lower() == ".gguf"]:
+            advice = f"the directory has {named[0]}: pass the path of that file"
+        raise FileNotFoundError(f"no file {source}; {advice}")
+    try:
+        config = json.loads(source.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{source} holds no JSON object")
+    return config
+
+
 def _tensor_places(directory: Path) -> dict[str, Path]:
     """Return the file of each tensor, by the files' own headers."""
     index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
     if index.exists():
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = [directory / file for file in sorted(set(listed.values()))]
@@ -217,7 +236,12 @@ def _tensor_places(directory: Path) -> dict[str, Path]:
                 f"{index} lists {', '.join(absent)}, which {directory} does not hold"
             )
     else:
-        files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+        files = [
+            path
+            for path in sorted(directory.iterdir())
+            if path.suffix.lower() == ".safetensors"
+        ]
+        files = [p for p in files if p.name.lower() == "model.safetensors"] or files
         if len(files) != 1:
             raise FileNotFoundError(
                 f"{directory} has {len(files)} .safetensors files and no "

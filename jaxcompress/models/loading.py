@@ -38,6 +38,7 @@ def load(
     dtype: DType | None = None,
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
+    revision: str | None = None,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Read model, parameters and tokenizer; weights stay as stored.
 
@@ -58,8 +59,9 @@ def load(
       name_or_path: of a model on the Hub, a directory, or a file.
       scan: stack the layers; None where they are alike.
       dtype: of the parameters; None as stored.
-      ignore: names of tensors to leave out.
+      ignore: keys of the configuration to pass over.
       keep_quantized: keep quantized weights as leaves.
+      revision: branch, tag or commit on the Hub; None for the main branch.
 
     Example:
       >>> jc.models.save("model.safetensors", model, params)
@@ -79,7 +81,7 @@ def load(
     if not path.is_dir():
         if path.is_file() or _is_ours(path):  # its shards, perhaps
             return load_saved(path, scan=scan, dtype=dtype)
-        path = _download(str(name_or_path))
+        path = _download(str(name_or_path), revision)
     return read_huggingface(
         path,
         scan=bool(scan),
@@ -95,6 +97,7 @@ def open_weights(
     dtype: DType | None = None,
     ignore: Collection[str] = (),
     keep_quantized: bool = False,
+    revision: str | None = None,
 ) -> tuple[Transformer, Any, Tokenizer | None]:
     """Open a model as `load` reads it; each weight is read when it is asked for.
 
@@ -106,7 +109,7 @@ def open_weights(
       name_or_path: a file of `models.save`, a `.gguf` file, a Hugging Face directory or
         a hub name; not "reference", which is small.
       dtype: of the weights of foreign files; a file of ours keeps its own.
-      ignore, keep_quantized: as for `load`.
+      ignore, keep_quantized, revision: as for `load`.
 
     Raises as `load`.
 
@@ -128,14 +131,17 @@ def open_weights(
             f"{REFERENCE!r} is one small file; take its parameters from "
             f"load({REFERENCE!r})"
         )
-    path = path if path.is_dir() else _download(str(name_or_path))
+    path = path if path.is_dir() else _download(str(name_or_path), revision)
     return open_huggingface(
         path, dtype=dtype, ignore=ignore, keep_quantized=keep_quantized
     )
 
 
 def shapes(
-    name_or_path: str | Path, *, ignore: Collection[str] = ()
+    name_or_path: str | Path,
+    *,
+    ignore: Collection[str] = (),
+    revision: str | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return dense shapes and dtypes, by name, of what `load` would give; reads no
     weight.
@@ -158,7 +164,7 @@ def shapes(
         }
     if path.is_file() or _is_ours(path):
         return saved_shapes(path)
-    path = path if path.is_dir() else _download(str(name_or_path))
+    path = path if path.is_dir() else _download(str(name_or_path), revision)
     _, params = open_model(path, ignore=ignore)
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.dtype(params.kind(name)))
@@ -181,7 +187,7 @@ def _is_ours(path: Path) -> bool:
     return path.suffix.lower() == ".safetensors"
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise FileNotFoundError(
             f"no file or directory {name!r}, and not a hub name (owner/name) or "
@@ -198,7 +204,10 @@ def _download(name: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_NEEDED
+                name,
+                revision=revision,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_NOT_NEEDED,
             )
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -7,6 +7,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def read_tokenizer(
     checked |= {k: x for k, x in settings.items() if k in TABLE}
     source = str(directory / "tokenizer_config.json")
     check(checked, TABLE, of="tokenizers", source=source, ignore=ignore)
+    settings = {key: x for key, x in settings.items() if key not in ignore}
     named = _json(directory / "special_tokens_map.json")
     marks = {f"{mark}_token": _mark(settings, named, mark) for mark in MARKS}
     added = _added(directory, settings)
@@ -119,10 +121,24 @@ def _with_marks(
     for mark, position in (("bos", 0), ("eos", -1)):
         token = names[f"{mark}_token"]
         add = settings.get(f"add_{mark}_token")
+        if add and token is None:
+            raise ValueError(
+                f"tokenizer_config.json: add_{mark}_token is true, and no file names "
+                f"the {mark}_token; name it, or pass the key over: load(..., "
+                f"ignore=('add_{mark}_token',))"
+            )
         if add is None:
             add = bool(post) and post[position] == token
         marks |= {mark: token, f"add_{mark}": add}
-    return tokenization.from_huggingface_json(text, **marks, ends=ends)
+    tokenizer = tokenization.from_huggingface_json(text, **marks, ends=ends)
+    outside = [i for i in ends if not 0 <= i < tokenizer.vocab_size]
+    if outside:
+        warnings.warn(
+            f"texts end at the ids {outside} by eos_token_id, and the tokenizer has "
+            f"{tokenizer.vocab_size}: these are left out",
+            stacklevel=2,
+        )
+    return tokenizer
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -156,6 +172,7 @@ def _add(
     if isinstance(vocabulary, list):  # pairs of a piece and its score
         vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
     spelled = {i: piece for piece, i in vocabulary.items()} | present
+    next_id = max(spelled, default=-1) + 1
     options = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     more = []
     for i, token in added.items():
@@ -165,6 +182,12 @@ def _add(
                 f"{source}: token {i} is {spelled[i]!r} in tokenizer.json, and "
                 f"{content!r} among the added tokens; remove the wrong one"
             )
+        if i > next_id:
+            raise ValueError(
+                f"{source}: the added token {content!r} has id {i}, and no token has "
+                f"id {next_id}; ids follow one another without a gap"
+            )
+        next_id = max(next_id, i + 1)
         if i not in present:
             more.append({**options, "special": False, **token, "id": i})
     contents["added_tokens"] = [*contents["added_tokens"], *more]

@@ -1,5 +1,6 @@
 """A language model with fewer pieces: tokenizer, embedding and head together."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,6 +53,18 @@ def trim_vocabulary(
         kernel = _dense("head/kernel", params["head"]["kernel"])
         new["head"] = {**params["head"], "kernel": kernel[:, kept]}
     return model.clone(vocab_size=len(kept)), new, small
+
+
+def warn_of_rows(model: Any, tokenizer: Tokenizer | None, source: str) -> None:
+    """Warn where a tokenizer has ids for which the model has no row."""
+    if tokenizer is None or tokenizer.vocab_size <= model.vocab_size:
+        return
+    warnings.warn(
+        f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model rows for "
+        f"{model.vocab_size}: texts that have the ids from {model.vocab_size} on "
+        "cannot be run. Replace the wrong file, or remove the tokens that were added",
+        stacklevel=3,
+    )
 
 
 def _dense(name: str, x: Any) -> Any:

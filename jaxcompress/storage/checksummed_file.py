@@ -351,9 +351,12 @@ class TensorFile:
         raise self._damaged(f"its format version is {version!r}")
 
     def _foreign(self) -> ValueError:
+        advice = "jaxcompress.models.load reads checkpoints of other programs"
+        folder = os.path.dirname(self.path)
+        if os.path.exists(os.path.join(folder, "config.json")):
+            advice += f": pass the directory {folder!r}"
         return ValueError(
-            f"{self.path}: not written by jaxcompress.save (or damaged); "
-            "jaxcompress.models.load reads checkpoints of other programs"
+            f"{self.path}: not written by jaxcompress.save (or damaged); {advice}"
         )
 
     def _damaged(self, why: str) -> FileDamaged:

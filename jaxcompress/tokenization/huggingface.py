@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -35,11 +36,9 @@ class HuggingFaceTokenizer:
         add_eos: bool = False,
         ends: Sequence[str | int] = (),
     ):
-        import tokenizers  # only for models from elsewhere
-
         if "model" not in _object(text):
             raise ValueError("not a tokenizer.json: it holds no model")
-        self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        self._tokenizer = _read(text)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._contents = {"tokenizer": text, "bos": bos, "eos": eos}
@@ -169,9 +168,19 @@ def added_marks(text: str) -> list[str]:
     """Return spellings of the tokens that a tokenizer.json's post-processor adds to a
     text.
     """
+    return _read(text).encode("").tokens
+
+
+def _read(text: str) -> Any:
     import tokenizers  # only for models from elsewhere
 
-    return tokenizers.Tokenizer.from_str(text).encode("").tokens
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the package raises nothing more special
+        raise ValueError(
+            f"the package tokenizers {tokenizers.__version__} cannot read this "
+            f"tokenizer: {error}"
+        ) from error
 
 
 def _object(text: str) -> dict:

@@ -87,13 +87,15 @@ def row_numbers(
 ) -> jax.Array:
     """Return the numbers of rows of a table that has several axes of them."""
     sizes = [shape[axis] for axis in rows]
+    columns = [indices[..., i] for i in range(len(rows))]
     if mode == jax.lax.GatherScatterMode.CLIP:
-        indices = jnp.clip(indices, 0, jnp.asarray(sizes, indices.dtype) - 1)
+        pairs = zip(columns, sizes, strict=True)
+        columns = [jnp.clip(index, 0, size - 1) for index, size in pairs]
     if len(rows) == 1:
-        return indices[..., 0]
+        return columns[0]
     order = sorted(range(len(rows)), key=lambda i: weight.axes[rows[i]][0].axis)
-    number, inside = jnp.int32(0), jnp.bool_(True)
+    number, inside = jnp.zeros_like(columns[0]), columns[0] == columns[0]
     for i in order:
-        number = number * sizes[i] + indices[..., i]
-        inside &= (indices[..., i] >= 0) & (indices[..., i] < sizes[i])
+        number = number * sizes[i] + columns[i]
+        inside &= (columns[i] >= 0) & (columns[i] < sizes[i])
     return jnp.where(inside, number, math.prod(sizes))

@@ -123,7 +123,7 @@ def test_unused_sliding_window_is_not_used():
     ("change", "message"),
     [
         ({"architectures": ["OPTForCausalLM"]}, "OPTForCausalLM.*LlamaForCausalLM"),
-        ({"architectures": None}, "none named"),
+        ({"architectures": None, "model_type": None}, "names no architecture"),
         ({"hidden_act": "quick_gelu"}, "quick_gelu.*silu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: whole heads"),
     ],
@@ -229,7 +229,8 @@ def stand_in(monkeypatch, download):
 def test_a_hub_name_is_downloaded_and_read(monkeypatch, tmp_path):
     asked = []
 
-    def download(name, allow_patterns, ignore_patterns):
+    def download(name, revision, allow_patterns, ignore_patterns):
+        assert revision is None
         files = filter_repo_objects(
             ["config.json", "model.safetensors", "tokenizer.json", "merges.txt",
              "pytorch_model.bin", "original/consolidated.00.safetensors", "README.md"],
@@ -252,6 +253,111 @@ def test_a_hub_name_is_downloaded_and_read(monkeypatch, tmp_path):
     stand_in(monkeypatch, offline)
     with pytest.raises(FileNotFoundError, match=r"the hub did not give it \(no netw"):
         load("owner/tiny-llama")
+
+
+def test_a_revision_in_shards_on_the_hub(monkeypatch, tmp_path):
+    """Two commits of one repository: the older in two shards, the newer changed."""
+    tensors = load_file(GOLDEN / "llama" / "model.safetensors")
+    repository = {}
+    for revision in ("main", "v1"):
+        folder = repository[revision] = tmp_path / revision
+        folder.mkdir()
+        text = (GOLDEN / "llama" / "config.json").read_text("utf-8")
+        (folder / "config.json").write_text(text, "utf-8")
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({n: tensors[n] for n in held}, repository["v1"] / file)
+    listed = {name: file for file, held in shards.items() for name in held}
+    index = json.dumps({"weight_map": listed})
+    (repository["v1"] / "model.safetensors.index.json").write_text(index, "utf-8")
+    changed = {n: 2 * x for n, x in tensors.items()}
+    save_file(changed, repository["main"] / "model.safetensors")
+
+    def download(name, revision, allow_patterns, ignore_patterns):
+        kept = filter_repo_objects(
+            [path.name for path in repository[revision or "main"].iterdir()],
+            allow_patterns,
+            ignore_patterns,
+        )
+        local = tmp_path / f"local-{revision}"
+        local.mkdir(exist_ok=True)
+        for file in kept:
+            (local / file).write_bytes(
+                (repository[revision or "main"] / file).read_bytes()
+            )
+        return str(local)
+
+    stand_in(monkeypatch, download)
+    want = load(GOLDEN / "llama")[1]
+    trees_equal(load("owner/name", revision="v1")[1], want)
+    assert shapes("owner/name", revision="v1") == shapes(GOLDEN / "llama")
+    _, lazy, _ = open_weights("owner/name", revision="v1")
+    trees_equal(lazy.read_all(), want)
+    trees_equal(load("owner/name")[1], jax.tree.map(lambda x: 2 * x, want))
+
+
+def changed_directory(tmp_path, config=None, name="model.safetensors", **files):
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    settings = json.loads((GOLDEN / "llama" / "config.json").read_text("utf-8"))
+    settings |= config or {}
+    settings = {k: x for k, x in settings.items() if x != "absent"}
+    (folder / "config.json").write_text(json.dumps(settings), "utf-8")
+    weights = (GOLDEN / "llama" / "model.safetensors").read_bytes()
+    (folder / name).write_bytes(weights)
+    for file, text in files.items():
+        path = folder / file.replace("__", ".")
+        path.write_text(text if isinstance(text, str) else json.dumps(text), "utf-8")
+    return folder
+
+
+def test_the_type_of_the_model_names_its_architecture(tmp_path):
+    folder = changed_directory(
+        tmp_path, {"architectures": "absent"}, "MODEL.SafeTensors"
+    )
+    trees_equal(load(folder)[1], load(GOLDEN / "llama")[1])
+    config = folder / "config.json"
+    config.write_text(json.dumps({"model_type": "other"}), "utf-8")
+    with pytest.raises(ValueError, match=r"names no architecture, .*'other'; add one"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ({"config__json": "{"}, ValueError, r"config\.json is not JSON"),
+        ({"config__json": "[]"}, ValueError, "holds no JSON object"),
+    ],
+)
+def test_configurations_that_are_none(files, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        load(changed_directory(tmp_path, **files))
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_named(tmp_path):
+    words = {"type": "WordLevel", "unk_token": "a"}
+    words["vocab"] = {"a" * n: n - 1 for n in range(1, 1001)}
+    folder = changed_directory(tmp_path, tokenizer__json={"model": words})
+    with pytest.warns(UserWarning, match=r"has 1000 ids, the model rows for \d+: "):
+        assert load(folder)[2].vocab_size == 1000
+
+
+def test_two_spellings_of_the_dtype(tmp_path):
+    dtypes = {"dtype": "bfloat16", "torch_dtype": "float32"}
+    folder = changed_directory(tmp_path, dtypes)
+    with pytest.raises(ValueError, match=r"two spellings .*'bfloat16', torch_dtype"):
+        load(folder)
+    load(folder, ignore=("dtype",))
+
+
+def test_what_to_pass_instead_of_a_directory_or_of_a_file(tmp_path):
+    (tmp_path / "model-Q8_0.GGUF").write_bytes(b"GGUF")
+    with pytest.raises(FileNotFoundError, match=r"has model-Q8_0\.GGUF: pass the path"):
+        load(tmp_path)
+    path = changed_directory(tmp_path) / "model.safetensors"
+    with pytest.raises(ValueError, match=r"pass the directory '.*changed'"):
+        load(path)
 
 
 def filter_repo_objects(names, allowed, ignored):

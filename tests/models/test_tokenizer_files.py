@@ -170,3 +170,43 @@ def test_unknown_settings_are_refused_or_passed_over(directory):
     directory(tokenizer_config={"split_special_tokens": True})
     with pytest.raises(ValueError, match="split_special_tokens is True"):
         read_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config": {"add_bos_token": True}}, "no file names the bos_token"),
+        ({"added_tokens": {"<|far|>": 300}}, r"'<|far|>' has id 300.* has id 258"),
+    ],
+)
+def test_marks_without_a_name_and_gaps_are_refused(files, message, directory):
+    path = directory(tokenizer=byte_level(), **files)
+    with pytest.raises(ValueError, match=message):
+        read_tokenizer(path)
+
+
+def test_a_mark_without_a_name_may_be_passed_over(directory):
+    config = {"add_bos_token": True, "add_eos_token": True}
+    path = directory(tokenizer=byte_level(), tokenizer_config=config)
+    assert read_tokenizer(path, ignore=tuple(config)).bos_id is None
+
+
+def test_ends_outside_the_vocabulary_are_named(directory):
+    ends = {"eos_token_id": [257, 9999]}
+    path = directory(tokenizer=byte_level(), generation_config=ends)
+    with pytest.warns(UserWarning, match=r"\[9999\] by eos_token_id.*has 258"):
+        assert read_tokenizer(path).end_ids == (257,)
+
+
+def test_a_merge_that_is_no_token_says_who_cannot_read_it(directory, tmp_path):
+    vocabulary = {c: i for i, c in enumerate(ALPHABET)}
+    path = directory(vocab=vocabulary, config={"model_type": "gpt2"})
+    (tmp_path / "merges.txt").write_text("a b\n")
+    with pytest.raises(ValueError, match=r"tokenizers .* cannot read this.*`ab`"):
+        read_tokenizer(path)
+
+
+def test_a_gguf_file_without_merges_is_incomplete():
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ALPHABET}
+    with pytest.raises(ValueError, match=r"lacks tokenizer\.ggml\.merges"):
+        tokenizer_from(metadata)
