@@ -55,8 +55,8 @@ def trainable(path: Any, value: Any) -> bool:
 class Optimizer(nnx.Optimizer):
     """An `nnx.Optimizer` of modules whose parameters are factors.
 
-    Flax's own keeps dense arrays beside the factors, which do not fit each other. Where
-    every trained parameter is a dense array, it does.
+    Flax's own has dense moments of the factors, which do not fit these. It serves where
+    every trained parameter is a dense array.
 
     Args:
       model: an NNX module, as `with_params` makes it.

@@ -352,9 +352,8 @@ class TensorFile:
 
     def _foreign(self) -> ValueError:
         advice = "jaxcompress.models.load reads checkpoints of other programs"
-        folder = os.path.dirname(self.path)
-        if os.path.exists(os.path.join(folder, "config.json")):
-            advice += f": pass the directory {folder!r}"
+        if os.path.exists(os.path.join(os.path.dirname(self.path), "config.json")):
+            advice += f": pass the directory {os.path.dirname(self.path)!r}"
         return ValueError(
             f"{self.path}: not written by jaxcompress.save (or damaged); {advice}"
         )
