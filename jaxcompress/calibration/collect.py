@@ -20,7 +20,7 @@ from jaxcompress.tracing.same_inputs import SameInputs
 from jaxcompress.tracing.uses import Use
 from jaxcompress.tree.layouts import Layout, check_layout, trailing
 from jaxcompress.tree.leaf import dense
-from jaxcompress.tree.paths import is_float, roots, shape_of
+from jaxcompress.tree.paths import VECTORS, is_float, roots, shape_of
 from jaxcompress.tree.selection import SMALLEST
 from jaxcompress.types import Model, Params, Progress
 
@@ -252,7 +252,12 @@ def averages(sums: Sums, layouts: Mapping[str, Layout]) -> dict[str, Moments]:
 
 
 def check_seen(names: list[str], seen: Mapping[str, Any]) -> None:
+    """Raise ValueError for weights that the trace did not see; vectors by name, as the
+    bias of several heads, do not count where there are others.
+    """
     missing = [name for name in names if name not in seen]
+    others = [name for name in missing if name.rsplit("/", 1)[-1] not in VECTORS]
+    missing = others if others or seen else missing
     if missing:
         raise ValueError(
             f"the inputs of {', '.join(missing)} were never seen: the model does not "

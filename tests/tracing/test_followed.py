@@ -340,6 +340,19 @@ def test_positions_in_a_constant_order_are_rows_of_a_table():
     assert moments.layout == jc.Layout((), (-1,), (-2,))
 
 
+def test_a_bias_of_several_heads_has_no_inputs_and_stops_nothing():
+    params = {"q": {"kernel": STACK.transpose(1, 0, 2), "bias": np.ones((3, OUTS))}}
+
+    def model(p, x):
+        heads = jnp.einsum("ti,iho->tho", x, p["q"]["kernel"])
+        return heads + p["q"]["bias"][None]
+
+    moments = jc.collect_moments(model, params, [X], where=".*")
+    assert list(moments) == ["q/kernel"]
+    with pytest.raises(ValueError, match="the inputs of q/bias were never seen"):
+        jc.collect_moments(model, params, [X], where=".*bias")
+
+
 def test_two_uses_warn_and_the_rest_goes_on():
     params = {"w": SQUARES[0], "v": STACK[0]}
 
