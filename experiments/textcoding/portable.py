@@ -1,9 +1,10 @@
 """Does a file decode wherever it is read?
 
-Encodes a text with batched prefill, in as many lanes as asked for, and decodes each
-file in new processes: as this one, with XLA restricted to SSE4.2, with one thread, and
-with other Python environments (`--pythons`, separated by commas, each with its own
-version of JAX). Every process must give the same bytes, and encode to the same file.
+Encodes a text with batched prefill, the mixer and a primer, in as many lanes as asked
+for, and decodes the files in new processes: as this one, with XLA restricted to SSE4.2,
+with one thread, and with other Python environments (`--pythons`, separated by commas,
+each with its own version of JAX). Every process must give the same bytes, and encode
+them to the same file as the first.
 
     python -m experiments.textcoding.portable --pythons old/bin/python,new/bin/python
 """
@@ -28,18 +29,22 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import hashlib, json, sys, jax
 from jaxcompress import textcoding
-options = json.loads(sys.argv[2])
-data = textcoding.decode(open(sys.argv[1], "rb").read())
-again = textcoding.encode(data, verify=False, **options)
-digests = [hashlib.sha256(x).hexdigest() for x in (data, again)]
-print(json.dumps([*digests, jax.__version__, sys.version.split()[0]]))
+options = json.loads(sys.argv[1])
+primer = options.pop("primer").encode()
+texts = []
+for name in sys.argv[2:]:
+    stored = open(name, "rb").read()
+    texts.append(textcoding.decode(stored, primer=primer))
+again = textcoding.encode(texts[0], primer=primer, verify=False, **options)
+digests = [hashlib.sha256(x).hexdigest() for x in (again, *texts)]
+print(json.dumps([jax.__version__, sys.version.split()[0], *digests]))
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     lanes: str = "1,3,32"
-    bytes: int = 6000
+    bytes: int = 1500
     window: int = 256
     pythons: str = ""
     fast: bool = False  # one file, one process
@@ -64,38 +69,49 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.fast:
         lanes, size = [2], 100
         places = {"SSE4.2": places["SSE4.2"]}
-    data = heldout_text().encode()[:size]
+    text = heldout_text()
+    data, primer = text.encode()[1000 : 1000 + size], text[:500]
     results = Results(config, experiment="portable")
-    for count in lanes:
-        options = {"lanes": count, "window": config.window}
-        file = textcoding.encode(data, verify=False, **options)
-        wanted = [hashlib.sha256(x).hexdigest() for x in (data, file)]
-        for place, (python, xla) in places.items():
-            clock = time.perf_counter()
-            *found, jax_version, version = elsewhere(python, xla, file, options)
-            results.add(
-                {
-                    "lanes": count,
-                    "bytes": len(data),
-                    "place": place if "/" not in place else "another version",
-                    "jax": jax_version,
-                    "python": version,
-                    "same_text": found[0] == wanted[0],
-                    "same_file": found[1] == wanted[1],
-                    "seconds": time.perf_counter() - clock,
-                }
-            )
+    options = [{"lanes": count, "window": config.window} for count in lanes]
+    files = [
+        textcoding.encode(data, verify=False, primer=primer.encode(), **option)
+        for option in options
+    ]
+    digests = [hashlib.sha256(x).hexdigest() for x in (files[0], data)]
+    for place, (python, xla) in places.items():
+        clock = time.perf_counter()
+        jax_version, version, again, *texts = elsewhere(
+            python, xla, files, options[0] | {"primer": primer}
+        )
+        seconds = time.perf_counter() - clock
+        for count, digest in zip(lanes, texts, strict=True):
+            row = {
+                "lanes": count,
+                "bytes": len(data),
+                "place": place if "/" not in place else "another version",
+                "jax": jax_version,
+                "python": version,
+                "same_text": digest == digests[1],
+                "seconds": seconds,
+            }
+            if count == lanes[0]:
+                row["same_file"] = again == digests[0]
+            results.add(row)
     return results.rows
 
 
-def elsewhere(python: str, xla: str, file: bytes, options: dict[str, Any]) -> Any:
-    """Decode and encode in another process."""
-    with tempfile.NamedTemporaryFile() as stored:
-        stored.write(file)
-        stored.flush()
+def elsewhere(
+    python: str, xla: str, files: list[bytes], options: dict[str, Any]
+) -> Any:
+    """Decode files in another process, and encode the text of the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = []
+        for i, file in enumerate(files):
+            names.append(str(Path(folder) / f"{i}.jxtc"))
+            Path(names[-1]).write_bytes(file)
         environment = os.environ | {"XLA_FLAGS": xla.strip(), "PYTHONPATH": str(ROOT)}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        command = [python, "-c", PROGRAM, stored.name, json.dumps(options)]
+        command = [python, "-c", PROGRAM, json.dumps(options), *names]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{python}: {done.stderr.strip().splitlines()[-1]}")
@@ -104,6 +120,7 @@ def elsewhere(python: str, xla: str, file: bytes, options: dict[str, Any]) -> An
 
 if __name__ == "__main__":
     if not all(
-        row["same_text"] and row["same_file"] for row in run(parse(Config, __doc__))
+        row["same_text"] and row.get("same_file", True)
+        for row in run(parse(Config, __doc__))
     ):
         sys.exit("a process gave other bytes")

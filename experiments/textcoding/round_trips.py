@@ -1,7 +1,8 @@
 """Do any bytes come back, and is every damaged file refused?
 
 Random and adversarial inputs are encoded by the reference model and decoded; a lane is
-never stored, so that the model codes all of them. Then single bits of files are
+never stored, so that the model codes all of them, every other one with the mixer and a
+primer. Then single bits of files are
 flipped, and files are cut: each must raise an error.
 
     python -m experiments.textcoding.round_trips --inputs 1000
@@ -64,22 +65,25 @@ def run(config: Config) -> list[dict[str, Any]]:
     while len(inputs) < config.inputs:
         inputs = [*inputs, draw(random, config.longest)]
     clock, same, files = time.perf_counter(), 0, []
-    for data in inputs:
-        files.append(textcoding.encode(data, window=64, store=False, verify=False))
-        same += textcoding.decode(files[-1]) == data
+    primers = [b"", b"import os\n"]
+    for i, data in enumerate(inputs):
+        options = {"mix": i % 2 == 1, "primer": primers[i % 2], "store": False}
+        files.append(textcoding.encode(data, window=64, verify=False, **options))
+        same += textcoding.decode(files[-1], primer=primers[i % 2]) == data
     letters = b"a" * 1_000_000
     if not config.fast:
         same += textcoding.decode(textcoding.encode(letters, verify=False)) == letters
     refused = 0
     for i in range(config.flips):
-        bad = bytearray(files[i % len(files)])
+        which = (i // 2) % len(files)
+        bad = bytearray(files[which])
         place = int(random.integers(len(bad)))
         if i % 2:
             bad[place] ^= 1 << int(random.integers(8))
         else:
             del bad[place:]
         try:
-            textcoding.decode(bytes(bad))
+            textcoding.decode(bytes(bad), primer=primers[which % 2])
         except ValueError:
             refused += 1
     results = Results(config, experiment="round_trips")
