@@ -130,7 +130,7 @@ class ExactTransformer:
         def empty(kv_heads, *lead):
             shape = (*lead, batch, kv_heads, length)
             one = {"exponent": jnp.zeros((*shape, 1), jnp.int32)}
-            one["values"] = jnp.zeros((*shape, self.model.head_size), jnp.int16)
+            one["values"] = jnp.zeros((*shape, self.model.head_size), jnp.float32)
             return {"key": one, "value": dict(one)}
 
         kv_heads = _per_layer(self.model, "kv_heads")
@@ -215,7 +215,7 @@ def _attention(model, layer, x, rotary, allowed, cache, index):
     k = fp.round_to(_rotate(project("k_proj", names[1]), *rotary), bound)
     v = fp.round_to(project("v_proj"), VALUE_BOUND)
     k, v = (
-        {"values": y.values.astype(jnp.int16), "exponent": y.exponent} for y in (k, v)
+        {"values": y.values.astype(jnp.float32), "exponent": y.exponent} for y in (k, v)
     )
     k, v = (jax.tree.map(lambda y: jnp.swapaxes(y, 1, 2), y) for y in (k, v))
     if cache is not None:
