@@ -26,6 +26,8 @@ from jaxcompress.tokenization import Tokenizer
 from jaxcompress.types import Params
 
 _CONTEXT = 2048  # of the exact model, unless a window is longer
+# So few layers are compiled one by one, for a text of so many bytes or more.
+_UNSTACKED_LAYERS, _UNSTACKED_BYTES = 8, 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Coder:
 
     model: ExactTransformer
     tokenizer: Tokenizer
+    digest: str  # of the model as it was exported
     canary: bytes
 
 
@@ -107,7 +110,7 @@ def encode(
         if not store or _may_gain(stored[i], len(part.ids))
     ]
     payloads = encode_windows(
-        coder.model,
+        _model_for(coder, len(data)),
         [parts[i].ids for i in coded],
         first,
         window,
@@ -125,7 +128,7 @@ def encode(
         if not store or len(lane.payload) < len(stored[i].payload):
             records[i] = lane
     contents = Contents(
-        model=bytes.fromhex(coder.model.digest)[:16],
+        model=bytes.fromhex(coder.digest)[:16],
         tokenizer=bytes.fromhex(coder.tokenizer.digest)[:16],
         canary=coder.canary,
         data=hashlib.sha256(data).digest()[:16],
@@ -203,7 +206,7 @@ def verify(
 
 def _decode(stored: bytes, coder: Coder, primer: bytes = b"") -> bytes:
     contents = container.read(stored)
-    _check_same("model", contents.model, bytes.fromhex(coder.model.digest))
+    _check_same("model", contents.model, bytes.fromhex(coder.digest))
     digest = bytes.fromhex(coder.tokenizer.digest)
     _check_same("tokenizer", contents.tokenizer, digest)
     _check_same("primer", contents.primer, _digest_of(primer))
@@ -228,7 +231,7 @@ def _decode(stored: bytes, coder: Coder, primer: bytes = b"") -> bytes:
     if sum(counts) > max(contents.nbytes, 0):
         raise FileDamaged(f"{sum(counts)} tokens for {contents.nbytes} bytes of text")
     ids = decode_windows(
-        coder.model,
+        _model_for(coder, contents.nbytes),
         [payload for _, _, payload in coded.values()],
         counts,
         contents.first_token,
@@ -278,7 +281,8 @@ def _coder(
     wide = model.widen()
     tokens = (np.arange(32, dtype=np.int32) * 37)[None] % model.model.vocab_size
     logits = np.asarray(_apply(wide, tokens)).astype("<i4")
-    return Coder(wide, tokenizer, hashlib.sha256(logits.tobytes()).digest()[:8])
+    canary = hashlib.sha256(logits.tobytes()).digest()[:8]
+    return Coder(wide, tokenizer, model.digest, canary)
 
 
 @functools.lru_cache(maxsize=2)
@@ -290,6 +294,15 @@ def _reference_coder(context: int) -> Coder:
 @jax.jit
 def _apply(model: ExactTransformer, tokens: jax.Array) -> jax.Array:
     return model.apply(tokens)
+
+
+def _model_for(coder: Coder, nbytes: int) -> ExactTransformer:
+    """Return the model in the form that is quickest for so many bytes of text."""
+    few = coder.model.model.layers <= _UNSTACKED_LAYERS
+    stacked = isinstance(coder.model.arrays["layers"], dict)
+    if few and stacked and nbytes >= _UNSTACKED_BYTES:
+        return coder.model.unstack()
+    return coder.model
 
 
 def _primer_ids(tokenizer: Tokenizer, primer: bytes, window: int) -> list[int]:

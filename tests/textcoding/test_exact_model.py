@@ -11,7 +11,13 @@ import pytest
 import jaxcompress as jc
 from jaxcompress.models import Bert, Transformer, stack_layers
 from jaxcompress.models.bundled_text import heldout_text
-from jaxcompress.textcoding import exact, export, rounding, self_test
+from jaxcompress.textcoding import (
+    exact,
+    export,
+    integer_transformer,
+    rounding,
+    self_test,
+)
 
 GOLDEN = ("ba2c2bc992090197", "94cab7156f285139")
 NATS = math.log(2) / 4096
@@ -243,3 +249,17 @@ def test_golden_integers(reference):
     logits = np.asarray(run(integers, ids))
     found = hashlib.sha256(logits.astype("<i4").tobytes()).hexdigest()
     assert (integers.digest[:16], found[:16]) == GOLDEN
+
+
+@pytest.mark.nightly
+def test_blocks_of_queries_and_a_list_of_layers_give_the_same_integers(monkeypatch):
+    model, params = build()
+    exact_model = exact(model, params, context=40)
+    tokens = np.random.default_rng(0).integers(0, 96, (1, 40)).astype(np.int32)
+    wanted = run(exact_model, tokens)
+    listed = exact_model.unstack()
+    assert isinstance(listed.arrays["layers"], list)
+    np.testing.assert_array_equal(run(listed, tokens), wanted)
+    monkeypatch.setattr(integer_transformer, "_QUERIES", 16)  # 16, 16 and 8
+    blocks = jax.jit(lambda model, tokens: model.apply(tokens))
+    np.testing.assert_array_equal(blocks(exact_model, tokens), wanted)
