@@ -27,6 +27,7 @@ from experiments.common.config import parse
 from experiments.common.models import smollm2
 from experiments.common.results import Results
 from jaxcompress.models.transformer import Transformer
+from jaxcompress.running.compiling import compiler_options
 from jaxcompress.running.decode_once import decode_once
 from jaxcompress.running.merged import merge_layers
 
@@ -88,9 +89,11 @@ def ways(model: Any, planned: str) -> dict[str, tuple[Any, Callable[[Any], Any],
         "bfloat16 in compressed_matmul": (halves, half, inside),
         "bfloat16 weights in compressed_matmul": (model, half, inside),
         "8 bits": (model, by(PER_OUTPUT), plain),
+        "8 bits, in order": (model, by(PER_OUTPUT), plain),
         "8 bits in low_memory": (model, by(PER_OUTPUT), waits),
         "8 bits in compressed_matmul": (model, by(PER_OUTPUT), inside),
         "4 bits in blocks of 64": (model, by(IN_BLOCKS), plain),
+        "4 bits in blocks of 64, in order": (model, by(IN_BLOCKS), plain),
         "4 bits in blocks of 64 in compressed_matmul": (model, by(IN_BLOCKS), inside),
         "8 bits, merged, in compressed_matmul": (model, merged(PER_OUTPUT), inside),
         "4 bits, merged, in compressed_matmul": (model, merged(IN_BLOCKS), inside),
@@ -146,7 +149,9 @@ def run(config: Config) -> list[dict[str, Any]]:
         cache = jax.eval_shape(lambda way=way: way.init_cache(1, config.cache))
         token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         start = time.perf_counter()
-        compiled = jax.jit(step, donate_argnums=2).lower(small, token, cache).compile()
+        options = compiler_options() if name.endswith("in order") else None
+        jitted = jax.jit(step, donate_argnums=2, compiler_options=options)
+        compiled = jitted.lower(small, token, cache).compile()
         weights = sum(x.size for x in jax.tree.leaves(params))
         steps[name] = way, small, compiled
         rows[name] = {

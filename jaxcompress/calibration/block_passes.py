@@ -25,7 +25,11 @@ from jaxcompress.calibration.curvature_sums import (
     has_use_for_pairs,
 )
 from jaxcompress.calibration.error_feedback import inverse_factor
-from jaxcompress.calibration.moment_files import moments_from_arrays, moments_to_arrays
+from jaxcompress.calibration.moment_files import (
+    moments_from_arrays,
+    moments_to_arrays,
+    read_mapped,
+)
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.tracing.blocks import Segment
 from jaxcompress.tree.layouts import matricize, trailing
@@ -243,6 +247,8 @@ class Passes:
             second = second if index is None or second is None else second[index]
         if second is None:
             return None
+        if isinstance(second, np.memmap):
+            second = read_mapped(second)
         flat = jnp.asarray(second).reshape(-1, *second.shape[-2:])
         return jnp.stack([inverse_factor(x, damping=self.job.damping) for x in flat])
 

@@ -1,5 +1,7 @@
-"""Moments as arrays that a file can hold, and back."""
+"""Moments as arrays that a file can hold, and back; and those that are mapped."""
 
+import dataclasses
+import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,3 +37,24 @@ def moments_from_arrays(arrays: Mapping[str, Any]) -> Moments:
         each = (() if x is None else tuple(np.asarray(x).tolist()) for x in axes)
         layout = Layout(*each)
     return Moments(**fields, layout=layout)
+
+
+def in_memory(moments: Moments) -> Moments:
+    """Return moments whose arrays are in memory, where some are mapped from files.
+
+    Pages of the files leave the memory of this process, so that moments of many leaves,
+    read one after the other, take the room of one.
+    """
+    fields = {name: getattr(moments, name) for name in AVERAGED}
+    mapped = {n: x for n, x in fields.items() if isinstance(x, np.memmap)}
+    return dataclasses.replace(
+        moments, **{n: read_mapped(x) for n, x in mapped.items()}
+    )
+
+
+def read_mapped(x: np.memmap) -> np.ndarray:
+    """Return a copy of an array that is mapped from a file, and release its pages."""
+    copied = np.array(x)
+    if isinstance(x.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        x.base.madvise(mmap.MADV_DONTNEED)
+    return copied

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 
 from jaxcompress.calibration.lazy_params import source_of
+from jaxcompress.calibration.moment_files import in_memory
+from jaxcompress.calibration.moments import Moments
 from jaxcompress.tree.paths import Entry
 from jaxcompress.types import LazyParams, Params
 
@@ -20,7 +22,7 @@ class Planned(NamedTuple):
 
     Args:
       entries: of the leaves; of a file they have shapes in place of values.
-      read: from an entry to the one with its value.
+      read: from an entry to the one with its value, and moments, in memory.
       tree: of values or shapes, all leaves in it.
     """
 
@@ -40,8 +42,11 @@ def planned_leaves(
     with source_of(params) as source:
 
         def read(entry: Entry) -> Entry:
-            if not isinstance(entry.value, jax.ShapeDtypeStruct):
-                return entry
-            return dataclasses.replace(entry, value=source.fetch(entry.name))
+            moments, value = entry.moments, entry.value
+            if isinstance(moments, Moments):
+                moments = in_memory(moments)
+            if isinstance(value, jax.ShapeDtypeStruct):
+                value = source.fetch(entry.name)
+            return dataclasses.replace(entry, value=value, moments=moments)
 
         yield Planned(select(source.tree), read, source.tree)

@@ -7,6 +7,7 @@ import pytest
 from models_for_tests import ROWS, Language
 
 import jaxcompress as jc
+from jaxcompress.calibration.moment_files import in_memory
 from jaxcompress.tracing.metric_gradients import find_uses, run_in_metric
 
 KEY = jax.random.key(2)
@@ -141,6 +142,10 @@ def test_moments_on_disk_serve_plans_and_methods(tmp_path):
     assert all(isinstance(x.second, np.memmap) for x in found.values())
     plan = {"where": options["where"], "bits_per_weight": 5.0}
     recipe = jc.planning.plan_rates(params, found, states=0, **plan)
+    for moments in found.values():
+        read = in_memory(moments).second
+        assert type(read) is np.ndarray
+        np.testing.assert_array_equal(read, moments.second)
     memory = {
         name: jax.tree.map(jnp.asarray, moments) for name, moments in found.items()
     }
