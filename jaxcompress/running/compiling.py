@@ -31,7 +31,7 @@ def compiler_options() -> dict[str, str]:
 
 @functools.cache
 def _is_option() -> bool:
-    """Ask XLA, by compiling a program of nothing."""
+    """Check whether XLA takes them, by compiling a program of nothing."""
     program = jax.jit(lambda x: x, compiler_options=IN_ORDER)
     try:
         program.lower(jnp.zeros(())).compile()
