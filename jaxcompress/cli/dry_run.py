@@ -127,9 +127,9 @@ def _abstract(
     bound = bind(params, stage, None, layouts)
     for entry in bound.selected:
         f = bound.methods[entry.name]
-        _, given = unwrap(f)
-        if "rate" in given:
-            rated[entry.name] = int(np.mean(given["rate"]) * entry.value.size / 8)
+        _, options_of = unwrap(f)
+        if "rate" in options_of:
+            rated[entry.name] = int(np.mean(options_of["rate"]) * entry.value.size / 8)
             continue
         kind = traits(f)
         if not kind.traceable and kind.selects == "weights":
