@@ -1,5 +1,6 @@
 """`Sparse`: the weights that stay, one after another, and a bitmap that says where."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxcompress.calibration.masked import Masked, fill, gather
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.coding.packing import pack_bits
 from jaxcompress.tree.leaf import Leaf, dense, leaf, static
@@ -24,11 +26,17 @@ class Sparse(Leaf):
     are never read.
 
     A later stage may quantize `values`. In the flat form give it a block: without one,
-    all values share a scale. They have no moments: their rows are not inputs any more.
+    all values share a scale. `gptq` and `rate_distortion` use the moments of the
+    kernel, with the mask (`calibration.masked.Masked`); other methods get none, for row
+    i of the values belongs to another input in every column.
+
+    Where the values are replaced by weights `[..., inputs, outputs]`, as
+    `rate_distortion` does, whose zeros are as cheap as the mask, the mask is None.
 
     Args:
       values: floating-point array, or a leaf in place of one.
-      mask: `Packed`, or another leaf or array of integers, `[..., rows, columns]`.
+      mask: `Packed`, or another leaf or array of integers, `[..., rows, columns]`; or
+        None.
       block: inputs and outputs that one entry of the mask covers.
 
     Example:
@@ -46,6 +54,8 @@ class Sparse(Leaf):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.mask is None:
+            return self.values.shape
         *stack, rows, columns = self.mask.shape
         return (*stack, rows * self.block[0], columns * self.block[1])
 
@@ -53,19 +63,33 @@ class Sparse(Leaf):
     def dtype(self) -> np.dtype:
         return self.values.dtype
 
-    def inner_moments(self, field: str, moments: Moments | None) -> None:
-        """Return None: row i of the values belongs to another input in every column."""
-        del field, moments
+    def inner_moments(self, field: str, moments: Any) -> Any:
+        """Return moments and mask, where the inputs have a second moment."""
+        if field != "values" or not isinstance(moments, Moments) or moments.looked_up:
+            return None
+        return None if self.mask is None else Masked(moments, self.kept)
+
+    def with_parts(self, **parts: Any) -> "Sparse":
+        """Return the leaf with other parts; values of the whole shape need no mask."""
+        new = dataclasses.replace(self, **parts)
+        values = new.values.shape
+        if new.mask is None or values != self.shape or values == self.values.shape:
+            return new
+        return dataclasses.replace(new, mask=None, block=(1, 1))
 
     @property
     def kept(self) -> jax.Array:
         """Boolean `[..., inputs, outputs]`: where the weights stay."""
+        if self.mask is None:
+            return dense(self.values) != 0
         mask = dense(self.mask) > 0
         for axis, size in zip((-2, -1), self.block, strict=True):
             mask = jnp.repeat(mask, size, axis=axis) if size > 1 else mask
         return mask
 
     def materialize(self) -> jax.Array:
+        if self.mask is None:
+            return dense(self.values)
         return _filled(dense(self.values), self.kept)
 
 
@@ -106,52 +130,12 @@ def sparse(
         most = counts if by_output else jnp.sum(counts, axis=-1)
         kept = int(jnp.max(most))
     if by_output:
-        values = _closed_up(x, mask, kept)
+        values = gather(x, mask, (*x.shape[:-2], kept, x.shape[-1]))
     else:
-        values = _closed_up(_by_output(x), _by_output(mask), kept)
+        values = gather(x, mask, (*x.shape[:-2], kept, 1))
     bits = mask[..., :: block[0], :: block[1]].astype(jnp.uint8)
     # Unsigned and not boolean: integer codes are what entropy coding looks for.
     return Sparse(values, pack_bits(bits, 1), block)
 
 
-def _by_output(x: jax.Array) -> jax.Array:
-    """Reshape `[..., inputs, outputs]` to one column `[..., outputs * inputs, 1]`."""
-    *stack, inputs, outputs = x.shape
-    return jnp.swapaxes(x, -1, -2).reshape((*stack, inputs * outputs, 1))
-
-
-def _places(mask: jax.Array) -> jax.Array:
-    return jnp.cumsum(mask, axis=-2, dtype=jnp.int32) - 1
-
-
-@jax.jit
-def _filled(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return values `[..., kept, outputs or 1]` where the mask has them, zeros
-    elsewhere.
-    """
-    *stack, inputs, outputs = mask.shape
-    if not values.shape[-2]:
-        return jnp.zeros(mask.shape, values.dtype)
-    if values.shape[-1] == outputs:
-        return _spread_out(values, mask)
-    column = _spread_out(values, _by_output(mask))
-    return jnp.swapaxes(column.reshape((*stack, outputs, inputs)), -1, -2)
-
-
-def _spread_out(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return each column of `[..., kept, columns]` to the places of `[..., rows,
-    columns]`.
-    """
-    where = jnp.maximum(_places(mask), 0)
-    return jnp.where(mask, jnp.take_along_axis(values, where, axis=-2), 0)
-
-
-def _closed_up(x: jax.Array, mask: jax.Array, kept: int) -> jax.Array:
-    """Return inverse: `[..., kept, columns]`; the gap at the end, if any, is zeros."""
-    where = jnp.where(mask, _places(mask), kept)
-    empty = jnp.zeros((*x.shape[:-2], kept, x.shape[-1]), x.dtype)
-    rest = [
-        jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in range(x.ndim)
-    ]
-    rest[-2] = where
-    return empty.at[tuple(rest)].set(x, mode="drop")
+_filled = jax.jit(fill)

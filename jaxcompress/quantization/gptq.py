@@ -9,10 +9,13 @@ import jax.numpy as jnp
 
 from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import (
+    damped,
+    descend,
     each_slice,
     feed_back,
     inverse_factor,
 )
+from jaxcompress.calibration.masked import Masked, fill, gather
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.coding.packing import pack_bits
 from jaxcompress.quantization.grids import (
@@ -28,6 +31,7 @@ from jaxcompress.quantization.nearest import asymmetric, sign_split, symmetric
 from jaxcompress.quantization.number_formats import FORMAT_METHODS, FORMATS, to_format
 from jaxcompress.tree.methods import method, only
 
+SWEEPS = 2  # of coordinate descent after a mask; a third gains a hundredth
 NEAREST = {"symmetric": symmetric, "asymmetric": asymmetric, "sign_split": sign_split}
 
 
@@ -46,10 +50,10 @@ def _without_data(options: dict[str, Any]) -> Any:
     return NEAREST.get(grid, symmetric)(**only(options, "bits"), **kept)
 
 
-@method(data=True, without_data=_without_data)
+@method(data=True, without_data=_without_data, masked=True)
 def gptq(
     x: jax.Array,
-    moments: Moments | None = None,
+    moments: Moments | Masked | None = None,
     *,
     bits: Any = None,
     block: Block = None,
@@ -77,9 +81,15 @@ def gptq(
     to nearest, output error smaller. Codes may differ in a few places between
     machines, by rounding.
 
+    After pruning, the weights that stay are quantized: those that were dropped stay
+    zero, and their error is propagated with the others' (SparseGPT, section 3.5). Two
+    sweeps of coordinate descent over the codes follow, because rows that were replaced
+    early counted on weights that stay zero.
+
     Args:
       x: floating-point weights `[..., inputs, outputs]`.
-      moments: of the inputs; `second`, or `drifted` and `cross`.
+      moments: of the inputs; `second`, or `drifted` and `cross`; or `Masked`, where `x`
+        are the weights that a mask keeps.
       bits: as the grid's nearest method takes them; a number format has its own.
       block: inputs that share a step; None: all, or the format's own; "tensor": the
         matrix.
@@ -99,19 +109,26 @@ def gptq(
       >>> small = jc.compress(params, "gptq(bits=3, block=32)", moments)
 
     Source: Frantar et al. 2022 (arXiv 2210.17323); the corrected target as in GPTAQ
-    and Qronos (arXiv 2505.11695).
+    and Qronos (arXiv 2505.11695); masks as in Frantar and Alistarh 2023, "SparseGPT"
+    (arXiv 2301.00774, section 3.5).
     """
     checks.one_of("gptq", "order", order, ("activation", "natural"))
     checks.fraction("gptq", "damping", damping)
-    moment = require(moments, x, "gptq", fields=())
-    target, second = moment.target_problem(x, "gptq", damping=damping)
     start = _start(x, grid, bits, block=block, search=search, scale_dtype=scale_dtype)
     wide = spread(start.steps, start.block, x.shape[-2])
     wide = jax.tree.map(lambda s: jnp.broadcast_to(s, x.shape), wide)
+    mask, shape = None, x.shape
+    if isinstance(moments, Masked):
+        moments, mask = moments.moments, moments.mask
+        x, wide = jax.tree.map(lambda a: fill(a, mask), (x, wide))
+    moment = require(moments, x, "gptq", fields=())
+    target, second = moment.target_problem(x, "gptq", damping=damping)
     one = functools.partial(
         feed_codes, grid=start.grid, bits=start.bits, order=order, damping=damping
     )
-    codes = each_slice(one, target.astype(jnp.float32), second, wide)
+    codes = each_slice(one, target.astype(jnp.float32), second, wide, mask)
+    if mask is not None:
+        codes = gather(codes, mask, shape)
     width = GRIDS[start.grid].width(start.bits)
     return dataclasses.replace(start, codes=pack_bits(codes, width))
 
@@ -137,24 +154,49 @@ def feed_codes(
     x: jax.Array,
     second: jax.Array,
     steps: Steps,
+    mask: jax.Array | None = None,
     *,
     grid: str,
     bits: Any,
     order: str,
     damping: float,
 ) -> jax.Array:
-    """Return codes uint8 `[inputs, outputs]` of one slice."""
+    """Return codes uint8 `[inputs, outputs]` of one slice; where a mask is false they
+    stand for zero and mean nothing.
+    """
     first = jnp.arange(x.shape[0])
     if order == "activation":
         first = jnp.argsort(-jnp.diagonal(second))
     factor = inverse_factor(second[first][:, first], damping=damping)
-    ordered = jax.tree.map(lambda s: s[first], steps)
+    ordered, kept = jax.tree.map(lambda s: s[first], (steps, mask))
 
     def replace(aux: Any, j: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
         del aux
-        row_steps = jax.tree.map(lambda s: s[jnp.minimum(j, x.shape[0] - 1)], ordered)
+        j = jnp.minimum(j, x.shape[0] - 1)
+        row_steps = jax.tree.map(lambda s: s[j], ordered)
+        if kept is not None:  # steps of dropped weights are zero
+            row_steps = jax.tree.map(
+                lambda s: jnp.where(kept[j], s, jnp.ones_like(s)), row_steps
+            )
         codes = encode(row, row_steps, grid=grid, bits=bits)
-        return decode(codes, row_steps, grid=grid, bits=bits), codes
+        value = decode(codes, row_steps, grid=grid, bits=bits)
+        return value if kept is None else jnp.where(kept[j], value, 0), codes
 
     codes = feed_back(x[first], factor, replace)
-    return jnp.zeros_like(codes).at[first].set(codes, unique_indices=True)
+    codes = jnp.zeros_like(codes).at[first].set(codes, unique_indices=True)
+    if mask is None:
+        return codes
+    steps = jax.tree.map(lambda s: jnp.where(mask, s, jnp.ones_like(s)), steps)
+    value = jnp.where(mask, decode(codes, steps, grid=grid, bits=bits), 0)
+
+    def nearest(j: jax.Array, row: jax.Array) -> jax.Array:
+        j = jnp.minimum(j, x.shape[0] - 1)
+        row_steps = jax.tree.map(lambda s: s[j], steps)
+        codes = encode(row, row_steps, grid=grid, bits=bits)
+        value = decode(codes, row_steps, grid=grid, bits=bits)
+        return jnp.where(mask[j], value, 0)
+
+    wide = damped(second, damping)
+    for _ in range(SWEEPS):
+        value = descend(x, value, wide, nearest)
+    return encode(value, steps, grid=grid, bits=bits)

@@ -12,6 +12,7 @@ import scipy.linalg.lapack
 
 from jaxcompress import checks
 from jaxcompress.calibration.error_feedback import damped, feed_back, inverse_factor
+from jaxcompress.calibration.masked import Masked, fill
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.calibration.output_feedback import (
     count_groups,
@@ -34,10 +35,10 @@ LARGEST = 2.0**14  # levels of a row; sixteen bits hold them
 SAMPLE = 192  # outputs on which the step is first sought
 
 
-@method(traceable=False, data=True)
+@method(traceable=False, data=True, masked=True)
 def rate_distortion(
     x: jax.Array,
-    moments: Moments | None = None,
+    moments: Moments | Masked | None = None,
     *,
     rate: float | Sequence[float],
     states: int = 128,
@@ -61,15 +62,21 @@ def rate_distortion(
     (`measure_curvatures`) outputs whose errors do more are quantized finer; with joint
     ones errors are fed into outputs too, where they cancel (`output_feedback`).
 
+    After pruning, dropped weights stay zero, with their error propagated. The leaf then
+    holds the whole matrix: its coded zeros take no more bits than a mask. A trellis
+    cannot pass by weights that must be zero: `states=0` is needed.
+
     Slices are searched in threads, and on all the devices that hold `x`: replicate or
     shard a stack over several for it to be done on each of them.
 
     Args:
       x: floating-point weights `[..., inputs, outputs]`; one search per slice.
       moments: of the inputs; `second`, or `drifted` and `cross`; `curvatures` and
-        `joint_curvatures` of the outputs.
+        `joint_curvatures` of the outputs; or `Masked`, where `x` are the weights that a
+        mask keeps.
       rate: bits per weight in the file, above 0 and at most 12; or one number for each
-        slice of a stack.
+        slice of a stack. After pruning, bits per weight that stays, its position
+        included.
       states: of the trellis, 8 to 256 in powers of two; more gain less and less and
         cost time here, none in decoding. 0: rounding.
       order: "pivoted" keeps for last what is least explained by what follows it
@@ -91,9 +98,19 @@ def rate_distortion(
       >>> small = jc.rate_distortion(x, of_x, rate=3.0, states=8)
 
     Source: "WaterSIC" (2026, arXiv 2603.04956) for steps and shrinkage, YAQA (arXiv
-    2505.22988) for feedback on both sides; pivots, trellis and contexts are additions,
-    the trellis that of `trellis`.
+    2505.22988) for feedback on both sides, SparseGPT (arXiv 2301.00774, section 3.5)
+    for masks; pivots, trellis and contexts are additions, the trellis that of
+    `trellis`.
     """
+    mask, share = None, 1.0
+    if isinstance(moments, Masked):
+        if states:
+            raise ValueError(
+                f"rate_distortion takes states=0 after pruning, not {states!r}: levels "
+                "of a trellis are not free to be zero where the mask wants it"
+            )
+        mask, share = moments.mask, x.size / moments.mask.size
+        x, moments = fill(x, mask), moments.moments
     lead, inputs = x.shape[:-2], x.shape[-2]
     rates, count = np.asarray(rate, np.float64), math.prod(lead)
     if not (rates.size and ((rates > 0) & (rates <= 12)).all()):
@@ -103,7 +120,7 @@ def rate_distortion(
             f"{rates.size} rates for a stack of {count} slices; give one number, or "
             "one for each slice"
         )
-    rates = np.broadcast_to(rates, count).tolist()
+    rates = (share * np.broadcast_to(rates, count)).tolist()
     checks.one_of("rate_distortion", "states", states, (0, *trellis.CHECKS))
     checks.one_of("rate_distortion", "order", order, ORDERS)
     checks.fraction("rate_distortion", "damping", damping)
@@ -121,7 +138,7 @@ def rate_distortion(
     finer = finer.reshape(count, -1)
     flat = [
         None if a is None else np.asarray(a).reshape(-1, *a.shape[-2:])
-        for a in (x32, second)
+        for a in (x32, second, mask)
     ]
     scales = rate_coded.packed_scales(scales)
     side = rate_coded.scale_bits(scales) / x.shape[-2]
@@ -130,7 +147,7 @@ def rate_distortion(
 
     def one(i: int) -> tuple[np.ndarray, np.ndarray]:
         each = [None if a is None else a[i] for a in flat]
-        weights, moment = jax.device_put(each, devices[i % len(devices)])
+        weights, moment, kept = jax.device_put(each, devices[i % len(devices)])
         options = {"order": order, "damping": damping}
         prepared = prepare(weights, moment, **options)
         size = float(jnp.mean(jnp.square(weights)))
@@ -142,7 +159,9 @@ def rate_distortion(
         if joint is not None:
             _, *between = stretched(output_feedback(joint[i]), finer[i])
             between = jax.device_put(between, devices[i % len(devices)])
-        return _search(*prepared, between, rates[i] - side, states, count)
+        if kept is not None:
+            kept = kept[jnp.asarray(prepared[2])]
+        return _search(*prepared, between, kept, rates[i] - side, states, count)
 
     results = in_order(precise(one), range(count))  # threads start without it
     levels, steps = (np.stack(part) for part in zip(*results, strict=True))
@@ -229,6 +248,7 @@ def sweep(
     factor: jax.Array,
     scale: jax.Array,
     between: Sequence[jax.Array] | None = None,
+    mask: jax.Array | None = None,
     *,
     states: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -238,6 +258,7 @@ def sweep(
       x, factor: as `prepare` gives them.
       scale: what an output's error in the factor's units is quantized to.
       between: matrix and moves of `OutputFeedback`, for feedback between outputs.
+      mask: where levels may be other than zero, like `x`; only without states.
     """
     outputs = x.shape[1]
     count, places = trellis.walks(outputs)
@@ -259,7 +280,7 @@ def sweep(
 
     def one_group(carry: tuple, group: tuple) -> tuple[tuple, jax.Array]:
         errors, state = carry  # of all outputs, group after group; of the walks
-        start, row, moves = group
+        start, row, moves, kept = group
         target = row - errors @ moves
         if states:
             target = target.reshape(count, -1).T
@@ -267,23 +288,27 @@ def sweep(
             levels = levels.T.reshape(-1).astype(row.dtype)
         else:
             levels = jnp.round(target)
+        levels = jnp.where(kept, levels, 0)
         errors = jax.lax.dynamic_update_slice(errors, levels - row, (start,))
         return (errors, state), levels
 
     def replace(aux: Any, j: jax.Array, row: jax.Array) -> tuple[jax.Array, Any]:
         del aux
-        step = steps[jnp.minimum(j, x.shape[0] - 1)]
+        j = jnp.minimum(j, x.shape[0] - 1)
+        step = steps[j]
+        kept = jnp.ones(outputs, bool) if mask is None else mask[j]
         step = stored(jnp.maximum(step, jnp.max(jnp.abs(row)) / LARGEST))
         row = row / step
         if between is None:
-            levels = nearest(row)
+            levels = jnp.where(kept, nearest(row), 0)
             size, along = jnp.sum(levels * levels), jnp.sum(levels * row)
         else:
             matrix, moves = between
             groups, _, width = moves.shape
             row = row.reshape(width, groups).T
             carry = jnp.zeros(outputs, row.dtype), jnp.zeros(count, jnp.int32)
-            parts = jnp.arange(groups) * width, row, moves
+            kept = kept.reshape(width, groups).T
+            parts = jnp.arange(groups) * width, row, moves, kept
             _, levels = jax.lax.scan(one_group, carry, parts)
             counted = (levels.reshape(-1) @ matrix).reshape(levels.shape)
             size, along = jnp.sum(counted * levels), jnp.sum(counted * row)
@@ -300,6 +325,7 @@ def _search(
     factor: jax.Array,
     first: jax.Array,
     between: Sequence[jax.Array] | None,
+    mask: jax.Array | None,
     rate: float,
     states: int,
     slices: int,
@@ -322,6 +348,7 @@ def _search(
             factor,
             jnp.float32(2.0**log_scale),
             between if stride == 1 else None,
+            None if mask is None else mask[:, ::stride],
             states=states,
         )
         levels, steps = np.asarray(levels)[back], np.asarray(steps)[back]

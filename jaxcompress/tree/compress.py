@@ -197,6 +197,11 @@ def _run(
             message = str(error)
             if message.startswith(entry.name):
                 raise
+            if hasattr(entry.moments, "mask") and "got none" in message:
+                message = (
+                    f"{describe(f)} cannot use moments after pruning; gptq and "
+                    "rate_distortion can, and methods without data need none"
+                )
             raise type(error)(f"{entry.name}: {message}") from error
         if _gains_nothing(f, entry.value, new):
             reasons.setdefault(entry.root, f"{describe(f)} makes it no smaller")
@@ -267,6 +272,8 @@ def _apply(f: Method, entry: Entry) -> Any:
         )
     _check_finite(x)
     moments = entry.moments if traits(f).data else None
+    if hasattr(moments, "mask") and not traits(f).masked:
+        moments = None  # as the weights that stay are no matrix of inputs any more
     if moments is not None and hasattr(moments, "checked"):
         moments = moments.checked(entry.name)
     matrix = entry.matrix(x)

@@ -173,6 +173,12 @@ class Leaf(ArrayAccess, meta.AxisMetadata):
         del field
         return moments
 
+    def with_parts(self: T, **parts: Any) -> T:
+        """Return the leaf with other data fields, as a stage of a recipe makes them; a
+        type that then needs fewer of them overrides it.
+        """
+        return dataclasses.replace(self, **parts)
+
     def unbox(self) -> jax.Array:
         """Return the dense array for the layer that asks: Flax calls it, through
         `param`.

@@ -43,6 +43,7 @@ class Traits:
     more; "codes": integer arrays inside leaves; "floats": every floating-point array.
     `traceable`: output shapes depend on shapes and options only, so it may be jitted.
     `data`: it reads moments, whether it needs them or not; others get None.
+    `masked`: it takes the moments of pruned weights (`Masked`) too; others get None.
     `without_data`: the method that takes its place where inputs have no second moment;
     None: it needs none.
     """
@@ -51,6 +52,7 @@ class Traits:
     traceable: bool | Callable[[dict[str, Any]], bool]
     data: bool
     without_data: Any = None
+    masked: bool = False
 
 
 def precise(function: Callable[Options, Result]) -> Callable[Options, Result]:
@@ -81,6 +83,7 @@ def method(
     traceable: bool | Callable[[dict[str, Any]], bool] = ...,
     data: bool = ...,
     without_data: Callable[[dict[str, Any]], Method] | None = ...,
+    masked: bool = ...,
 ) -> Callable[[Callable[Options, Result]], RegisteredMethod[Options, Result]]: ...
 
 
@@ -92,6 +95,7 @@ def method(
     traceable: bool | Callable[[dict[str, Any]], bool] = True,
     data: bool = False,
     without_data: Callable[[dict[str, Any]], Method] | None = None,
+    masked: bool = False,
 ) -> Any:
     """Register `f(x, moments=None, *, options) -> leaf` under its name.
 
@@ -110,6 +114,7 @@ def method(
       data: whether it reads moments, required or not; without, it gets None.
       without_data: for a method that needs moments, `(options) -> method` of the same
         width or sparsity that needs none; the method's options as they were given.
+      masked: whether it takes the weights that pruning left with `Masked` moments.
 
     Example:
       >>> @jc.method()
@@ -151,7 +156,7 @@ def method(
                 )
             return precisely(x, moments, **options)
 
-        call.__dict__["traits"] = Traits(selects, traceable, data, without_data)
+        call.__dict__["traits"] = Traits(selects, traceable, data, without_data, masked)
         call.__dict__["__signature__"] = inspect.signature(function)
         if name in _METHODS and _METHODS[name].__module__ != function.__module__:
             raise ValueError(f"a method named {name} exists: {_METHODS[name]}")

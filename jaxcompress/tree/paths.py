@@ -167,7 +167,7 @@ def map_entries(
                 changed[field] = walk(child, below, depth + 1, root, **inner)
             if all(new is getattr(node, field) for field, new in changed.items()):
                 return node
-            return dataclasses.replace(node, **changed)
+            return node.with_parts(**changed)
         named, treedef = ([], None) if isinstance(node, Leaf) else children(node)
         if treedef is None or (len(named) == 1 and named[0][1] is node):
             if not hasattr(node, "dtype"):
