@@ -122,7 +122,8 @@ def layers(report: Iterable[Any], *, title: str = "Bits and errors by leaf") -> 
             label="of outputs",
         )
     right.set_xlabel("relative error")
-    right.set_xlim(left=0)
+    largest_error = max(max(row.relative_error, row.output_error or 0) for row in rows)
+    right.set_xlim(0, 1.08 * largest_error)  # markers are whole at the edge
     right.legend(frameon=False)
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.25)
@@ -163,7 +164,7 @@ def spectra(
         )
     axes.set(yscale="log", title=title, xlim=(0, 1))
     axes.set_xlabel("rank, as a fraction of full rank")
-    axes.set_ylabel("energy left out")
+    axes.set_ylabel("share of the squared weights left out")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=7)
     return figure
@@ -199,10 +200,13 @@ def histograms(
         before = _sampled(x)
         spread = max(float(np.std(before)), 1e-12)
         bins = np.linspace(-4 * spread, 4 * spread, 161)
-        axes.hist(before, bins, color=COLORS[5], density=True, label="before")
-        if name in later:
-            after = _sampled(_slice(dense(later[name])))
-            axes.hist(
+        counts, *_ = axes.hist(
+            before, bins, color=COLORS[5], density=True, label="before"
+        )
+        name_of_leaf = name.removesuffix("[0]")
+        if name_of_leaf in later:
+            after = _sampled(_slice(dense(later[name_of_leaf])))
+            counts_after, *_ = axes.hist(
                 after,
                 bins,
                 color=COLORS[1],
@@ -210,9 +214,17 @@ def histograms(
                 histtype="step",
                 label="after",
             )
+            middle = len(counts_after) // 2
+            zeros, counts_after[middle] = counts_after[middle], 0
+            top = 1.1 * max(counts.max(), counts_after.max())
+            if zeros > 3 * top:  # pruned: zeros would hide the others
+                axes.set_ylim(0, top)
+                name = f"{name}, after: {np.mean(after == 0):.0%} zero"
         axes.set_title(name, fontsize=8)
         axes.set_yticks([])
+        axes.set_ylabel("density", fontsize=7)
         axes.set_xlabel("weight", fontsize=7)
+        axes.tick_params(labelsize=7)
     for axes in grid[len(chosen) :]:
         axes.set_axis_off()
     if small is not None:
@@ -262,7 +274,7 @@ def masks(
 def _matrices(
     params: Params, names: Sequence[str] | None
 ) -> list[tuple[str, jax.Array]]:
-    """Name and first slice of the leaves that a picture shows."""
+    """Name and first slice, as `[0]`, of the leaves that a picture shows."""
     leaves: Mapping[str, Any] = dict(roots(params))
     if names is None:
         large = [n for n, x in leaves.items() if x.ndim > 1 and min(x.shape[-2:]) > 1]
@@ -276,7 +288,10 @@ def _matrices(
             raise ValueError(f"{name} has shape {leaves[name].shape}: it is no matrix")
     if not names:
         raise ValueError("the tree has no matrix to plot")
-    return [(name, _slice(dense(leaves[name]))) for name in names]
+    return [
+        (name + "[0]" * (leaves[name].ndim > 2), _slice(dense(leaves[name])))
+        for name in names
+    ]
 
 
 def _slice(x: jax.Array) -> jax.Array:

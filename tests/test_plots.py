@@ -52,6 +52,7 @@ def test_bits_and_errors_of_leaves(params):
     assert bar.get_width() == pytest.approx(stored)
     (line,) = right.lines
     assert line.get_xdata()[0] == row.relative_error > 0
+    assert right.get_xlim()[1] > 1.05 * row.relative_error  # the marker is whole
 
 
 def test_energy_left_out_ends_at_the_last_value():
@@ -66,6 +67,20 @@ def test_histograms_show_the_steps_of_codes(params):
     axes = drawn(plots.histograms(params, small))[0]
     counts, _ = np.histogram(jc.materialize(small)["mlp"]["kernel"], 161)
     assert axes.get_title() == "mlp/kernel" and (counts > 0).sum() < 161
+
+
+def test_zeros_of_a_pruned_leaf_do_not_hide_the_others(params):
+    small = jc.compress(params, "magnitude(sparsity=0.75)")
+    axes = drawn(plots.histograms(params, small))[0]
+    counts, *_ = np.histogram(params["mlp"]["kernel"], 161, density=True)
+    assert axes.get_title() == "mlp/kernel, after: 75% zero"
+    assert axes.get_ylim()[1] < 2 * counts.max()
+
+
+def test_the_first_layer_of_a_stack_is_drawn_and_said(params):
+    stacked = jax.tree.map(lambda x: jax.numpy.stack([x, 2 * x]), params)
+    axes = drawn(plots.histograms(stacked, stacked, ["mlp/kernel"]))[0]
+    assert axes.get_title() == "mlp/kernel[0]" and len(axes.patches) == 162
 
 
 def test_masks_tell_the_share_that_stays(params):

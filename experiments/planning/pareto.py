@@ -39,6 +39,7 @@ STATES = 8  # of the trellis; more would make every row of rates better alike
 @dataclasses.dataclass(frozen=True)
 class Config(OnText):
     windows: int = 32  # of each text
+    only: str = ""  # rows whose group and setting hold this, or one of "this;that"
     also: str = "docstrings"  # or "docstrings,plays": further texts to measure on
     results: str = "experiments/planning/results/pareto.jsonl"
 
@@ -197,7 +198,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     make, results = Makers(original, inputs), Results(config, model=original.name)
     for (group, setting), maker in variants(make, parts.calibration).items():
         label = {"group": group, "setting": setting}
-        if config.only not in f"{group}, {setting}":
+        if not any(x in f"{group}, {setting}" for x in config.only.split(";")):
             continue
         if results.holds(model=original.name, **label):
             continue

@@ -12,6 +12,7 @@ import jax
 from jaxcompress.reporting.tables import leaf_table, render, table
 from jaxcompress.storage.checkpoint import open_checkpoint, save
 from jaxcompress.tree.compress import chain, compress
+from jaxcompress.tree.generic_leaves import Reshaped
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import Leaf
 from jaxcompress.tree.methods import describe, traits
@@ -102,6 +103,7 @@ def report(
 
 
 def _kind(value: Any) -> str:
+    value = value.inner if isinstance(value, Reshaped) else value
     return type(value).__name__ if isinstance(value, Leaf) else ""
 
 
