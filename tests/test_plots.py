@@ -66,7 +66,7 @@ def test_histograms_show_the_steps_of_codes(params):
     small = jc.compress(params, "symmetric(bits=2)")
     axes = drawn(plots.histograms(params, small))[0]
     counts, _ = np.histogram(jc.materialize(small)["mlp"]["kernel"], 161)
-    assert axes.get_title() == "mlp/kernel" and (counts > 0).sum() < 161
+    assert axes.get_title().startswith("mlp/kernel") and (counts > 0).sum() < 161
 
 
 def test_zeros_of_a_pruned_leaf_do_not_hide_the_others(params):
@@ -80,7 +80,7 @@ def test_zeros_of_a_pruned_leaf_do_not_hide_the_others(params):
 def test_the_first_layer_of_a_stack_is_drawn_and_said(params):
     stacked = jax.tree.map(lambda x: jax.numpy.stack([x, 2 * x]), params)
     axes = drawn(plots.histograms(stacked, stacked, ["mlp/kernel"]))[0]
-    assert axes.get_title() == "mlp/kernel[0]" and len(axes.patches) == 162
+    assert axes.get_title() == "mlp/kernel[0]" and len(axes.patches) == 161
 
 
 def test_masks_tell_the_share_that_stays(params):
