@@ -19,6 +19,7 @@ from jaxcompress.models.saved import save
 from jaxcompress.reporting import grouped
 from jaxcompress.shrinking import calibration
 from jaxcompress.shrinking.efforts import choose_effort
+from jaxcompress.shrinking.goals import parse_goal
 from jaxcompress.shrinking.shrink import plan_recipe, shrink
 from jaxcompress.shrinking.stages import Stages
 from jaxcompress.shrinking.store import Store
@@ -72,8 +73,12 @@ def _by_goal(options: argparse.Namespace, goal: dict[str, Any]) -> None:
         forecast_(options, goal)
         return
     start = time.perf_counter()
+    parse_goal(*(goal.get(name) for name in GOALS), weights=1)
+    model, params, tokenizer = load(options.model)
+    _check_tokenizer(options, tokenizer)
     small = shrink(
-        options.model,
+        *stacked(model, params),
+        tokenizer,
         **goal,
         text=None if options.calibrate is None else Path(options.calibrate),
         effort=options.effort,
@@ -116,12 +121,23 @@ def _by_goal(options: argparse.Namespace, goal: dict[str, Any]) -> None:
     _append(options, row)
 
 
+def _check_tokenizer(options: argparse.Namespace, tokenizer: Any) -> None:
+    """Raise ValueError where a text is given that nothing reads."""
+    if tokenizer is None and (options.text or options.calibrate):
+        given_option = "--text" if options.text else "--calibrate"
+        raise ValueError(
+            f"{options.model} has no tokenizer, which {given_option} needs; add its "
+            "files to the directory, or leave the option out"
+        )
+
+
 def _by_recipe(
     options: argparse.Namespace, stages: list[Any], recipe: list[Any]
 ) -> None:
     seconds = {}
     clock = time.perf_counter()
     model, params, tokenizer = load(options.model, scan=False)
+    _check_tokenizer(options, tokenizer)
     layouts = None
     if names_stacks(stages):
         model, params = stacked(model, params)

@@ -22,6 +22,7 @@ from jaxcompress.storage.resume import digest
 from jaxcompress.tracing.layouts import find_layouts
 from jaxcompress.tree.compress import is_compressed
 from jaxcompress.tree.layouts import Layout
+from jaxcompress.tree.paths import Entry
 from jaxcompress.tree.selection import planned_entries
 from jaxcompress.types import Params, Progress
 
@@ -92,6 +93,7 @@ def prepare(
         data = calibration.other_data(batches)
     layouts = find_kernel_layouts(subject, data)
     planned = planned_entries(subject.params, None, None)
+    _check_axes(planned, layouts)
     writes = subject.language and source is None and needs
     amount = estimate(subject, planned, layouts, chosen, writes=writes, tries=tries)
     stages.say(f"{grouped(subject.weights)} weights; {describe_estimate(*amount)}")
@@ -137,6 +139,18 @@ def prepare(
             return measure_quality(subject, attempt.params, data.held_out)
 
     return Prepared(Planner(coder, chosen, measure), data)
+
+
+def _check_axes(planned: list[Entry], layouts: Mapping[str, Layout]) -> None:
+    """Raise ValueError where nothing says which axes of a kernel are inputs."""
+    for entry in planned:
+        shape = entry.value.shape
+        if len(shape) > 2 and entry.name not in layouts:
+            raise ValueError(
+                f"{entry.name} has shape {shape}, and without an example which axes "
+                "are inputs, outputs or layers is unknown; pass batches=, from which a "
+                "trace finds out"
+            )
 
 
 def _token_rows(batches: Iterable[Any]) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxcompress.calibration.damage import divergence
 from jaxcompress.calibration.moments import Moments
@@ -29,6 +30,8 @@ from jaxcompress.tree.leaf import nbytes
 from jaxcompress.tree.paths import roots
 from jaxcompress.tree.record import leaf_reports
 from jaxcompress.types import Params, Progress, Rule
+
+CHANGED = 0.25  # of the weights, by root mean square: what a caller should know
 
 
 def shrink(
@@ -96,6 +99,7 @@ def shrink(
     """
     key = jax.random.key(0) if key is None else key
     chosen = choose_effort(effort)
+    parse_goal(size, bits_per_weight, kl, 1)  # before a large model is read
     subject = read_dense(model, params, tokenizer)
     goal = parse_goal(size, bits_per_weight, kl, subject.weights)
     if goal.file_bytes is not None:
@@ -157,6 +161,12 @@ def shrink(
             f"{grouped(attempt.file_bytes)} bytes is the nearest that was found below "
             f"{grouped(goal.file_bytes)}"
         )
+    report = _report(subject, attempt, moments, layouts)
+    if quality is None and (change := _change(report)) > CHANGED:
+        notes.append(
+            f"weights changed by {change:.0%} (root mean square) and nothing was "
+            "measured; effort='good' measures, and loses less"
+        )
     predicted = None
     if moments is not None:
         later = dict(roots(attempt.params))
@@ -166,7 +176,7 @@ def shrink(
         params=attempt.params,
         tokenizer=subject.tokenizer,
         recipe=attempt.rules,
-        report=_report(subject, attempt, moments, layouts),
+        report=report,
         file_bytes=attempt.file_bytes,
         predicted_file_bytes=limit,
         kl=None if quality is None else quality.kl,
@@ -260,6 +270,14 @@ def _lossless(subject: Subject, limit: int, metadata: dict[str, Any]) -> Shrunk 
         stages={},
         subject=subject,
     )
+
+
+def _change(report: LeafTable) -> float:
+    """Return root mean square of the relative errors of the weights that changed."""
+    rows = [row for row in report if row.relative_error]
+    weights = [math.prod(row.shape) for row in rows]
+    squares = [row.relative_error**2 for row in rows]
+    return math.sqrt(np.average(squares, weights=weights)) if rows else 0.0
 
 
 def _report(

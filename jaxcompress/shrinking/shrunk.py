@@ -11,7 +11,7 @@ from jaxcompress.shrinking.subject import Subject
 from jaxcompress.types import Params, Rule
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Shrunk:
     """A small model, measured.
 
@@ -56,7 +56,7 @@ class Shrunk:
     notes: tuple[str, ...]
     metadata: Mapping[str, Any]
     stages: Mapping[str, Mapping[str, float | None]]
-    subject: Subject = dataclasses.field(repr=False)
+    subject: Subject
 
     @property
     def bits_per_weight(self) -> float:
@@ -88,3 +88,5 @@ class Shrunk:
                     f"{row['kl']:.4g}"
                 )
         return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__

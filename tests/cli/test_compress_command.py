@@ -13,6 +13,7 @@ from jaxcompress import storage
 from jaxcompress.cli import compressing, main
 from jaxcompress.cli.recipes import read_recipe
 from jaxcompress.models import loading
+from jaxcompress.models.saved import save
 from jaxcompress.reporting import render, table
 
 
@@ -97,6 +98,17 @@ def test_models_of_other_programs_are_named(run, folder):
     assert "PyTorch" in run("verify", "model.pt", code=2)
     assert "no config.json" in run("generate", "empty", "--prompt", "a", code=2)
     assert run("verify", "nofile", code=2) == "jaxcompress: no file at nofile\n"
+
+
+def test_a_text_needs_a_tokenizer(run, folder):
+    model, params, _ = loading.load(folder / "dense.safetensors")
+    save(folder / "mute.safetensors", model, params)
+    for goal in ([], ["--size", "70kB"]):
+        for option in ("--text", "--calibrate"):
+            options = ("mute", *goal, option, "text.txt", "--quiet")
+            err = run("compress", "mute.safetensors", *options, code=2)
+            assert f"no tokenizer, which {option} needs" in err
+    assert not (folder / "mute").exists()
 
 
 def test_an_interruption_is_one_line_and_130(run, monkeypatch):

@@ -79,9 +79,21 @@ def test_an_nnx_module_brings_its_parameters():
     assert ready["first"]["kernel"].shape == kernel.shape
 
 
+def test_axes_of_a_convolution_are_found_in_an_example():
+    kernel = np.zeros((3, 3, 16, 32), np.float32)
+    params = {"first": {"kernel": kernel}}
+    with pytest.raises(ValueError, match=r"first/kernel.*pass batches="):
+        jc.shrink(
+            lambda params, x: x, params, size=9_000, effort="quick", progress=False
+        )
+
+
 def test_without_data_only_quick_is_there():
     module = Module(nnx.Rngs(0))
     with pytest.raises(ValueError, match="batches="):
         jc.shrink(module, size=16_000, progress=False)
     small = jc.shrink(module, size=16_000, effort="quick", progress=False)
     assert small.file_bytes <= 16_000 and small.kl is None
+    assert not small.notes and repr(small) == str(small)
+    small = jc.shrink(module, size=5_000, effort="quick", progress=False)
+    assert "nothing was measured" in str(small)
