@@ -24,6 +24,7 @@ OPTIONS = {
     "coding.lossless": {"only": "zstd 3"},
     "coding.quantized_codes": {"rates": (2.05,)},
     "factorization.low_rank": {"only": "weighted"},
+    "planning.pareto": {"only": "nearest, 2 bits;trim, planned rates, 2 bits"},
     "pruning.structured": {"only": "layers"},
     "storage.delta": {"kinds": "bfloat16"},
     "tokenization.kinds": {"kinds": "bpe,word,HF bpe"},
@@ -67,6 +68,14 @@ def layers_removed(rows):
     assert row["parameters"] < 0.8 * row["dense_parameters"]
     assert row["bytes"] < 0.8 * row["dense_bytes"]
     assert row["rise"] > 0
+
+
+@finds("planning.pareto")
+def points_are_files_that_were_loaded(rows):
+    nearest, trimmed = rows[::2]
+    assert nearest["kl"] > 0 and 500_000 < nearest["file_bytes"] < 1_000_000
+    assert nearest["bits_per_byte"] > nearest["dense_bits_per_byte"]
+    assert trimmed["kl"] is None and trimmed["file_bytes"] < nearest["file_bytes"]
 
 
 @finds("training.recovery")
