@@ -33,7 +33,7 @@ class Masked:
         return self.moments.layout
 
     def checked(self, name: str) -> "Masked":
-        """As `Moments.checked`."""
+        """Return the moments as `Moments.checked` does, and the mask."""
         return dataclasses.replace(self, moments=self.moments.checked(name))
 
 

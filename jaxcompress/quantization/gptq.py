@@ -162,7 +162,7 @@ def feed_codes(
     damping: float,
 ) -> jax.Array:
     """Return codes uint8 `[inputs, outputs]` of one slice; where a mask is false they
-    stand for zero and mean nothing.
+    have no meaning.
     """
     first = jnp.arange(x.shape[0])
     if order == "activation":
