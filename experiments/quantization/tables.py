@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from experiments.common.tables import Row, Table, last, short, spread, where
+from experiments.common.tables import Row, Table, last, named, short, spread, where
 
 PERPLEXITIES = {
     "perplexity, WikiText-2": lambda row: short(row["wikitext2-valid"]["perplexity"]),
@@ -31,10 +31,20 @@ def nearest_recipe(row: Row) -> str:
     return f"`{recipe}`{' everywhere' if everywhere else ''}"
 
 
+NAMES = {
+    "SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2",
+    "gemma-3-270m-Q4_K_M.gguf": "Gemma 3 270M",
+}
+
+
 def nearest(rows: list[Row]) -> list[Row]:
-    """Join the texts; largest files first."""
-    joined = spread(rows, "text", "recipe")
-    return sorted(joined, key=lambda row: -any_text(row)["file_bytes"])
+    """Join the texts; by model, largest files first."""
+    joined = spread(rows, "text", "model", "recipe")
+    order = list(NAMES)
+    return sorted(
+        joined,
+        key=lambda row: (order.index(row["model"]), -any_text(row)["file_bytes"]),
+    )
 
 
 def by_bits(
@@ -88,8 +98,10 @@ PROCESSOR = "{wikitext2-valid[compress_processor_seconds]:.0f}"
 TABLES = {
     "nearest": Table(
         "nearest",
-        "quantization.nearest SmolLM2.gguf text.txt",
+        "quantization.nearest SmolLM2.gguf text.txt`, `... gemma-3-270m-Q4_K_M.gguf "
+        "text.txt --windows 4 --only full_range",
         {
+            "model": named("model", NAMES),
             "recipe": nearest_recipe,
             "file, MB": lambda row: f"{any_text(row)['file_bytes'] / 1e6:.1f}",
             "bits per weight": "{wikitext2-valid[bits_per_weight]:.2f}",
