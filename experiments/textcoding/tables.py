@@ -1,12 +1,31 @@
 """Tables of the room's page: text coded by models."""
 
-from experiments.common.tables import Row, Table, percent, spread
+from experiments.common.tables import Cell, Row, Table, percent, spread
+
+TEXTS = ("wikitext2-valid.txt", "heldout", "repository.txt")
 
 
 def peers(rows: list[Row]) -> list[Row]:
-    """Join the texts of other compressors; weakest first."""
-    joined = spread((row for row in rows if "window" not in row), "text", "coder")
+    """Join the texts of all coders on 102,400 bytes, with the mixer; weakest first."""
+    chosen = [row for row in rows if row["bytes"] == 102_400 and row.get("mix", True)]
+    joined = spread(chosen, "text", "coder")
     return sorted(joined, key=lambda row: -row["wikitext2-valid.txt"]["file_bytes"])
+
+
+def bits_of(text: str) -> Cell:
+    """Show bits per byte of one text."""
+    return lambda row: f"{row[text]['bits_per_byte']:.3f}" if text in row else ""
+
+
+def encode_rate(row: Row) -> str:
+    """Show bytes coded in a second of all processors."""
+    seconds = row["hidden_processor_seconds"] + row["other_processor_seconds"]
+    return f"{row['bytes'] / seconds:,.0f}"
+
+
+def decode_rate(row: Row) -> str:
+    """Show bytes decoded in a second of all processors."""
+    return f"{row['decoded_bytes'] / row['decode_processor_seconds']:,.0f}"
 
 
 TABLES = {
@@ -25,30 +44,44 @@ TABLES = {
     ),
     "ratio": Table(
         "ratio",
-        "textcoding.ratio SmolLM2.gguf wikitext2-valid.txt --bytes 16384 "
-        "--settings 1024/512/1",
+        "textcoding.ratio MODEL [TEXT] --settings W/O/L --decode 64",
         {
             "model": lambda row: row["coder"].partition("-")[0],
             "text": "{text}",
             "bytes": "{bytes:,}",
             "window / overlap / lanes": "{window} / {overlap} / {lanes}",
+            "mixer": lambda row: "yes" if row["mix"] else "no",
+            "bytes of its cross entropy": "{entropy_bytes:,.1f}",
+            "without stored lanes": "{coded_bytes:,}",
             "file, bytes": "{file_bytes:,}",
             "bits per byte": "{bits_per_byte:.3f}",
-            "encoding, s": "{encode_seconds:.0f}",
+            "encoded, bytes a second": encode_rate,
+            "decoded": decode_rate,
         },
         lambda rows: [row for row in rows if "window" in row],
     ),
     "peers": Table(
         "ratio",
-        "textcoding.ratio --peers",
+        "textcoding.ratio MODEL [TEXT] --bytes 102400 --peers",
         {
             "coder": "{coder}",
-            "WikiText-2": lambda row: (
-                f"{row['wikitext2-valid.txt']['bits_per_byte']:.3f}"
-            ),
-            "held-out Python": "{heldout[bits_per_byte]:.3f}",
+            "WikiText-2": bits_of(TEXTS[0]),
+            "held-out Python": bits_of(TEXTS[1]),
+            "this repository": bits_of(TEXTS[2]),
         },
         peers,
+    ),
+    "peers_short": Table(
+        "ratio",
+        "textcoding.ratio SmolLM2.gguf wikitext2-valid.txt --peers",
+        {"coder": "{coder}", "bits per byte": "{bits_per_byte:.3f}"},
+        lambda rows: [
+            row
+            for row in rows
+            if row["bytes"] == 61_440
+            and "window" not in row
+            and row["text"] == TEXTS[0]
+        ],
     ),
     "round_trips": Table(
         "round_trips",

@@ -287,6 +287,8 @@ def test_it_runs_in_small(name, experiment, shortened, tmp_path):
         options["model"] = str(pathlib.Path(package.__file__).parent / "model")
     if name == "models.train_reference":
         options["output"] = str(tmp_path)
+    if name == "textcoding.student":
+        options["output"] = str(tmp_path / "student.safetensors")
     config = module.Config(fast=True, **options)
     rows = module.run(config)
     assert rows == [json.loads(line) for line in path.read_text().splitlines()]
