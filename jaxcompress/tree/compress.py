@@ -202,7 +202,9 @@ def _run(
                     f"{describe(f)} cannot use moments after pruning; gptq and "
                     "rate_distortion can, and methods without data need none"
                 )
-            raise type(error)(f"{entry.name}: {message}") from error
+            # JAX's own errors are made of tracers, not of a message.
+            raised = TypeError if isinstance(error, TypeError) else ValueError
+            raise raised(f"{entry.name}: {message}") from error
         if _gains_nothing(f, entry.value, new):
             reasons.setdefault(entry.root, f"{describe(f)} makes it no smaller")
             return entry.value
@@ -311,10 +313,10 @@ def _jitted(x: jax.Array, moments: Any, f: Method, options: tuple) -> Any:
 
 
 def _check_finite(x: jax.Array) -> None:
-    if isinstance(x, Tracer):
+    bad = _count_bad(x)
+    if isinstance(bad, Tracer):  # of a constant too, while a function is traced
         return
-    bad = int(_count_bad(x))
-    if bad:
+    if bad := int(bad):
         raise ValueError(
             f"{bad} of {x.size} weights are NaN or infinite; repair the checkpoint, or "
             "keep this leaf with a rule (pattern, None)"

@@ -655,3 +655,18 @@ def test_shapes_without_values_are_sent_to_eval_shape():
         jc.compress(shapes, "symmetric(bits=8)")
     small = jax.eval_shape(lambda x: jc.compress(x, "symmetric(bits=8)"), shapes)
     assert small["layer"]["kernel"].shape == (64, 64)
+
+
+def test_constants_of_a_traced_function_are_compressed():
+    kernel = jax.random.normal(jax.random.key(0), (64, 64))
+    small = jax.jit(lambda: jc.compress({"a": {"kernel": kernel}}, "symmetric(bits=4)"))
+    want = jc.compress({"a": {"kernel": kernel}}, "symmetric(bits=4)")
+    chex.assert_trees_all_close(small(), want, rtol=1e-6)
+
+
+def test_an_error_of_jax_in_a_method_names_the_leaf():
+    def branching(x, moments=None):
+        return x if x.sum() > 0 else -x
+
+    with pytest.raises(TypeError, match=r"^layer/kernel: .*[Bb]ool"):
+        jax.jit(lambda p: jc.compress(p, [("layer/kernel", branching)]))(SQUARE)
