@@ -239,7 +239,7 @@ def test_command_line(coder, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_bytes(TEXT[:100])
     which = ("--model", str(tmp_path / "model.safetensors"))
     files = [str(tmp_path / name) for name in ("a.txt", "a.jxtc", "b.txt")]
-    options = ("--window", "16", "--lanes", "1")
+    options = ("--window", "16", "--lanes", "1", "--no-mix")
     assert main(["text", "encode", *files[:2], *which, *options]) == 0
     assert main(["text", "decode", *files[1:], *which]) == 0
     assert pathlib.Path(files[2]).read_bytes() == TEXT[:100]
