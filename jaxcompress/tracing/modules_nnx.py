@@ -77,7 +77,7 @@ def stored(variable: nnx.Variable) -> Any:
     return variable.raw_value
 
 
-def store(variable: nnx.Variable, value: Any) -> None:
+def store(variable: Any, value: Any) -> None:
     """Let an NNX variable hold a leaf or an array, without its hooks."""
     if hasattr(variable, "set_raw_value"):
         variable.set_raw_value(value)

@@ -150,7 +150,7 @@ def _only(axis: int, start: int, size: int) -> tuple:
 
 def _product(
     params: Mapping[str, Any],
-    value: jax.Array,
+    value: Any,
     x: jax.Array,
     weight: Weight,
     side: int,

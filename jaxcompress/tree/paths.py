@@ -321,7 +321,7 @@ def shape_of(x: Any) -> jax.ShapeDtypeStruct:
     """Return shape and dtype of an array, a leaf, or a Python number."""
     if not hasattr(x, "dtype"):
         return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):  # keys
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # keys
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
 
