@@ -42,6 +42,12 @@ def compress_(options: argparse.Namespace) -> None:
             "--size, --bits-per-weight and --kl choose the recipe; leave out --recipe, "
             "--recipe-file and --blockwise, or leave out the goal"
         )
+    if options.no_coding and (goal or options.coded_in_memory):
+        other = "--coded-in-memory"
+        if goal:
+            (name,) = goal
+            other = f"--{name.replace('_', '-')}, which chooses coded levels"
+        raise ValueError(f"--no-coding excludes {other}; leave one out")
     if options.recipe and options.recipe_file:
         raise ValueError("give --recipe or --recipe-file, not both")
     if goal:

@@ -70,6 +70,8 @@ def test_methods_that_need_data_are_calibrated(run, folder):
         (["out", "--size", "1MB", "--kl", "0.1"], "one goal"),
         (["out", "--size", "1MB", "--recipe", "nf4()"], "leave out --recipe"),
         (["out", "--size", "many"], "not a size"),
+        (["out", "--size", "1MB", "--no-coding"], "excludes --size"),
+        (["out", "--no-coding", "--coded-in-memory"], "excludes --coded-in-memory"),
         (["out", "--recipe", "int4"], "did you mean 'symmetric(bits=4, block=32)'"),
         (["out", "--recipe", "q4_0"], "did you mean 'symmetric(bits=4, block=32)'"),
         (["out", "--recipe", "symmetric"], "symmetric needs bits, for instance"),
