@@ -161,7 +161,7 @@ def variants(make: Makers, text: str) -> dict[tuple[str, str], Callable[[], Smal
     for share in (0.75, 0.5):
         add("factorize", f"{share:.0%} of the weights, bfloat16", keep, share)
     for share, rate in ((0.75, 4), (0.75, 2.5), (0.5, 4)):
-        levels = [(factors, f"rate_distortion(rate={rate}, states={STATES})")]
+        levels = f"rate_distortion(rate={rate}, states={STATES})"  # of all weights
         name = f"{share:.0%} of the weights, {rate} bits"
         add("factorize, rates", name, make.factorized, share, levels)
     for bits in (3, 2):
