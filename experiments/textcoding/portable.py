@@ -89,7 +89,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "lanes": count,
                 "bytes": len(data),
                 "place": place if "/" not in place else "another version",
-                "jax": jax_version,
+                "decoder_jax": jax_version,
                 "python": version,
                 "same_text": digest == digests[1],
                 "seconds": seconds,

@@ -95,14 +95,16 @@ TABLES = {
     ),
     "portable": Table(
         "portable",
-        "textcoding.portable --lanes 1,3,32 --bytes 3000 --pythons OLD,NEW",
+        "textcoding.portable --pythons OLD,NEW",
         {
             "lanes": "{lanes}",
             "decoded in": "{place}",
-            "jax": "{jax}",
+            "jax": "{decoder_jax}",
             "Python": "{python}",
             "same text": lambda row: "yes" if row["same_text"] else "no",
-            "same file": lambda row: "yes" if row["same_file"] else "no",
+            "same file": lambda row: {True: "yes", False: "no", None: ""}[
+                row.get("same_file")
+            ],
             "seconds": "{seconds:.0f}",
         },
     ),
