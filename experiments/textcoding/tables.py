@@ -56,7 +56,7 @@ TABLES = {
             "file, bytes": "{file_bytes:,}",
             "bits per byte": "{bits_per_byte:.3f}",
             "encoded, bytes a second": encode_rate,
-            "decoded": decode_rate,
+            "decoded": lambda row: decode_rate(row) if "decoded_bytes" in row else "",
         },
         lambda rows: [row for row in rows if "window" in row],
     ),
