@@ -28,6 +28,11 @@ def decode_rate(row: Row) -> str:
     return f"{row['decoded_bytes'] / row['decode_processor_seconds']:,.0f}"
 
 
+def per_second(name: str) -> Cell:
+    """Show kilobytes coded in a second."""
+    return lambda row: f"{row['bytes'] / row[name] / 1000:.1f}"
+
+
 TABLES = {
     "exact_price": Table(
         "exact_price",
@@ -58,7 +63,35 @@ TABLES = {
             "encoded, bytes a second": encode_rate,
             "decoded": lambda row: decode_rate(row) if "decoded_bytes" in row else "",
         },
-        lambda rows: [row for row in rows if "window" in row],
+        lambda rows: [row for row in rows if "window" in row and row["bytes"] > 20_000],
+    ),
+    "windows": Table(
+        "ratio",
+        "textcoding.ratio reference --bytes 16384 --settings 512/0/1,512/128/1,...",
+        {
+            "window / overlap / lanes": "{window} / {overlap} / {lanes}",
+            "mixer": lambda row: "yes" if row["mix"] else "no",
+            "file, bytes": "{file_bytes:,}",
+            "bits per byte": "{bits_per_byte:.3f}",
+            "hidden states, processor seconds": "{hidden_processor_seconds:.1f}",
+        },
+        lambda rows: [row for row in rows if "window" in row and row["bytes"] < 20_000],
+    ),
+    "rates": Table(
+        "rates",
+        "textcoding.rates reference --bytes 30720",
+        {
+            "model": "{model}",
+            "weights": "{weights:,}",
+            "lanes": "{lanes}",
+            "window / overlap": "{window} / {overlap}",
+            "mixer": lambda row: "yes" if row["mix"] else "no",
+            "bits per byte": "{bits_per_byte:.3f}",
+            "encoded, KB/s": per_second("encode_seconds"),
+            "per processor": per_second("encode_processor_seconds"),
+            "decoded, KB/s": per_second("decode_seconds"),
+            "per processor, decoded": per_second("decode_processor_seconds"),
+        },
     ),
     "peers": Table(
         "ratio",
