@@ -97,7 +97,9 @@ class Makers:
     def trimmed(self, rate: float, text: str) -> Small:
         """Drop pieces that the calibration text lacks; planned rates for the rest."""
         keep = sorted({int(i) for i in self.start.tokenizer.encode(text)})
-        small = Small(*models.trim_vocabulary(*dataclasses.astuple(self.start), keep))
+        start = self.start
+        parts = models.trim_vocabulary(start.model, start.params, start.tokenizer, keep)
+        small = Small(*parts)
         return self.planned(rate, small, "trimmed")
 
     def fewer_layers(self, rate: float, share: float) -> Small:
