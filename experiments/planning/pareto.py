@@ -64,9 +64,19 @@ class Makers:
     def moments(self, small: Small, key: str = "") -> Any:
         """Return moments with curvatures of a model, by the key of its structure."""
         if key not in self._measured:
-            seen = jc.collect_moments(small.model, small.params, list(self.inputs))
+            inputs = self.inputs
+            if small.tokenizer is not self.start.tokenizer:  # other ids of this text
+                ids = small.tokenizer.encode(
+                    self.start.tokenizer.decode(inputs.ravel().tolist())
+                )
+                count = len(ids) // inputs.shape[-1] // inputs.shape[1]
+                size = count * inputs.shape[1] * inputs.shape[2]
+                inputs = np.asarray(ids[:size], np.int32).reshape(
+                    count, *inputs.shape[1:]
+                )
+            seen = jc.collect_moments(small.model, small.params, list(inputs))
             self._measured[key] = curved(
-                small.model, small.params, self.inputs, seen, ".*(kernel|embedding)"
+                small.model, small.params, inputs, seen, ".*(kernel|embedding)"
             )
         return self._measured[key]
 
