@@ -53,7 +53,7 @@ def size_quality(points: Iterable[Any], *, title: str = "Size and quality") -> A
             [max(point.kl, 1e-9) for point in each],
             yerr=errors if any(errors) else None,
             color=COLORS[number % len(COLORS)],
-            # Where colours come again, they come with other markers.
+            # Repeated colours get other markers.
             marker=MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
             linestyle="-" if name else "none",
             capsize=2,
