@@ -59,8 +59,8 @@ def measure_curvatures(
     Args:
       apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
       params: pytree of arrays, concrete.
-      batches: dicts with "tokens" `[B, T]`, none of them padding; some 4 096 tokens
-        in all are enough for single outputs, 12 000 for pairs.
+      batches: tokens `[B, T]`, or dicts with "tokens", none of them padding; some
+        4 096 tokens in all are enough for single outputs, 12 000 for pairs.
       moments: by kernel name; a leaf without a second moment has the identity.
       layouts, where: as for `plan_bits`.
       joint: whether to measure joint curvatures too. Each takes, twice over while it
@@ -74,7 +74,9 @@ def measure_curvatures(
       where they are of use, `joint_curvatures` `[..., outputs, outputs]`.
 
     Raises:
-      ValueError: no batches, or gradients that are not finite.
+      ValueError: no batches, batches without tokens `[B, T]`, or gradients that are
+        not finite.
+      TypeError: `batches` is one batch.
 
     Example:
       >>> where = ".*down_proj/kernel"
@@ -88,7 +90,9 @@ def measure_curvatures(
     """
     check_concrete(params, "measure_curvatures")
     planned = planned_entries(params, moments, where, layouts)
-    rows = [row for batch in batches for row in jnp.asarray(batch["tokens"])]
+    if isinstance(batches, Mapping):
+        raise TypeError("batches is one dict; pass an iterable of them: [batch]")
+    rows = [row for batch in batches for row in _tokens(batch)]
     if not rows:
         raise ValueError("there are no batches; pass at least one")
     seconds = {e.name: getattr(e.moments, "second", None) for e in planned}
@@ -137,6 +141,18 @@ def measure_curvatures(
             layout=moment.layout or entry.caller_layout,
         )
     return completed
+
+
+def _tokens(batch: Any) -> jax.Array:
+    """Return the tokens of a batch, `[B, T]`."""
+    tokens = batch.get("tokens") if isinstance(batch, Mapping) else batch
+    if getattr(tokens, "ndim", 0) != 2:
+        keys = f"a dict of {sorted(batch)}" if isinstance(batch, Mapping) else "it"
+        raise ValueError(
+            "curvatures are measured on a language model's tokens [B, T]: a batch is "
+            f'an array of them, or a dict with "tokens"; {keys} has none'
+        )
+    return jnp.asarray(tokens)
 
 
 def _sampled_gradient(

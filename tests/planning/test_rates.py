@@ -1,6 +1,7 @@
 """One rate shared out over leaves: measured curvatures, and plans."""
 
 import dataclasses
+import functools
 import re
 
 import flax.linen as nn
@@ -255,6 +256,20 @@ def test_the_entropy_of_rounded_gaussians():
     assert float(gaussian_bits(np.float64(-9))) == 0
     high = float(gaussian_bits(np.float64(7)))
     assert high == pytest.approx(7 + 0.5 * np.log2(2 * np.pi * np.e), abs=0.001)
+
+
+@pytest.mark.slow
+def test_batches_are_tokens_or_hold_them(case):
+    params, tokens, moments, _ = case
+    options = {"where": "soft/kernel", "key": jax.random.key(2)}
+    measure = functools.partial(jc.measure_curvatures, apply, params, **options)
+    alone = measure([tokens], moments)["soft/kernel"].curvatures
+    held = measure([{"tokens": tokens}], moments)["soft/kernel"].curvatures
+    np.testing.assert_array_equal(alone, held)
+    with pytest.raises(ValueError, match="a dict of \\['ids'\\] has none"):
+        measure([{"ids": tokens}], moments)
+    with pytest.raises(TypeError, match="one dict"):
+        measure({"tokens": tokens}, moments)
 
 
 def test_bad_input_is_told(case):
