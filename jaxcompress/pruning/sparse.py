@@ -72,8 +72,10 @@ class Sparse(Leaf):
     def with_parts(self, **parts: Any) -> "Sparse":
         """Return the leaf with other parts; values of the whole shape need no mask."""
         new = dataclasses.replace(self, **parts)
+        if new.mask is None or new.values is None:  # None where a tree is split
+            return new
         values = new.values.shape
-        if new.mask is None or values != self.shape or values == self.values.shape:
+        if values != self.shape or values == self.values.shape:
             return new
         return dataclasses.replace(new, mask=None, block=(1, 1))
 
