@@ -19,6 +19,7 @@ import numpy as np
 from experiments.common.config import parse
 from experiments.common.results import Results
 from experiments.common.timing import timed
+from experiments.textcoding.ratio import other_compressors
 from jaxcompress import textcoding
 from jaxcompress.models.bundled_text import heldout_text
 from jaxcompress.models.loading import load
@@ -32,6 +33,7 @@ class Config:
     lanes: int = 32
     window: int = 256
     overlap: int = 0
+    peers: bool = False  # other compressors on the same bytes too; encoding alone
     fast: bool = False  # two hundred bytes
     results: str = "experiments/textcoding/results/rates.jsonl"
 
@@ -79,6 +81,9 @@ def run(config: Config) -> list[dict[str, Any]]:
             row[f"{name}_seconds"] = passed
             row[f"{name}_processor_seconds"] = processor
         results.add(row)
+    if config.peers:
+        for row in other_compressors(data):
+            results.add(row | {"model": row["coder"], "weights": 0})
     return results.rows
 
 

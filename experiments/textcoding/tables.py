@@ -18,7 +18,9 @@ def bits_of(text: str) -> Cell:
 
 
 def encode_rate(row: Row) -> str:
-    """Show bytes coded in a second of all processors."""
+    """Show bytes coded in a second of all processors, where both parts were timed."""
+    if "hidden_processor_seconds" not in row:
+        return ""
     seconds = row["hidden_processor_seconds"] + row["other_processor_seconds"]
     return f"{row['bytes'] / seconds:,.0f}"
 
@@ -91,6 +93,19 @@ TABLES = {
             "per processor": per_second("encode_processor_seconds"),
             "decoded, KB/s": per_second("decode_seconds"),
             "per processor, decoded": per_second("decode_processor_seconds"),
+        },
+        lambda rows: [row for row in rows if row["weights"]],
+    ),
+    "student": Table(
+        "student",
+        "textcoding.student --steps 240 --output student.safetensors",
+        {
+            "weights": "{weights:,}",
+            "steps": "{steps}",
+            "bits per byte, float32": "{bits_per_byte:.3f}",
+            "of the teacher": "{teacher_bits_per_byte:.3f}",
+            "KL": "{kl:.3f}",
+            "processor seconds": "{processor_seconds:.0f}",
         },
     ),
     "peers": Table(

@@ -37,7 +37,7 @@ def forecast_(options: argparse.Namespace, goal: dict[str, Any]) -> None:
     writes = not options.calibrate
     expected = forecast(subject, wanted, options.effort, writes=writes)
     lines = [f"{options.model}: {grouped(expected.weights)} weights"]
-    if expected.file_bytes is not None:
+    if expected.file_bytes is not None and expected.planned_bytes is not None:
         bits = 8 * expected.file_bytes / expected.weights
         rate = 8 * expected.planned_bytes / expected.planned_weights
         lines += [

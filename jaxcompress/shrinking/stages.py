@@ -48,10 +48,13 @@ class Stages:
         start, used = time.perf_counter(), time.process_time()
         yield
         seconds = time.perf_counter() - start
-        row = self.taken.setdefault(label, {"seconds": 0.0, "processor_seconds": 0.0})
-        row["seconds"] += seconds
-        row["processor_seconds"] += time.process_time() - used
-        row["peak_memory_bytes"] = peak = peak_memory()
+        before, peak = self.taken.get(label, {}), peak_memory()
+        used = time.process_time() - used
+        self.taken[label] = {
+            "seconds": (before.get("seconds") or 0.0) + seconds,
+            "processor_seconds": (before.get("processor_seconds") or 0.0) + used,
+            "peak_memory_bytes": peak,
+        }
         if seconds > SHORT:
             held = "" if peak is None else f", {peak / 2**30:.2f} GiB at most so far"
             self.say(f"{label} took {clock(seconds)}{held}")

@@ -170,8 +170,9 @@ def encode_windows(
 def _prefill(model: ExactTransformer, tokens: jax.Array, count: Any, length: int):
     """Return a cache that has read the first `count` of tokens `[lanes, T]`."""
     cache = model.init_cache(tokens.shape[0], length)
-    _, cache = model.hidden(tokens, cache)
-    return cache | {"index": jnp.int32(count)}
+    _, filled = model.hidden(tokens, cache)
+    assert filled is not None
+    return filled | {"index": jnp.int32(count)}
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "reader", "mixer"))

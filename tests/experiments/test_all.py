@@ -10,7 +10,12 @@ import pytest
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 # These write files that others read: data of the package, a picture.
-MAKERS = {"models.pack_reference", "planning.front", "tokenization.plots"}
+MAKERS = {
+    "models.pack_reference",
+    "planning.front",
+    "textcoding.picture",
+    "tokenization.plots",
+}
 PARTS = {"coding.other_coders", "storage.alterations"}  # of other experiments
 NAMES = sorted(
     ".".join(path.relative_to(EXPERIMENTS).with_suffix("").parts)
