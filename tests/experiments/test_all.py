@@ -51,7 +51,7 @@ def finds(name):
 
 
 # Experiments without a check, and a model compressed at planned rates, take longer.
-NIGHTLY = {"rate_distortion.models", "models.train_reference"}
+NIGHTLY = {"planning.pareto", "rate_distortion.models", "models.train_reference"}
 
 
 def marked(name):
@@ -80,7 +80,9 @@ def points_are_files_that_were_loaded(rows):
     nearest, trimmed = rows[::2]
     assert nearest["kl"] > 0 and 500_000 < nearest["file_bytes"] < 1_000_000
     assert nearest["bits_per_byte"] > nearest["dense_bits_per_byte"]
-    assert trimmed["kl"] is None and trimmed["file_bytes"] < nearest["file_bytes"]
+    # Another vocabulary has no divergence; planned rates lose less than rounding.
+    assert trimmed["kl"] is None and trimmed["file_bytes"] < 1_000_000
+    assert trimmed["bits_per_byte"] < nearest["bits_per_byte"]
 
 
 @finds("training.recovery")
