@@ -23,22 +23,21 @@ def draw(rows: list[Row]) -> Any:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for row in last(rows, "model", "mix"):
+    for row in last(rows, "model", "coder", "mix"):
         speed = row["bytes"] / row["encode_seconds"] / 1000
-        height, weights = row["bits_per_byte"], row["weights"]
-        label = row["model"]
-        if weights:
+        height, area, color = row["bits_per_byte"], 40.0, GREY
+        label = row.get("coder", "")
+        if not label:
             mixed = ", mixer" if row["mix"] else ""
-            label = f"{NAMES[label]}, {weights / 1e6:.1f} M{mixed}"
-        axes.scatter(
-            speed, height, s=40 + 40 * weights / 1e6, color=BLUE if weights else GREY
-        )
+            label = f"{NAMES[row['model']]}, {row['weights'] / 1e6:.1f} M{mixed}"
+            area, color = area + 40 * row["weights"] / 1e6, BLUE
+        axes.scatter(speed, height, s=area, color=color)
         axes.annotate(
             label,
             (speed, height),
-            xytext=(0, 10),
+            xytext=(12, 2),
             textcoords="offset points",
-            ha="center",
+            va="center",
             fontsize=8,
             color=INK,
         )
@@ -46,7 +45,7 @@ def draw(rows: list[Row]) -> Any:
     axes.set_xlabel("encoded, KB a second on two processors")
     axes.set_ylabel("bits per byte, model not counted")
     axes.set_title("Python that no model has seen, 30 720 bytes")
-    axes.margins(0.12, 0.15)
+    axes.margins(0.2, 0.15)
     axes.grid(alpha=0.25)
     return figure
 

@@ -83,7 +83,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         results.add(row)
     if config.peers:
         for row in other_compressors(data):
-            results.add(row | {"model": row["coder"], "weights": 0})
+            results.add(row)
     return results.rows
 
 
