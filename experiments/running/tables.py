@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from experiments.common.tables import Row, Table, named, spread
+from experiments.common.tables import Row, Table, last, named, spread
 
 
 def calls(rows: list[Row]) -> list[Row]:
@@ -10,6 +10,11 @@ def calls(rows: list[Row]) -> list[Row]:
     return spread(
         [row | {"name": f"{row['call']}{row['batch']}"} for row in rows], "name", "way"
     )
+
+
+def version(row: Row) -> list[int]:
+    """Return the version of jax as numbers."""
+    return [int(part) for part in row["jax"].split(".")]
 
 
 def rate(call: str) -> Callable[[Row], str]:
@@ -28,12 +33,14 @@ TABLES = {
         "running.batch_one --rounds 5 --tokens 16 --only ...",
         {
             "way": "{way}",
+            "jax": "{jax}",
             "milliseconds": "{milliseconds:.1f}",
             "times float32": "{times_float32:.2f}",
             "processor time, times float32": "{processor_times_float32:.2f}",
             "bits a weight in memory": "{bits_per_weight:.2f}",
             "temporaries, MiB": "{temporary_mib:.1f}",
         },
+        lambda rows: sorted(last(rows, "jax", "way"), key=version),
     ),
     "generation": Table(
         "generation",
