@@ -36,7 +36,8 @@ def save(
 
     The file holds the tree `{"params": ..., "tokenizer": uint8 [bytes]}`; the model's
     settings join `metadata` (JSON values) under "architecture"; `coding` is that of
-    `jc.save`. Raises ValueError where `metadata` has such a key already.
+    `jc.save`. Raises ValueError where `metadata` has such a key already, and TypeError
+    for a model that is not of this package: `jc.save` writes its parameters.
 
     Args:
       path: of the file.
@@ -49,6 +50,12 @@ def save(
     Example:
       >>> jc.models.save("model.safetensors", model, params)
     """
+    if not isinstance(model, Transformer):
+        raise TypeError(
+            f"models.save writes a Transformer of this package, not a "
+            f"{type(model).__name__}; write the parameters of any model by "
+            "jc.save(path, params), and read them by jc.load(path)"
+        )
     metadata = dict(metadata or {})
     if ARCHITECTURE in metadata:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +55,12 @@ def test_file_without_a_model_says_so(tmp_path):
     checkpoint.save(tmp_path / "a.safetensors", {"kernel": jnp.ones((2, 2))})
     with pytest.raises(ValueError, match=r"without a model.*jaxcompress\.load"):
         load(tmp_path / "a.safetensors")
+
+
+def test_another_model_is_told_how_its_parameters_are_saved(tmp_path):
+    with pytest.raises(TypeError, match=r"not a Dense; .* jc.save\(path, params\)"):
+        save(tmp_path / "a.safetensors", nn.Dense(3), {"kernel": 1.0})
+    assert not list(tmp_path.iterdir())
 
 
 def test_reference_model_is_dense_and_rounded():
