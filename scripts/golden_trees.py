@@ -280,10 +280,17 @@ def float_arrays(rng):
     return {name: x for name, x in arrays(rng).items() if "float" in name}
 
 
+def unmasked(rng):
+    """A pruned weight that is whole again, zeros included."""
+    values = whole(rng, (5, 4)) * (rng.uniform(size=(5, 4)) < 0.5)
+    return {"sparse_whole": jc.Sparse(values.astype(np.float32), None)}
+
+
 TREES = {
     "dtypes": (every_dtype, "none"),
     "containers": (containers, "none"),
     "frozen": (frozen, "none"),
+    "unmasked": (unmasked, "none"),
     "quantized": (quantized_leaves, "none"),
     "leaves": (other_leaves, "none"),
     "integers": (coded_integers, "none"),

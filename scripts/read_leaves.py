@@ -121,6 +121,8 @@ def fake_quantized(parts, static):
 
 
 def sparse(parts, static):
+    if parts["mask"] is None:
+        return parts["values"]
     mask = np.repeat(
         np.repeat(parts["mask"] > 0, static["block"][0], -2), static["block"][1], -1
     )

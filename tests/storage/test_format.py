@@ -115,6 +115,8 @@ def test_golden_files_hold_all_that_the_format_has(scripts):
     assert {
         node["static"]["grid"] for node in found if "grid" in node.get("static", ())
     }
+    masks = [node["fields"]["mask"] for node in found if node.get("leaf") == "Sparse"]
+    assert None in masks and any(masks)
     grids = {node["static"].get("grid") for node in found if "static" in node}
     assert grids >= set(GRIDS)
     assert {node["array"] for node in found if "array" in node} == DTYPES
