@@ -117,6 +117,8 @@ def run(config: Config) -> list[dict[str, Any]]:
                 hidden.used, hidden.spent = set(), 0.0
                 options = {"window": window, "overlap": overlap, "lanes": lanes}
                 row = {"coder": Path(config.model).name, "recipe": config.recipe}
+                if Path(config.model).is_file():
+                    row["model_bytes"] = Path(config.model).stat().st_size
                 row |= {**options, "mix": bool(mix), "primer": len(primer)}
                 options |= {"mix": bool(mix), "primer": primer}
                 row |= measure(data, exact, tokenizer, options, config.decode, hidden)

@@ -35,6 +35,28 @@ def per_second(name: str) -> Cell:
     return lambda row: f"{row['bytes'] / row[name] / 1000:.1f}"
 
 
+def model_size(row: Row) -> str:
+    """Show the megabytes of the model's own file, where there is one."""
+    return f"{row['model_bytes'] / 1e6:.1f}" if "model_bytes" in row else ""
+
+
+def both_sizes(row: Row) -> str:
+    """Show bits per byte with the model's own file counted."""
+    return f"{8 * (row['file_bytes'] + row['model_bytes']) / row['bytes']:,.0f}"
+
+
+def of_sizes(rows: list[Row]) -> list[Row]:
+    """Choose rows of models of several sizes, by text and size."""
+    chosen = [row for row in rows if "model_bytes" in row and row["bytes"] == 102_400]
+    return sorted(chosen, key=lambda row: (row["text"], -row["model_bytes"]))
+
+
+def in_full(rows: list[Row]) -> list[Row]:
+    """Choose the rows of whole texts by models as they come."""
+    chosen = [row for row in rows if "window" in row and row["bytes"] > 20_000]
+    return [row for row in chosen if not row["primer"] and row not in of_sizes(rows)]
+
+
 TABLES = {
     "exact_price": Table(
         "exact_price",
@@ -65,7 +87,22 @@ TABLES = {
             "encoded, bytes a second": encode_rate,
             "decoded": lambda row: decode_rate(row) if "decoded_bytes" in row else "",
         },
-        lambda rows: [row for row in rows if "window" in row and row["bytes"] > 20_000],
+        in_full,
+    ),
+    "sizes": Table(
+        "ratio",
+        "textcoding.ratio MODEL TEXT --bytes 102400 --settings 2048/0/1 --decode 64",
+        {
+            "text": "{text}",
+            "model's file, MB": model_size,
+            "mixer": lambda row: "yes" if row["mix"] else "no",
+            "file, bytes": "{file_bytes:,}",
+            "bits per byte": "{bits_per_byte:.3f}",
+            "with the model's file": both_sizes,
+            "encoded, bytes a second": encode_rate,
+            "decoded": lambda row: decode_rate(row) if "decoded_bytes" in row else "",
+        },
+        of_sizes,
     ),
     "windows": Table(
         "ratio",
