@@ -2,6 +2,7 @@
 
 from jaxcompress.progress import clock, track
 from jaxcompress.reporting.leaves import LeafTable, explain, report
+from jaxcompress.reporting.memory import peak_memory
 from jaxcompress.reporting.tables import (
     Size,
     append_lines,
@@ -10,7 +11,6 @@ from jaxcompress.reporting.tables import (
     grouped,
     leaf_table,
     measure,
-    peak_memory,
     plain,
     render,
     table,

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.calibration.block_curvatures import (
+    measure_curvatures_blockwise,
+)
 from jaxcompress.calibration.collect import collect_moments
 from jaxcompress.calibration.curvatures import measure_curvatures
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.evaluation.language import Apply
+from jaxcompress.reporting.memory import give_back_memory
 from jaxcompress.running.decode_once import decode_once
 from jaxcompress.shrinking.efforts import Effort
 from jaxcompress.shrinking.own_text import write_text
@@ -209,41 +212,63 @@ def calibrate(
                 progress=stages.items("moments", "batches"),
             )
             jax.block_until_ready(moments)
-        apply_fn, rows = _rows(subject, data, effort)
+        give_back_memory()
+        rows = _rows(subject, data, effort)
         with stages.stage("curvatures", f"{len(rows)} sequences"):
-            measured = measure_curvatures(
-                apply_fn,
-                subject.params,
-                [{"tokens": rows}],
+            measured = _curvatures(
+                subject,
+                data,
+                rows,
                 moments,
-                layouts=layouts,
+                layouts,
                 joint=effort.joint,
                 key=key,
-                progress=stages.items("curvatures", "sequences"),
+                progress=stages.items("curvatures", "steps"),
             )
-            return jax.block_until_ready(measured)
+            jax.block_until_ready(measured)
+        give_back_memory()
+        return measured
 
     return store.get_moments("moments", about, compute)
 
 
-def _rows(subject: Subject, data: Data, effort: Effort) -> tuple[Any, np.ndarray]:
-    """Return what curvatures are measured on: tokens, or examples by their number."""
+def _rows(subject: Subject, data: Data, effort: Effort) -> np.ndarray:
+    """Return what curvatures are measured on: tokens, or numbers of examples."""
+    if not subject.language:
+        count = sum(len(jax.tree.leaves(batch)[0]) for batch in data.batches)
+        return _spread(np.arange(count), effort.curvature_rows)[:, None]
+    ids = np.concatenate([batch["tokens"] for batch in data.batches])
+    length = min(effort.curvature_length, ids.shape[1])
+    ids = ids[:, : ids.shape[1] // length * length].reshape(-1, length)
+    return _spread(ids, effort.curvature_rows)
+
+
+def _curvatures(
+    subject: Subject,
+    data: Data,
+    rows: np.ndarray,
+    moments: dict[str, Moments],
+    layouts: dict[str, Layout],
+    **options: Any,
+) -> dict[str, Moments]:
+    """Measure a language model block by block, in half of the memory; another whole."""
     if subject.language:
-        ids = np.concatenate([batch["tokens"] for batch in data.batches])
-        length = min(effort.curvature_length, ids.shape[1])
-        ids = ids[:, : ids.shape[1] // length * length].reshape(-1, length)
-        return Apply(subject.model), _spread(ids, effort.curvature_rows)
+        batch = {"tokens": rows}
+        return measure_curvatures_blockwise(
+            subject.model, subject.params, [batch], moments=moments, **options
+        )
     examples = jax.tree.map(lambda *x: np.concatenate(x), *data.batches)
-    count = len(jax.tree.leaves(examples)[0])
-    numbers = _spread(np.arange(count), effort.curvature_rows)
-    chosen = jax.tree.map(lambda x: jnp.asarray(x[numbers]), examples)
+    chosen = jax.tree.map(lambda x: jnp.asarray(x[rows[:, 0]]), examples)
 
     def apply_fn(params: Params, index: jax.Array) -> jax.Array:
         batch = jax.tree.map(lambda x: x[index.reshape(-1)], chosen)
         logits = first_output(subject.function(params, batch))
         return logits.reshape(1, -1, logits.shape[-1])
 
-    return apply_fn, np.arange(len(numbers))[:, None]
+    batch = {"tokens": np.arange(len(rows))[:, None]}
+    return measure_curvatures(
+        apply_fn, subject.params, [batch], moments, layouts=layouts, **options
+    )
 
 
 def _spread(rows: np.ndarray, count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jaxcompress.progress import clock, each_item
-from jaxcompress.reporting.tables import peak_memory
+from jaxcompress.reporting.memory import give_back_memory, peak_memory
 
 SHORT = 1.0  # seconds: the end of a shorter stage is not told
 
@@ -50,6 +50,7 @@ class Stages:
         seconds = time.perf_counter() - start
         before, peak = self.taken.get(label, {}), peak_memory()
         used = time.process_time() - used
+        give_back_memory(programs=False)
         self.taken[label] = {
             "seconds": (before.get("seconds") or 0.0) + seconds,
             "processor_seconds": (before.get("processor_seconds") or 0.0) + used,
