@@ -88,6 +88,18 @@ def test_a_walk_keeps_to_the_code(states):
         assert seen == by_definition
 
 
+@pytest.mark.parametrize("states", [8, 128])
+def test_a_walk_goes_on_where_another_ended(states):
+    x = jnp.asarray(4 * gaussian(20, 5), jnp.float32)
+    start = jnp.arange(5, dtype=jnp.int32) * (states // 5)
+    levels, end = trellis.search(x, states, start=start)
+    state = start
+    for level in levels:
+        assert (level % 2 == state % 2).all()
+        state = trellis.advance(state, level, states)
+    assert (state == end).all()
+
+
 @pytest.mark.parametrize("states", [8, 16])
 def test_the_walk_found_is_the_best_of_all(states):
     x = 2 * gaussian(7, 6, seed=1)

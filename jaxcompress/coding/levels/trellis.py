@@ -52,16 +52,33 @@ def advance(state: jax.Array, level: jax.Array, states: int) -> jax.Array:
 
 
 @functools.cache
-def _ways(states: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return two states before each state, and `k mod 4` on the way: `[2, states]`."""
-    after = np.arange(states)
-    low, high = (check >> 1 for check in CHECKS[states])
-    parity = after >> (states.bit_length() - 2)
-    before = [
-        ((after ^ parity * low ^ bit * high) << 1) % (2 * states) | parity
-        for bit in (0, 1)
-    ]
-    return np.stack(before), np.stack([parity, parity + 2])
+def _butterflies(states: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the trellis as a search walks it: by the last bits that chose a way.
+
+    Both parity checks hold where the lowest bit of `k` is the second check applied to a
+    sequence of bits, and the next bit the first check applied to the same. State `h` of
+    the search is the last `log2(states)` of these bits, the newest highest: every state
+    is entered from two neighbours, which share their ways out.
+
+    Returns:
+      `k mod 4` of the ways by bit and by the state they leave, `[2, states]`, and the
+      state of `advance` that each state of the search is, `[states]`.
+    """
+    memory = states.bit_length() - 1
+    low, high = CHECKS[states]
+    history = np.arange(states)[None] | (np.arange(2) << memory)[:, None]
+
+    def filtered(check: int) -> np.ndarray:
+        taps = [history >> (memory - i) for i in range(memory + 1) if check >> i & 1]
+        return np.bitwise_xor.reduce(taps) & 1
+
+    ways = filtered(high) + 2 * filtered(low)
+    same = np.zeros(states, np.int32)
+    reached = advance(np.int32(0), np.int32(ways[1, 0]), states)
+    for place in reversed(range(memory)):  # one bit, ever older; sums of such are sums
+        same[np.arange(states) >> place & 1 == 1] ^= reached
+        reached = advance(reached, np.int32(ways[0, 1 << place]), states)
+    return ways, same
 
 
 def search(
@@ -76,53 +93,43 @@ def search(
       x: float32 `[places, walks]`, finite.
       states: one of `CHECKS`.
       weights: of the squared errors, likewise; all one if not given.
-      start: states `[walks]` that the walks begin in; 0 if not given.
+      start: states `[walks]` that the walks begin in, as `advance` numbers them; 0 if
+        not given.
 
     Returns:
       Levels int32 `[places, walks]`, and the states `[walks]` where the walks end.
     """
-    before, subset = _ways(states)
+    ways, same = _butterflies(states)
+    half, walks = states // 2, x.shape[1]
     offset = jnp.arange(4, dtype=x.dtype)[None, :, None]
     levels = jnp.round((x[:, None] - offset) / 4) * 4 + offset  # [places, 4, walks]
     costs = (x[:, None] - levels) ** 2
     if weights is not None:
         costs = costs * weights[:, None]
-    half = states // 2
-    low, high = (check >> 1 for check in CHECKS[states])
-
-    def flipped(totals: jax.Array, mask: int) -> jax.Array:
-        """Return position of `i ^ mask` in `[half, walks]`: faster than a gather."""
-        digits = half.bit_length() - 1
-        axes = [i for i in range(digits) if mask >> (digits - 1 - i) & 1]
-        turned = jax.lax.rev(totals.reshape((2,) * digits + (-1,)), axes)
-        return turned.reshape(half, -1)
 
     def forward(total: jax.Array, cost: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # As `_ways` has them: odd states lead to the upper half, even to the lower.
-        least, second = [], []
-        for parity in (0, 1):
-            ways = [
-                flipped(total[parity::2], (parity * low ^ bit * high) & (half - 1))
-                + cost[parity + 2 * bit][None]
-                for bit in (0, 1)
-            ]
-            least.append(jnp.minimum(*ways))
-            second.append(ways[1] < ways[0])
-        return jnp.concatenate(least), jnp.concatenate(second)
+        # Two neighbours lead to the same two states, each by the other's way to both.
+        total = total.reshape(half, 2, walks)
+        one, other = cost[jnp.asarray(ways[0, ::2])], cost[jnp.asarray(ways[0, 1::2])]
+        zero_bit = total[:, 0] + one, total[:, 1] + other
+        one_bit = total[:, 0] + other, total[:, 1] + one
+        least = jnp.concatenate([jnp.minimum(*zero_bit), jnp.minimum(*one_bit)])
+        return least, jnp.concatenate(
+            [zero_bit[1] < zero_bit[0], one_bit[1] < one_bit[0]]
+        )
 
     if start is None:
-        start = jnp.zeros(x.shape[1], jnp.int32)
-    begin = jnp.arange(states, dtype=jnp.int32)[:, None] == start[None]
-    begin = jnp.where(begin, jnp.zeros((), x.dtype), jnp.inf)
-    total, second = jax.lax.scan(forward, begin, costs)
+        start = jnp.zeros(walks, jnp.int32)
+    begin = jnp.where(jnp.asarray(same)[:, None] == start[None], 0.0, jnp.inf)
+    total, second = jax.lax.scan(forward, begin.astype(x.dtype), costs)
 
     def back(state: jax.Array, place: tuple) -> tuple[jax.Array, jax.Array]:
         second, levels = place
-        way = jnp.take_along_axis(second, state[None], axis=0)[0].astype(jnp.int32)
-        at = jnp.asarray(subset)[way, state]
-        level = jnp.take_along_axis(levels, at[None], axis=0)[0]
-        return jnp.asarray(before, jnp.int32)[way, state], level
+        odd = jnp.take_along_axis(second, state[None], axis=0)[0].astype(jnp.int32)
+        before = (state << 1) & (states - 1) | odd
+        at = jnp.asarray(ways)[state // half, before]
+        return before, jnp.take_along_axis(levels, at[None], axis=0)[0]
 
     end = jnp.argmin(total, axis=0).astype(jnp.int32)
     _, levels_of_path = jax.lax.scan(back, end, (second, levels), reverse=True)
-    return levels_of_path.astype(jnp.int32), end
+    return levels_of_path.astype(jnp.int32), jnp.asarray(same)[end]
