@@ -2,7 +2,7 @@
 
 Eight consecutive inputs of an output are rounded to the nearest point of a scaled E8
 (Conway and Sloane 1982, "Fast quantizing and decoding algorithms for lattice
-quantizers"); which of its two cosets, and the coordinates given that, are coded by rANS.
+quantizers"); which of its two cosets, and the coordinates given it, are coded by rANS.
 One step a matrix, found by bisection for a rate. Beside it `asymmetric`, and
 `rate_distortion` without moments: rounding, and its trellis. Kernels only, the rest
 stays float; nothing is calibrated. One JSON line per row; rows that the results hold

@@ -1,16 +1,16 @@
-"""What do GLQ's trellis codes cost the same model on the same texts?
+"""What does GLQ's trellis cost the same layers, at the same bytes as ours?
 
-Rows beside those of `rate_distortion.models`: the same windows to evaluate on, linear
-layers only; bits are those of these layers' tensors in GLQ's own file. GLQ (PyPI `glq`,
-a trellis of 2^16 states after QTIP) runs as it comes, layer after layer on the inputs
-of the compressed prefix, on the windows that the other rows calibrate on. With
-`--viterbi` its search runs in `viterbi.c`, compiled; that both find the same states is
-checked first. Packages beside this one, `pip install glq torch transformers`:
+The first layers of a model, its others float. GLQ (PyPI `glq`, a trellis of 2^16
+states after QTIP) runs as it comes, layer after layer on the inputs of the compressed
+prefix; `rate_distortion` on moments of the original model, at equal rates, at the bits
+of GLQ's tensors in its own file. Both calibrate on the same windows. With `--viterbi`
+GLQ's search runs in `viterbi.c`, compiled; that both find the same states is checked
+first. Packages beside this one, `pip install glq torch transformers`:
 
     gcc -O3 -march=native -ffp-contract=off -shared -fPIC -o viterbi.so \\
         experiments/rate_distortion/viterbi.c
     python -m experiments.rate_distortion.rivals SmolLM2.gguf text.txt \\
-        --bits 2 3 --viterbi ./viterbi.so --store DIR
+        --bits 2 3 --layers 6 --viterbi ./viterbi.so --store DIR
 """
 
 import ctypes
@@ -21,6 +21,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -34,6 +35,7 @@ from experiments.quantization import calibrated
 from experiments.rate_distortion.models import compared
 
 STATES = 2**16
+OURS = {"ours, 128 states": 128, "ours, rounding": 0}
 CODED = ("trellis_packed", "SU", "SV", "Wscale")  # of a layer, in GLQ's file
 
 
@@ -41,7 +43,8 @@ CODED = ("trellis_packed", "SU", "SV", "Wscale")  # of a layer, in GLQ's file
 class Config:
     model: str = "reference"
     text: str = ""
-    bits: tuple[int, ...] = (2, 3, 4)
+    bits: tuple[int, ...] = (2, 3)
+    layers: int = 6  # the first ones
     fraction: float = 0.2  # of the text, from its end, is measured on
     also: str = "docstrings,plays"  # further texts to measure on
     calibration: int = 64  # windows
@@ -50,11 +53,11 @@ class Config:
     viterbi: str = ""  # the compiled library; GLQ's own search where empty
     store: str = ""  # of finished layers; what it holds takes no time
     fast: bool = False  # does nothing: GLQ has no fast form
-    results: str = "experiments/rate_distortion/results/models.jsonl"
+    results: str = "experiments/rate_distortion/results/rivals.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Measure the files of GLQ that the results lack."""
+    """Measure GLQ at the bits that the results lack, and our codes at as many bytes."""
     results = Results(config)
     if config.fast:
         return results.rows
@@ -62,37 +65,63 @@ def run(config: Config) -> list[dict[str, Any]]:
     tokenizer = original.tokenizer
     calibration, batches = calibrated.texts(config, tokenizer)
     ids = np.concatenate(calibration)
+    model, params = jc.models.fewer_layers(
+        original.model, original.params, range(config.layers)
+    )
+    moments = None
+
+    def add(label: dict[str, Any], ready: Any, about: dict[str, Any]) -> None:
+        stacked = jc.models.stack_layers(original.params | ready)
+        compared(
+            results, label, original.scanned, original.dense, stacked, batches, about
+        )
+
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(config.store or folder) / "float"
+        store = Path(config.store or folder)
+        source = store / f"float-{config.layers}"
         if not source.exists():
-            jc.export.huggingface(source, original.model, original.params, tokenizer)
+            jc.export.huggingface(source, model, params, tokenizer)
         for bits in config.bits:
             label = {
                 "model": original.name,
-                "variant": f"GLQ trellis, {bits} bits",
-                "rate": 0.0,
-                "embedding": 0.0,
-                "states": STATES,
+                "layers": config.layers,
                 "calibration_tokens": ids.size,
+                "bits": bits,
             }
             if results.holds(**label):
                 continue
             clock = Clock()
+            coded = store / f"glq-{config.layers}-{bits}"
             text = tokenizer.decode(ids.reshape(-1))
-            coded = Path(config.store or folder) / f"glq-{bits}"
             quantize(config, source, coded, text, bits, len(ids))
-            about = {
-                "bits_per_compressed_weight": coded_bits(coded, bits),
-                "compress_processor_seconds": clock.processor_seconds,
-            }
+            took = clock.processor_seconds
+            rate = coded_bits(coded, bits)
             dense = Path(folder) / f"dense-{bits}"
             write_dense(source, coded, dense, bits)
-            ready = jc.models.load(dense, scan=True, dtype="float32")[1]
-            ready = {**ready, "embed": original.dense["embed"]}
-            compared(
-                results, label, original.scanned, original.dense, ready, batches, about
-            )
+            ready = kernels(jc.models.load(dense, scan=False, dtype="float32")[1])
+            about = {
+                "bits_per_compressed_weight": rate,
+                "compress_processor_seconds": took,
+            }
+            add({**label, "variant": "GLQ, its trellis"}, ready, about)
+            moments = moments or jc.collect_moments(model, params, calibration)
+            for name, states in OURS.items():
+                clock = Clock()
+                method = f"rate_distortion(rate={rate}, states={states})"
+                small = jc.compress(params, [(".*kernel", method)], moments)
+                about = {"compress_processor_seconds": clock.processor_seconds}
+                path = Path(folder) / "small.safetensors"
+                jc.save(path, small)
+                loaded = jc.load(path)
+                about |= calibrated.stored(path, loaded)
+                ready = kernels(jax.jit(jc.materialize)(loaded))
+                add({**label, "variant": name}, ready, about)
     return results.rows
+
+
+def kernels(params: Any) -> Any:
+    """Choose the layers of parameters."""
+    return {name: x for name, x in params.items() if name.startswith("layer_")}
 
 
 def quantize(
