@@ -35,11 +35,11 @@ from jaxcompress.evaluation import Apply
 WORD = re.compile(r"(?<=\S )[A-Za-z]{4,}(?!\w)")
 # Words that grammar alone foretells.
 COMMON = re.compile(
-    r"about| after| also| been| before| could| each| from| have| here| into| just|"
-    r"like| made| more| most| much| must| only| other| over| said| same| shall|"
-    r"should| some| such| than| that| their| them| then| there| these| they| this|"
-    r"those| thou| thee| thine| upon| very| were| what| when| where| which| while|"
-    r"will| with| would| your"
+    r"about|after|also|been|before|could|each|from|have|here|into|just|like|made|"
+    r"more|most|much|must|only|other|over|said|same|shall|should|some|such|than|"
+    r"that|their|them|then|there|these|they|this|those|thou|thee|thine|upon|very|"
+    r"were|what|when|where|which|while|will|with|would|your",
+    re.IGNORECASE,
 )
 LEAST = 32  # pieces before a word
 APART = 8  # pieces between words of a window
@@ -147,7 +147,7 @@ def cut_windows(tokenizer: Any, text: str, *, tokens: int, items: int) -> list[W
         for match in WORD.finditer(chunk):
             word = match[0]
             known, _ = word in seen, seen.add(word)
-            if not known or word.lower() in COMMON:
+            if not known or COMMON.fullmatch(word):
                 continue
             before = tokenizer.encode(chunk[: match.start()].rstrip())
             whole = tokenizer.encode(chunk[: match.end()])
