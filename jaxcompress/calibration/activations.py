@@ -1,8 +1,9 @@
 """Calibration batches on their way through a model that was cut into segments."""
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,12 +24,14 @@ class Streams:
     """The batches, each with the segments of the program that its shapes make.
 
     Values stay on the host between segments. Programs whose compiled text is the same,
-    as those of equal blocks, are compiled once.
+    as those of equal blocks, are compiled once. Batches take turns on `devices`, as
+    many at once as there are; without any, all are on the default device.
     """
 
     batches: Sequence[Any]
     programs: Sequence[tuple[list[Segment], list[Any]]]  # one per batch; shared
     compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    devices: Sequence[jax.Device] = ()
 
     def start(self) -> list[Values]:
         """Return what the first segment reads of each batch."""
@@ -46,14 +49,45 @@ class Streams:
         self, number: int, weights: dict[str, Any], values: list[Values]
     ) -> list[Values]:
         """Return the values after segment `number`."""
-        after, ready = [], {}
-        for (segments, _), held in zip(self.programs, values, strict=True):
-            segment = segments[number]
-            read = [held[v] for v in segment.reads]
-            if segment not in ready:
-                ready[segment] = self.compile(_run(segment), weights, read)
-            after.append(_carried(segment, held, ready[segment](weights, read)))
-        return after
+        read = lambda segment, i: ([values[i][v] for v in segment.reads],)  # noqa: E731
+        results = self.run(number, _run, (weights,), read)
+        return [
+            _carried(segments[number], held, result)
+            for (segments, _), held, result in zip(
+                self.programs, values, results, strict=True
+            )
+        ]
+
+    def run(
+        self,
+        number: int,
+        step: Callable[[Segment], Callable[..., Any]],
+        shared: tuple[Any, ...],
+        own: Callable[[Segment, int], tuple[Any, ...]],
+    ) -> Iterator[Any]:
+        """Yield what `step` of segment `number` makes of each batch, in their order.
+
+        Args:
+          number: of the segment.
+          step: from a segment to the function that is compiled.
+          shared: its first arguments, copied to each device.
+          own: its other arguments, by segment and number of the batch.
+        """
+        places = [jax.device_put(shared, d) for d in self.devices] or [shared]
+        ready: dict[Any, Any] = {}
+        waiting: collections.deque = collections.deque()
+        for i, (segments, _) in enumerate(self.programs):
+            segment, place = segments[number], i % len(places)
+            arguments = *places[place], *own(segment, i)
+            if self.devices:
+                arguments = jax.device_put(arguments, self.devices[place])
+            if (segment, place) not in ready:
+                program = self.compile(step(segment), *arguments, place=place)
+                ready[segment, place] = program
+            waiting.append(ready[segment, place](*arguments))
+            if len(waiting) == len(places):
+                yield waiting.popleft()
+        yield from waiting
 
     def measure(
         self,
@@ -72,26 +106,33 @@ class Streams:
         are wanted too, and `changed` the weights that these meet, if others.
         """
         changed = weights if changed is None else changed
-        after, ready, layouts, total = [], {}, {}, None
-        for i, (segments, _) in enumerate(self.programs):
-            segment, batch = segments[number], self.batches[i]
-            mask = batch.get("mask") if isinstance(batch, Mapping) else None
+        after, layouts, total = [], {}, None
+
+        def step(segment: Segment) -> Callable[..., Any]:
+            return functools.partial(
+                _measured, segment=segment, names=names, layouts=layouts
+            )
+
+        def own(segment: Segment, i: int) -> tuple[Any, ...]:
+            batch = self.batches[i]
             read = [[values[i][v] for v in segment.reads]]
             if drifted is not None:
                 read.append([drifted[i][v] for v in segment.reads])
-            if segment not in ready:
-                step = functools.partial(
-                    _measured, segment=segment, names=names, layouts=layouts
-                )
-                ready[segment] = self.compile(step, weights, changed, read, mask)
-            results, more = ready[segment](weights, changed, read, mask)
+            return read, batch.get("mask") if isinstance(batch, Mapping) else None
+
+        for i, (results, more) in enumerate(
+            self.run(number, step, (weights, changed), own)
+        ):
+            more = jax.device_put(more, self.devices[0]) if self.devices else more
             total = more if total is None else _add(total, more)
-            after.append(_carried(segment, values[i], results))
+            after.append(_carried(self.programs[i][0][number], values[i], results))
         return after, total or {}, layouts
 
-    def compile(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def compile(
+        self, function: Callable[..., Any], *arguments: Any, place: int = 0
+    ) -> Any:
         lowered = jax.jit(function).lower(*arguments)
-        key = lowered.as_text(), lowered.in_tree, lowered.out_tree
+        key = place, lowered.as_text(), lowered.in_tree, lowered.out_tree
         if key not in self.compiled:
             self.compiled[key] = lowered.compile()
         return self.compiled[key]
@@ -103,6 +144,7 @@ def streams(
     rebuild: Any,
     batches: Any,
     pattern: str | None,
+    devices: Sequence[jax.Device] = (),
 ) -> Streams:
     """Return batches at the start of the model, cut by `pattern` as in `blocks.cut`.
 
@@ -123,7 +165,7 @@ def streams(
             "batches of different shapes use the weights in different orders; pass "
             "batches of one shape"
         )
-    return Streams(batches, programs)
+    return Streams(batches, programs, devices=devices)
 
 
 def _run(segment: Segment) -> Callable[[dict[str, Any], list], list]:

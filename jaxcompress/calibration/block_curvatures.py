@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ def measure_curvatures_blockwise(
     joint: bool = False,
     damping: float = 0.01,
     store: str | os.PathLike | None = None,
+    devices: Sequence[jax.Device] | None = None,
     key: jax.Array,
     progress: Progress = False,
 ) -> dict[str, Moments]:
@@ -67,6 +68,9 @@ def measure_curvatures_blockwise(
         own shrinkage of joint curvatures.
       store: a directory for what is finished. A killed run resumes there; weights,
         options, moments and batches must be the same.
+      devices: which sequences take turns on, as many at once as there are devices, each
+        with a copy of the block. None: the default device. Curvatures are summed on the
+        host, in the same order on any number.
       progress: as in `compress`, of the stretches of both passes.
 
     Returns:
@@ -88,7 +92,7 @@ def measure_curvatures_blockwise(
     """
     rows = _sequences(batches, key)
     with source_of(params) as source, tempfile.TemporaryDirectory() as scratch:
-        parts, uses = _stretches(model, source, rows, blocks)
+        parts, uses = _stretches(model, source, rows, blocks, devices or ())
         layouts, embeddings = _measured(source, parts, uses, moments, where)
         about = [blocks, where, joint, damping, sorted(layouts), moments is None]
         weights = {} if store is None else source.digests()
@@ -154,7 +158,11 @@ def _score(function: Callable[[Any, Any], jax.Array], params: Params, row: Any) 
 
 
 def _stretches(
-    model: Model, source: Source, rows: list[dict[str, Any]], blocks: str | None
+    model: Model,
+    source: Source,
+    rows: list[dict[str, Any]],
+    blocks: str | None,
+    devices: Sequence[jax.Device],
 ) -> tuple[Streams, list[Uses]]:
     """Cut the program of the score, and find the uses of weights in each stretch."""
     function = model_function(model)
@@ -163,7 +171,7 @@ def _stretches(
     def run(weights: Mapping[str, Any], row: Any) -> jax.Array:
         return _score(function, source.rebuild(weights), row) * weights[SCORE]
 
-    parts = streams(run, shapes, lambda weights: weights, rows, blocks)
+    parts = streams(run, shapes, lambda weights: weights, rows, blocks, devices)
     for segments in {id(each): each for each, _ in parts.programs}.values():
         # The last use of a weight is that of SCORE, so the score ends the program.
         score = frozenset(segments[-1].equations[-1].outvars[:1])

@@ -159,23 +159,27 @@ class Passes:
                 for name, shape in shapes.items()
             },
         }
-        ready: dict[Any, Any] = {}
-        below, above = {}, {}
-        for b in range(len(self.values)):
-            segment, read, slopes = self._around(b, number)
-            if segment not in ready:
-                step = functools.partial(backward_products, segment=segment, **options)
-                arguments = weights, factors, read, slopes
-                ready[segment] = job.streams.compile(step, *arguments)
-            products, pulled = ready[segment](weights, factors, read, slopes)
+        above: dict[str, Any] = {}
+        below: dict[str, Any] = {}
+
+        def step(segment: Segment) -> Any:
+            return functools.partial(backward_products, segment=segment, **options)
+
+        def around(segment: Segment, b: int) -> tuple[list, list]:
+            read, slopes = self._around(b, number)
+            above[str(b)] = _numbered(slopes)
+            return read, slopes
+
+        results = job.streams.run(number, step, (weights, factors), around)
+        for b, (products, pulled) in enumerate(results):
             for name, each in products.items():
                 sums[name].add(b, each)
-            places = [self.places[b][v] for v in segment.reads if is_float(v)]
+            reads = self.segment(b, number).reads
+            places = [self.places[b][v] for v in reads if is_float(v)]
             below[str(b)] = {
                 place: np.asarray(x) + self.cotangents[b].get(place, 0)
                 for place, x in zip(places, pulled, strict=True)
             }
-            above[str(b)] = _numbered(slopes)
         if any(full in self.shared for full in names.values()):
             job.save(f"above-{number}", above)
         curvatures = {
@@ -203,7 +207,7 @@ class Passes:
         for b in range(len(self.values)):
             gradient: Any = 0
             for number in readers:
-                segment, read, _ = self._around(b, number)
+                segment, (read, _) = self.segment(b, number), self._around(b, number)
                 slopes = _listed(above[number][str(b)])
                 arguments = held[number], read, slopes
                 if segment not in ready:
@@ -252,8 +256,8 @@ class Passes:
         flat = jnp.asarray(second).reshape(-1, *second.shape[-2:])
         return jnp.stack([inverse_factor(x, damping=self.job.damping) for x in flat])
 
-    def _around(self, b: int, number: int) -> tuple[Segment, list, list]:
-        """Return a stretch, the values that it reads, and the cotangents above it."""
+    def _around(self, b: int, number: int) -> tuple[list, list]:
+        """Return the values that a stretch reads, and the cotangents above it."""
         segment, places = self.segment(b, number), self.places[b]
         leaves = jax.tree.leaves(self.job.streams.batches[b])
         read = []
@@ -270,7 +274,7 @@ class Passes:
         ]
         if number == len(self.job.segments) - 1:
             slopes = [np.ones((), np.float32)]
-        return segment, read, slopes
+        return read, slopes
 
     def _written(self, number: int) -> Any:
         """Return the values of one stretch; the first and the latest are held."""

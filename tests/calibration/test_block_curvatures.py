@@ -7,6 +7,7 @@ import pytest
 from models_for_tests import ROWS, Language
 
 import jaxcompress as jc
+from jaxcompress.calibration.activations import Streams
 from jaxcompress.calibration.moment_files import in_memory
 from jaxcompress.tracing.metric_gradients import find_uses, run_in_metric
 
@@ -55,6 +56,27 @@ def test_they_are_those_of_the_whole_model(kind, tmp_path):
         model, tmp_path / "model.safetensors", batches, **OPTIONS, moments=wanted
     )
     close(wanted, found)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:too few")
+def test_sequences_take_turns_on_devices(monkeypatch):
+    model, params = fresh("scan_remat")
+    batches, used = [{"tokens": TOKENS}], set()
+    one = jc.measure_curvatures_blockwise(model, params, batches, **OPTIONS)
+    run = Streams.run
+
+    def watched(self, *args):
+        for result in run(self, *args):
+            used.update(x.device for x in jax.tree.leaves(result))
+            yield result
+
+    monkeypatch.setattr(Streams, "run", watched)
+    two = jc.measure_curvatures_blockwise(
+        model, params, batches, devices=jax.devices()[:2], **OPTIONS
+    )
+    assert used == set(jax.devices()[:2])
+    close(one, two)
 
 
 @pytest.mark.filterwarnings("ignore:too few")
