@@ -29,9 +29,12 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Fill in the tables that a page takes from the pages of experiments."""
+    """Fill in the tables that a page takes from the pages of experiments, whose folder
+    is beside `docs` in the repository and in it on the site.
+    """
     if page.file.src_uri.startswith("experiments/"):
         return markdown.replace("../../docs/", "../../")
+    markdown = markdown.replace("../experiments/", "experiments/")
     return TABLE.sub(lambda match: table(match[1], match[2]), markdown)
 
 
