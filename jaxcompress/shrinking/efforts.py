@@ -14,6 +14,7 @@ class Effort:
         other models than language models the rows are examples.
       states: of the trellis of `rate_distortion`; 0 rounds.
       joint: whether curvatures of pairs of outputs are measured.
+      compares: whether the recipe of equal rates is compressed and measured too.
       tuning_steps: training steps on steps of codes and norms.
       tries: files written until the size fits.
     """
@@ -24,14 +25,15 @@ class Effort:
     curvature_length: int
     states: int
     joint: bool
+    compares: bool
     tuning_steps: int
     tries: int = 6
 
 
 EFFORTS = {
-    "quick": Effort(0, 512, 0, 128, 0, False, 0),
-    "good": Effort(40, 512, 32, 128, 128, False, 0),
-    "best": Effort(80, 512, 96, 128, 128, True, 128),
+    "quick": Effort(0, 512, 0, 128, 0, False, False, 0),
+    "good": Effort(40, 512, 32, 128, 128, False, True, 0),
+    "best": Effort(80, 512, 64, 128, 128, False, False, 128),
 }
 
 

@@ -63,7 +63,7 @@ def estimate(
     )
     work += rows * (3.0 * length * weights + metric)
     work += 8.0 * effort.tuning_steps * effort.length * weights
-    compressions = tries + calibrates  # plans, and and the uniform recipe
+    compressions = tries + effort.compares  # plans, and the uniform recipe
     work += compressions * (TRELLIS if effort.states else ROUNDING) * weights
     held = nbytes(subject.params)
     vocabulary = getattr(subject.model, "vocab_size", 1)

@@ -78,7 +78,8 @@ class Planner:
 def meet(planner: Planner, goal: Goal) -> tuple[dict[str, Measured], list[str]]:
     """Return candidates by name that meet the goal, and notes.
 
-    Without data there is only the uniform recipe.
+    Without data there is only the uniform recipe; where the effort compares, the plan
+    and the uniform one.
 
     Raises:
       ValueError: a goal that cannot be met.
@@ -90,7 +91,7 @@ def meet(planner: Planner, goal: Goal) -> tuple[dict[str, Measured], list[str]]:
         results = {main: planner.fit(kind, goal.file_bytes)}
     else:
         results = {main: _meet_kl(planner, kind, goal.kl, notes)}
-    if main == "plan":
+    if main == "plan" and planner.effort.compares:
         limit = goal.file_bytes or results["plan"][0].file_bytes
         results["uniform"] = planner.fit("uniform", limit)
     return results, notes

@@ -53,9 +53,9 @@ def shrink(
     """Make a model as small as asked, with the least loss that the effort finds.
 
     Calibrates, shares the size out over all weights (embedding and head included),
-    compresses, writes the file and measures it, until it fits. The plan and the recipe
-    that gives all leaves equal rates are both measured on held-out text; the one with
-    the lower divergence is returned.
+    compresses, writes the file and measures it, until it fits. What the effort tries
+    (plan, equal rates, trained steps) is measured on held-out text; the one with the
+    lowest divergence is returned.
 
         small = jc.shrink("SmolLM2.gguf", size="60MB")
         print(small)
@@ -78,8 +78,8 @@ def shrink(
       batches: for other models: batches as their `apply` takes them, of equal shapes;
         the last fifth is held out.
       effort: "quick" uses no data, except to measure where some is given; "good"
-        measures moments and curvatures and plans by them; "best" measures curvatures
-        of pairs of outputs, on more text, and trains steps and norms.
+        measures moments and curvatures, plans by them, and tries equal rates too;
+        "best" plans on more text, and trains steps and norms.
       store: a directory for finished steps. A run that was killed and is started again
         with the same arguments resumes there, and ends with the same bytes.
       key: of the model's own text, sampled curvatures and training; None is key 0.
