@@ -16,7 +16,11 @@ MAKERS = {
     "textcoding.picture",
     "tokenization.plots",
 }
-PARTS = {"coding.other_coders", "storage.alterations"}  # of other experiments
+PARTS = {
+    "coding.other_coders",
+    "rate_distortion.walks",
+    "storage.alterations",
+}  # of other experiments
 PEERS = {"rate_distortion.peers", "rate_distortion.rivals"}  # without a fast form
 NAMES = sorted(
     ".".join(path.relative_to(EXPERIMENTS).with_suffix("").parts)
@@ -52,7 +56,12 @@ def finds(name):
 
 
 # Experiments without a check, and a model compressed at planned rates, take longer.
-NIGHTLY = {"planning.pareto", "rate_distortion.models", "models.train_reference"}
+NIGHTLY = {
+    "models.train_reference",
+    "planning.pareto",
+    "rate_distortion.levels",
+    "rate_distortion.models",
+}
 
 
 def marked(name):
@@ -212,6 +221,19 @@ def words_that_the_context_holds(rows):
         missed = row["float_right"] - row["small_right"]
         assert missed == row["lost"] - row["gained"]
         assert 0 < row["p"] <= 1 and row["file_bytes"] <= 0.9e6
+
+
+@finds("rate_distortion.levels")
+def moved_levels(rows):
+    found = {(row["variant"], row["text"]): row for row in rows}
+    assert len(found) == len(rows) == 6
+    size = found["coded", "heldout"]["bits_per_compressed_weight"]
+    for text in ("heldout", "docstrings"):
+        coded, tuned, turns = (row for row in rows if row["text"] == text)
+        for row in tuned, turns:
+            assert 0 < row["kl"] < coded["kl"]
+            assert row["bits_per_compressed_weight"] == pytest.approx(size, rel=5e-3)
+            assert row["training_tokens"] == 8 * 2 * 256 > coded["training_tokens"] == 0
 
 
 @finds("tokenization.kinds")
