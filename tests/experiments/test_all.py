@@ -57,10 +57,13 @@ def finds(name):
 
 # Experiments without a check, and a model compressed at planned rates, take longer.
 NIGHTLY = {
+    "evaluation.last_words",
     "models.train_reference",
     "planning.pareto",
+    "rate_distortion.lattice",
     "rate_distortion.levels",
     "rate_distortion.models",
+    "rate_distortion.original",
 }
 
 

@@ -8,10 +8,11 @@ import scipy.stats
 import jaxcompress as jc
 from experiments.evaluation import last_words
 
+# Of each sentence one word occurs nowhere else.
 TEXT = " ".join(
-    f"the parser reads token {i} and the lexer of module {i % 7} returns the token "
-    "to the parser again;"
-    for i in range(60)
+    f"the parser reads token {i} and {'abcdefgh'[i // 8] * 2}{'stuvwxyz'[i % 8] * 3} "
+    f"and the lexer of module {i % 7} returns the token to the parser again;"
+    for i in range(64)
 )
 
 
