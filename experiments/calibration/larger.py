@@ -12,8 +12,10 @@ as they are. One stage a process; each resumes from the store, and needs the one
 """
 
 import dataclasses
+import functools
 import json
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ class Config:
     sequences: int = 8
     tokens: int = 128  # in a sequence
     rate: float = 3.0  # bits per weight of the linear layers
+    blocks: int = 0  # compress so many and stop, embedding included; 0: all
     fast: bool = False  # a tiny model, every stage
     results: str = "experiments/calibration/results/larger.jsonl"
 
@@ -140,17 +143,35 @@ def _work(stage: str, config: Config, model: Any, folder: Path) -> int:
             )
             recipe.write_text(json.dumps(rules))
         if stage == "compress":
-            small = jc.compress_blockwise(
-                model,
-                weights,
-                [tuple(rule) for rule in json.loads(recipe.read_text())],
-                batches,
-                moments=moments,
-                store=folder / "blocks",
-                progress=True,
-            )
-            jc.save(folder / "small.safetensors", {"params": small})
+            done: list[str] = []
+            try:
+                small = jc.compress_blockwise(
+                    model,
+                    weights,
+                    [tuple(rule) for rule in json.loads(recipe.read_text())],
+                    batches,
+                    moments=moments,
+                    store=folder / "blocks",
+                    progress=functools.partial(_first, config.blocks, done),
+                )
+                jc.save(folder / "small.safetensors", {"params": small})
+            except Stopped:
+                return sum(sizes[name] for name in done)
     return sum(size for name, size in sizes.items() if name.endswith("kernel"))
+
+
+class Stopped(Exception):
+    """As many blocks as were asked for are compressed."""
+
+
+def _first(count: int, done: list[str], parts: Iterable[Any]) -> Iterator[Any]:
+    """Pass blocks on, note their kernels, and stop after the first `count`."""
+    for number, part in enumerate(parts, start=1):
+        print(f"block {number}: {part.label}", flush=True)
+        done += [row.name for row in part.reports if row.name.endswith("kernel")]
+        if number == count:
+            raise Stopped
+        yield part
 
 
 def _write(path: Path, shapes: Any) -> None:

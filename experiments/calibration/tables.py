@@ -1,6 +1,12 @@
 """Tables of the room's page: a model calibrated block by block."""
 
-from experiments.common.tables import Table, scaled
+from experiments.common.tables import Row, Table, scaled
+
+
+def per_weight(row: Row) -> str:
+    """Show microseconds of a processor for a weight of the stage."""
+    return f"{1e6 * row['processor_seconds'] / row['weights']:.2f}"
+
 
 TABLES = {
     "blockwise": Table(
@@ -26,6 +32,18 @@ TABLES = {
             "processor seconds": "{processor_seconds:.0f}",
             "peak, GB": scaled("peak_bytes", 1e-9, 1),
             "peak before, GB": scaled("peak_bytes_before", 1e-9, 1),
+        },
+    ),
+    "larger": Table(
+        "larger",
+        "calibration.larger --shape SHAPE --store DIR --stage STAGE",
+        {
+            "shape": "{shape}",
+            "stage": "`{stage}`",
+            "weights, millions": scaled("weights", 1e-6, 0),
+            "processor seconds": "{processor_seconds:.0f}",
+            "microseconds a weight": per_weight,
+            "peak, GB": scaled("peak_bytes", 1e-9, 2),
         },
     ),
 }
