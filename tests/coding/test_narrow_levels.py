@@ -1,4 +1,4 @@
-"""Levels packed in groups of outputs: the same integers, in few bits."""
+"""Levels packed in groups of inputs: the same integers, in few bits."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
+from jaxcompress.coding.levels import narrow
 from jaxcompress.coding.levels.narrow import narrow_levels
 from jaxcompress.coding.levels.rate_coded import RateCoded
 from jaxcompress.running.decode_once import decode_once
+from jaxcompress.tree import products
 from jaxcompress.tree.leaf import Arithmetic, contract
 
 INPUTS, OUTPUTS = 40, 67
@@ -18,16 +20,16 @@ def levels(kind, *lead, dtype=np.int8):
     random = np.random.default_rng(3)
     shape = (*lead, INPUTS, OUTPUTS)
     x = np.rint(3 * random.normal(size=shape)).astype(dtype)
-    if kind == "one wide output":
-        x[..., 0, 5], x[..., 1, 5] = np.iinfo(dtype).max - 1, np.iinfo(dtype).min
+    if kind == "one wide input":
+        x[..., 5, 0], x[..., 5, 1] = np.iinfo(dtype).max - 1, np.iinfo(dtype).min
     elif kind == "constant":
         x[:] = -7
     elif kind == "far from zero":
-        x[..., 9] = np.clip(x[..., 9], -3, 3) + 100
+        x[..., 9, :] = np.clip(x[..., 9, :], -3, 3) + 100
     return x
 
 
-KINDS = ("bell", "one wide output", "constant", "far from zero")
+KINDS = ("bell", "one wide input", "constant", "far from zero")
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16])
@@ -46,7 +48,7 @@ def test_levels_are_restored_and_multiplied(kind, dtype):
 
 
 def test_slices_of_a_stack_are_those_of_the_whole():
-    x = levels("one wide output", 3)
+    x = levels("one wide input", 3)
     small = narrow_levels(x)
     np.testing.assert_array_equal(small.materialize(), x)
     np.testing.assert_array_equal(
@@ -56,20 +58,29 @@ def test_slices_of_a_stack_are_those_of_the_whole():
     np.testing.assert_array_equal(sliced, x)
 
 
-def test_levels_take_about_the_bits_that_their_outputs_need():
-    """One wide output does not make the others wide; a byte is not spent on 4 bits."""
+def test_levels_take_about_the_bits_that_their_inputs_need():
+    """One wide input does not make the others wide; a byte is not spent on 4 bits."""
     random = np.random.default_rng(0)
     x = random.integers(-8, 8, (256, 256)).astype(np.int8)
-    x[0, 3] = 100
+    x[3, 0] = 100
     small = narrow_levels(x)
-    side = small.where.nbytes + small.shift.nbytes
-    wide = 8 * 7 * 256 / 8  # eight outputs of 7 bits
-    assert jc.nbytes(small) == 248 * 256 // 2 + wide + side
+    side = small.order.nbytes + small.shift.nbytes
+    wide = 256 * 4 * (1 + 1 + 1)  # a word of each is begun
     assert {*small.widths} == {7, 4}
+    assert jc.nbytes(small) == 248 * 256 // 2 + wide + side
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_outputs_are_those_of_the_whole(kind):
+    x = levels(kind, dtype=np.int16)
+    small, at = narrow_levels(x), jnp.array([[5, 0], [66, 5]])
+    np.testing.assert_array_equal(small.take_columns(at), x[:, at])
+    cut = jax.jit(lambda w, i: w.cut_columns(i, 7).materialize())(small, 20)
+    np.testing.assert_array_equal(cut, x[:, 20:27])
 
 
 def test_levels_of_too_many_bits_are_refused():
-    x = np.array([[-40000, 0], [40000, 0]], np.int32)
+    x = np.array([[-40000, 40000], [0, 0]], np.int32)
     with pytest.raises(ValueError, match="span 80000"):
         narrow_levels(x)
 
@@ -86,7 +97,23 @@ def test_a_rate_coded_weight_multiplies_by_narrow_levels():
     for leaf in (weight, packed):
         y = jax.jit(lambda x, w: contract(x, w, Arithmetic()))(x, leaf)
         np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+        at = jnp.array([[3, 60], [0, 3]])
+        np.testing.assert_array_equal(leaf.take_columns(at), leaf.materialize()[:, at])
+        made = jax.jit(lambda w, i: w.tiles()(i, 9))(leaf, 30)
+        np.testing.assert_array_equal(made, leaf.materialize()[:, 30:39])
     assert jc.nbytes(packed) < 0.8 * jc.nbytes(weight)
+
+
+def test_a_large_narrow_weight_is_multiplied_by_in_tiles(monkeypatch):
+    x = levels("one wide input", dtype=np.int16)
+    small, seen = narrow_levels(x), []
+    monkeypatch.setattr(narrow, "tiles_pay", lambda shape: seen.append(shape) or True)
+    monkeypatch.setattr(products, "TILE", 16 * INPUTS)
+    inputs = np.random.default_rng(1).normal(size=(3, INPUTS)).astype(np.float32)
+    y = jax.jit(lambda x, w: contract(x, w, Arithmetic()))(inputs, small)
+    want = inputs.astype(np.float64) @ x
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6 * np.abs(x).max() * INPUTS)
+    assert len(seen) == len(small.widths)
 
 
 def test_codes_are_packed_and_packed_codes_stay():

@@ -1,5 +1,6 @@
-"""Levels as packed narrow integers, outputs in groups by the width that they need."""
+"""Levels as packed narrow integers, inputs in groups by the width that they need."""
 
+import dataclasses
 import itertools
 import math
 from typing import Any, ClassVar
@@ -10,27 +11,33 @@ import numpy as np
 
 from jaxcompress.coding.packing import field_widths
 from jaxcompress.tree.leaf import Arithmetic, Leaf, before_use, leaf, static
-from jaxcompress.tree.products import wide_product
+from jaxcompress.tree.products import (
+    cut_columns,
+    product_in_tiles,
+    tiles_pay,
+    wide_product,
+)
 
-GROUPS = 2  # widths in one weight, at most
-TOGETHER = 8  # outputs: sizes of groups are multiples of it, but for the narrowest
+GROUPS = 3  # widths in one weight, at most
+TOGETHER = 8  # inputs: sizes of groups are multiples of it, but for the narrowest
 
 
 @leaf
 class NarrowLevels(Leaf):
-    """Integers `[..., inputs, outputs]`, each output in about as few bits as it needs.
+    """Integers `[..., inputs, outputs]`, each input in about as few bits as it needs.
 
-    Invariant: `parts` hold outputs in the order of falling width; output `o` is at
-    `where[..., o]` of them, and its integers are codes less half of their range, plus
-    `shift[..., 0, o]`.
+    Steps of `rate_distortion` differ by input, and so do the levels' ranges. Invariant:
+    `parts` hold inputs in the order of falling width; place `p` of them is input
+    `order[..., p]`, and its integers are codes less half of their range, plus `shift`.
 
     Args:
-      parts: uint32 words `[..., rows, *]` of the unsigned codes of each group: for each
-        of `field_widths` of its width a plane, whose words hold neighbouring inputs.
-      where: integers `[..., outputs]`.
-      shift: integers `[..., 1, outputs]`.
+      parts: uint32 words `[..., *, outputs]` of the unsigned codes of each group: for
+        each of `field_widths` of its width a plane, whose words hold neighbouring
+        places.
+      order: integers `[..., inputs]`.
+      shift: integers `[..., inputs, 1]`, by input.
       widths: bits of a code, for each part.
-      rows: inputs of the weight.
+      sizes: inputs of each part.
       dtype: of the integers.
 
     Example:
@@ -41,53 +48,76 @@ class NarrowLevels(Leaf):
     """
 
     parts: tuple[Any, ...]
-    where: jax.Array
+    order: jax.Array
     shift: jax.Array
     widths: tuple[int, ...] = static()
-    rows: int = static()
+    sizes: tuple[int, ...] = static()
     dtype: np.dtype = static()
 
     lossless: ClassVar[bool] = True
     for_files: ClassVar[bool] = False
-    integers: ClassVar[tuple[str, ...]] = ("parts", "where", "shift")
+    integers: ClassVar[tuple[str, ...]] = ("parts", "order", "shift")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.where.shape[:-1], self.rows, self.where.shape[-1])
+        return (*self.order.shape, self.parts[0].shape[-1])
 
     def materialize(self) -> jax.Array:
-        codes = [x.astype(jnp.int32) for x in self._centred()]
-        where = self.where.astype(jnp.int32)[..., None, :]
-        levels = jnp.take_along_axis(jnp.concatenate(codes, axis=-1), where, axis=-1)
+        codes = [
+            _unpacked(*part)
+            for part in zip(self.parts, self.widths, self.sizes, strict=True)
+        ]
+        where = jnp.argsort(self.order.astype(jnp.int32), axis=-1)[..., None]
+        levels = jnp.take_along_axis(jnp.concatenate(codes, axis=-2), where, axis=-2)
         return (levels + self.shift.astype(jnp.int32)).astype(self.dtype)
 
+    def take_columns(self, indices: jax.Array) -> jax.Array:
+        """Return levels `[inputs, *indices.shape]` of these outputs."""
+        parts = tuple(jnp.take(x, indices.reshape(-1), axis=1) for x in self.parts)
+        levels = dataclasses.replace(self, parts=parts).materialize()
+        return levels.reshape(-1, *indices.shape)
+
+    def cut_columns(self, start: jax.Array, size: int) -> Leaf:
+        """Return so many outputs from a traced start."""
+        parts = tuple(cut_columns(x, start, size) for x in self.parts)
+        return dataclasses.replace(self, parts=parts)
+
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
-        """Multiply by each part, in floating point, and put the outputs in order."""
+        """Multiply the inputs of each part by it, in floating point, and add up."""
         prepare = before_use.get()
         held = self if prepare is None else prepare(self)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        products = [wide_product(wide, codes, how) for codes in held._centred()]
-        y = jnp.concatenate(products, axis=-1)
-        where = held.where.astype(jnp.int32)
-        y = y.at[..., where].get(mode="promise_in_bounds")
-        shift = held.shift[0].astype(wide.dtype)
-        lead = (1,) * (wide.ndim - 1)
-        return y + wide.sum(axis=-1, keepdims=True) * shift.reshape(*lead, -1)
+        y = wide_product(wide, held.shift, how)  # one column
+        order = held.order.astype(jnp.int32)
+        wide = wide.at[..., order].get(mode="promise_in_bounds")
+        start = 0
+        for words, width, size in zip(held.parts, self.widths, self.sizes, strict=True):
+            own = wide[..., start : start + size]
+            y = y + _product(own, words, width, how)
+            start += size
+        return y
 
-    def _centred(self) -> list[jax.Array]:
-        """Return codes less half of their range, int32."""
-        parts = zip(self.parts, self.widths, strict=True)
-        return [_unpacked(words, width, self.rows) for words, width in parts]
+
+def _product(x: jax.Array, words: jax.Array, width: int, how: Arithmetic) -> jax.Array:
+    """Multiply by the codes of one part, large ones tile by tile."""
+    size, outputs = x.shape[-1], words.shape[-1]
+    if not tiles_pay((size, outputs)):
+        return wide_product(x, _unpacked(words, width, size), how)
+
+    def columns(start: jax.Array, count: int) -> jax.Array:
+        return _unpacked(cut_columns(words, start, count), width, size)
+
+    return product_in_tiles(x, columns, (size, outputs), how)
 
 
 def narrow_levels(levels: Any) -> NarrowLevels:
-    """Pack levels `[..., inputs, outputs]` in groups of outputs; on the host.
+    """Pack levels `[..., inputs, outputs]` in groups of inputs; on the host.
 
     Args:
       levels: integers of at most 16 bits.
 
     Raises:
-      ValueError: levels that differ by more than 16 bits within one output.
+      ValueError: levels that differ by more than 16 bits within one input.
 
     Example:
       >>> levels = jc.rate_distortion(x, rate=3.0).levels.materialize()
@@ -96,55 +126,52 @@ def narrow_levels(levels: Any) -> NarrowLevels:
     """
     levels = np.asarray(levels)
     wide = levels.astype(np.int32)
-    inputs, outputs = wide.shape[-2:]
-    low, high = wide.min(axis=-2), wide.max(axis=-2)
+    inputs = wide.shape[-2]
+    low, high = wide.min(axis=-1), wide.max(axis=-1)
     need = np.ceil(np.log2(high - low + 1)).astype(np.int64).clip(1)
     if need.max(initial=1) > 16:
         raise ValueError(
-            f"levels of one output span {int((high - low).max())}; 16 bits hold them "
+            f"levels of one input span {int((high - low).max())}; 16 bits hold them "
             "only up to 65535: keep them as they are"
         )
     order = np.argsort(-need, axis=-1, kind="stable")
-    need = np.take_along_axis(need, order, axis=-1).reshape(-1, outputs).max(axis=0)
+    need = np.take_along_axis(need, order, axis=-1).reshape(-1, inputs).max(axis=0)
     widths, sizes = _groups(need)
-    per_output = np.concatenate(
-        [np.full(size, width) for width, size in zip(widths, sizes, strict=True)]
-    )
-    halves = (1 << per_output) >> 1
+    halves = (1 << np.repeat(widths, sizes)) >> 1
     sorted_low = np.take_along_axis(low, order, axis=-1)
-    shift = sorted_low + halves  # of sorted outputs: code = level - shift + half
-    codes = np.take_along_axis(wide, order[..., None, :], axis=-1)
-    codes = codes - sorted_low[..., None, :]
-    where = np.argsort(order, axis=-1)
+    codes = np.take_along_axis(wide, order[..., None], axis=-2)
+    codes = (codes - sorted_low[..., None]).astype(np.uint32)
     ends = np.cumsum(sizes)
-    parts = []
-    for width, size, end in zip(widths, sizes, ends, strict=True):
-        part = codes[..., end - size : end].astype(np.uint32)
-        parts.append(jnp.asarray(_words(part, width)))
-    shift = np.take_along_axis(shift, where, axis=-1)
+    parts = tuple(
+        jnp.asarray(_words(codes[..., end - size : end, :], width))
+        for width, size, end in zip(widths, sizes, ends, strict=True)
+    )
+    # Of sorted inputs: code = level - shift + half.
+    where = np.argsort(order, axis=-1)
+    shift = np.take_along_axis(sorted_low + halves, where, axis=-1)
     most = int(np.abs(shift).max(initial=0))
     dtype = np.int8 if most < 1 << 7 else np.int16 if most < 1 << 15 else np.int32
     return NarrowLevels(
-        tuple(parts),
-        jnp.asarray(where.astype(np.uint16 if outputs < 1 << 16 else np.int32)),
-        jnp.asarray(shift[..., None, :].astype(dtype)),
+        parts,
+        jnp.asarray(order.astype(np.uint16 if inputs < 1 << 16 else np.int32)),
+        jnp.asarray(shift[..., None].astype(dtype)),
         widths=tuple(map(int, widths)),
-        rows=inputs,
+        sizes=tuple(map(int, sizes)),
         dtype=levels.dtype,
     )
 
 
 def _groups(need: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return falling widths, and outputs of each, of fewest bits in all.
+    """Return falling widths, and inputs of each, of fewest bits in all.
 
-    `need` `[outputs]` falls.
+    `need` `[inputs]` falls.
     """
     different = sorted(set(need.tolist()), reverse=True)
     best: tuple[float, Any, Any] = (math.inf, (), ())
     for count in range(min(GROUPS, len(different))):
         for narrower in itertools.combinations(different[1:], count):
             widths = (different[0], *narrower)
-            # A group takes all outputs that need more than the next width.
+            # A group takes all inputs that need more than the next width.
             ends = [int((need > width).sum()) for width in narrower]
             ends = [min(len(need), -(-end // TOGETHER) * TOGETHER) for end in ends]
             sizes = np.diff([0, *ends, len(need)])

@@ -1,6 +1,7 @@
 """A step per input times integers: `RateCoded`, and the scales of its columns."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from jaxcompress.tree.leaf import (
     dense,
     leaf,
     static,
+    take_columns,
 )
 from jaxcompress.tree.products import cut_columns, tiles_pay
 
@@ -65,33 +67,44 @@ class RateCoded(Leaf):
 
     def contract(self, x: jax.Array, how: Arithmetic) -> jax.Array:
         """Multiply the inputs by the steps, by the levels, and by the scales."""
-        if tiles_pay(self.shape) or jnp.dtype(self.dtype).itemsize < 4:
+        narrow = isinstance(self.levels, NarrowLevels)
+        in_tiles = tiles_pay(self.shape) and not narrow  # narrow ones have their own
+        if in_tiles or jnp.dtype(self.dtype).itemsize < 4:
             return super().contract(x, how)
         prepare = before_use.get()
         held = self if prepare is None else prepare(self)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         lead = (1,) * (x.ndim - 1)
         x = x.astype(wide) * held.steps.astype(wide).reshape(*lead, -1)
-        levels = held.levels
-        if not isinstance(levels, NarrowLevels):
-            levels = dense(levels)
-        y = contract(x, levels, how)
+        y = contract(x, held.levels if narrow else dense(held.levels), how)
         if held.scales is None:
             return y
         scales = jnp.take(SCALES, dense(held.scales), mode="clip")
         return y * scales.reshape(*lead, -1)
 
     def tiles(self) -> Callable[[jax.Array, int], jax.Array]:
-        levels, scales = dense(self.levels), dense(self.scales)
+        levels, scales = self.levels, dense(self.scales)
+        if isinstance(levels, NarrowLevels):
+            cut = levels.cut_columns
+        else:
+            cut = functools.partial(cut_columns, dense(levels))
 
         def make(start: jax.Array, size: int) -> jax.Array:
             return dataclasses.replace(
-                self,
-                levels=cut_columns(levels, start, size),
-                scales=cut_columns(scales, start, size),
+                self, levels=cut(start, size), scales=cut_columns(scales, start, size)
             ).materialize()
 
         return make
+
+    def take_columns(self, indices: jax.Array) -> jax.Array:
+        """Compute `materialize()[:, indices]` from those outputs alone."""
+        flat, scales = indices.reshape(-1), dense(self.scales)
+        some = dataclasses.replace(
+            self,
+            levels=take_columns(self.levels, flat),
+            scales=None if scales is None else jnp.take(scales, flat, axis=1),
+        )
+        return some.materialize().reshape(-1, *indices.shape)
 
 
 def column_scales(curvatures: np.ndarray) -> np.ndarray:
