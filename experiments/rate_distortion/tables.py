@@ -2,7 +2,14 @@
 
 from collections.abc import Callable
 
-from experiments.common.tables import Row, Table, spread, where
+from experiments.common.tables import (
+    Row,
+    Table,
+    percent,
+    scaled,
+    spread,
+    where,
+)
 
 SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 KERNELS, ALL = 106168320, 134479872  # weights without and with the embedding
@@ -110,6 +117,48 @@ def pieces(rows: list[Row]) -> list[Row]:
     return spread([row for row in named if row["way"] != "as it is"], "name", "way")
 
 
+NEAR = ("heldout", "wikitext2-valid")
+
+
+def by_text(*by: str, **chosen: object) -> Callable[[list[Row]], list[Row]]:
+    """Join the texts of each variant, most bits first, then in the order measured."""
+
+    def joined(rows: list[Row]) -> list[Row]:
+        named = [
+            row | {"name": "near" if row["text"] in NEAR else row["text"]}
+            for row in where(**chosen)(rows)
+        ]
+        found = spread(named, "name", *by, "bits", "variant")
+        return sorted(found, key=lambda row: -row["bits"])
+
+    return joined
+
+
+def divergences(near: str) -> dict[str, object]:
+    """Show the divergence on each of three texts, and the perplexity on the first."""
+    columns: dict[str, object] = {
+        f"KL, {title}": f"{{{name}[kl]:.5f}} ± {{{name}[kl_standard_error]:.5f}}"
+        for name, title in (
+            ("near", near),
+            ("docstrings", "docstrings"),
+            ("plays", "plays"),
+        )
+    }
+    return columns | {f"perplexity, {near}": "{near[perplexity]:.2f}"}
+
+
+def encoders(rows: list[Row]) -> list[Row]:
+    """Choose the rows of the encoder, most bits first."""
+    found = where(model="all-MiniLM-L6-v2")(rows)
+    return sorted(found, key=lambda row: -row["bits"])
+
+
+EMBEDDINGS = {
+    "cosine": "{cosine:.5f}",
+    "5th percentile": "{cosine_5th_percentile:.5f}",
+    "same neighbour": percent("nearest_neighbour_agreement", 1),
+}
+
 TABLES = {
     "gaussian_bound": Table(
         "gaussian_bound",
@@ -183,5 +232,31 @@ TABLES = {
             "3.05 bits": loss(3.05),
         },
         pieces,
+    ),
+    "original_reference": Table(
+        "original",
+        "rate_distortion.original",
+        {
+            "variant": "{variant}",
+            "bits": "{bits}",
+            "bits in the file": "{near[bits_per_weight]:.3f}",
+            "MB": lambda row: f"{row['near']['file_bytes'] / 1e6:.2f}",
+            **divergences("held-out"),
+        },
+        by_text(model="reference"),
+        files=3,
+    ),
+    "original_minilm": Table(
+        "original",
+        "rate_distortion.original all-MiniLM-L6-v2 text.txt",
+        {
+            "variant": "{variant}",
+            "bits": "{bits}",
+            "bits in the file": "{bits_per_weight:.3f}",
+            "MB": scaled("file_bytes", 1e-6, 2),
+            **EMBEDDINGS,
+        },
+        encoders,
+        files=3,
     ),
 }
