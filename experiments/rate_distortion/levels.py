@@ -118,7 +118,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.fast:
         config = dataclasses.replace(
             config,
-            variants="coded;tuned 8;in turn 6, tuned 2",
+            variants="coded;tuned 8;in turn 6, tuned 8",
             states=8,
             calibration=8,
             curvature=8,
