@@ -7,15 +7,15 @@ included; temporaries are what XLA reserves for the step.
 
     python -m experiments.running.batch_one --only "8 bits;bfloat16"
 
-`--planned` takes what `jc.save` wrote of the weights compressed by
-`[(".*kernel", "rate_distortion(rate=3.0)"), (".*embedding", "symmetric(bits=4,
-block=64)")]`.
+`--planned` takes a file that `python -m jaxcompress compress MODEL FILE --size 42MB`
+wrote.
 """
 
 import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ class Config:
     cache: int = 128  # slots
     tokens: int = 24  # a round
     rounds: int = 7
-    planned: str = ""  # weights of this model at 3 bits, from `jc.save`; or left out
+    planned: str = ""  # a file of this model that `shrink` or `compress` wrote, or none
     only: str = ""  # names of ways, or parts of them, separated by semicolons
     fast: bool = False  # a small random model
     results: str = "experiments/running/results/batch_one.jsonl"
@@ -101,9 +101,10 @@ def ways(model: Any, planned: str) -> dict[str, tuple[Any, Callable[[Any], Any],
     if planned:
         for name, packed in (("decoded once", False), ("levels packed", True)):
             stored = lambda params, packed=packed: decode_once(  # noqa: E731
-                jc.load(planned), packed=packed
+                jc.models.load(planned, scan=False)[1], packed=packed
             )
-            all_ways[f"3 bits, {name}, in compressed_matmul"] = model, stored, inside
+            size = f"{Path(planned).stat().st_size / 1e6:.0f} MB planned"
+            all_ways[f"{size}, {name}, in compressed_matmul"] = model, stored, inside
     return all_ways
 
 
