@@ -54,7 +54,13 @@ def of_sizes(rows: list[Row]) -> list[Row]:
 def in_full(rows: list[Row]) -> list[Row]:
     """Choose the rows of whole texts by models as they come."""
     chosen = [row for row in rows if "window" in row and row["bytes"] > 20_000]
-    return [row for row in chosen if not row["primer"] and row not in of_sizes(rows)]
+    apart = [*of_sizes(rows), *with_primers(rows)]
+    return [row for row in chosen if row not in apart]
+
+
+def with_primers(rows: list[Row]) -> list[Row]:
+    """Choose the rows that compare a primer with none."""
+    return [row for row in rows if "window" in row and row["bytes"] == 30_720]
 
 
 TABLES = {
@@ -103,6 +109,17 @@ TABLES = {
             "decoded": lambda row: decode_rate(row) if "decoded_bytes" in row else "",
         },
         of_sizes,
+    ),
+    "primers": Table(
+        "ratio",
+        "textcoding.ratio reference TEXT --bytes 30720 --mix 1 --primer PRIMER",
+        {
+            "lanes": "{lanes}",
+            "primer, bytes": "{primer:,}",
+            "file, bytes": "{file_bytes:,}",
+            "bits per byte": "{bits_per_byte:.3f}",
+        },
+        with_primers,
     ),
     "windows": Table(
         "ratio",
