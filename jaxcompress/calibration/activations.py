@@ -31,7 +31,7 @@ class Streams:
     batches: Sequence[Any]
     programs: Sequence[tuple[list[Segment], list[Any]]]  # one per batch; shared
     compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    devices: Sequence[jax.Device] = ()
+    devices: Sequence[Any] = ()
 
     def start(self) -> list[Values]:
         """Return what the first segment reads of each batch."""
@@ -144,7 +144,7 @@ def streams(
     rebuild: Any,
     batches: Any,
     pattern: str | None,
-    devices: Sequence[jax.Device] = (),
+    devices: Sequence[Any] = (),
 ) -> Streams:
     """Return batches at the start of the model, cut by `pattern` as in `blocks.cut`.
 

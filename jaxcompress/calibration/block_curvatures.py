@@ -38,7 +38,7 @@ def measure_curvatures_blockwise(
     joint: bool = False,
     damping: float = 0.01,
     store: str | os.PathLike | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     key: jax.Array,
     progress: Progress = False,
 ) -> dict[str, Moments]:
@@ -162,7 +162,7 @@ def _stretches(
     source: Source,
     rows: list[dict[str, Any]],
     blocks: str | None,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
 ) -> tuple[Streams, list[Uses]]:
     """Cut the program of the score, and find the uses of weights in each stretch."""
     function = model_function(model)

@@ -16,6 +16,7 @@ modulation.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def walks(outputs: int) -> tuple[int, int]:
     return count, -(-outputs // count)
 
 
-def advance(state: jax.Array, level: jax.Array, states: int) -> jax.Array:
+def advance(state: Any, level: Any, states: int) -> Any:
     """Return the state after a level; integers of any shape.
 
     A walk begins in state 0.
