@@ -31,6 +31,7 @@ from experiments.quantization.calibrated import stored
 from experiments.rate_distortion.original import KERNELS, encoder, language
 from jaxcompress.coding import rans, tables
 from jaxcompress.tree.equality import same_bits
+from jaxcompress.tree.paths import roots
 
 METHODS = {
     "nearest": "asymmetric(bits={bits}, block=64, search=True)",
@@ -72,12 +73,12 @@ def run(config: Config) -> list[dict[str, Any]]:
             windows=4,
         )
     subject = encoder(config) if Path(config.model).is_dir() else language(config)
-    name = Path(config.model).name
-    results = Results(config, model=name)
+    model = Path(config.model).name
+    results = Results(config, model=model)
     for bits in config.bits:
         for variant in config.variants.split(";"):
             label = {"variant": variant, "bits": bits}
-            if results.holds(model=name, **label):
+            if results.holds(model=model, **label):
                 continue
             clock = Clock()
             if variant == "E8":
@@ -85,7 +86,13 @@ def run(config: Config) -> list[dict[str, Any]]:
                 about = {"bits_per_compressed_weight": size}
             else:
                 method = METHODS[variant].format(bits=bits, states=config.states)
-                small = jc.compress(subject.params, [(KERNELS, method)])
+                layouts = {
+                    name: jc.Layout(stack=(0,), inputs=(1,), outputs=(2,))
+                    for name, x in roots(subject.params)
+                    if name.endswith("kernel") and x.ndim == 3  # of scanned layers
+                }
+                recipe = [(KERNELS, method)]
+                small = jc.compress(subject.params, recipe, layouts=layouts)
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / "small.safetensors"
                     jc.save(path, small)
