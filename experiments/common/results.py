@@ -37,8 +37,20 @@ def about() -> Row:
     }
 
 
+def without_folders(value: Any) -> Any:
+    """Return plain values with the names of files in place of absolute paths."""
+    if isinstance(value, dict):
+        return {key: without_folders(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [without_folders(x) for x in value]
+    absolute = isinstance(value, str) and os.path.isabs(value)
+    return os.path.basename(value) if absolute else value
+
+
 class Results:
     """The rows of a run, each completed, shown and appended as it is measured.
+
+    Rows are committed: of an absolute path they keep the name.
 
     Args:
         config: of an experiment. Its `results` is the file; a run with `fast` neither
@@ -72,9 +84,8 @@ class Results:
     def add(self, row: Row) -> Row:
         """Complete a row, show it, append it to the file; returns it as written."""
         seconds = time.perf_counter() - self._clock
-        row = reporting.plain(
-            {**row, **self._constant, "row_seconds": seconds, **about()}
-        )
+        row = {**row, **self._constant, "row_seconds": seconds, **about()}
+        row = without_folders(reporting.plain(row))
         self._clock = time.perf_counter()
         self.rows.append(row)
         shown = {key: x for key, x in row.items() if key not in self._hide}

@@ -31,6 +31,14 @@ def test_the_command_line_is_made_of_a_config(monkeypatch):
     assert asked == Config("other.gguf", (3, 5, 7), 2.0, True, "here")
 
 
+def test_rows_hold_no_folders_of_a_machine(tmp_path):
+    found = results.Results(Config(results=str(tmp_path / "rows.jsonl")))
+    given = {"a": str(tmp_path / "m.gguf"), "b": [{"c": str(tmp_path)}], "d": "x/y"}
+    row = found.add(given)
+    assert (row["a"], row["b"], row["d"]) == ("m.gguf", [{"c": tmp_path.name}], "x/y")
+    assert str(tmp_path) not in (tmp_path / "rows.jsonl").read_text()
+
+
 def test_rows_say_what_they_were_measured_on(tmp_path):
     path = tmp_path / "new" / "rows.jsonl"
     found = results.Results(Config(results=str(path)), hide=("x",), experiment="e")
