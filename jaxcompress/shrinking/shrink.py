@@ -55,7 +55,8 @@ def shrink(
     Calibrates, shares the size out over all weights (embedding and head included),
     compresses, writes the file and measures it, until it fits. What the effort tries
     (plan, equal rates, trained steps) is measured on held-out text; the one with the
-    lowest divergence is returned.
+    lowest divergence is returned. To save memory, programs that the process compiled
+    are dropped after calibration; what runs again is compiled again.
 
         small = jc.shrink("SmolLM2.gguf", size="60MB")
         print(small)
