@@ -131,7 +131,7 @@ def _ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def _to_run(model: Transformer, params: Params) -> Params:
     """Decode what every step would decode again."""
-    params = decode_once(params)
+    params = decode_once(params, packed=True)
     table = params["embed"]["embedding"]
     if model.tied and is_leaf(table) and not multiplies(table, (1,)):
         params = {**params, "embed": jax.jit(materialize)(params["embed"])}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcompress.coding.levels.narrow import NarrowLevels, narrow_levels
+from jaxcompress.coding.levels.narrow import narrow_levels
 from jaxcompress.coding.levels.rate_coded import RateCoded
 from jaxcompress.coding.packing import pack_bits
 from jaxcompress.quantization.grids import GRIDS, Quantized
@@ -25,33 +25,60 @@ def decode_once(params: Params, *, packed: bool = False) -> Params:
 
     Args:
       params: pytree of arrays and leaves.
-      packed: keep codes in as few bits as their range needs, instead of one integer
-        each: what was entropy-coded is packed, and what is packed stays. Layers unpack
-        where they multiply. Leaf by leaf, on the host.
+      packed: keep codes in about as few bits as their range needs, instead of one
+        integer each: what was entropy-coded is packed, and what is packed stays. Layers
+        unpack where they multiply, inside `compressed_matmul` as fast as they would
+        read integers. Leaf by leaf, on the host.
 
     Example:
       >>> small = jc.compress(params, "rate_distortion(rate=3.0)")
       >>> ready = decode_once(small, packed=True)
     """
+    if packed:
+        return pack_levels(decode_codes(params))
     with decoding(params):
-        if not packed:
-            return jax.tree.map(dense, params, is_leaf=_lossless)
-        return jax.tree.map(_packed, params, is_leaf=_packs)
+        return jax.tree.map(dense, params, is_leaf=_lossless)
+
+
+def decode_codes(params: Params) -> Params:
+    """Undo entropy coding alone: codes are packed, levels an integer each.
+
+    Layers that are alike then have arrays that are alike, which can be stacked.
+
+    Args:
+      params: pytree of arrays and leaves.
+
+    Example:
+      >>> ready = pack_levels(jc.models.stack_layers(decode_codes(small)))
+    """
+    with decoding(params):
+        return jax.tree.map(_without_coding, params, is_leaf=_packs)
+
+
+def pack_levels(params: Params) -> Params:
+    """Pack the integers of `rate_distortion` that are one array in few bits.
+
+    Args:
+      params: a tree of `decode_once` or `decode_codes`; other leaves stay.
+
+    Example:
+      >>> ready = pack_levels(decode_once(small))
+    """
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, RateCoded) or is_leaf(x.levels):
+            return x
+        return dataclasses.replace(x, levels=narrow_levels(x.levels))
+
+    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, RateCoded))
 
 
 def _packs(x: Any) -> bool:
     return isinstance(x, RateCoded | Quantized) or _lossless(x)
 
 
-def _packed(x: Any) -> Any:
-    """Return a leaf without entropy coding, its integers packed."""
-    if isinstance(x, RateCoded):
-        levels = x.levels
-        if not isinstance(levels, NarrowLevels):
-            levels = narrow_levels(np.asarray(dense(levels)))
-        return dataclasses.replace(
-            x, levels=levels, steps=_decoded(x.steps), scales=_decoded(x.scales)
-        )
+def _without_coding(x: Any) -> Any:
+    """Return a leaf without entropy coding, its codes packed."""
     if isinstance(x, Quantized):
         codes, parts = x.codes, {}
         for name in ("scale", "zero_point", "negative_scale"):

@@ -1,5 +1,7 @@
 """Levels packed in groups of inputs: the same integers, in few bits."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,15 +61,37 @@ def test_slices_of_a_stack_are_those_of_the_whole():
 
 
 def test_levels_take_about_the_bits_that_their_inputs_need():
-    """One wide input does not make the others wide; a byte is not spent on 4 bits."""
+    """One wide input does not make the others wide, nor one wide level its input."""
     random = np.random.default_rng(0)
-    x = random.integers(-8, 8, (256, 256)).astype(np.int8)
-    x[3, 0] = 100
+    x = random.integers(-8, 8, (256, 256)).astype(np.int16)
+    x[3] *= 9
+    x[7, 100], x[9, 100] = 1000, -900
     small = narrow_levels(x)
     side = small.order.nbytes + small.shift.nbytes
-    wide = 256 * 4 * (1 + 1 + 1)  # a word of each is begun
-    assert {*small.widths} == {7, 4}
-    assert jc.nbytes(small) == 248 * 256 // 2 + wide + side
+    assert small.widths == (8, 4) and small.sizes == (8, 248) and small.most == 2
+    assert jc.nbytes(small.rare) == 2 * (1 + 1 + 2)
+    assert jc.nbytes(small) == (8 * 8 + 248 * 4) * 32 + 8 + side
+    np.testing.assert_array_equal(small.materialize(), x)
+
+
+def test_groups_cost_least(monkeypatch):
+    """Against every way to cut a small order."""
+    monkeypatch.setattr(narrow, "WIDTHS", (8, 5, 4, 2))
+    cost = np.random.default_rng(0).integers(0, 9, (4, 20)).astype(np.float64)
+    cost = np.sort(cost, axis=1)[:, ::-1]
+    ends, least = (0, 8, 16, 20), np.inf
+    for chosen in itertools.combinations(range(4), 3):
+        for cuts in itertools.combinations_with_replacement(ends, 2):
+            bounds = itertools.pairwise((0, *cuts, 20))
+            sums = [
+                cost[w, a:b].sum() for w, (a, b) in zip(chosen, bounds, strict=True)
+            ]
+            least = min(least, sum(sums))
+    widths, sizes = narrow._groups(cost)
+    bounds = itertools.pairwise(np.cumsum([0, *sizes]))
+    rows = [narrow.WIDTHS.index(width) for width in widths]
+    found = sum(cost[w, a:b].sum() for w, (a, b) in zip(rows, bounds, strict=True))
+    assert sum(sizes) == 20 and found == least
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,14 +99,30 @@ def test_some_outputs_are_those_of_the_whole(kind):
     x = levels(kind, dtype=np.int16)
     small, at = narrow_levels(x), jnp.array([[5, 0], [66, 5]])
     np.testing.assert_array_equal(small.take_columns(at), x[:, at])
-    cut = jax.jit(lambda w, i: w.cut_columns(i, 7).materialize())(small, 20)
-    np.testing.assert_array_equal(cut, x[:, 20:27])
 
 
 def test_levels_of_too_many_bits_are_refused():
-    x = np.array([[-40000, 40000], [0, 0]], np.int32)
-    with pytest.raises(ValueError, match="span 80000"):
+    x = np.array([[-(2**30), 1], [0, 0]], np.int32)
+    with pytest.raises(ValueError, match=r"levels of 2\^30"):
         narrow_levels(x)
+
+
+@pytest.mark.parametrize("tile", [INPUTS, 10**6])
+def test_rare_levels_are_multiplied_some_at_a_time(tile, monkeypatch):
+    """And their gradient is that of the whole."""
+    monkeypatch.setattr(products, "TILE", tile)
+    x = levels("bell", dtype=np.int16)
+    rows, columns = np.random.default_rng(2).integers(0, INPUTS, (2, 30))
+    x[rows, columns] = 999
+    small = narrow_levels(x)
+    assert 20 < (small.rare[2] != 0).sum() < 100
+    inputs = np.random.default_rng(1).normal(size=(3, INPUTS)).astype(np.float32)
+    weigh = np.random.default_rng(4).normal(size=(3, OUTPUTS)).astype(np.float32)
+    y = lambda x: (contract(x, small, Arithmetic()) * weigh).sum()  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(y))(inputs)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(value, (inputs @ wide * weigh).sum(), rtol=1e-4)
+    np.testing.assert_allclose(gradient, weigh @ wide.T, rtol=1e-4, atol=1e-2)
 
 
 def test_a_rate_coded_weight_multiplies_by_narrow_levels():
@@ -113,7 +153,7 @@ def test_a_large_narrow_weight_is_multiplied_by_in_tiles(monkeypatch):
     y = jax.jit(lambda x, w: contract(x, w, Arithmetic()))(inputs, small)
     want = inputs.astype(np.float64) @ x
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6 * np.abs(x).max() * INPUTS)
-    assert len(seen) == len(small.widths)
+    assert len(seen) == sum(width > 0 for width in small.widths)
 
 
 def test_codes_are_packed_and_packed_codes_stay():
@@ -122,7 +162,7 @@ def test_codes_are_packed_and_packed_codes_stay():
     coded = jc.compress(small, [("b/codes", "entropy_code()")])
     assert coded["b"].codes.entropy_coded
     packed = decode_once(coded, packed=True)
-    assert packed["a"].codes is coded["a"].codes
+    assert packed["a"].codes.packed is coded["a"].codes.packed
     np.testing.assert_array_equal(packed["b"].codes.packed, small["b"].codes.packed)
     assert jc.nbytes(packed) == jc.nbytes(small)
     assert jc.nbytes(decode_once(coded)) > 1.5 * jc.nbytes(packed)

@@ -1,7 +1,6 @@
 """A step per input times integers: `RateCoded`, and the scales of its columns."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -83,15 +82,13 @@ class RateCoded(Leaf):
         return y * scales.reshape(*lead, -1)
 
     def tiles(self) -> Callable[[jax.Array, int], jax.Array]:
-        levels, scales = self.levels, dense(self.scales)
-        if isinstance(levels, NarrowLevels):
-            cut = levels.cut_columns
-        else:
-            cut = functools.partial(cut_columns, dense(levels))
+        levels, scales = dense(self.levels), dense(self.scales)
 
         def make(start: jax.Array, size: int) -> jax.Array:
             return dataclasses.replace(
-                self, levels=cut(start, size), scales=cut_columns(scales, start, size)
+                self,
+                levels=cut_columns(levels, start, size),
+                scales=cut_columns(scales, start, size),
             ).materialize()
 
         return make
