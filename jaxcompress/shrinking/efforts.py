@@ -33,7 +33,7 @@ class Effort:
 EFFORTS = {
     "quick": Effort(0, 512, 0, 128, 0, False, False, 0),
     "good": Effort(40, 512, 32, 128, 128, False, True, 0),
-    "best": Effort(80, 512, 64, 128, 128, False, False, 128),
+    "best": Effort(80, 512, 64, 128, 128, False, True, 128),
 }
 
 

@@ -40,6 +40,16 @@ class Subject:
         """Numbers in the dense parameters."""
         return sum(int(np.prod(x.shape)) for _, x in roots(self.params))
 
+    def function_to_train(self) -> Callable[[Params, Any], Any]:
+        """Return the function, for gradients: layers of ours run again on the way back.
+
+        What a backward pass would keep of dequantized weights is several times the
+        model; fresh memory for it costs more time than the layers do.
+        """
+        if not isinstance(self.model, Transformer):
+            return self.function
+        return model_function(self.model.clone(remat=True))
+
     def with_params(self, params: Params) -> Any:
         """Return the model to run with these parameters: a copy of an NNX module."""
         nnx = _nnx(self.model)

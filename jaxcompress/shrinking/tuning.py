@@ -1,5 +1,6 @@
 """Steps of codes and norms trained toward the model's predictions, codes held fixed."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +64,7 @@ def tune(
     inner = optimizers.relative_adam(RATE, steps)
     optimizer = optimizers.by_name([("|".join(changing), inner), (".*", None)])
     loss_fn = jax.tree_util.Partial(
-        lambda teacher, params, batch, key: _loss(subject, teacher, params, batch),
+        functools.partial(_loss, subject.function, subject.function_to_train()),
         subject.params,
     )
     turns = iter(progress(list(range(steps))))
@@ -82,9 +83,12 @@ def tune(
     return code_again(tuned, small)
 
 
-def _loss(subject: Subject, teacher: Params, params: Params, batch: Any) -> Any:
-    target = first_output(subject.function(teacher, batch))
-    logits = first_output(subject.function(params, batch))
+def _loss(
+    dense: Any, small: Any, teacher: Params, params: Params, batch: Any, key: jax.Array
+) -> Any:
+    """Mean divergence of the function `small` of `params` from that of the teacher."""
+    target = first_output(dense(teacher, batch))
+    logits = first_output(small(params, batch))
     nats = forward_kl(logits, jax.lax.stop_gradient(target))
     return jnp.mean(nats), {}
 

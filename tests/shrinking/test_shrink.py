@@ -285,3 +285,20 @@ def test_a_stage_is_announced_and_timed(capsys):
 def tokens(texts, length):
     random = np.random.default_rng(0)
     return random.integers(0, MODEL.vocab_size, (texts, length))
+
+
+@pytest.mark.slow
+def test_training_keeps_no_layers_for_the_way_back():
+    """Less temporary memory than the function that evaluates, the same gradient."""
+    deep = MODEL.clone(layers=12)
+    tokens = np.arange(128, dtype=np.int32)[None]
+    dense = jax.jit(deep.init)(jax.random.key(1), tokens)["params"]
+    subject = read_subject(deep, dense)
+    temporary, gradients = [], []
+    for function in (subject.function, subject.function_to_train()):
+        loss = lambda tree, f=function: (f(tree, {"tokens": tokens}) ** 2).mean()  # noqa: E731
+        step = jax.jit(jax.grad(loss)).lower(dense).compile()
+        temporary.append(step.memory_analysis().temp_size_in_bytes)
+        gradients.append(step(dense)["embed"]["embedding"])
+    assert temporary[1] < 0.6 * temporary[0]
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-8)
