@@ -45,9 +45,10 @@ def generate(
     A text ends after `max_tokens` tokens, at an end mark, or before a stop string.
     Temperature 0 takes the likeliest token each time, any other needs a `key`.
 
-    Parameters may be compressed. Losslessly coded arrays are decoded once, before the
-    first token; layers multiply by the other stored parts, as in `compressed_matmul`,
-    with the activations of a `compressed_matmul` around the call.
+    Parameters may be compressed. Losslessly coded arrays are decoded before the first
+    token, and their integers packed, as `decode_once(packed=True)` does, which saves
+    that for several calls; layers multiply by the stored parts, as in
+    `compressed_matmul`, with the activations of a `compressed_matmul` around the call.
 
     Args:
       model: a `Transformer`.

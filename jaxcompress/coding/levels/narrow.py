@@ -20,8 +20,8 @@ from jaxcompress.tree.products import (
 WIDTHS = (16, 10, 8, 6, 5, 4, 3, 2, 1, 0)  # bits of a code; a word holds 32 // bits
 GROUPS = 3  # widths in one weight, at most
 TOGETHER = 8  # inputs: sizes of groups are multiples of it, but for the narrowest
-RARE = 64  # bits that a level outside of its group's range is worth
-SAMPLE = 1024  # outputs that widths are chosen by
+RARE = 192  # bits that a level outside of its range is worth: it takes 48, and time
+SAMPLE = 512  # outputs that widths are chosen by
 
 
 @leaf
