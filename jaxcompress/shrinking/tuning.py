@@ -86,7 +86,7 @@ def tune(
 def _loss(
     dense: Any, small: Any, teacher: Params, params: Params, batch: Any, key: jax.Array
 ) -> Any:
-    """Mean divergence of the function `small` of `params` from that of the teacher."""
+    """Return the mean divergence of the function `small` from the teacher's."""
     target = first_output(dense(teacher, batch))
     logits = first_output(small(params, batch))
     nats = forward_kl(logits, jax.lax.stop_gradient(target))

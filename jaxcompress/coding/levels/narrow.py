@@ -1,4 +1,4 @@
-"""Levels as packed narrow integers, with the few that need more bits beside them."""
+"""Levels as packed narrow integers, the few that need more bits apart."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from jaxcompress.tree.products import (
 WIDTHS = (16, 10, 8, 6, 5, 4, 3, 2, 1, 0)  # bits of a code; a word holds 32 // bits
 GROUPS = 3  # widths in one weight, at most
 TOGETHER = 8  # inputs: sizes of groups are multiples of it, but for the narrowest
-RARE = 192  # bits that a level outside of its range is worth: it takes 48, and time
+RARE = 192  # bits that a level outside of its range counts as: it takes 48, and time
 SAMPLE = 512  # outputs that widths are chosen by
 
 
@@ -187,7 +187,7 @@ def narrow_levels(levels: Any) -> NarrowLevels:
         )
     stack = levels.reshape(-1, inputs, outputs)
     low, cost = _choices(stack[..., :: -(-outputs // SAMPLE)])
-    # Inputs of a like width, and of a like cost at it, stand together.
+    # Inputs of a like width, and of a like cost at it, are neighbours.
     order = np.lexsort((-cost.min(axis=0), cost.argmin(axis=0)), axis=-1)
     sorted_cost = np.take_along_axis(cost, order[None], axis=-1).sum(axis=1)
     widths, sizes = _groups(sorted_cost)
@@ -236,7 +236,7 @@ def _narrowest(x: np.ndarray) -> type:
 def _choices(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the lowest level that each width holds of each input, and what it costs.
 
-    The range lies about the median, and is not wasted beyond the ends.
+    A range is centred on the median, and moved where an end is nearer.
 
     Args:
       sample: levels `[layers, inputs, outputs]`.
@@ -311,8 +311,8 @@ def _packed(
         excess = codes[row, output] - kept[row, output]
         rare.append(np.stack([rows[row], output, excess]))
         words.append(_words(kept, width))
-    found = np.concatenate(rare, axis=1)
-    return words, found[:, np.argsort(found[1], kind="stable")]
+    apart = np.concatenate(rare, axis=1)
+    return words, apart[:, np.argsort(apart[1], kind="stable")]
 
 
 def _words(codes: np.ndarray, width: int) -> np.ndarray:
