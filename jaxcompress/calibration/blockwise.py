@@ -21,6 +21,7 @@ from jaxcompress.calibration.checkpoints import (
 )
 from jaxcompress.calibration.lazy_params import Source, source_of
 from jaxcompress.calibration.moments import Moments
+from jaxcompress.memory import give_back_memory
 from jaxcompress.progress import clock, each_item
 from jaxcompress.storage.resume import Results
 from jaxcompress.tracing.layouts import find_layouts
@@ -181,7 +182,10 @@ def compress_blockwise(
 
 
 def _shown(parts: Iterator[Part], count: int, show: bool) -> Iterator[Part]:
-    """Pass parts on and show progress: their errors and the time left."""
+    """Pass parts on and show progress: their errors and the time left.
+
+    What a part needed goes back to the system, so that peaks do not add up.
+    """
     start = time.monotonic()
     for number, part in enumerate(parts, start=1):
         errors = {r.name: r.output_error for r in part.reports if r.output_error}
@@ -192,6 +196,7 @@ def _shown(parts: Iterator[Part], count: int, show: bool) -> Iterator[Part]:
             line += ": output errors " + ", ".join(each)
         if show:
             print(line, file=sys.stderr, flush=True)
+        give_back_memory(programs=False)
         yield part
 
 

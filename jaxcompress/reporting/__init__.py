@@ -1,8 +1,8 @@
 """Measured numbers as tables and JSON lines; progress that people can read."""
 
+from jaxcompress.memory import peak_memory
 from jaxcompress.progress import clock, track
 from jaxcompress.reporting.leaves import LeafTable, explain, report
-from jaxcompress.reporting.memory import peak_memory
 from jaxcompress.reporting.tables import (
     Size,
     append_lines,

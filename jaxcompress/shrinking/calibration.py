@@ -15,7 +15,7 @@ from jaxcompress.calibration.block_curvatures import (
 from jaxcompress.calibration.collect import collect_moments
 from jaxcompress.calibration.curvatures import measure_curvatures
 from jaxcompress.calibration.moments import Moments
-from jaxcompress.reporting.memory import give_back_memory
+from jaxcompress.memory import give_back_memory
 from jaxcompress.running.decode_once import decode_once
 from jaxcompress.shrinking.efforts import Effort
 from jaxcompress.shrinking.own_text import write_text

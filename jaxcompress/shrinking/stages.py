@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from jaxcompress.memory import give_back_memory, peak_memory
 from jaxcompress.progress import clock, each_item
-from jaxcompress.reporting.memory import give_back_memory, peak_memory
 
 SHORT = 1.0  # seconds: the end of a shorter stage is not told
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import reporting
-from jaxcompress.reporting.memory import give_back_memory
+from jaxcompress.memory import give_back_memory
 
 
 def test_programs_are_dropped_only_where_asked():
