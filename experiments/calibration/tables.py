@@ -34,6 +34,18 @@ TABLES = {
             "peak before, GB": scaled("peak_bytes_before", 1e-9, 1),
         },
     ),
+    "killed": Table(
+        "killed",
+        "calibration.killed SmolLM2.gguf text.txt --windows 4 --states 0",
+        {
+            "stage": "{stage}",
+            "sweep": "{sweep}",
+            "killed after, s": "{seconds_when_killed:.0f}",
+            "blocks done, of all": "{blocks_when_killed} of {blocks}",
+            "file, MB": scaled("file_bytes", 1e-6, 1),
+            "the same bytes": lambda row: "yes" if row["same_bytes"] else "no",
+        },
+    ),
     "larger": Table(
         "larger",
         "calibration.larger --shape SHAPE --store DIR --stage STAGE",
