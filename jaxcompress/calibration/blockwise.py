@@ -184,7 +184,7 @@ def compress_blockwise(
 def _shown(parts: Iterator[Part], count: int, show: bool) -> Iterator[Part]:
     """Pass parts on and show progress: their errors and the time left.
 
-    What a part needed goes back to the system, so that peaks do not add up.
+    What a part needed is returned to the system, so that peaks do not add up.
     """
     start = time.monotonic()
     for number, part in enumerate(parts, start=1):
