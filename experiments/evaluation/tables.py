@@ -1,6 +1,6 @@
 """Tables of the room's page: agreement with transformers, and speed."""
 
-from experiments.common.tables import Table
+from experiments.common.tables import Table, scaled
 
 TABLES = {
     "memory": Table(
@@ -41,5 +41,22 @@ TABLES = {
             "times as fast": "{ratio:.2f}",
             "by processor time": "{ratio_processor:.2f}",
         },
+    ),
+    "last_words": Table(
+        "last_words",
+        "evaluation.last_words SmolLM2.gguf text.txt --files 60MB.safetensors "
+        "42MB.safetensors",
+        {
+            "file": "{variant}",
+            "MB": scaled("file_bytes", 1e-6, 1),
+            "text": "{text}",
+            "words": "{items:,}",
+            "right, float": lambda row: f"{row['float_right'] / row['items']:.1%}",
+            "right, compressed": lambda row: f"{row['small_right'] / row['items']:.1%}",
+            "lost": "{lost}",
+            "gained": "{gained}",
+            "p": "{p:.1e}",
+        },
+        files=3,
     ),
 }
