@@ -259,4 +259,24 @@ TABLES = {
         encoders,
         files=3,
     ),
+    "lattice": Table(
+        "lattice",
+        "rate_distortion.lattice",
+        {
+            "variant": "{variant}",
+            "bits": "{near[bits_per_compressed_weight]:.3f}",
+            **divergences("held-out"),
+        },
+        by_text(model="reference"),
+    ),
+    "lattice_minilm": Table(
+        "lattice",
+        "rate_distortion.lattice all-MiniLM-L6-v2 text.txt",
+        {
+            "variant": "{variant}",
+            "bits": "{bits_per_compressed_weight:.3f}",
+            **EMBEDDINGS,
+        },
+        encoders,
+    ),
 }

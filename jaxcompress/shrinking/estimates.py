@@ -19,6 +19,8 @@ from jaxcompress.tree.paths import Entry
 # product: steps are sought on whole leaves several times, and levels are coded.
 ROUNDING, TRELLIS = 3e4, 9e4
 WRITING = 1.5  # a token that is written costs so many that are read
+COMPILING = 8  # seconds for the programs of a compression, whatever the model's size
+STAGES = 4  # calibrating compiles so many times as much
 OWN = 500 * 2**20  # bytes of the libraries and of their compiled programs
 SIDE, REPEATS = 1024, 5  # of the products that speed is measured with
 
@@ -70,7 +72,8 @@ def estimate(
     logits = 4 * length * vocabulary
     measuring = 3 * held + 4 * squares * 4 + 3 * logits if calibrates else 0
     compressing = 2 * held + 4 * squares * (1 if calibrates else 0)
-    return work / _speed(), int(max(measuring, compressing) + OWN)
+    compiling = COMPILING * (1 + STAGES * calibrates + (effort.tuning_steps > 0))
+    return compiling + work / _speed(), int(max(measuring, compressing) + OWN)
 
 
 def _matrix_shape(entry: Entry, layout: Layout | None) -> tuple[int, ...]:

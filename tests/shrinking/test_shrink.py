@@ -260,7 +260,8 @@ def test_an_embedding_is_estimated_by_its_features():
     planned = planned_entries(params, None, None)
     subject = read_subject(model, params)
     good = efforts.EFFORTS["good"]
-    _, memory = estimates.estimate(subject, planned, {}, good, writes=True)
+    seconds, memory = estimates.estimate(subject, planned, {}, good, writes=True)
+    assert seconds > 5 * estimates.COMPILING  # of a tiny model that is most of it
     assert memory < 2**30  # a square of the vocabulary has 9.3 GiB
     quick, quick_memory = estimates.estimate(
         subject, planned, {}, efforts.EFFORTS["quick"], writes=False
