@@ -11,7 +11,7 @@ from jaxcompress import evaluation, reporting
 from jaxcompress.evaluation import Apply, Report, windows
 from jaxcompress.models.loading import load
 from jaxcompress.models.stacking import stack_layers
-from jaxcompress.running.decode_once import decode_codes, pack_levels
+from jaxcompress.running.decode_once import decode_once
 from jaxcompress.tokenization import read_text
 from jaxcompress.types import Params
 
@@ -47,15 +47,15 @@ def to_run(model: Any, params: Params) -> tuple[Any, Any]:
     """Return a model with its layers stacked where they are alike, lossless arrays
     decoded.
     """
-    params = decode_codes(params)
+    params = decode_once(params)
     layers = [getattr(model, field) for field in PER_LAYER]
     alike = not any(isinstance(x, tuple) and len(set(x)) > 1 for x in layers)
     if alike and not model.scan:
         try:
-            return model.clone(scan=True), pack_levels(stack_layers(params))
+            return model.clone(scan=True), stack_layers(params)
         except ValueError:  # layers compressed differently run one by one
             pass
-    return model, pack_levels(params)
+    return model, params
 
 
 def compare_on_text(
