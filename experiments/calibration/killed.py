@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 import jaxcompress as jc
+from experiments.calibration.larger import WHERE, code, measured
 from experiments.common.config import parse
 from experiments.common.results import Results
 from experiments.common.timing import Clock
@@ -146,35 +146,18 @@ def work(config: Config) -> None:
     count = config.windows * config.tokens
     ids = np.array(tokenizer.encode(text[: 8 * count])[:count], np.int32)
     batches = [{"tokens": row} for row in ids.reshape(-1, 1, config.tokens)]
-    where = ".*kernel"
-    moments = jc.measure_curvatures_blockwise(
-        model,
-        weights,
-        batches,
-        where=where,
-        store=folder / "curvatures",
-        key=jax.random.key(0),
-    )
-    recipe = folder / "recipe.json"
+    moments = measured(model, weights, batches, folder)
     if config.stage == "plan":
         rules = jc.planning.plan_rates(
             weights,
             moments,
-            where=where,
+            where=WHERE,
             bits_per_weight=config.rate,
             states=config.states,
         )
-        recipe.write_text(json.dumps(rules))
+        (folder / "recipe.json").write_text(json.dumps(rules))
     if config.stage == "compress":
-        small = jc.compress_blockwise(
-            model,
-            weights,
-            [tuple(rule) for rule in json.loads(recipe.read_text())],
-            batches,
-            moments=moments,
-            store=folder / "blocks",
-        )
-        jc.save(folder / "small.safetensors", {"params": small})
+        code(model, weights, batches, moments, folder)
 
 
 if __name__ == "__main__":

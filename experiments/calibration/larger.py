@@ -128,15 +128,7 @@ def _work(stage: str, config: Config, model: Any, folder: Path) -> int:
     )
     batches = [{"tokens": row} for row in tokens]
     with jc.open_checkpoint(file) as weights:
-        moments = jc.measure_curvatures_blockwise(
-            model,
-            weights,
-            batches,
-            where=WHERE,
-            store=folder / "curvatures",
-            key=jax.random.key(0),
-            progress=True,
-        )
+        moments = measured(model, weights, batches, folder, progress=True)
         if stage == "plan":
             rules = jc.planning.plan_rates(
                 weights, moments, where=WHERE, bits_per_weight=config.rate
@@ -145,19 +137,49 @@ def _work(stage: str, config: Config, model: Any, folder: Path) -> int:
         if stage == "compress":
             done: list[str] = []
             try:
-                small = jc.compress_blockwise(
-                    model,
-                    weights,
-                    [tuple(rule) for rule in json.loads(recipe.read_text())],
-                    batches,
-                    moments=moments,
-                    store=folder / "blocks",
-                    progress=functools.partial(_first, config.blocks, done),
-                )
-                jc.save(folder / "small.safetensors", {"params": small})
+                stop = functools.partial(_first, config.blocks, done)
+                code(model, weights, batches, moments, folder, progress=stop)
             except Stopped:
                 return sum(sizes[name] for name in done)
     return sum(size for name, size in sizes.items() if name.endswith("kernel"))
+
+
+def measured(
+    model: Any, weights: Any, batches: list[Any], folder: Path, *, progress: Any = False
+) -> Any:
+    """Measure moments and curvatures of the kernels, or read them from the folder."""
+    return jc.measure_curvatures_blockwise(
+        model,
+        weights,
+        batches,
+        where=WHERE,
+        store=folder / "curvatures",
+        key=jax.random.key(0),
+        progress=progress,
+    )
+
+
+def code(
+    model: Any,
+    weights: Any,
+    batches: list[Any],
+    moments: Any,
+    folder: Path,
+    *,
+    progress: Any = False,
+) -> None:
+    """Compress by the folder's recipe, and write the file."""
+    rules = json.loads((folder / "recipe.json").read_text())
+    small = jc.compress_blockwise(
+        model,
+        weights,
+        [tuple(rule) for rule in rules],
+        batches,
+        moments=moments,
+        store=folder / "blocks",
+        progress=progress,
+    )
+    jc.save(folder / "small.safetensors", {"params": small})
 
 
 class Stopped(Exception):

@@ -26,9 +26,10 @@ def decode_once(params: Params, *, packed: bool = False) -> Params:
     Args:
       params: pytree of arrays and leaves.
       packed: keep codes in about as few bits as their range needs, instead of one
-        integer each: what was entropy-coded is packed, and what is packed stays. Layers
-        unpack where they multiply, inside `compressed_matmul` as fast as they would
-        read integers. Leaf by leaf, on the host.
+        integer each: what was entropy-coded is packed, and what is packed stays. For
+        one text at a time inside `compressed_matmul`, where layers unpack as they
+        multiply, and sums are rounded in another order; a plain `apply` on batches
+        unpacks every time, and took twice as long. Leaf by leaf, on the host.
 
     Example:
       >>> small = jc.compress(params, "rate_distortion(rate=3.0)")
@@ -48,6 +49,9 @@ def decode_codes(params: Params) -> Params:
     Args:
       params: pytree of arrays and leaves.
 
+    Returns:
+      The tree, with the weights it had, bit for bit.
+
     Example:
       >>> ready = pack_levels(jc.models.stack_layers(decode_codes(small)))
     """
@@ -60,6 +64,9 @@ def pack_levels(params: Params) -> Params:
 
     Args:
       params: a tree of `decode_once` or `decode_codes`; other leaves stay.
+
+    Returns:
+      The tree, with the weights it had, bit for bit.
 
     Example:
       >>> ready = pack_levels(decode_once(small))

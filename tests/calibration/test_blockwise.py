@@ -1,6 +1,7 @@
 """Block by block: cut from the traced program, against moments collected whole."""
 
 import re
+import types
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from calibration.test_moments import (
 from models_for_tests import Language
 
 import jaxcompress as jc
+from jaxcompress.calibration import blockwise
 from jaxcompress.calibration.block_moments import group_by_input
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.storage.stored_params import StoredParams
@@ -692,3 +694,11 @@ def test_a_model_of_somebody_else_is_compressed_by_default():
         jc.compress_blockwise(
             model, params, "gptq(bits=4)", [batch], layouts={"w_in": kept["w_out"]}
         )
+
+
+def test_memory_is_returned_after_each_block(monkeypatch):
+    returned = []
+    monkeypatch.setattr(blockwise, "give_back_memory", lambda **kw: returned.append(kw))
+    part = types.SimpleNamespace(reports=(), label="layer_0")
+    for number, _ in enumerate(blockwise._shown(iter([part] * 3), 3, False), start=1):
+        assert returned == [{"programs": False}] * number

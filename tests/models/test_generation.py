@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress.coding.levels.narrow import NarrowLevels
 from jaxcompress.evaluation import Apply, LanguageModelMetrics, evaluate, windows
-from jaxcompress.models import Transformer
+from jaxcompress.models import Transformer, generation
 from jaxcompress.models.generation import generate, sample
 from jaxcompress.quantization import grids, symmetric
 from jaxcompress.running.compressed_matmul import compressed_matmul
 from jaxcompress.tree.compress import chain, compress
 from jaxcompress.tree.leaf import is_leaf, materialize
+from jaxcompress.tree.paths import roots
 
 MODEL = Transformer(
     vocab_size=300, width=24, layers=1, heads=2, kv_heads=1, head_size=8, mlp_width=32
@@ -109,3 +111,14 @@ def test_generation_decodes_once_and_multiplies_by_what_is_stored(params):
         if name == "up_proj":
             assert is_leaf(variables["kernel"]), "dense before the first token"
     assert {"up_proj", "embed"} <= {name for _, name in seen}
+
+
+def test_levels_are_packed_before_the_first_token(params):
+    small = compress(params, [(".*gate_proj/kernel", "rate_distortion(rate=3.0)")])
+    ready = generation._to_run(MODEL, small)
+    kinds = [type(x).__name__ for _, x in roots(ready) if is_leaf(x)]
+    assert kinds == ["RateCoded"]
+    levels = ready["layer_0"]["mlp"]["gate_proj"]["kernel"].levels
+    assert isinstance(levels, NarrowLevels)
+    texts = [generate(MODEL, x, Letters(), "ab", max_tokens=4) for x in (small, ready)]
+    assert texts[0] == texts[1]
