@@ -82,7 +82,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     """Measure seconds and the peak of memory of a stage; a row for each."""
     if config.fast:
         with tempfile.TemporaryDirectory() as folder:
-            small = {"shape": "tiny", "sequences": 2, "tokens": 64, "fast": False}
+            small = {"shape": "tiny", "sequences": 2, "tokens": 64, "results": ""}
             config = dataclasses.replace(config, store=folder, **small)
             return [row for name in STAGES for row in _stage(config, name)]
     return _stage(config, config.stage)
