@@ -235,7 +235,7 @@ def write_dense(source: Path, coded: Path, target: Path, bits: int) -> None:
                 weight = resume.dequantize_artifacts(
                     parts, inputs, outputs, "trellis", codebook=codebook
                 )
-            tensors[f"{layer}.weight"] = weight.numpy()
+            tensors[f"{layer}.weight"] = np.ascontiguousarray(weight)  # or it is lost
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
 
 
