@@ -95,7 +95,9 @@ def run(config: Config) -> list[dict[str, Any]]:
                 source = Path(folder) / "float"
                 if not source.exists():
                     jc.export.huggingface(source, model, params, tokenizer)
-                dense_path, packed = autoround(config, Path(folder), seen, bits)
+                dense_path, packed = autoround(
+                    source, Path(folder), seen, bits, config.iterations
+                )
                 seconds = time.perf_counter() - clock
                 add(name, seen.size, dense_path, packed_bits(packed, bits), seconds)
     return results.rows
@@ -128,24 +130,27 @@ def gguf_bits(path: Path) -> float:
 
 
 def autoround(
-    config: Config, folder: Path, ids: np.ndarray, bits: int
+    source: Path, folder: Path, ids: np.ndarray, bits: int, iterations: int
 ) -> tuple[Path, Path]:
-    """Run AutoRound: the folders of its weights, dense and packed."""
+    """Run AutoRound on a folder of weights and windows `[windows, tokens]`.
+
+    Returns:
+        The folders of its weights, dense and packed.
+    """
     import torch
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = folder / "float"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    windows = ids.reshape(-1, BATCH, config.tokens).astype(np.int64)
+    windows = ids.reshape(-1, BATCH, ids.shape[-1]).astype(np.int64)
     rounder = AutoRound(
         model,
         AutoTokenizer.from_pretrained(source),
         bits=bits,
         group_size=BLOCK,
         sym=False,
-        iters=config.iterations,
-        seqlen=config.tokens,
+        iters=iterations,
+        seqlen=ids.shape[-1],
         nsamples=len(ids),
         batch_size=BATCH,
         dataset=list(torch.tensor(windows)),

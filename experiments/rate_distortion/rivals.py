@@ -1,16 +1,19 @@
-"""What does GLQ's trellis cost the same layers, at the same bytes as ours?
+"""What do GLQ and AutoRound cost the same layers, at the same bytes as ours?
 
 The first layers of a model, its others float. GLQ (PyPI `glq`, a trellis of 2^16
-states after QTIP) runs as it comes, layer after layer on the inputs of the compressed
-prefix; `rate_distortion` on moments of the original model, at equal rates, at the bits
-of GLQ's tensors in its own file. Both calibrate on the same windows. With `--viterbi`
-GLQ's search runs in `viterbi.c`, compiled; that both find the same states is checked
-first. Packages beside this one, `pip install glq torch transformers`:
+states after QTIP) and AutoRound (blocks of 128, asymmetric) run as they come, layer
+after layer on the inputs of the compressed prefix; `rate_distortion` on moments of the
+original model, at equal rates, at the bits of the rival's tensors in its own file. All
+calibrate on the same windows. With `--viterbi` GLQ's search runs in `viterbi.c`,
+compiled; that both find the same states is checked first. Packages beside this one,
+`pip install glq auto-round torch transformers`:
 
     gcc -O3 -march=native -ffp-contract=off -shared -fPIC -o viterbi.so \\
         experiments/rate_distortion/viterbi.c
     python -m experiments.rate_distortion.rivals SmolLM2.gguf text.txt \\
         --bits 2 3 --layers 6 --viterbi ./viterbi.so --store DIR
+    python -m experiments.rate_distortion.rivals SmolLM2.gguf text.txt \\
+        --bits 2 3 --layers 6 --rival AutoRound
 """
 
 import ctypes
@@ -32,9 +35,14 @@ from experiments.common.models import load
 from experiments.common.results import Results
 from experiments.common.timing import Clock
 from experiments.quantization import calibrated
+from experiments.rate_distortion import peers
 from experiments.rate_distortion.models import compared
 
 STATES = 2**16
+NAMES = {
+    "GLQ": "GLQ, its trellis",
+    "AutoRound": "AutoRound, {0.iterations} iterations",
+}
 OURS = {"ours, 128 states": 128, "ours, rounding": 0}
 CODED = ("trellis_packed", "SU", "SV", "Wscale")  # of a layer, in GLQ's file
 
@@ -43,6 +51,7 @@ CODED = ("trellis_packed", "SU", "SV", "Wscale")  # of a layer, in GLQ's file
 class Config:
     model: str = "reference"
     text: str = ""
+    rival: str = "GLQ"  # or "AutoRound"
     bits: tuple[int, ...] = (2, 3)
     layers: int = 6  # the first ones
     fraction: float = 0.2  # of the text, from its end, is measured on
@@ -50,14 +59,15 @@ class Config:
     calibration: int = 64  # windows
     windows: int = 8  # of each text
     tokens: int = 512  # in a window
+    iterations: int = 200  # of AutoRound, for each layer
     viterbi: str = ""  # the compiled library; GLQ's own search where empty
-    store: str = ""  # of finished layers; what it holds takes no time
-    fast: bool = False  # does nothing: GLQ has no fast form
+    store: str = ""  # of GLQ's finished layers; what it holds takes no time
+    fast: bool = False  # does nothing: the rivals have no fast form
     results: str = "experiments/rate_distortion/results/rivals.jsonl"
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Measure GLQ at the bits that the results lack, and our codes at as many bytes."""
+    """Measure the rival at bits that the results lack, and our codes at as many."""
     results = Results(config)
     if config.fast:
         return results.rows
@@ -68,6 +78,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     model, params = jc.models.fewer_layers(
         original.model, original.params, range(config.layers)
     )
+    name = NAMES[config.rival].format(config)
     moments = None
 
     def add(label: dict[str, Any], ready: Any, about: dict[str, Any]) -> None:
@@ -77,8 +88,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
 
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(config.store or folder)
-        source = store / f"float-{config.layers}"
+        work = Path(folder)
+        source = Path(config.store or folder) / f"float-{config.layers}"
         if not source.exists():
             jc.export.huggingface(source, model, params, tokenizer)
         for bits in config.bits:
@@ -87,35 +98,41 @@ def run(config: Config) -> list[dict[str, Any]]:
                 "layers": config.layers,
                 "calibration_tokens": ids.size,
                 "bits": bits,
+                "rival": name,
             }
             if results.holds(**label):
                 continue
             clock = Clock()
-            coded = store / f"glq-{config.layers}-{bits}"
-            text = tokenizer.decode(ids.reshape(-1))
-            quantize(config, source, coded, text, bits, len(ids))
-            took = clock.processor_seconds
-            rate = coded_bits(coded, bits)
-            dense = Path(folder) / f"dense-{bits}"
-            write_dense(source, coded, dense, bits)
+            if config.rival == "AutoRound":
+                dense, packed = peers.autoround(
+                    source, work, ids, bits, config.iterations
+                )
+                rate = peers.packed_bits(packed, bits)
+            else:
+                coded = source.parent / f"glq-{config.layers}-{bits}"
+                text = tokenizer.decode(ids.reshape(-1))
+                quantize(config, source, coded, text, bits, len(ids))
+                rate = coded_bits(coded, bits)
+                dense = work / f"dense-{bits}"
+                write_dense(source, coded, dense, bits)
             ready = kernels(jc.models.load(dense, scan=False, dtype="float32")[1])
             about = {
                 "bits_per_compressed_weight": rate,
-                "compress_processor_seconds": took,
+                "compress_processor_seconds": clock.processor_seconds,
             }
-            add({**label, "variant": "GLQ, its trellis"}, ready, about)
+            add({**label, "variant": name}, ready, about)
             moments = moments or jc.collect_moments(model, params, calibration)
-            for name, states in OURS.items():
+            for variant, states in OURS.items():
                 clock = Clock()
                 method = f"rate_distortion(rate={rate}, states={states})"
                 small = jc.compress(params, [(".*kernel", method)], moments)
                 about = {"compress_processor_seconds": clock.processor_seconds}
-                path = Path(folder) / "small.safetensors"
+                path = work / "small.safetensors"
                 jc.save(path, small)
                 loaded = jc.load(path)
                 about |= calibrated.stored(path, loaded)
                 ready = kernels(jax.jit(jc.materialize)(loaded))
-                add({**label, "variant": name}, ready, about)
+                add({**label, "variant": variant}, ready, about)
     return results.rows
 
 
