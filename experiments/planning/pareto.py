@@ -5,10 +5,13 @@ one: quantize, prune, factorize, trim the vocabulary, remove layers or neurons; 
 and levels are always entropy coded in the file. Every row is a file that was written,
 tokenizer included, and loaded again; divergence and bits per byte are measured on the
 end of a text and on others. What a trimmed vocabulary says has no divergence: its rows
-hold bits per byte alone. One JSON line per row and text; rows that the results hold are
-left out:
+hold bits per byte alone. Of an encoder, given as its folder, structure and vocabulary
+stay, its files hold no tokenizer, and the embeddings of held-out sentences judge it.
+One JSON line per row and text; rows that the results hold are left out:
 
     python -m experiments.planning.pareto
+    python -m experiments.planning.pareto SmolLM2.gguf text.txt --only "planned;prune"
+    python -m experiments.planning.pareto all-MiniLM-L6-v2 text.txt
 """
 
 import dataclasses
@@ -29,11 +32,14 @@ from experiments.common.results import Results
 from experiments.common.texts import cut, digest, full_windows, split
 from experiments.common.timing import Clock
 from experiments.pruning.pruned import curved
+from experiments.rate_distortion import original as originals
 from jaxcompress import models
 from jaxcompress.evaluation import Apply, LanguageModelMetrics, totals
 from jaxcompress.models.saved import cast
 
 STATES = 8  # of the trellis; more would make every row of rates better alike
+COMPRESSED = ".*(kernel|embedding)"
+STRUCTURE = "trim", "drop"  # groups of rows that an encoder has not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +60,14 @@ class Small:
 
 
 class Makers:
-    """What methods need of a model, measured once: moments and curvatures."""
+    """What methods need of a model: moments and curvatures, by key of a structure.
 
-    def __init__(self, original: Loaded, inputs: np.ndarray) -> None:
-        self.start = Small(original.scanned, original.dense, original.tokenizer)
-        self.inputs = inputs
-        self._measured: dict[str, Any] = {}
+    Those of the model itself have the key "", and may be given.
+    """
+
+    def __init__(self, start: Small, inputs: Any, measured: Any = None) -> None:
+        self.start, self.inputs = start, inputs
+        self._measured: dict[str, Any] = {} if measured is None else {"": measured}
 
     def moments(self, small: Small, key: str = "") -> Any:
         """Return moments with curvatures of a model, by the key of its structure."""
@@ -76,7 +84,7 @@ class Makers:
                 )
             seen = jc.collect_moments(small.model, small.params, list(inputs))
             self._measured[key] = curved(
-                small.model, small.params, inputs, seen, ".*(kernel|embedding)"
+                small.model, small.params, inputs, seen, COMPRESSED
             )
         return self._measured[key]
 
@@ -112,11 +120,11 @@ class Makers:
         small = Small(*parts)
         return self.planned(rate, small, "trimmed")
 
-    def fewer_layers(self, rate: float, share: float) -> Small:
-        """Remove the layers that change their inputs least; planned rates."""
+    def one_layer_less(self, rate: float) -> Small:
+        """Remove the layer that changes its inputs least; planned rates."""
         model, params = self.start.model, self.start.params
         scores = models.layer_influence(model, params, self.inputs)
-        keep = {"layers": jc.structured.choose_units(scores, share)}
+        keep = {"layers": jc.structured.choose_units(scores, 1 / model.layers)}
         params = jc.structured.remove_units(params, models.layer_groups(model), keep)
         looped = models.unstack_layers(params)
         less = models.resized(model.clone(scan=False), looped).clone(scan=True)
@@ -182,11 +190,9 @@ def variants(make: Makers, text: str) -> dict[tuple[str, str], Callable[[], Smal
         add("gptq, low-rank correction", f"{bits} bits, rank 8", recipe, *stages)
     for rate in (3, 2, 1.5):
         add("trim, planned rates", f"{rate} bits", make.trimmed, rate, text)
-    for rate in (4, 2.5):
-        add(
-            "drop a layer, planned rates", f"{rate} bits", make.fewer_layers, rate, 0.17
-        )
-    for rate in (4, 2.5):
+    for rate in (4, 2.5, 1.5):
+        add("drop a layer, planned rates", f"{rate} bits", make.one_layer_less, rate)
+    for rate in (4, 2.5, 1.5):
         name = f"20% fewer, {rate} bits"
         add("drop neurons, planned rates", name, make.fewer_neurons, rate, 0.2)
     return rows
@@ -199,6 +205,35 @@ def run(config: Config) -> list[dict[str, Any]]:
         config = dataclasses.replace(
             config, model="reference", calibration=8, windows=2, tokens=128, only=only
         )
+    part = encoder if Path(config.model).is_dir() else language
+    make, text, judge = part(config)
+    name = Path(config.model).name
+    results = Results(config, model=name)
+    for (group, setting), maker in variants(make, text).items():
+        label = {"group": group, "setting": setting}
+        if not any(x in f"{group}, {setting}" for x in config.only.split(";")):
+            continue
+        if part is encoder and group.startswith(STRUCTURE):
+            continue
+        if results.holds(model=name, **label):
+            continue
+        clock = Clock()
+        small = maker()
+        made = {"processor_seconds": clock.processor_seconds}
+        loaded, size = written(small)
+        for row in judge(loaded):
+            results.add({**label, **row, "file_bytes": size, **made})
+    return results.rows
+
+
+Judge = Callable[[Small], list[dict[str, Any]]]
+
+
+def language(config: Config) -> tuple[Makers, str, Judge]:
+    """Load a language model: what is made of it, of which text, and how it is judged.
+
+    The judge returns a row for each text that is measured on.
+    """
     original = load(config.model)
     parts = split(config.text, also=config.also, fraction=config.fraction)
     inputs = full_windows(
@@ -207,33 +242,56 @@ def run(config: Config) -> list[dict[str, Any]]:
         tokens=config.tokens,
         limit=config.calibration,
     )
-    make, results = Makers(original, inputs), Results(config, model=original.name)
-    for (group, setting), maker in variants(make, parts.calibration).items():
-        label = {"group": group, "setting": setting}
-        if not any(x in f"{group}, {setting}" for x in config.only.split(";")):
-            continue
-        if results.holds(model=original.name, **label):
-            continue
-        clock = Clock()
-        small = maker()
-        made = {"processor_seconds": clock.processor_seconds}
-        loaded, size = written(small)
-        made |= {"file_bytes": size, "calibration_tokens": inputs.size}
-        for name, text in parts.measured.items():
-            about = {"text": name, "digest": digest(text), **made}
-            measured = measure(original, loaded, text, config)
-            results.add({**label, **measured, **about})
-    return results.rows
+    start = Small(original.scanned, original.dense, original.tokenizer)
+
+    def judge(small: Small) -> list[dict[str, Any]]:
+        return [
+            {
+                **measure(original, small, text, config),
+                "text": name,
+                "digest": digest(text),
+                "calibration_tokens": inputs.size,
+            }
+            for name, text in parts.measured.items()
+        ]
+
+    return Makers(start, inputs), parts.calibration, judge
+
+
+def encoder(config: Config) -> tuple[Makers, str, Judge]:
+    """Load an encoder, as `language` does; the text stays unused."""
+    subject = originals.encoder(
+        originals.Config(config.model, config.text, also=config.also)
+    )
+    start = Small(*models.load(config.model, scan=True))
+    seen = jc.collect_moments(subject.model, start.params, subject.batches)
+    curves = jc.measure_curvatures(
+        subject.scores,
+        start.params,
+        [{"tokens": subject.sequences}],
+        seen,
+        where=COMPRESSED,
+        key=jax.random.key(0),
+    )
+    return Makers(start, None, curves), "", lambda small: subject.judge(small.params)
 
 
 def written(small: Small) -> tuple[Small, int]:
-    """Return what a file holds, materialized, and its bytes."""
+    """Return what a file holds, materialized, and its bytes.
+
+    An encoder's file holds its parameters alone.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
-        models.save(path, small.model, small.params, small.tokenizer)
-        model, params, tokenizer = models.load(path)
+        if isinstance(small.model, models.Transformer):
+            models.save(path, small.model, small.params, small.tokenizer)
+            small = Small(*models.load(path))
+        else:
+            jc.save(path, small.params)
+            small = dataclasses.replace(small, params=jc.load(path))
         size = path.stat().st_size
-    return Small(model, jax.jit(jc.materialize)(params), tokenizer), size
+    ready = jax.jit(jc.materialize)(small.params)
+    return dataclasses.replace(small, params=ready), size
 
 
 def measure(

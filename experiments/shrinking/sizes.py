@@ -1,9 +1,11 @@
 """What does one call to `shrink` make of a model at a given size?
 
 Bytes of the file, divergence and perplexity on the end of a text and on other texts, by
-size and by the text that it calibrates on: one that the model writes ("own"), or the
-beginning of the given one. The file is written, loaded again and measured. One JSON
-line per row and text; sizes that the results hold are left out:
+size and by what it is calibrated on: a text that the model writes ("own"), the
+beginning of the given one ("text"), or that, program code and dialogue in equal parts
+("mixture"). Windows of a mixture, and those of seeds above 0, are drawn at random; text
+of seed 0 is cut by `shrink` itself. The file is written, loaded again and measured. One
+JSON line per row and text; sizes that the results hold are left out:
 
     python -m experiments.shrinking.sizes SmolLM2.gguf text.txt --store DIR
 """
@@ -19,10 +21,11 @@ import jaxcompress as jc
 from experiments.common.config import parse
 from experiments.common.models import load, quality
 from experiments.common.results import Results
-from experiments.common.texts import cut, digest, split
+from experiments.common.texts import cut, digest, drawn, kinds, split
 from experiments.common.timing import Clock
 from jaxcompress import reporting
 from jaxcompress.evaluation import Apply
+from jaxcompress.shrinking.efforts import choose_effort
 from jaxcompress.tree.equality import same_bits
 
 
@@ -32,7 +35,7 @@ class Config:
     text: str = ""
     sizes: str = "60MB,42MB"
     efforts: str = "good"
-    calibrations: str = "own,text"
+    calibrations: str = "own,text"  # or "mixture"
     fraction: float = 0.2  # of the text, counted from its end, is measured on
     also: str = "docstrings"  # or "docstrings,plays": further texts to measure on
     windows: int = 32  # of each text
@@ -74,7 +77,9 @@ def run(config: Config) -> list[dict[str, Any]]:
                 }
                 if results.holds(model=original.name, **label):
                     continue
-                given = parts.calibration if calibration == "text" else None
+                given = calibrated_on(
+                    calibration, parts.calibration, original.tokenizer, effort, config
+                )
                 clock = Clock()
                 small = jc.shrink(
                     scanned,
@@ -110,6 +115,23 @@ def run(config: Config) -> list[dict[str, Any]]:
                         {**label, **measured, **quality(found), **about, **took}
                     )
     return results.rows
+
+
+def calibrated_on(
+    calibration: str, text: str, tokenizer: Any, effort: str, config: Config
+) -> Any:
+    """Return what `shrink` takes as `text`: None, a text, or windows of tokens."""
+    if calibration in ("own", "none"):
+        return None
+    if calibration == "text" and config.seed == 0:
+        return text
+    return drawn(
+        tokenizer,
+        kinds(text) if calibration == "mixture" else [text],
+        count=choose_effort(effort).texts,
+        tokens=choose_effort(effort).length,
+        seed=config.seed,
+    )
 
 
 def reloaded(small: Any) -> tuple[Any, int]:
