@@ -39,6 +39,16 @@ def damped(second: jax.Array, damping: float) -> jax.Array:
     return second + jnp.diag(extra)
 
 
+def weakened(second: jax.Array, shrinkage: float) -> jax.Array:
+    """Return the second moment with a share of what is off its diagonal taken away.
+
+    `[inputs, inputs]`. Ledoit and Wolf 2004, "A well-conditioned estimator", with the
+    diagonal as the target: errors are then not fed along correlations that other texts
+    do not have.
+    """
+    return second - shrinkage * (second - jnp.diag(jnp.diagonal(second)))
+
+
 def inverse_factor(second: jax.Array, *, damping: float = 0.01) -> jax.Array:
     """Return upper triangular U, float32: `U^T U` is the inverse of the damped second
     moment.

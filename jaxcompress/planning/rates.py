@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ def plan_rates(
     states: int = 128,
     order: str = "pivoted",
     damping: float = 0.01,
+    shrinkage: float = 0.1,
 ) -> list[Rule]:
     """Plan rates of `rate_distortion` that average to a budget, at the least
     divergence.
@@ -66,6 +68,8 @@ def plan_rates(
         in bytes.
       layouts, where: as for `plan_bits`.
       states, order, damping: passed on to `rate_distortion`.
+      shrinkage: the same. Of SmolLM2's first layers at two bits, 0.1 took 6 % of the
+        divergence on the kind of text that was calibrated on, and 28 % on others.
 
     Returns:
       Rules `(exact name, "rate_distortion(rate=...)")`, a rate for each slice of a
@@ -94,8 +98,14 @@ def plan_rates(
             total=sum(held_bytes(value) for value in values),
         )
         rate = 8 * limit / weights if bits_per_weight is None else bits_per_weight
-        options = {"states": states, "order": order, "damping": damping}
-        problem = rate_problem(planned.entries, read=planned.read, **options)
+        problem = rate_problem(
+            planned.entries,
+            states=states,
+            order=order,
+            damping=damping,
+            shrinkage=shrinkage,
+            read=planned.read,
+        )
     return problem.solve(rate)
 
 
@@ -163,13 +173,14 @@ def rate_problem(
     states: int,
     order: str,
     damping: float,
+    shrinkage: float,
     read: Callable[[Entry], Entry] = lambda entry: entry,
 ) -> RateProblem:
     """Measure what `plan_rates` needs of leaves, once for any number of budgets.
 
     Args:
       planned: the leaves, with their moments.
-      states, order, damping: as for `plan_rates`.
+      states, order, damping, shrinkage: as for `plan_rates`.
       read: from an entry to the one with its value.
 
     Raises:
@@ -177,6 +188,7 @@ def rate_problem(
     """
     measured = check_curvatures({entry.name: entry.moments for entry in planned})
     slices, sizes, spreads, floors, bends = [], [], [], [], []
+    options = {"order": order, "damping": damping, "shrinkage": shrinkage}
     for entry in map(read, planned):
         matrix = entry.matrix()
         inputs, outputs = matrix.shape[-2:]
@@ -188,7 +200,7 @@ def rate_problem(
         scales = rate_coded.column_scales(bent)
         finer = rate_coded.SCALES[scales]
         matrix = matrix.reshape(count, inputs, outputs) / finer[:, None]
-        spreads += _spreads(matrix, entry.moments, order, damping)
+        spreads += _spreads(matrix, entry.moments, **options)
         sizes += [inputs * outputs] * count
         column = COLUMN_BITS + rate_coded.scale_bits(rate_coded.packed_scales(scales))
         floors += [ROW_BITS / outputs + column / inputs] * count
@@ -202,12 +214,13 @@ def rate_problem(
         spreads,
         np.array(floors),
         np.array(bends),
-        f"states={states}, order={order!r}, damping={damping}",
+        f"states={states}, "
+        + ", ".join(f"{key}={value!r}" for key, value in options.items()),
     )
 
 
 def _spreads(
-    x: jax.Array, moments: Moments | None, order: str, damping: float
+    x: jax.Array, moments: Moments | None, **options: Any
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the sizes that each slice's levels have at a scale of one, as log2.
 
@@ -221,7 +234,7 @@ def _spreads(
     spreads = []
     for i, each in enumerate(flat):
         one = None if second is None else second[i]
-        target, factor, _ = prepare(each, one, order=order, damping=damping)
+        target, factor, _ = prepare(each, one, **options)
         rows = deviations(target, factor)
         if rows is None:
             spreads.append((np.array([-100.0]), np.ones(1)))

@@ -374,6 +374,24 @@ def test_it_comes_near_the_bound(states, most):
     assert 0 < gap < most
 
 
+def test_shrinkage_trusts_correlations_less():
+    """On inputs correlated in other ways it loses less, on the calibrated ones more."""
+    x = jnp.asarray(gaussian(64, 256), jnp.float32)
+    first, other = (covariance(64, seed=seed) for seed in (1, 2))
+    lost = {}
+    for shrinkage in (0.0, 0.3):
+        moments = jc.moments_from_covariance(jnp.asarray(first, jnp.float32))
+        leaf = jc.rate_distortion(x, moments, rate=2.5, states=0, shrinkage=shrinkage)
+        weak = first - shrinkage * (first - np.diag(np.diag(first)))
+        moments = jc.moments_from_covariance(jnp.asarray(weak, jnp.float32))
+        same = jc.rate_distortion(x, moments, rate=2.5, states=0)
+        near = np.mean(leaf.materialize() == same.materialize())
+        assert near > 0.98  # but for how the two were rounded
+        change = np.asarray(leaf.materialize() - x, np.float64)
+        lost[shrinkage] = [np.trace(change.T @ s @ change) for s in (first, other)]
+    assert lost[0.3][0] > lost[0.0][0] and lost[0.3][1] < 0.9 * lost[0.0][1]
+
+
 def test_the_prior_gives_up_what_is_too_dear():
     """Where the inputs hardly reach some directions, it comes nearer to the bound."""
     turn, _ = np.linalg.qr(gaussian(96, 96, seed=3))
@@ -585,6 +603,7 @@ def test_zeros_cost_next_to_nothing():
         ({"rate": 2.0, "states": 12}, "states=0 or 8 or .*, not 12"),
         ({"rate": 2.0, "order": "random"}, "'pivoted' or"),
         ({"rate": 2.0, "damping": 0}, "damping above"),
+        ({"rate": 2.0, "shrinkage": 1}, "shrinkage at least 0 and below 1"),
         ({"rate": 2.0, "prior": -1}, "prior of 0 or more"),
         ({"rate": (2.0, 3.0)}, "2 rates for a stack of 1"),
         ({"rate": ()}, "0 to 12 bits"),
