@@ -45,7 +45,7 @@ PLACES = {
     "safetensors": ["storage", "models", "export"],
     "zstandard": ["coding/zstd"],
     "matplotlib": ["plots"],
-    "scipy": ["quantization/rate_distortion"],
+    "scipy": ["quantization/order_of_inputs"],
     "rich": ["progress", "reporting", "evaluation", "cli", "models"],
     "flax": [
         "tree/leaf",

@@ -9,7 +9,7 @@ that the results hold are left out:
 
 A variant is stages joined by ", "; N is a number of training steps:
 
-- `coded`: as planned.
+- `coded`: as planned, without shrinkage; `shrunk`: with that of 0.1.
 - `tuned N`: steps and norms trained, levels held.
 - `in turn N`: one kernel of all layers after the other is coded, and those that are not
   coded yet are trained in between to compensate.
@@ -18,7 +18,8 @@ A variant is stages joined by ", "; N is a number of training steps:
 - `walks N`: trellis walks with the largest predicted gain are changed, a small share at
   a time, where the divergence on held-out windows falls.
 - `curvatures again`: measured on the coded model, then plan and coding again.
-- `drift 0.5`: targets half of the way to the original outputs, block by block.
+- `drift 0.5`: targets half of the way to the original outputs, block by block; "shrunk
+  drift 0.5" with shrinkage.
 """
 
 import dataclasses
@@ -50,6 +51,7 @@ from jaxcompress.running.decode_once import code_again, decode_once
 from jaxcompress.shrinking.fitting import replace_roots
 from jaxcompress.tree.paths import roots
 
+SHRINKAGE = 0.1
 KINDS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 
 
@@ -197,7 +199,11 @@ def with_curvatures(task: Task, params: Any, fold: int) -> dict[str, jc.Moments]
 
 
 def plan(
-    task: Task, moments: Mapping[str, jc.Moments], rate: float, looped: bool = False
+    task: Task,
+    moments: Mapping[str, jc.Moments],
+    rate: float,
+    looped: bool = False,
+    shrinkage: float = 0.0,
 ) -> list[Any]:
     """Share a rate out over the linear layers."""
     return jc.planning.plan_rates(
@@ -207,6 +213,7 @@ def plan(
         layouts=None if looped else task.layouts,
         where=KERNELS,
         states=task.config.states,
+        shrinkage=shrinkage,
     )
 
 
@@ -215,20 +222,22 @@ def make(task: Task, variant: str, rate: float, held: dict[str, Any]) -> Any:
     if variant in held:
         return held[variant]
     base, _, last = variant.rpartition(", ")
-    stage, _, number = last.rpartition(" ")
-    rules, original = plan(task, task.moments, rate), task.original
+    stage, _, number = last.removeprefix("shrunk ").rpartition(" ")
+    shrinkage = SHRINKAGE if "shrunk" in last else 0.0
+    rules = plan(task, task.moments, rate, shrinkage=shrinkage)
+    original = task.original
     if stage == "in turn":
         small = in_turn(task, rules, int(number))
     elif stage == "drift":
         small = jc.compress_blockwise(
             original.model,
             original.params,
-            plan(task, task.moments, rate, looped=True),
+            plan(task, task.moments, rate, looped=True, shrinkage=shrinkage),
             [{"tokens": x} for x in task.windows.reshape(-1, 8, task.config.tokens)],
             moments=looped_moments(task.moments),
             drift=float(number),
         )
-    elif last == "coded":
+    elif last in ("coded", "shrunk"):
         small = jc.compress(task.dense, rules, task.moments, layouts=task.layouts)
     else:
         start = make(task, base or "coded", rate, held)

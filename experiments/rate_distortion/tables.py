@@ -1,5 +1,6 @@
 """Tables of the room's page: coded levels beside the bound, peers and fixed widths."""
 
+import statistics
 from collections.abc import Callable
 
 from experiments.common.tables import (
@@ -159,6 +160,42 @@ EMBEDDINGS = {
     "same neighbour": percent("nearest_neighbour_agreement", 1),
 }
 
+
+def rivals(rows: list[Row]) -> list[Row]:
+    """Join the texts; a rival, then ours at as many bits."""
+    named = [
+        row | {"name": "near" if row["text"] in NEAR else row["text"]} for row in rows
+    ]
+    joined = spread(named, "name", "rival", "bits", "variant")
+    return sorted(joined, key=lambda row: (row["bits"], row["rival"]))
+
+
+BASELINE = "tuned 192"
+MOVED = {"held-out": "heldout", "docstrings": "docstrings", "plays": "plays"}
+
+
+def levels(rows: list[Row]) -> list[Row]:
+    """Join the texts of each variant, with its change against trained steps alone."""
+    base = {
+        (row["rate"], row["seed"], row["text"]): row["windows"]
+        for row in rows
+        if row["variant"] == BASELINE
+    }
+    named = []
+    for row in rows:
+        before = base.get((row["rate"], row["seed"], row["text"]), [])
+        row = row | {"name": row["text"]}
+        if len(before) == len(row["windows"]) and row["variant"] != BASELINE:
+            pairs = [b - a for a, b in zip(before, row["windows"], strict=True)]
+            scale = 100 * len(before) / sum(before)
+            error = statistics.stdev(pairs) / len(pairs) ** 0.5
+            change = f"{scale * statistics.mean(pairs):+.1f}"
+            row["change"] = f", {change} ± {scale * error:.1f} %"
+        named.append({"change": ""} | row)
+    joined = spread(named, "name", "rate", "seed", "variant")
+    return sorted(joined, key=lambda row: (-row["rate"], row["seed"]))
+
+
 TABLES = {
     "gaussian_bound": Table(
         "gaussian_bound",
@@ -222,6 +259,34 @@ TABLES = {
         columns(False, "held-out"),
         variants(model="reference"),
         files=2,
+    ),
+    "levels": Table(
+        "levels",
+        "rate_distortion.levels --also docstrings,plays",
+        {
+            "variant": "{variant}",
+            "draw": "{seed}",
+            "bits": "{heldout[bits_per_compressed_weight]:.4f}",
+            "tokens of training": "{heldout[training_tokens]}",
+            **{
+                f"KL, {text}": f"{{{name}[kl]:.4f}}{{{name}[change]}}"
+                for text, name in MOVED.items()
+            },
+        },
+        levels,
+        files=3,
+    ),
+    "rivals": Table(
+        "rivals",
+        "rate_distortion.rivals SmolLM2.gguf text.txt --bits 2 3 --layers 6 "
+        "[--rival AutoRound]",
+        {
+            "variant": "{variant}",
+            "bits": "{near[bits_per_compressed_weight]:.3f}",
+            **divergences("WikiText-2"),
+            "processor seconds": "{near[compress_processor_seconds]:.0f}",
+        },
+        rivals,
     ),
     "pieces": Table(
         "pieces",

@@ -19,7 +19,7 @@ from jaxcompress.checks import check_concrete
 from jaxcompress.coding.levels import rate_coded
 from jaxcompress.planning.budget import byte_limit
 from jaxcompress.planning.planned import Source, planned_leaves
-from jaxcompress.quantization.rate_distortion import prepare
+from jaxcompress.quantization.order_of_inputs import prepare
 from jaxcompress.quantization.rate_model import deviations, gaussian_bits
 from jaxcompress.tree.layouts import Layout
 from jaxcompress.tree.leaf import nbytes as held_bytes

@@ -26,7 +26,8 @@ from jaxcompress.coding.levels import (
     leaf as coded_levels,
 )
 from jaxcompress.planning import rates
-from jaxcompress.quantization.rate_distortion import pivots, prepare, sweep
+from jaxcompress.quantization.order_of_inputs import pivots, prepare
+from jaxcompress.quantization.rate_distortion import sweep
 from jaxcompress.running.decode_once import code_again, decode_once
 from jaxcompress.tree.equality import same_bits
 
