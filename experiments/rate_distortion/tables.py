@@ -167,7 +167,7 @@ def rivals(rows: list[Row]) -> list[Row]:
         row | {"name": "near" if row["text"] in NEAR else row["text"]} for row in rows
     ]
     joined = spread(named, "name", "rival", "bits", "variant")
-    return sorted(joined, key=lambda row: (row["bits"], row["rival"]))
+    return sorted(joined, key=lambda row: (row["bits"], row["rival"], row["variant"]))
 
 
 BASELINE = "tuned 192"
