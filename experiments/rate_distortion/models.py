@@ -32,12 +32,14 @@ from jaxcompress.running.decode_once import code_again, decode_once
 from jaxcompress.tree.equality import same_bits
 
 KERNELS = r".*layer.*kernel"
+SHRINKAGE = 0.1
 SIDE = r"layers/.*(steps|scale)"  # of rows, and of norms
 VARIANTS = (
     "rounding",  # equal rates
     "trellis",
     "by leaf",  # a rate for each
     "planned, apart",  # and outputs that do more coded finer
+    "planned, apart, shrunk",  # and correlations weakened
     "planned",  # and errors fed from output to output
     "planned, blockwise",
     "planned, apart, blockwise, drift 0.5",
@@ -137,6 +139,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                         layouts=None if looped else layout,
                         where=pattern,
                         states=config.states,
+                        shrinkage=SHRINKAGE if "shrunk" in variant else 0.0,
                     )
                 if config.embedding > 0:
                     method = f"rate_distortion(rate={config.embedding}, {options})"
