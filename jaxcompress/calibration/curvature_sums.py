@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.calibration.error_feedback import shrunk
 from jaxcompress.calibration.output_feedback import (
     choose_shrinkage,
     count_groups,
-    shrunk,
 )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BLOCK = 32  # rows fed back within, in the cache, before later ones are updated
 
@@ -39,14 +40,15 @@ def damped(second: jax.Array, damping: float) -> jax.Array:
     return second + jnp.diag(extra)
 
 
-def weakened(second: jax.Array, shrinkage: float) -> jax.Array:
-    """Return the second moment with a share of what is off its diagonal taken away.
+def shrunk(matrices: Any, shrinkage: float) -> Any:
+    """Return matrices shrunk toward their diagonal: `[..., n, n]`, JAX or NumPy.
 
-    `[inputs, inputs]`. Ledoit and Wolf 2004, "A well-conditioned estimator", with the
-    diagonal as the target: errors are then not fed along correlations that other texts
-    do not have.
+    Errors are then not fed along correlations that other texts do not have. Ledoit and
+    Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices",
+    with the diagonal as the target.
     """
-    return second - shrinkage * (second - jnp.diag(jnp.diagonal(second)))
+    alone = np.eye(matrices.shape[-1], dtype=matrices.dtype)
+    return matrices * (1 - shrinkage * (1 - alone))
 
 
 def inverse_factor(second: jax.Array, *, damping: float = 0.01) -> jax.Array:

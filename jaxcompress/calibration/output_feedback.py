@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxcompress.calibration.error_feedback import shrunk
 from jaxcompress.calibration.moments import Moments, require
 from jaxcompress.coding.levels import trellis
 from jaxcompress.coding.levels.shrinkage import shrink_to_mean
@@ -128,14 +129,6 @@ def _feedback(joint: np.ndarray) -> OutputFeedback:
     return OutputFeedback(
         curvatures, matrix.astype(np.float32), moves.astype(np.float32)
     )
-
-
-def shrunk(joint: np.ndarray, shrinkage: float) -> np.ndarray:
-    """Return joint curvatures `[..., outputs, outputs]` shrunk toward their
-    diagonal.
-    """
-    alone = np.eye(joint.shape[-1], dtype=bool)
-    return np.where(alone, joint, (1 - shrinkage) * joint)
 
 
 def choose_shrinkage(halves: Sequence[np.ndarray]) -> float:

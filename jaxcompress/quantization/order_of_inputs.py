@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg.lapack
 
-from jaxcompress.calibration.error_feedback import damped, inverse_factor, weakened
+from jaxcompress.calibration.error_feedback import damped, inverse_factor, shrunk
 
 ORDERS = ("pivoted", "activation", "natural")
 
@@ -30,7 +30,7 @@ def prepare(
     """
     first = np.arange(x.shape[0])
     if second is not None and shrinkage:
-        second = weakened(second, shrinkage)
+        second = shrunk(second, shrinkage)
     if second is None and not ridge:  # of the identity, damped
         return x, jnp.eye(x.shape[0]) / math.sqrt(1 + damping), first
     if second is None:

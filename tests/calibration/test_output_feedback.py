@@ -12,6 +12,7 @@ from quantization.test_rate_distortion import covariance, gaussian, natural
 import jaxcompress as jc
 from jaxcompress.calibration import curvature_sums
 from jaxcompress.calibration import output_feedback as module
+from jaxcompress.calibration.error_feedback import shrunk
 from jaxcompress.calibration.output_feedback import (
     choose_shrinkage,
     count_groups,
@@ -200,7 +201,7 @@ def test_the_shrinkage_that_serves_the_other_half():
     even = [sampled(np.eye(96), 60, seed)[None] for seed in (0, 1)]
     assert choose_shrinkage(even) == 1
     assert choose_shrinkage([np.zeros((3, 96, 96))] * 2) == 1
-    drawn = module.shrunk(many[0], 0.25)
+    drawn = shrunk(many[0], 0.25)
     np.testing.assert_array_equal(drawn.diagonal(0, 1, 2), many[0].diagonal(0, 1, 2))
     np.testing.assert_allclose(drawn[0, 3, 4], 0.75 * many[0][0, 3, 4])
 
@@ -248,7 +249,7 @@ def test_joint_curvatures_are_measured_where_they_are_of_use(monkeypatch):
     scale = np.abs(sum(each)).max()
     for found_half, half in zip(kept, (each[0] + each[2], each[1]), strict=True):
         np.testing.assert_allclose(found_half[0], half, rtol=1e-3, atol=1e-5 * scale)
-    wanted = module.shrunk(sum(each) / (2 * 72 * 96), 0.2)
+    wanted = shrunk(sum(each) / (2 * 72 * 96), 0.2)
     np.testing.assert_allclose(joint, wanted, rtol=1e-3, atol=1e-9)
     plan = jc.planning.plan_rates(
         params, found, bits_per_weight=4.0, where=".*kernel", states=0
