@@ -86,7 +86,7 @@ def rate_distortion(
       shrinkage: share of the second moments between different inputs that is taken
         away, 0 to 1: what was calibrated on is not all that will be read. 0 where the
         moments are exact; `plan_rates` and `shrink` take 0.1 for language models, which
-        lose less by it on the calibrated kind of text, and much less on others.
+        lose as much on the calibrated kind of text, and less on others.
       prior: adds so many times the error of a quantized component, over the mean
         squared weight, to the inputs' variance, and its ridge regression becomes the
         target. For independent Gaussian weights 0.5 is best: it drops the directions in
