@@ -66,7 +66,7 @@ def beside_the_bound(
 ) -> dict[str, float]:
     """Measure bits of the file, and those that the bound allows at its distortion."""
     moments = jc.moments_from_covariance(jnp.asarray(covariance, jnp.float32))
-    small = jc.rate_distortion(jnp.asarray(x), moments, **options)
+    small = jc.rate_distortion(jnp.asarray(x), moments, shrinkage=0, **options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
         jc.save(path, {"kernel": small})

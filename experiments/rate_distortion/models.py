@@ -124,7 +124,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             if looped:
                 known_of = looped_moments(known_of)
             tree = params if looped else dense
-            options = f"states={label['states']}"
+            shrinkage = SHRINKAGE if "shrunk" in variant else 0.0
+            options = f"states={label['states']}, shrinkage={shrinkage}"
             method = f"rate_distortion(rate={rate}, {options})"
             recipe: list[Any] = [(KERNELS, variant if fixed else method)]
             clock = Clock()
@@ -139,7 +140,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                         layouts=None if looped else layout,
                         where=pattern,
                         states=config.states,
-                        shrinkage=SHRINKAGE if "shrunk" in variant else 0.0,
+                        shrinkage=shrinkage,
                     )
                 if config.embedding > 0:
                     method = f"rate_distortion(rate={config.embedding}, {options})"

@@ -130,7 +130,7 @@ def ways(
 
     losses = {}
     for way, options in OPTIONS.items():
-        leaf = jc.rate_distortion(x, moments, rate=rate, **options)
+        leaf = jc.rate_distortion(x, moments, rate=rate, shrinkage=0, **options)
         losses[way] = loss(np.asarray(leaf.materialize(), np.float64), size(leaf))
         if way in ("as it is", "rounding"):
             after = afterwards(original, leaf, moments)
@@ -140,7 +140,7 @@ def ways(
             if suffix:  # beside rounding alone
                 for each in after:
                     losses[each + suffix] *= losses["as it is"] / losses[way]
-    leaf = jc.rate_distortion(x, fewer, rate=rate)
+    leaf = jc.rate_distortion(x, fewer, rate=rate, shrinkage=0)
     weights = np.asarray(leaf.materialize(), np.float64)
     return losses | {"a sixth of the tokens": loss(weights, size(leaf))}
 

@@ -44,9 +44,9 @@ NAMES = {
     "AutoRound": "AutoRound, {0.iterations} iterations",
 }
 OURS = {
-    "ours, 128 states": "states=128",
-    "ours, shrinkage 0.1": "states=128, shrinkage=0.1",
-    "ours, rounding": "states=0",
+    "ours, 128 states": "states=128, shrinkage=0",
+    "ours, shrinkage 0.1": "states=128",
+    "ours, rounding": "states=0, shrinkage=0",
 }
 CODED = ("trellis_packed", "SU", "SV", "Wscale")  # of a layer, in GLQ's file
 

@@ -13,6 +13,7 @@ from jaxcompress.calibration.error_feedback import (
     feed_back,
     float64,
     inverse_factor,
+    shrunk,
 )
 from jaxcompress.calibration.moments import Moments
 from jaxcompress.pruning.choices import Choice, choice, keep_largest, select
@@ -36,6 +37,7 @@ def sparsegpt(
     sparsity: float | None = None,
     nm: str | None = None,
     damping: float = 0.01,
+    shrinkage: float = 0.1,
     block: int = 128,
 ) -> Sparse:
     """SparseGPT: prune input rows in sequence and propagate each row's error to the
@@ -52,6 +54,7 @@ def sparsegpt(
       sparsity: fraction of the weights to drop, at least 0 and below 1.
       nm: N:M, as in `magnitude`, instead of a sparsity; not blocks.
       damping: added to the diagonal of the second moment, as a fraction of its mean.
+      shrinkage: as in `gptq`.
       block: input rows decided on together; a pattern has its own.
 
     Raises:
@@ -65,7 +68,7 @@ def sparsegpt(
     """
     checks.weights("sparsegpt", x)
     checks.integer("sparsegpt", "block (of rows)", block)
-    chosen, second = _problem(x, moments, "sparsegpt", sparsity, nm, damping)
+    chosen, second = _problem(x, moments, "sparsegpt", sparsity, nm, damping, shrinkage)
     if chosen.among == "block":
         raise ValueError(
             f"sparsegpt takes a sparsity or an N:M pattern, not blocks ({nm}); "
@@ -89,6 +92,7 @@ def alps(
     sparsity: float | None = None,
     nm: str | None = None,
     damping: float = 0.01,
+    shrinkage: float = 0.1,
 ) -> Sparse:
     """ALPS: find the support by ADMM, then the best weights on it by conjugate
     gradients.
@@ -103,6 +107,7 @@ def alps(
       sparsity: fraction of the weights to drop, at least 0 and below 1.
       nm: N:M or blocks, as in `magnitude`.
       damping: added to the diagonal of the second moment, as a fraction of its mean.
+      shrinkage: as in `gptq`.
 
     Raises:
       ValueError: no moments, moments that do not fit, an option out of range.
@@ -114,7 +119,7 @@ def alps(
     schedule); here each output takes conjugate gradient steps of its own length.
     """
     checks.weights("alps", x)
-    chosen, second = _problem(x, moments, "alps", sparsity, nm, damping)
+    chosen, second = _problem(x, moments, "alps", sparsity, nm, damping, shrinkage)
     one = functools.partial(_alternate, chosen=chosen, damping=damping)
     value, mask = each_slice(one, x.astype(jnp.float32), second)
     return kept_weights(value.astype(x.dtype), mask, chosen)
@@ -127,10 +132,12 @@ def _problem(
     sparsity: float | None,
     nm: str | None,
     damping: float,
+    shrinkage: float,
 ) -> tuple[Choice, jax.Array]:
     checks.fraction(name, "damping", damping)
+    checks.fraction(name, "a shrinkage", shrinkage, zero=True)
     chosen = choice(x.shape, name, sparsity=sparsity, nm=nm)
-    return chosen, second_of(x, moments, name)
+    return chosen, shrunk(second_of(x, moments, name), shrinkage)
 
 
 @functools.partial(jax.jit, static_argnames=("chosen", "damping", "block"))

@@ -14,6 +14,7 @@ from jaxcompress.calibration.error_feedback import (
     each_slice,
     feed_back,
     inverse_factor,
+    shrunk,
 )
 from jaxcompress.calibration.masked import Masked, fill, gather
 from jaxcompress.calibration.moments import Moments, require
@@ -70,6 +71,7 @@ def gptq(
     search: bool = True,
     order: Literal["activation", "natural"] = "activation",
     damping: float = 0.01,
+    shrinkage: float = 0.1,
     scale_dtype: str = "bfloat16",
 ) -> Quantized:
     """GPTQ: quantize input rows in sequence and propagate each row's error to the rest.
@@ -98,6 +100,10 @@ def gptq(
       order: "activation" does the inputs of largest second moment first; "natural"
         keeps their order. The stored order is always natural.
       damping: added to the diagonal of the second moment, as a fraction of its mean.
+      shrinkage: share of the second moments between different inputs that is taken
+        away, 0 to 1: what was calibrated on is not all that will be read. Of SmolLM2's
+        first layers at 3 bits, 0.1 took a third of the divergence on other kinds of
+        text than the calibrated one, and none there. 0: GPTQ as published.
       scale_dtype: of the stored steps.
 
     Raises:
@@ -114,6 +120,7 @@ def gptq(
     """
     checks.one_of("gptq", "order", order, ("activation", "natural"))
     checks.fraction("gptq", "damping", damping)
+    checks.fraction("gptq", "a shrinkage", shrinkage, zero=True)
     start = _start(x, grid, bits, block=block, search=search, scale_dtype=scale_dtype)
     wide = spread(start.steps, start.block, x.shape[-2])
     wide = jax.tree.map(lambda s: jnp.broadcast_to(s, x.shape), wide)
@@ -123,6 +130,7 @@ def gptq(
         x, wide = jax.tree.map(lambda a: fill(a, mask), (x, wide))
     moment = require(moments, x, "gptq", fields=())
     target, second = moment.target_problem(x, "gptq", damping=damping)
+    second = shrunk(second, shrinkage)
     one = functools.partial(
         feed_codes, grid=start.grid, bits=start.bits, order=order, damping=damping
     )

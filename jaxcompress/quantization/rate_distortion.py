@@ -43,7 +43,7 @@ def rate_distortion(
     states: int = 128,
     order: Literal["pivoted", "activation", "natural"] = "pivoted",
     damping: float = 0.01,
-    shrinkage: float = 0.0,
+    shrinkage: float = 0.1,
     prior: float = 0.0,
 ) -> RateCoded:
     """Quantize to a target file rate, minimizing output error. The rate is in bits per
@@ -83,10 +83,7 @@ def rate_distortion(
         (pivoted Cholesky), so that deviations differ most, and what is explained best
         costs least; "activation" as in `gptq`; "natural" keeps their order.
       damping: as in `gptq`.
-      shrinkage: share of the second moments between different inputs that is taken
-        away, 0 to 1: what was calibrated on is not all that will be read. 0 where the
-        moments are exact; `plan_rates` and `shrink` take 0.1 for language models, which
-        lose as much on the calibrated kind of text, and less on others.
+      shrinkage: as in `gptq`; 0 where the moments are exact.
       prior: adds so many times the error of a quantized component, over the mean
         squared weight, to the inputs' variance, and its ridge regression becomes the
         target. For independent Gaussian weights 0.5 is best: it drops the directions in

@@ -16,7 +16,6 @@ from jaxcompress.shrinking.quality import Quality
 from jaxcompress.types import Rule
 
 LARGEST = 12.0  # bits per weight that `rate_distortion` takes
-SHRINKAGE = 0.1  # of second moments; errors then follow the calibration text less
 TUNED_AIM = 0.996  # of the limit, where training may make the file a little larger
 KL_TRIES = 4
 CLOSE = 0.9  # of the divergence asked: what counts as met
@@ -51,7 +50,7 @@ class Planner:
                 states=self.effort.states,
                 order="pivoted",
                 damping=0.01,
-                shrinkage=SHRINKAGE,
+                shrinkage=0.1,
             )
 
     def planned(self, nbytes: int) -> tuple[Rule, ...]:
@@ -61,10 +60,7 @@ class Planner:
     def uniform(self, nbytes: int) -> tuple[Rule, ...]:
         """Return one rate for all leaves."""
         rate = round(min(8 * nbytes / self.weights, LARGEST), 4)
-        options = f"states={self.effort.states}"
-        if self.coder.moments is not None:
-            options += f", shrinkage={SHRINKAGE}"
-        method = f"rate_distortion(rate={rate}, {options})"
+        method = f"rate_distortion(rate={rate}, states={self.effort.states})"
         return tuple((re.escape(entry.name), method) for entry in self.coder.planned)
 
     def fit(self, kind: str, limit: int) -> Measured:

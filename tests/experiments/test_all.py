@@ -74,6 +74,12 @@ def marked(name):
     return pytest.param(name, marks=marks)
 
 
+@finds("calibration.shrinkage")
+def shrinkage(rows):
+    lost = {(row["text"], row["shrinkage"]): row["kl"] for row in rows}
+    assert lost["docstrings", 0.1] < lost["docstrings", 0.0]
+
+
 @finds("factorization.low_rank")
 def low_rank(rows):
     assert [row["row"] for row in rows] == ["weighted 0.8"]

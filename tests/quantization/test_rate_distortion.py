@@ -385,7 +385,8 @@ def test_shrinkage_trusts_correlations_less():
         leaf = jc.rate_distortion(x, moments, rate=2.5, states=0, shrinkage=shrinkage)
         weak = first - shrinkage * (first - np.diag(np.diag(first)))
         moments = jc.moments_from_covariance(jnp.asarray(weak, jnp.float32))
-        same = jc.rate_distortion(x, moments, rate=2.5, states=0)
+        options = {"rate": 2.5, "states": 0, "shrinkage": 0.0}
+        same = jc.rate_distortion(x, moments, **options)
         near = np.mean(leaf.materialize() == same.materialize())
         assert near > 0.98  # but for how the two were rounded
         change = np.asarray(leaf.materialize() - x, np.float64)
