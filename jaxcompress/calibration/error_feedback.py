@@ -48,6 +48,7 @@ def shrunk(matrices: Any, shrinkage: float) -> Any:
     with the diagonal as the target.
     """
     alone = np.eye(matrices.shape[-1], dtype=matrices.dtype)
+    alone = alone.reshape(*[1] * (matrices.ndim - 2), *alone.shape)
     return matrices * (1 - shrinkage * (1 - alone))
 
 
