@@ -1,6 +1,6 @@
 """Tables of the room's page: a model calibrated block by block."""
 
-from experiments.common.tables import Row, Table, scaled
+from experiments.common.tables import Row, Table, scaled, spread
 
 
 def per_weight(row: Row) -> str:
@@ -8,7 +8,29 @@ def per_weight(row: Row) -> str:
     return f"{1e6 * row['processor_seconds'] / row['weights']:.2f}"
 
 
+def by_text(rows: list[Row]) -> list[Row]:
+    """Join the texts of each method and shrinkage."""
+    return spread(rows, "text", "variant", "shrinkage")
+
+
+def kl(text: str) -> str:
+    """Return the template of a divergence and its standard error."""
+    return f"{{{text}[kl]:.4f}} ± {{{text}[kl_standard_error]:.4f}}"
+
+
 TABLES = {
+    "shrinkage": Table(
+        "shrinkage",
+        "calibration.shrinkage SmolLM2.gguf text.txt",
+        {
+            "method": "`{variant}`",
+            "shrinkage": "{shrinkage}",
+            "KL, WikiText-2": kl("wikitext2-valid"),
+            "KL, docstrings": kl("docstrings"),
+            "KL, plays": kl("plays"),
+        },
+        by_text,
+    ),
     "blockwise": Table(
         "blockwise",
         "calibration.blockwise SmolLM2.gguf text.txt",

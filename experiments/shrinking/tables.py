@@ -2,7 +2,12 @@
 
 from experiments.common.tables import Row, Table, last, spread
 
-CALIBRATIONS = {"own": "the model's own", "text": "WikiText-2", "none": "none"}
+CALIBRATIONS = {
+    "own": "the model's own",
+    "text": "WikiText-2",
+    "mixture": "three kinds",
+    "none": "none",
+}
 
 
 def by_size(rows: list[Row]) -> list[Row]:
@@ -66,6 +71,7 @@ TABLES = {
         "shrinking.sizes SmolLM2.gguf text.txt --also docstrings,plays --store DIR",
         {
             "size": "{size}",
+            "effort": "{effort}",
             "calibrated on": lambda row: CALIBRATIONS[row["calibration"]],
             "KL, plan": "{candidates[plan][kl]:.4f}",
             "KL, equal rates": "{candidates[uniform][kl]:.4f}",
