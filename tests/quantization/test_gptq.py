@@ -65,7 +65,8 @@ def gptq_by_definition(x, second, steps, bits, damping):
 @pytest.mark.parametrize("bits", [4, 2])
 def test_gptq_is_sequential_least_squares(case, bits):
     x, moments = case
-    leaf = jc.gptq(x, moments, bits=bits, block=BLOCK, search=False)
+    options = {"block": BLOCK, "search": False, "shrinkage": 0.0}
+    leaf = jc.gptq(x, moments, bits=bits, **options)
     steps = np.repeat(np.asarray(leaf.scale, np.float64), BLOCK, axis=0)
     oracle = gptq_by_definition(x, moments.second, steps, bits, 0.01)
     found = np.asarray(leaf.materialize(), np.float64)

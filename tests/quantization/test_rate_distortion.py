@@ -365,9 +365,8 @@ def test_it_comes_near_the_bound(states, most):
     second = 0.9 ** np.abs(np.subtract.outer(places, places))
     x = gaussian(96, 1200)
     moments = jc.moments_from_covariance(jnp.asarray(second, jnp.float32))
-    leaf = jc.rate_distortion(
-        jnp.asarray(x, jnp.float32), moments, rate=3.0, states=states, damping=1e-6
-    )
+    options = {"states": states, "damping": 1e-6, "shrinkage": 0.0}
+    leaf = jc.rate_distortion(jnp.asarray(x, jnp.float32), moments, rate=3.0, **options)
     change = np.asarray(leaf.materialize(), np.float64) - x
     distortion = np.sum(change * (second @ change)) / x.size
     bits = 8 * leaf.levels.stored()["stream"].nbytes / x.size + 16 / 1200
@@ -401,9 +400,10 @@ def test_the_prior_gives_up_what_is_too_dear():
     x = gaussian(96, 800)
     moments = jc.moments_from_covariance(jnp.asarray(second, jnp.float32))
     gaps = {}
+    options = {"damping": 1e-6, "shrinkage": 0.0}
     for prior in (0.0, 0.5):
         leaf = jc.rate_distortion(
-            jnp.asarray(x, jnp.float32), moments, rate=2, damping=1e-6, prior=prior
+            jnp.asarray(x, jnp.float32), moments, rate=2, prior=prior, **options
         )
         change = np.asarray(leaf.materialize(), np.float64) - x
         distortion = np.sum(change * (second @ change)) / x.size
