@@ -23,7 +23,6 @@ from experiments.rate_distortion.models import compared
 METHODS = (
     "gptq(bits=3, block=64, grid='asymmetric')",
     "rate_distortion(rate=3.05, states=8)",
-    "rate_distortion(rate=2.05, states=8)",
     "alps(sparsity=0.5)",
 )
 

@@ -68,7 +68,8 @@ def sparsegpt(
     """
     checks.weights("sparsegpt", x)
     checks.integer("sparsegpt", "block (of rows)", block)
-    chosen, second = _problem(x, moments, "sparsegpt", sparsity, nm, damping, shrinkage)
+    checks.fraction("sparsegpt", "a shrinkage", shrinkage, zero=True)
+    chosen, second = _problem(x, moments, "sparsegpt", sparsity, nm, damping)
     if chosen.among == "block":
         raise ValueError(
             f"sparsegpt takes a sparsity or an N:M pattern, not blocks ({nm}); "
@@ -78,6 +79,7 @@ def sparsegpt(
         _prune_rows,
         chosen=chosen,
         damping=damping,
+        shrinkage=shrinkage,
         block=min(block if chosen.among == "leaf" else chosen.of, x.shape[-2]),
     )
     value, mask = each_slice(one, x.astype(jnp.float32), second)
@@ -119,8 +121,11 @@ def alps(
     schedule); here each output takes conjugate gradient steps of its own length.
     """
     checks.weights("alps", x)
-    chosen, second = _problem(x, moments, "alps", sparsity, nm, damping, shrinkage)
-    one = functools.partial(_alternate, chosen=chosen, damping=damping)
+    checks.fraction("alps", "a shrinkage", shrinkage, zero=True)
+    chosen, second = _problem(x, moments, "alps", sparsity, nm, damping)
+    one = functools.partial(
+        _alternate, chosen=chosen, damping=damping, shrinkage=shrinkage
+    )
     value, mask = each_slice(one, x.astype(jnp.float32), second)
     return kept_weights(value.astype(x.dtype), mask, chosen)
 
@@ -132,21 +137,25 @@ def _problem(
     sparsity: float | None,
     nm: str | None,
     damping: float,
-    shrinkage: float,
 ) -> tuple[Choice, jax.Array]:
     checks.fraction(name, "damping", damping)
-    checks.fraction(name, "a shrinkage", shrinkage, zero=True)
     chosen = choice(x.shape, name, sparsity=sparsity, nm=nm)
-    return chosen, shrunk(second_of(x, moments, name), shrinkage)
+    return chosen, second_of(x, moments, name)
 
 
-@functools.partial(jax.jit, static_argnames=("chosen", "damping", "block"))
+@functools.partial(jax.jit, static_argnames=("chosen", "damping", "shrinkage", "block"))
 def _prune_rows(
-    x: jax.Array, second: jax.Array, *, chosen: Choice, damping: float, block: int
+    x: jax.Array,
+    second: jax.Array,
+    *,
+    chosen: Choice,
+    damping: float,
+    shrinkage: float,
+    block: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Return new weights, float32, and their mask, of one slice `[inputs, outputs]`."""
     inputs = x.shape[0]
-    factor = inverse_factor(second, damping=damping)
+    factor = inverse_factor(shrunk(second, shrinkage), damping=damping)
     seen = jnp.pad(jnp.diagonal(second) > 0, (0, -inputs % block))
     ends = np.minimum(np.arange(0, inputs + block, block), inputs)
     # Rounded in total, so that the counts of the blocks add up to the choice's.
@@ -176,14 +185,19 @@ def _prune_rows(
     return feed_back(x, factor, replace, prepare=prepare, block=block)
 
 
-@functools.partial(jax.jit, static_argnames=("chosen", "damping"))
+@functools.partial(jax.jit, static_argnames=("chosen", "damping", "shrinkage"))
 def _alternate(
-    x: jax.Array, second: jax.Array, *, chosen: Choice, damping: float
+    x: jax.Array,
+    second: jax.Array,
+    *,
+    chosen: Choice,
+    damping: float,
+    shrinkage: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Return new weights, float32, and their mask, of one slice `[inputs, outputs]`."""
     matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     with float64(True):
-        wide = damped(second.astype(jnp.float64), damping)
+        wide = damped(shrunk(second, shrinkage).astype(jnp.float64), damping)
         scale = jnp.sqrt(jnp.diagonal(wide))
         wide = wide / (scale[:, None] * scale[None, :])
         spectrum, basis = jnp.linalg.eigh(wide)

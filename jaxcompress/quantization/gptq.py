@@ -130,9 +130,13 @@ def gptq(
         x, wide = jax.tree.map(lambda a: fill(a, mask), (x, wide))
     moment = require(moments, x, "gptq", fields=())
     target, second = moment.target_problem(x, "gptq", damping=damping)
-    second = shrunk(second, shrinkage)
     one = functools.partial(
-        feed_codes, grid=start.grid, bits=start.bits, order=order, damping=damping
+        feed_codes,
+        grid=start.grid,
+        bits=start.bits,
+        order=order,
+        damping=damping,
+        shrinkage=shrinkage,
     )
     codes = each_slice(one, target.astype(jnp.float32), second, wide, mask)
     if mask is not None:
@@ -157,7 +161,9 @@ def _start(x: jax.Array, grid: str, bits: Any, **options: Any) -> Quantized:
     return start
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "bits", "order", "damping"))
+@functools.partial(
+    jax.jit, static_argnames=("grid", "bits", "order", "damping", "shrinkage")
+)
 def feed_codes(
     x: jax.Array,
     second: jax.Array,
@@ -168,10 +174,12 @@ def feed_codes(
     bits: Any,
     order: str,
     damping: float,
+    shrinkage: float,
 ) -> jax.Array:
     """Return codes uint8 `[inputs, outputs]` of one slice; where a mask is false they
     have no meaning.
     """
+    second = shrunk(second, shrinkage)
     first = jnp.arange(x.shape[0])
     if order == "activation":
         first = jnp.argsort(-jnp.diagonal(second))

@@ -29,7 +29,7 @@ def prepare(
     target is the ridge regression of the weights' outputs.
     """
     first = np.arange(x.shape[0])
-    if second is not None and shrinkage:
+    if second is not None:
         second = shrunk(second, shrinkage)
     if second is None and not ridge:  # of the identity, damped
         return x, jnp.eye(x.shape[0]) / math.sqrt(1 + damping), first

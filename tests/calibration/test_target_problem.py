@@ -195,3 +195,26 @@ def test_an_expert_without_tokens_under_drift_keeps_its_target():
 
 def test_a_data_free_method_does_not_warn_of_tokens():
     experts("symmetric(bits=3)")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "gptq(bits=3, block=32, {})",
+        "rate_distortion(rate=3, states=0, {})",
+        "sparsegpt(sparsity=0.5, {})",
+        "alps(sparsity=0.5, {})",
+    ],
+)
+def test_shrinkage_is_that_of_the_second_moments(method):
+    """As if the moments had smaller entries off their diagonal; a tenth by default."""
+    second = covariance(3)
+    weak = second - 0.1 * (second - jnp.diag(jnp.diagonal(second)))
+    plain, shrunk = (jc.moments_from_covariance(s) for s in (second, weak))
+    found = parse(method.format("shrinkage=0.1"))(X, plain)
+    default = parse(method.replace(", {}", ""))(X, plain)
+    wanted = parse(method.format("shrinkage=0"))(X, shrunk)
+    unlike = parse(method.format("shrinkage=0"))(X, plain)
+    same = lambda a, b: np.mean(np.isclose(dense(a), dense(b), atol=1e-3))  # noqa: E731
+    assert same(found, default) == 1
+    assert same(found, wanted) > 0.98 and same(found, unlike) < 0.98
