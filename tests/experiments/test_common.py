@@ -141,3 +141,24 @@ def test_every_name_of_a_text_has_a_digest_and_is_described():
     for name, digests in texts.DIGESTS.items():
         assert f"- `{name}`: " in texts.__doc__
         assert all(re.fullmatch("[0-9a-f]{12}", x) for x in digests)
+
+
+class Bytes:
+    def encode(self, text):
+        return list(text.encode())
+
+
+def test_windows_are_drawn_from_the_texts_in_turn():
+    first, other = "".join(map(chr, range(40))), "".join(map(chr, range(64, 104)))
+
+    def draw(seed, count=10):
+        return texts.drawn(Bytes(), [first, other], count=count, tokens=4, seed=seed)
+
+    rows = draw(0)
+    np.testing.assert_array_equal(rows[:, 0] >= 64, [False, True] * 5)
+    np.testing.assert_array_equal(np.diff(rows), 1)  # windows as they stand
+    assert len({row[0] for row in rows.tolist()}) == 10
+    np.testing.assert_array_equal(rows, draw(0))
+    assert not np.array_equal(rows, draw(1))
+    with pytest.raises(ValueError, match="10 windows in a text, 11 wanted of it"):
+        draw(0, count=22)
